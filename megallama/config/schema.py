@@ -1,0 +1,257 @@
+"""The schema of a run: every key a YAML file may hold, what it means, and what it defaults to.
+
+Pure: imports neither torch nor deepspeed, opens no file. Checks that need one section only live here; checks across
+sections or against a world size live in `config.check`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A frozen mapping with no unknown keys; the sentence under each field is its documentation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def _number_from_text(value: object) -> object:
+    """`3e-4` in YAML 1.1 is text, since it has no point; take it for the number that it is."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Real = Annotated[float, BeforeValidator(_number_from_text)]
+
+
+class RopeScaling(Section):
+    """How rotary frequencies are stretched beyond the trained length; names as in Hugging Face's Llama."""
+
+    rope_type: Literal["linear", "llama3"]
+    """linear (arXiv 2306.15595) or llama3 (arXiv 2407.21783, Llama 3.1 and 3.2)."""
+    factor: Real = Field(gt=0)
+    """Every stretched wavelength grows by this."""
+    low_freq_factor: Real = Field(default=1.0, gt=0)
+    """llama3: wavelengths above original_max_position_embeddings / low_freq_factor are stretched in full."""
+    high_freq_factor: Real = Field(default=4.0, gt=0)
+    """llama3: wavelengths below original_max_position_embeddings / high_freq_factor are kept."""
+    original_max_position_embeddings: int = Field(default=8192, ge=1)
+    """llama3: the sequence length before stretching."""
+
+
+class ModelConfig(Section):
+    """The shape of the Llama, under Hugging Face's names."""
+
+    vocab_size: int = Field(ge=1)
+    """Tokens the model knows; padded on each rank for speed, never in a checkpoint."""
+    hidden_size: int = Field(ge=1)
+    """Width of the residual stream."""
+    intermediate_size: int = Field(ge=1)
+    """Width of the SwiGLU product."""
+    num_hidden_layers: int = Field(ge=1)
+    """Decoder layers."""
+    num_attention_heads: int = Field(ge=1)
+    """Query heads."""
+    num_key_value_heads: int | None = Field(default=None, ge=1)
+    """Key and value heads (arXiv 2305.13245); null means as many as query heads."""
+    head_dim: int | None = Field(default=None, ge=2)
+    """Size of one head; null means hidden_size / num_attention_heads."""
+    max_position_embeddings: int = Field(default=2048, ge=1)
+    """Longest sequence the model is meant for."""
+    rms_norm_eps: Real = Field(default=1e-5, gt=0)
+    """Added to the mean square in RMSNorm."""
+    rope_theta: Real = Field(default=10000.0, gt=0)
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Stretch of the rotary frequencies; null for none."""
+    tie_word_embeddings: bool = False
+    """Use the embedding as output head."""
+    init: Literal["normal", "kaiming_uniform", "xavier_uniform"] = "normal"
+    """normal: std initializer_range, output projections divided by sqrt(2 * layers) (GPT-2); or uniform by fan."""
+    initializer_range: Real = Field(default=0.02, gt=0)
+    """Standard deviation of the normal initialisation."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, resolved."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """Size of one head, resolved."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+class RunSection(Section):
+    """Where the run lives."""
+
+    dir: str = "runs/default"
+    """Run directory: config, metrics, checkpoints, tokenizer."""
+
+
+class DataConfig(Section):
+    """What is read."""
+
+    path: str
+    """Prefix of an indexed dataset: PATH.bin and PATH.idx, as `megallama data build` or Megatron-LM make them."""
+    tokenizer: str = "bytes"
+    """`bytes`, a tiktoken encoding by name (r50k_base), a tiktoken rank file, or a folder from `tokenizer train`."""
+    sequence_length: int = Field(default=2048, ge=1)
+    """Tokens per sample that the model predicts."""
+    validation_path: str | None = None
+    """Prefix of a dataset kept for validation; null takes the tail of `path`."""
+    validation_fraction: Real = Field(default=0.01, ge=0, lt=1)
+    """Share of the documents at the end of `path` kept for validation when validation_path is null."""
+    eod_mask_loss: bool = False
+    """Leave the prediction of each end-of-document token out of the loss."""
+
+
+class ParallelConfig(Section):
+    """How one copy of the model is spread; data parallelism is what the world size leaves over."""
+
+    tensor: int = Field(default=1, ge=1)
+    """tp: ranks that share each weight matrix; keep within one node (arXiv 1909.08053)."""
+    pipeline: int = Field(default=1, ge=1)
+    """pp: stages that the layers are cut into."""
+    context: int = Field(default=1, ge=1)
+    """cp: ranks that share each sequence."""
+    sequence: bool | None = None
+    """Sequence parallelism between the tensor-parallel regions (arXiv 2205.05198); null means on when tensor > 1."""
+    schedule: Literal["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"] = "1f1b"
+    """Order of forward and backward over the pipeline stages."""
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether activations between tensor-parallel regions are cut along the sequence."""
+        return self.tensor > 1 if self.sequence is None else self.sequence and self.tensor > 1
+
+
+class ZeroConfig(Section):
+    """DeepSpeed ZeRO (arXiv 1910.02054)."""
+
+    stage: int = Field(default=1, ge=0, le=3)
+    """1 cuts optimizer state over data-parallel ranks, 2 gradients as well, 3 parameters as well."""
+    bucket_elements: int = Field(default=100_000_000, ge=1)
+    """Elements per collective in gradient reduction and parameter gathering."""
+    communication_dtype: Literal["bf16", "fp32"] = "fp32"
+    """Type in which gradients cross data-parallel ranks; bf16 halves the bytes and rounds the sum."""
+
+
+class TrainConfig(Section):
+    """The step."""
+
+    steps: int | Literal["chinchilla"] = Field(default="chinchilla")
+    """Optimizer steps of the run; `chinchilla` takes the compute-optimal tokens for this model size."""
+    stop_after: int | None = Field(default=None, ge=1)
+    """Save and end, successfully, once this step is done; the schedule still spans `steps`."""
+    micro_batch_size: int = Field(default=1, ge=1)
+    """Sequences in one forward on one data-parallel rank."""
+    global_batch_size: int = Field(default=1, ge=1)
+    """Sequences per optimizer step over all ranks."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Type of weights and activations; master weights, moments and gradient sums are fp32 in both."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA when there is one."""
+    seed: int = Field(default=1234, ge=0)
+    """Fixes initialisation and sample order at every layout."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in backward: none, the SwiGLU product, or whole layers."""
+    compile: bool = False
+    """Run each layer through torch.compile; needs a compiler on the machine."""
+
+
+class OptimizerConfig(Section):
+    """AdamW (arXiv 1711.05101); decay applies to matrices, not to norms."""
+
+    lr: Real = Field(default=3e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[Annotated[Real, Field(ge=0, lt=1)], Annotated[Real, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: Real = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: Real = Field(default=0.1, ge=0)
+    """Decoupled decay of weight matrices and embeddings."""
+    clip: Real = Field(default=1.0, gt=0)
+    """Largest norm of the global gradient."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over steps."""
+
+    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Form after warm-up; wsd holds the peak and falls linearly over the last decay_steps."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear rise from zero."""
+    min_lr: Real = Field(default=0.0, ge=0)
+    """Learning rate at the last step."""
+    decay_steps: int | None = Field(default=None, ge=1)
+    """wsd: steps of the final fall; null means a tenth of the run."""
+
+
+class EvaluationConfig(Section):
+    """Loss on held-out and on training data."""
+
+    every: int = Field(default=0, ge=0)
+    """Steps between evaluations; 0 evaluates at the end only."""
+    samples: int = Field(default=64, ge=1)
+    """Sequences evaluated on each split, rounded up to whole global micro-batches."""
+
+
+class CheckpointConfig(Section):
+    """What is saved and where a run starts from."""
+
+    every: int = Field(default=0, ge=0)
+    """Steps between saves; 0 saves at the end only."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto continues the newest checkpoint of the run directory or starts fresh; must refuses to start fresh."""
+    init_from: str | None = None
+    """Checkpoint whose weights start a new run; moments and position start from zero."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases; without an account use mode: offline."""
+
+    project: str
+    """Project name."""
+    name: str | None = None
+    """Name of the run; null takes the name of the run directory."""
+    mode: Literal["online", "offline"] = "online"
+    """offline writes into the run directory and needs no account."""
+
+
+class LoggingConfig(Section):
+    """What is printed and recorded."""
+
+    every: int = Field(default=1, ge=1)
+    """Steps between train events; each one waits for the device once."""
+    wandb: WandbConfig | None = None
+    """Weights & Biases; null for none."""
+
+
+class RunConfig(Section):
+    """One training run, whole."""
+
+    run: RunSection = RunSection()
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    zero: ZeroConfig = ZeroConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Predicted tokens in one optimizer step."""
+        return self.train.global_batch_size * self.data.sequence_length

@@ -1,0 +1,8 @@
+"""What a user can get wrong."""
+
+
+class UserError(ValueError):
+    """A mistake of the user's: one sentence with the offending value and the nearest legal fix.
+
+    Commands print the sentence alone and leave with exit code 2; nothing has been written.
+    """
