@@ -146,7 +146,7 @@ class ZeroConfig(Section):
 class TrainConfig(Section):
     """The step."""
 
-    steps: int | Literal["chinchilla"] = Field(default="chinchilla")
+    steps: Annotated[int, Field(ge=1)] | Literal["chinchilla"] = "chinchilla"
     """Optimizer steps of the run; `chinchilla` takes the compute-optimal tokens for this model size."""
     stop_after: int | None = Field(default=None, ge=1)
     """Save and end, successfully, once this step is done; the schedule still spans `steps`."""

@@ -1,0 +1,108 @@
+"""Flat fragments of local parameters seen as rectangles of logical tensors, which any layout can read.
+
+ZeRO cuts optimizer state into flat ranges. A flat range of a row-major matrix is at most three rectangles: the rest of
+a row, whole rows, the beginning of a row. Given to `torch.distributed.checkpoint` as chunks of the logical tensor, they
+are stored and found again by place, whoever wrote them and whoever reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from megallama.parallel.pieces import Piece
+
+if TYPE_CHECKING:
+    from megallama.engine import Fragment
+
+EXP_AVG = "exp_avg"
+EXP_AVG_SQ = "exp_avg_sq"
+
+
+def moment_name(moment: str, weight: str) -> str:
+    """The name under which a moment of the logical tensor `weight` is stored."""
+    return f"optimizer.{moment}.{weight}"
+
+
+class LogicalTensor(torch.Tensor):
+    """The chunks that this rank holds of one logical fp32 tensor, in the terms of `torch.distributed.checkpoint`.
+
+    Without storage of its own: reading a checkpoint writes through to the chunks.
+    """
+
+    chunks: dict[torch.Size, Tensor]
+
+    @staticmethod
+    def __new__(cls, shape: Sequence[int]) -> LogicalTensor:
+        made: LogicalTensor = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=torch.float32)  # type: ignore[attr-defined]
+        made.chunks = {}
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"a LogicalTensor only goes in and out of checkpoints, it cannot {func}")
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        properties = TensorProperties(dtype=torch.float32)
+        return [
+            WriteItem(
+                index=MetadataIndex(name, offset),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(offsets=offset, sizes=chunk.shape),
+                    properties=properties,
+                    size=self.shape,
+                ),
+            )
+            for offset, chunk in self.chunks.items()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(offsets=offset, sizes=chunk.shape) for offset, chunk in self.chunks.items()]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None
+        return self.chunks[index.offset]
+
+
+def logical_state(fragments: Iterable[Fragment], held: Mapping[str, Sequence[Piece]]) -> dict[str, LogicalTensor]:
+    """Master weights and both moments of this rank, by logical name; chunks are views, not copies."""
+    state: dict[str, LogicalTensor] = {}
+
+    def add(name: str, piece: Piece, offset: torch.Size, chunk: Tensor) -> None:
+        state.setdefault(name, LogicalTensor(piece.shape)).chunks[offset] = chunk
+
+    for fragment in fragments:
+        for piece in held[fragment.parameter]:
+            for offset, size, flat in rectangles(piece, fragment.start, fragment.start + fragment.master.numel()):
+                here = slice(flat - fragment.start, flat - fragment.start + size.numel())
+                add(piece.name, piece, offset, fragment.master[here].view(size))
+                add(moment_name(EXP_AVG, piece.name), piece, offset, fragment.exp_avg[here].view(size))
+                add(moment_name(EXP_AVG_SQ, piece.name), piece, offset, fragment.exp_avg_sq[here].view(size))
+    return state
+
+
+def rectangles(piece: Piece, start: int, stop: int) -> Iterator[tuple[torch.Size, torch.Size, int]]:
+    """What elements start ... stop of a flattened local parameter hold of `piece`.
+
+    Yields (offset in the logical tensor, size, first element in the local parameter) for one to three rectangles, or
+    none.
+    """
+    columns = piece.size[1] if len(piece.size) == 2 else 1
+    first = piece.row * columns
+    start, stop = max(start - first, 0), min(stop - first, piece.size[0] * columns)
+    while start < stop:
+        row, column = divmod(start, columns)
+        if column or stop - start < columns:
+            rows, width = 1, min(columns - column, stop - start)
+        else:
+            rows, width = (stop - start) // columns, columns
+        place, extent = (row, column)[: len(piece.size)], (rows, width)[: len(piece.size)]
+        offset = torch.Size(a + b for a, b in zip(piece.offset, place, strict=True))
+        yield offset, torch.Size(extent), first + start
+        start += rows * width

@@ -1,0 +1,145 @@
+"""The checkpoints of a run directory: save, find, load.
+
+A checkpoint is a folder `checkpoints/step_00001000` with the tensors of `checkpoint.logical`, metadata.json and
+state.json. It is written under another name and renamed when whole, so a folder of that name is always complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from megallama.checkpoint.logical import logical_state
+from megallama.checkpoint.storage import METADATA, JsonMetadataReader, JsonMetadataWriter, write_json
+from megallama.config.schema import ModelConfig, RunConfig
+from megallama.engine import Engine
+from megallama.errors import UserError
+from megallama.model.llama import Llama
+from megallama.parallel.mesh import ParallelMesh
+
+STATE = "state.json"
+LATEST = "latest"
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that progresses, beside weights and moments."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    samples: int = 0
+    """Sequences consumed: the position in the data."""
+    updates: int = 0
+    """Steps whose update was applied; fewer than `step` where a gradient was not finite."""
+
+    def after(self, samples: int, *, applied: bool) -> TrainState:
+        """The state one step of `samples` sequences later."""
+        return TrainState(self.step + 1, self.samples + samples, self.updates + applied)
+
+
+def save(folder: Path, engine: Engine, model: Llama, mesh: ParallelMesh, state: TrainState, config: RunConfig) -> Path:
+    """Write a checkpoint of `state` under `folder`; every rank must call it. Returns its path."""
+    final = folder / f"step_{state.step:08d}"
+    partial = folder / f".{final.name}.partial"
+    if mesh.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier(mesh.world.group)
+    held = model.logical_pieces()
+    if mesh.tp.rank > 0:
+        # A piece that is the whole tensor is on every tp rank, bit for bit: the first writes it.
+        held = {name: tuple(p for p in pieces if p.size != p.shape) for name, pieces in held.items()}
+    dcp.save(logical_state(engine.fragments(), held), storage_writer=JsonMetadataWriter(partial))
+    if mesh.rank == 0:
+        content = {"state": asdict(state), "model": config.model.model_dump(mode="json")}
+        write_json(partial / STATE, content)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _replace_text(folder / LATEST, final.name)
+        for old in complete_checkpoints(folder)[config.checkpoint.keep :]:
+            shutil.rmtree(old, ignore_errors=True)
+    dist.barrier(mesh.world.group)
+    return final
+
+
+def load(path: Path, engine: Engine, model: Llama) -> TrainState:
+    """Overwrite weights, moments and position with those of `path`; every rank must call it."""
+    state = read_state(path)
+    dcp.load(dict(logical_state(engine.fragments(), model.logical_pieces())), storage_reader=JsonMetadataReader(path))
+    engine.state_was_loaded(state.updates)
+    return state
+
+
+def load_initial_weights(path: Path, engine: Engine, model: Llama) -> None:
+    """Overwrite the weights alone with those of `path`: a new run from old weights. Every rank must call it."""
+    _check_same_model(path, model.config)
+    state = logical_state(engine.fragments(), model.logical_pieces())
+    weights = {name: tensor for name, tensor in state.items() if not name.startswith("optimizer.")}
+    dcp.load(dict(weights), storage_reader=JsonMetadataReader(path))
+    engine.state_was_loaded(0)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The fp32 weights of a checkpoint by Hugging Face name, whole, in this process alone."""
+    reader = JsonMetadataReader(path)
+    found = reader.read_metadata().state_dict_metadata
+    weights = {name: torch.empty(t.size) for name, t in found.items() if not name.startswith("optimizer.")}  # type: ignore[union-attr]
+    dcp.load(dict(weights), storage_reader=reader, no_dist=True)
+    return weights
+
+
+def read_state(path: Path) -> TrainState:
+    """The position that a checkpoint was saved at."""
+    return TrainState(**json.loads((path / STATE).read_text())["state"])
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints under `folder`, newest first."""
+    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)]
+    whole = [path for path in found if (path / METADATA).is_file() and (path / STATE).is_file()]
+    return sorted(whole, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+
+
+def pick_checkpoint(folder: Path, config: RunConfig) -> Path | None:
+    """The checkpoint that the run continues, None for a fresh start. UserError where `checkpoint.resume` forbids it."""
+    if config.checkpoint.resume == "never":
+        return None
+    found = complete_checkpoints(folder)
+    if not found:
+        if config.checkpoint.resume == "must":
+            raise UserError(f"checkpoint.resume=must, but {folder} holds no checkpoint; use checkpoint.resume=auto")
+        return None
+    _check_same_model(found[0], config.model)
+    return found[0]
+
+
+def _check_same_model(path: Path, model: ModelConfig) -> None:
+    """UserError when the checkpoint is of another model than the run."""
+    saved = json.loads((path / STATE).read_text())["model"]
+    wanted = model.model_dump(mode="json")
+    drawn_once = {"init", "initializer_range"}
+    for key in wanted.keys() - drawn_once:
+        if saved.get(key) != wanted[key]:
+            raise UserError(
+                f"model.{key}={wanted[key]} differs from {saved.get(key)} in the checkpoint {path}; "
+                f"use model.{key}={saved.get(key)}, or another run.dir"
+            )
+
+
+def _replace_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,81 @@
+"""`megallama ...`: every command parses, delegates and prints; what needs torch imports it when it runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megallama.config.cli import config
+from megallama.data.cli import data_app, tokenizer_app
+from megallama.errors import UserError
+from megallama.plan.cli import plan
+
+app = typer.Typer(
+    help="Pretrain Llamas: plan a run, prepare its data, prove its layout, look at what it learnt.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(plan)
+app.command()(config)
+app.add_typer(data_app, name="data")
+app.add_typer(tokenizer_app, name="tokenizer")
+
+
+@app.command()
+def verify(
+    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of a run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None,
+    layouts: Annotated[
+        str | None, typer.Option(help="Comma-separated, as tp2,dp2-zero3,tp2-nosp; by default a set for 4 ranks.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps to train at each layout.", min=1)] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Train a shrunk copy of a run at many layouts, as real processes on this machine, and compare them.
+
+    Exit code 1 if any layout gives another answer than one process. Example: megallama verify configs/7b.yaml
+    """
+    from megallama.verify.report import print_report
+    from megallama.verify.verify import verify as run_verify
+
+    report = run_verify(config_path, overrides or [], layouts.split(",") if layouts else None, steps, print)
+    print_report(report, as_json=as_json)
+    raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command()
+def generate(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, as runs/quickstart.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to add.", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="Divides the logits; lower is safer.", min=0.0)] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw among this many likeliest tokens.", min=1)] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the likeliest tokens of this total probability.", min=0.0, max=1.0)
+    ] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
+    seed: Annotated[int, typer.Option(help="Fixes the draws.")] = 0,
+) -> None:
+    """Continue a prompt with the newest checkpoint of a run.
+
+    Example: megallama generate runs/quickstart --prompt "def main(" --top-p 0.9 --seed 7
+    """
+    from megallama.generate import Sampling, load_run
+    from megallama.generate import generate as write
+
+    model, tokenizer, _ = load_run(run_dir)
+    sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, seed)
+    typer.echo(write(model, tokenizer, prompt, max_tokens, sampling))
+
+
+def main() -> None:
+    """Run a command; a user's mistake ends in one sentence and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"megallama: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,41 @@
+"""The DeepSpeed dictionary that a run becomes: a pure function, shown by `megallama config`, never written by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megallama.config.schema import RunConfig
+
+
+def deepspeed_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given.
+
+    Accumulation is unmanaged: backward only adds up, and each `engine.step()` is an optimizer step, so that any
+    schedule of forwards and backwards can drive it. DeepSpeed therefore counts one step as one micro-batch, whatever
+    the gradient accumulation of the run.
+    """
+    bf16 = config.train.dtype == "bf16"
+    bucket = config.zero.bucket_elements
+    return {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "train_batch_size": config.train.micro_batch_size * dp_size,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.optimizer.clip,
+        "bf16": {"enabled": True} if bf16 else {"enabled": False},
+        # The default would accumulate in the type of the model: a silent loss of gradient in bf16.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": config.zero.communication_dtype,
+        "zero_optimization": {
+            "stage": config.zero.stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket,
+            # Only stage 2 can overlap in unmanaged mode; its gain is small and it holds one more bucket.
+            "overlap_comm": False,
+        },
+        # torch's own AdamW: DeepSpeed's would be compiled at start.
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+        "wall_clock_breakdown": False,
+    }

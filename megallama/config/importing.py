@@ -1,0 +1,104 @@
+"""The shape of a published Llama, from its Hugging Face `config.json` or its Meta `params.json`. Pure."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megallama.errors import UserError
+
+Tree = dict[str, Any]
+
+_SAME_NAME = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "initializer_range",
+)
+# What Hugging Face's Llama can be switched to and megallama's cannot, with the only value taken here.
+_FIXED: tuple[tuple[str, Any], ...] = (
+    ("model_type", "llama"),
+    ("hidden_act", "silu"),
+    ("attention_bias", False),
+    ("mlp_bias", False),
+)
+_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def model_from_foreign(foreign: object, name: str) -> Tree:
+    """The keys of `model` that a foreign description states, those only; `name` is the file's, for UserErrors."""
+    if isinstance(foreign, dict) and "hidden_size" in foreign:
+        return model_from_hugging_face(foreign, name)
+    if isinstance(foreign, dict) and "dim" in foreign:
+        return model_from_meta(foreign, name)
+    raise UserError(f"model.import={name} has neither hidden_size nor dim; expected a config.json or a params.json")
+
+
+def model_from_hugging_face(foreign: Tree, name: str) -> Tree:
+    """From `config.json` as transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) writes it."""
+    for key, only in _FIXED:
+        if foreign.get(key, only) != only:
+            raise UserError(
+                f"model.import={name} has {key}={foreign[key]}, which is not Llama's; expected {key}={only}"
+            )
+    model = {key: foreign[key] for key in _SAME_NAME if foreign.get(key) is not None}
+    rope: Tree = {**(foreign.get("rope_scaling") or {}), **(foreign.get("rope_parameters") or {})}
+    theta = rope.get("rope_theta", foreign.get("rope_theta"))
+    if theta is not None:
+        model["rope_theta"] = theta
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind in ("linear", "llama3"):
+        model["rope_scaling"] = {"rope_type": kind} | {key: rope[key] for key in _SCALING if rope.get(key) is not None}
+    elif kind != "default":
+        raise UserError(f"model.import={name} has rope_type={kind}; expected default, linear or llama3")
+    return model
+
+
+def model_from_meta(foreign: Tree, name: str) -> Tree:
+    """From `params.json` of Llama 1 to 3.2, by the arithmetic of Meta's `FeedForward`.
+
+    intermediate_size is 2/3 * 4 * dim, times ffn_dim_multiplier, rounded up to multiple_of. use_scaled_rope is what
+    Llama 3.1 has, factor 8; where 32 is meant (Llama 3.2), say model.rope_scaling. A vocab_size of -1 (Llama 1 and 2
+    take it from the tokenizer) is left out, and so are lengths, which Meta does not write down.
+    """
+    dim, multiple_of, multiplier = foreign["dim"], foreign.get("multiple_of", 256), foreign.get("ffn_dim_multiplier")
+    for key, value in (("dim", dim), ("multiple_of", multiple_of), ("ffn_dim_multiplier", multiplier or 1)):
+        if not isinstance(value, int | float) or value <= 0:
+            raise UserError(f"model.import={name} has {key}={value}; expected a number above 0")
+    missing = [key for key in ("n_layers", "n_heads") if key not in foreign]
+    if missing:
+        raise UserError(f"model.import={name} has no {missing[0]}; expected a Meta params.json")
+    model: Tree = {
+        "hidden_size": dim,
+        "intermediate_size": meta_intermediate_size(dim, multiple_of, multiplier),
+        "num_hidden_layers": foreign["n_layers"],
+        "num_attention_heads": foreign["n_heads"],
+    }
+    for theirs, ours in (
+        ("n_kv_heads", "num_key_value_heads"),
+        ("norm_eps", "rms_norm_eps"),
+        ("rope_theta", "rope_theta"),
+    ):
+        if foreign.get(theirs) is not None:
+            model[ours] = foreign[theirs]
+    if foreign.get("vocab_size", -1) != -1:
+        model["vocab_size"] = foreign["vocab_size"]
+    if foreign.get("use_scaled_rope"):
+        model["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0}
+        model["max_position_embeddings"] = 131072
+    return model
+
+
+def meta_intermediate_size(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """Width of the SwiGLU product in Meta's models, rounding down twice and then up as their code does."""
+    width = int(2 * (4 * dim) / 3)
+    if multiplier is not None:
+        width = int(multiplier * width)
+    return multiple_of * math.ceil(width / multiple_of)

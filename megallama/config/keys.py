@@ -1,0 +1,176 @@
+"""The legal dotted keys of a run, and sentences about illegal ones and about illegal values. Pure."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from megallama.config.schema import RunConfig
+from megallama.errors import UserError
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class in a field's annotation, also inside `X | None`."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _dotted(section: type[BaseModel], prefix: str = "") -> tuple[str, ...]:
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        keys.append(f"{prefix}{name}")
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            keys.extend(_dotted(inner, f"{prefix}{name}."))
+    return tuple(keys)
+
+
+SECTIONS: tuple[str, ...] = tuple(RunConfig.model_fields)
+# model.import is the loader's: it is replaced by the keys of the file that it names.
+LEGAL_KEYS: tuple[str, ...] = (*_dotted(RunConfig), "model.import")
+_PARENTS = frozenset(key.rpartition(".")[0] for key in LEGAL_KEYS)
+
+
+def refuse_unknown(tree: Any, where: str, prefix: str = "") -> None:
+    """UserError for the first key in the nested mapping `tree` that no run has, with the nearest that it has."""
+    if not isinstance(tree, dict):
+        return
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key not in LEGAL_KEYS:
+            at = f"{where}: " if where else ""
+            raise UserError(f"{at}{unknown_key(key)}")
+        if key in _PARENTS:
+            refuse_unknown(value, where, f"{key}.")
+
+
+def nearest_key(key: str) -> str | None:
+    """The legal dotted key that `key` is most likely meant to be, if any is near."""
+    found = _near(key)
+    return found[0] if found else None
+
+
+def _near(key: str) -> list[str]:
+    """Legal keys near `key`: the same leaf elsewhere, or a near leaf beside it, or a near one anywhere."""
+    key = key.strip("-").replace("-", "_").lower()
+    if key in LEGAL_KEYS:
+        return [key]
+    parent, _, leaf = key.rpartition(".")
+    same_leaf = [legal for legal in LEGAL_KEYS if legal.rpartition(".")[2] == leaf]
+    if same_leaf:
+        return same_leaf
+    siblings = {legal.rpartition(".")[2]: legal for legal in LEGAL_KEYS if legal.rpartition(".")[0] == parent}
+    close = difflib.get_close_matches(leaf, siblings, n=1)
+    if close:
+        return [siblings[close[0]]]
+    anywhere = {legal.rpartition(".")[2]: legal for legal in LEGAL_KEYS}
+    close = difflib.get_close_matches(leaf, anywhere, n=1, cutoff=0.7)
+    if close:
+        return [anywhere[close[0]]]
+    return difflib.get_close_matches(key, LEGAL_KEYS, n=1, cutoff=0.8)
+
+
+def unknown_key(key: str) -> str:
+    """The sentence about a key that no run has, ending in the nearest or in all that could stand there."""
+    near = _near(key)
+    if near:
+        return f"unknown key {key}; did you mean {_or(near)}?"
+    parent = key.rpartition(".")[0]
+    while parent not in _PARENTS:
+        parent = parent.rpartition(".")[0]
+    siblings = [legal.rpartition(".")[2] for legal in LEGAL_KEYS if legal.rpartition(".")[0] == parent]
+    return f"unknown key {key}; legal {f'in {parent}' if parent else 'sections'}: {', '.join(siblings)}"
+
+
+def explain(error: ValidationError) -> str:
+    """One sentence for the first key that pydantic refused: the key, its value, what is expected."""
+    details = error.errors(include_url=False)
+    key = _key_of(details[0])
+    same_key = [detail for detail in details if _key_of(detail) == key]
+    expected = _or(list(dict.fromkeys(_expectation(detail) for detail in same_key)))
+    if details[0]["type"] == "missing" and ".".join(map(str, details[0]["loc"])) == key:
+        return f"{key} is missing; write it in the file or give {key}=VALUE"
+    value = details[0]["input"]
+    return f"{key}={as_typed(value)} is not legal; expected {expected}{_nearest_value(same_key, value)}"
+
+
+def _key_of(detail: ErrorDetails) -> str:
+    """The dotted key of an error; pydantic's location goes on into the branches of a union, which have no name."""
+    key = ""
+    for part in detail["loc"]:
+        longer = f"{key}.{part}" if key else str(part)
+        if longer not in LEGAL_KEYS:
+            break
+        key = longer
+    return key
+
+
+_KINDS = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "model_type": "a mapping of keys",
+    "model_attributes_type": "a mapping of keys",
+    "tuple_type": "a list of two numbers such as [0.9, 0.95]",
+    "too_long": "a list of two numbers such as [0.9, 0.95]",
+    # Only an element of a list is reported so; a missing key has its own sentence.
+    "missing": "a list of two numbers such as [0.9, 0.95]",
+}
+_BOUNDS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("more than", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("less than", "lt"),
+}
+
+
+def _expectation(detail: ErrorDetails) -> str:
+    kind = detail["type"]
+    if kind in _BOUNDS:
+        words, bound = _BOUNDS[kind]
+        return f"{words} {detail['ctx'][bound]:g}"
+    if kind == "literal_error":
+        return str(detail["ctx"]["expected"]).replace("'", "")
+    return _KINDS.get(kind, detail["msg"])
+
+
+def _nearest_value(details: list[ErrorDetails], value: Any) -> str:
+    """The end of the sentence, where one value is clearly meant: `1e5` for a whole number, `7` for text, `bf61`."""
+    kinds = {detail["type"] for detail in details}
+    if kinds & {"int_type", "int_parsing", "int_from_float"} and isinstance(value, str | float):
+        try:
+            number = float(value)
+        except ValueError:
+            number = float("nan")
+        if number.is_integer():
+            return f"; write {int(number)}"
+    if "string_type" in kinds and isinstance(value, int | float):
+        return f'; write it in quotes, "{as_typed(value)}" (on a command line \'"{as_typed(value)}"\')'
+    for detail in details:
+        if detail["type"] == "literal_error":
+            legal = str(detail["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
+            close = difflib.get_close_matches(str(value), legal, n=1)
+            return f"; did you mean {close[0]}?" if close else ""
+    return ""
+
+
+def as_typed(value: Any) -> str:
+    """A value as it stands in YAML, cut where it is long."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _or(words: list[str]) -> str:
+    """`a`, `a or b`, `a, b or c`."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

@@ -1,0 +1,183 @@
+"""From a YAML file and `key.sub=value` overrides to a RunConfig, and back.
+
+Precedence: defaults of the schema < what `model.import` names < the file < overrides. Every mistake is a UserError of
+one sentence that names the key as it is typed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from megallama.config.importing import model_from_foreign
+from megallama.config.keys import LEGAL_KEYS, SECTIONS, as_typed, explain, nearest_key, refuse_unknown, unknown_key
+from megallama.config.schema import RunConfig
+from megallama.errors import UserError
+
+Tree = dict[str, Any]
+
+# A run's YAML has a few kilobytes; whatever is larger is another file, given by mistake.
+LARGEST_FILE = 1 << 20
+
+
+class _Loader(yaml.SafeLoader):
+    """safe_load that refuses a key given twice, of which YAML takes the last, and aliases, which grow without end."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(
+                None, None, f"the alias *{event.anchor} is not read here; write the value out", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = str(key_node.value)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key} is given twice; keep one", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that the file describes, with each `key.sub=value` of `overrides` laid over it, the last one winning.
+
+    Values of overrides are YAML: `null`, `true`, `[0.9, 0.95]`, `{rope_type: linear, factor: 2}`. UserError for
+    whatever is wrong with either. Checks that need two sections or a world size are `config.check`'s.
+    """
+    path = Path(path)
+    tree = _read_tree(path)
+    refuse_unknown(tree, where=str(path))
+    for override in overrides:
+        _apply_override(tree, override)
+    _resolve_import(tree, path.parent)
+    try:
+        # By way of JSON: strict there, pydantic takes a list for a tuple, but neither `true` nor "3" for a number.
+        return RunConfig.model_validate_json(json.dumps(tree, default=str), strict=True)
+    except ValidationError as error:
+        raise UserError(explain(error)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """Complete YAML, defaults included, that loads to an equal object."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return text
+
+
+def json_schema() -> Tree:
+    """JSON schema of a file, for editors; with `model.import`, which the loader resolves and RunConfig never holds."""
+    schema = RunConfig.model_json_schema()
+    model = schema["$defs"]["ModelConfig"]
+    model["properties"]["import"] = {
+        "type": "string",
+        "description": "A Hugging Face config.json or a Meta params.json, relative to this file; keys beside it win.",
+    }
+    model["anyOf"] = [{"required": model.pop("required")}, {"required": ["import"]}]
+    return schema
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """One YAML document by the rules of this module; `where` begins the sentence of a UserError."""
+    try:
+        # _Loader derives from SafeLoader: it builds plain values only.
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{where}{at}: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{where}: not legal YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply; a run has at most three levels") from None
+
+
+def _read_tree(path: Path) -> Tree:
+    tree = parse_yaml(read_text(path), str(path))
+    if tree is None:
+        raise UserError(f"{path} is empty; a run needs at least model and data, as in configs/quickstart.yaml")
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"{path} is a {type(tree).__name__} at its top level; expected sections such as model: and data:"
+        )
+    # `train:` with every line below it commented out is an empty section.
+    for section in SECTIONS:
+        if tree.get(section) is None:
+            tree[section] = {}
+    return tree
+
+
+def read_text(path: Path) -> str:
+    """The file's text; UserError with near names if there is no such file, or if it cannot be a configuration."""
+    if not path.exists():
+        raise UserError(f"there is no file {path}; {_near_files(path)}")
+    if path.is_dir():
+        raise UserError(f"{path} is a directory; {_near_files(path / 'config.yaml')}")
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; give a readable file") from None
+    if len(content) > LARGEST_FILE:
+        raise UserError(
+            f"{path} is larger than {LARGEST_FILE} bytes; expected a configuration, a few kilobytes of text"
+        )
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); expected a configuration") from None
+
+
+def _near_files(path: Path) -> str:
+    """The end of a sentence about a missing file: the closest names beside it, else in configs/."""
+    for folder in (path.parent, Path("configs")):
+        files = {file.stem: file for file in sorted(folder.glob(f"*{path.suffix or '.yaml'}"))}
+        close = difflib.get_close_matches(path.stem, files, n=2, cutoff=0.4) or sorted(files)[:3]
+        if close:
+            return f"did you mean {' or '.join(str(files[name]) for name in close)}?"
+    return f"{path.parent} has no *{path.suffix or '.yaml'}; give the path of a file that exists"
+
+
+def _apply_override(tree: Tree, override: str) -> None:
+    """Lay one `key.sub=value` over `tree`, in place."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        known = nearest_key(key) or "train.steps"
+        raise UserError(f"the override {override} is not KEY=VALUE; write it as {known}=VALUE")
+    value = parse_yaml(text, f"{key}={text}")
+    if key not in LEGAL_KEYS:
+        raise UserError(unknown_key(key))
+    refuse_unknown(value, where="", prefix=f"{key}.")
+    *sections, leaf = key.split(".")
+    node = tree
+    for section in sections:
+        if not isinstance(node.get(section), dict):
+            node[section] = {}
+        node = node[section]
+    node[leaf] = {} if value is None and key in SECTIONS else value
+
+
+def _resolve_import(tree: Tree, folder: Path) -> None:
+    """Replace `model.import` by the keys of the file that it names, under those that stand beside it; in place."""
+    model = tree["model"]
+    if not isinstance(model, dict) or "import" not in model:
+        return
+    name = model.pop("import")
+    if not isinstance(name, str):
+        raise UserError(f"model.import={as_typed(name)} is not legal; expected a path to config.json or params.json")
+    path = folder / name
+    try:
+        foreign = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError):
+        raise UserError(f"model.import={name}: not legal JSON; expected a config.json or params.json") from None
+    tree["model"] = {**model_from_foreign(foreign, name), **model}

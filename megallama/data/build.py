@@ -1,0 +1,242 @@
+"""Text to an indexed dataset: documents are read here, tokenised in worker processes, and joined in order.
+
+The documents are cut into blocks of about BLOCK_CHARACTERS, whatever the number of workers. Each block becomes one
+shard in the folder PREFIX.parts-KEY; the shards are then joined in the order of the text, so the bytes of the dataset
+do not depend on the workers, and a build that was stopped continues with the blocks that have no shard.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from megallama.data.corpora import describe_source, iterate_documents
+from megallama.data.indexed import IndexedWriter, Tokens, bin_path, idx_path, open_indexed, token_dtype
+from megallama.data.tokenizer import Tokenizer, load_tokenizer
+from megallama.errors import UserError
+
+BLOCK_CHARACTERS = 2_000_000
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What PREFIX.json says of a dataset that was built here."""
+
+    tokenizer: str
+    """As it was named to the build."""
+    fingerprint: str
+    """Of the tokenizer."""
+    vocab_size: int
+    eod_id: int
+    documents: int
+    tokens: int
+    """Ends of documents included."""
+    sources: list[dict[str, Any]]
+    inputs: str
+    """Hash over everything that determines the dataset."""
+
+
+def build_dataset(
+    sources: Sequence[str],
+    prefix: str,
+    tokenizer: str,
+    *,
+    workers: int | None = None,
+    text_field: str = "text",
+    force: bool = False,
+    console: Console | None = None,
+) -> tuple[DatasetInfo, bool]:
+    """Make PREFIX.bin, PREFIX.idx and PREFIX.json; returns what they hold, and whether they stood there already.
+
+    `tokenizer` is a specification as for `load_tokenizer`; `workers` defaults to one per CPU. UserError for sources
+    that cannot be read, hold no text, or differ from those of a dataset that stands at PREFIX, unless `force`.
+    """
+    loaded = load_tokenizer(tokenizer)
+    described = [describe_source(source) for source in sources]
+    inputs = _hash([described, text_field, loaded.fingerprint, BLOCK_CHARACTERS])
+    if not force and (found := _standing_dataset(prefix, inputs)):
+        return found, True
+    parts = Path(f"{prefix}.parts-{inputs[:16]}")
+    parts.mkdir(parents=True, exist_ok=True)
+    blocks = _blocks(iterate_documents(sources, text_field))
+    writer = IndexedWriter(prefix, token_dtype(loaded.vocab_size))
+    try:
+        with _Counter(console or Console(stderr=True)) as counter:
+            for shard in _tokenized(blocks, parts, tokenizer, loaded, workers or os.cpu_count() or 1):
+                tokens, sizes = _read_shard(shard)
+                writer.add(tokens, sizes)
+                counter.add(len(sizes), len(tokens))
+        if not counter.documents:
+            raise UserError(f"the sources {', '.join(sources)} hold no text; name others")
+        info = DatasetInfo(
+            tokenizer=tokenizer,
+            fingerprint=loaded.fingerprint,
+            vocab_size=loaded.vocab_size,
+            eod_id=loaded.eod_id,
+            documents=counter.documents,
+            tokens=counter.tokens,
+            sources=described,
+            inputs=inputs,
+        )
+        idx_path(prefix).unlink(missing_ok=True)  # The index vouches for the two other files: it goes first, comes last
+        _replace(info_path(prefix), (json.dumps(asdict(info), indent=1) + "\n").encode())
+        writer.close()
+    finally:
+        writer.discard()
+    shutil.rmtree(parts)
+    return info, False
+
+
+def info_path(prefix: str) -> Path:
+    """Where the description of the dataset `prefix` is."""
+    return Path(f"{prefix}.json")
+
+
+def read_info(prefix: str) -> DatasetInfo | None:
+    """The description of a dataset; None beside a dataset made elsewhere, UserError if it is damaged."""
+    try:
+        return DatasetInfo(**json.loads(info_path(prefix).read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{info_path(prefix)} is damaged ({error}); build the dataset again") from None
+
+
+def tokenize_block(documents: Sequence[str], tokenizer: Tokenizer) -> tuple[Tokens, npt.NDArray[np.int32]]:
+    """Ids of the documents, each with the end of document after it, and the length of each with that end."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    ids = [np.array([*tokenizer.encode(document), tokenizer.eod_id], dtype) for document in documents]
+    return np.concatenate(ids), np.array([len(document) for document in ids], "<i4")
+
+
+def _standing_dataset(prefix: str, inputs: str) -> DatasetInfo | None:
+    """The dataset at PREFIX if it was made from `inputs`, None if there is none, UserError if it is another."""
+    if not idx_path(prefix).exists():
+        return None
+    info = read_info(prefix)
+    if info is None or info.inputs != inputs:
+        raise UserError(
+            f"{bin_path(prefix)} was made from other sources or another tokenizer; "
+            "add --force to replace it or choose another --output"
+        )
+    open_indexed(prefix)
+    return info
+
+
+def _blocks(documents: Iterable[str]) -> Iterator[list[str]]:
+    block: list[str] = []
+    size = 0
+    for document in documents:
+        block.append(document)
+        size += len(document)
+        if size >= BLOCK_CHARACTERS:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def _tokenized(
+    blocks: Iterable[list[str]], parts: Path, spec: str, tokenizer: Tokenizer, workers: int
+) -> Iterator[Path]:
+    """The shard of each block, in order; two blocks per worker are under way, so memory stays bounded."""
+    shards = ((block, parts / f"{number:06d}.npz") for number, block in enumerate(blocks))
+    if workers == 1:
+        for block, shard in shards:
+            if not shard.exists():
+                _write_shard(shard, *tokenize_block(block, tokenizer))
+            yield shard
+        return
+    # Not fork: a copy of a process in which torch has started threads can hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context) as pool:
+        under_way: deque[tuple[Path, Future[None]]] = deque()
+        for block, shard in shards:
+            under_way.append((shard, pool.submit(_work, block, spec, shard)))
+            if len(under_way) > 2 * workers:
+                yield _finished(*under_way.popleft())
+        while under_way:
+            yield _finished(*under_way.popleft())
+
+
+def _work(block: list[str], spec: str, shard: Path) -> None:
+    if not shard.exists():
+        _write_shard(shard, *tokenize_block(block, _tokenizer_of_process(spec)))
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer_of_process(spec: str) -> Tokenizer:
+    # Loading costs up to a second; a worker does it once, not once per block.
+    return load_tokenizer(spec)
+
+
+def _finished(shard: Path, work: Future[None]) -> Path:
+    work.result()
+    return shard
+
+
+def _write_shard(shard: Path, tokens: Tokens, sizes: npt.NDArray[np.int32]) -> None:
+    temporary = shard.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, tokens=tokens, sizes=sizes)
+    temporary.replace(shard)
+
+
+def _read_shard(shard: Path) -> tuple[Tokens, npt.NDArray[np.int32]]:
+    with np.load(shard) as content:
+        return content["tokens"], content["sizes"]
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class _Counter:
+    """Documents and tokens so far, shown on a terminal once the build has taken two seconds."""
+
+    def __init__(self, console: Console) -> None:
+        self.documents = 0
+        self.tokens = 0
+        self._begin = time.monotonic()
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._progress.add_task("tokenising")
+
+    def __enter__(self) -> _Counter:
+        return self
+
+    def add(self, documents: int, tokens: int) -> None:
+        self.documents += documents
+        self.tokens += tokens
+        if time.monotonic() - self._begin > 2:
+            self._progress.start()
+        description = f"tokenising: {self.documents:,} documents, {self.tokens:,} tokens"
+        self._progress.update(self._task, description=description)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()

@@ -1,0 +1,117 @@
+"""`megallama data ...` and `megallama tokenizer ...`."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated, Any
+
+import typer
+
+Sources = Annotated[
+    list[str],
+    typer.Argument(metavar="SOURCE...", help="`stdlib`, a .txt, .jsonl, .jsonl.gz or .jsonl.zst file, or a folder."),
+]
+TextField = Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what stands at the output.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+data_app = typer.Typer(help="Make and look at datasets.", no_args_is_help=True)
+tokenizer_app = typer.Typer(help="Make and look at tokenizers.", no_args_is_help=True)
+
+
+@data_app.command("build")
+def build_command(
+    sources: Sources,
+    output: Annotated[str, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin, PREFIX.idx and PREFIX.json.")],
+    tokenizer: Annotated[str, typer.Option(help="`bytes`, an encoding name, a rank file or a folder.")] = "bytes",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per CPU if not given.")] = None,
+    text_field: TextField = "text",
+    force: Force = False,
+) -> None:
+    """Turn text into a dataset that training reads. Repeated with the same inputs it keeps what is there.
+
+    Example: megallama data build stdlib --output data/stdlib --tokenizer data/tokenizer
+    """
+    from megallama.data.build import build_dataset
+
+    begin = time.monotonic()
+    info, reused = build_dataset(sources, output, tokenizer, workers=workers, text_field=text_field, force=force)
+    done = "kept, its inputs are the same" if reused else f"built in {time.monotonic() - begin:.1f} s"
+    typer.echo(f"{output}: {info.documents:,} documents, {info.tokens:,} tokens, {done}")
+
+
+@data_app.command("info")
+def data_info_command(
+    prefix: Annotated[str, typer.Argument(metavar="PREFIX", help="As given to `data build --output`.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a dataset holds, also one made by Megatron-LM.
+
+    Example: megallama data info data/stdlib
+    """
+    from megallama.data.build import read_info
+    from megallama.data.indexed import open_indexed
+
+    dataset = open_indexed(prefix)
+    info = read_info(prefix)
+    facts: dict[str, Any] = {
+        "prefix": prefix,
+        "documents": dataset.num_documents,
+        "tokens": len(dataset.tokens),
+        "dtype": dataset.tokens.dtype.name,
+        "tokenizer": info.tokenizer if info else None,
+        "vocab_size": info.vocab_size if info else None,
+        "eod_id": info.eod_id if info else None,
+        "fingerprint": info.fingerprint if info else None,
+    }
+    _print_facts(facts, as_json)
+
+
+@tokenizer_app.command("train")
+def train_command(
+    sources: Sources,
+    output: Annotated[str, typer.Option(metavar="FOLDER", help="Where the tokenizer is saved.")],
+    vocab_size: Annotated[int, typer.Option(help="Entries, the end of document included.")] = 4096,
+    text_field: TextField = "text",
+    force: Force = False,
+) -> None:
+    """Train a byte-level BPE on text. Repeated with the same inputs it keeps what is there.
+
+    Example: megallama tokenizer train stdlib --output data/tokenizer --vocab-size 4096
+    """
+    from megallama.data.train_tokenizer import train_tokenizer
+
+    begin = time.monotonic()
+    tokenizer, reused = train_tokenizer(sources, output, vocab_size, text_field=text_field, force=force)
+    done = "kept, its inputs are the same" if reused else f"trained in {time.monotonic() - begin:.1f} s"
+    typer.echo(f"{output}: {tokenizer.vocab_size:,} entries, {done}")
+
+
+@tokenizer_app.command("info")
+def tokenizer_info_command(
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="`bytes`, an encoding name, a rank file or a folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a tokenizer is.
+
+    Example: megallama tokenizer info data/tokenizer
+    """
+    from megallama.data.tokenizer import load_tokenizer
+
+    found = load_tokenizer(spec)
+    facts = {
+        "tokenizer": spec,
+        "vocab_size": found.vocab_size,
+        "eod_id": found.eod_id,
+        "fingerprint": found.fingerprint,
+    }
+    _print_facts(facts, as_json)
+
+
+def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        typer.echo(f"{name:12} {'unknown' if value is None else value}")

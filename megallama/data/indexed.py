@@ -1,0 +1,180 @@
+"""Megatron-LM's indexed dataset: PREFIX.bin with the token ids, PREFIX.idx with the documents.
+
+PREFIX.bin is the ids of all documents, one after the other, in one little-endian integer type. PREFIX.idx is
+
+    offset  bytes  content
+    0       9      b"MMIDIDX\\x00\\x00"
+    9       8      uint64  version, 1
+    17      1      uint8   type of the ids: 1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 8 uint16
+    18      8      uint64  S, number of sequences
+    26      8      uint64  D + 1, number of documents and one
+    34      4 S    int32   tokens in each sequence
+    ...     8 S    int64   offset in bytes of each sequence in PREFIX.bin
+    ...     8 D+8  int64   first sequence of each document, and S
+    ...     S      int8    modes, in multimodal datasets only; not read
+
+all little-endian. Datasets made here have one sequence per document; those made elsewhere may have more.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megallama.errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPE_CODES: dict[int, str] = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+
+Tokens = npt.NDArray[np.integer[Any]]
+
+
+def bin_path(prefix: str) -> Path:
+    """Where the ids of the dataset `prefix` are."""
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str) -> Path:
+    """Where the index of the dataset `prefix` is."""
+    return Path(f"{prefix}.idx")
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The type that Megatron-LM picks for a vocabulary (`DType.optimal_dtype`)."""
+    return np.dtype("<u2" if vocab_size < 65500 else "<i4")
+
+
+class IndexedWriter:
+    """Writes a dataset under temporary names; `close` makes it appear, the index last."""
+
+    def __init__(self, prefix: str, dtype: np.dtype[Any]) -> None:
+        self._prefix = prefix
+        self._dtype = dtype
+        self._sizes: list[npt.NDArray[np.int32]] = []
+        bin_path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        self._bin = _temporary(bin_path(prefix)).open("wb")
+
+    def add(self, tokens: Tokens, sizes: npt.NDArray[np.int32]) -> None:
+        """Append whole documents: their ids one after the other, and the length of each."""
+        assert tokens.dtype == self._dtype, tokens.dtype
+        assert len(tokens) == sizes.sum(), (len(tokens), sizes.sum())
+        self._bin.write(np.ascontiguousarray(tokens).data)
+        self._sizes.append(sizes)
+
+    def close(self) -> None:
+        """Put both files in place, durably; a dataset that stood there is gone before the first changes."""
+        sizes = np.concatenate([np.zeros(0, "<i4"), *self._sizes]).astype("<i4")
+        with _temporary(idx_path(self._prefix)).open("wb") as file:
+            file.write(index_bytes(sizes, self._dtype))
+            _sync(file)
+        _sync(self._bin)
+        self._bin.close()
+        idx_path(self._prefix).unlink(missing_ok=True)
+        _temporary(bin_path(self._prefix)).replace(bin_path(self._prefix))
+        _temporary(idx_path(self._prefix)).replace(idx_path(self._prefix))
+
+    def discard(self) -> None:
+        """Remove what was written under the temporary name."""
+        self._bin.close()
+        _temporary(bin_path(self._prefix)).unlink(missing_ok=True)
+
+
+def index_bytes(sizes: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> bytes:
+    """The content of the .idx file of documents with `sizes` tokens each."""
+    code = next(code for code, name in DTYPE_CODES.items() if np.dtype(name) == dtype)
+    count = len(sizes)
+    ends = np.cumsum(sizes, dtype="<i8") * dtype.itemsize
+    pointers = np.concatenate([np.zeros(1, "<i8"), ends])[:count]
+    header = HEADER.pack(MAGIC, 1, code, count, count + 1)
+    return header + sizes.tobytes() + pointers.tobytes() + np.arange(count + 1, dtype="<i8").tobytes()
+
+
+@dataclass(frozen=True)
+class IndexedDataset:
+    """One dataset, mapped into memory: `tokens` [num_tokens], `offsets` [num_documents + 1] in tokens."""
+
+    prefix: str
+    tokens: Tokens
+    offsets: npt.NDArray[np.int64]
+    """Document d is tokens[offsets[d] : offsets[d + 1]]."""
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in the dataset."""
+        return len(self.offsets) - 1
+
+    def document(self, number: int) -> Tokens:
+        """Ids of one document."""
+        return self.tokens[self.offsets[number] : self.offsets[number + 1]]
+
+
+def open_indexed(prefix: str) -> IndexedDataset:
+    """Map PREFIX.bin and PREFIX.idx; UserError if one is missing, empty, cut short, or does not fit the other."""
+    for path in (idx_path(prefix), bin_path(prefix)):
+        if not path.is_file():
+            raise UserError(
+                f"{path} does not exist; build the dataset with `megallama data build SOURCE --output {prefix}`"
+            )
+        if not path.stat().st_size:
+            raise UserError(f"{path} is empty; build the dataset again")
+    dtype, sizes, pointers, documents = _read_index(idx_path(prefix))
+    _check_layout(prefix, dtype, sizes, pointers, documents)
+    starts = np.concatenate([pointers // dtype.itemsize, np.array([sizes.sum(dtype=np.int64)])])
+    return IndexedDataset(prefix, np.asarray(np.memmap(bin_path(prefix), dtype, mode="r")), starts[documents])
+
+
+def _read_index(
+    path: Path,
+) -> tuple[np.dtype[Any], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    content = np.memmap(path, np.uint8, mode="r")
+    head = content[: HEADER.size].tobytes()
+    if not head.startswith(MAGIC):
+        raise UserError(f"{path} starts with {head[:9]!r}, not {MAGIC!r}: it is no Megatron .idx file")
+    if len(head) < HEADER.size:
+        raise UserError(f"{path} is cut short: {len(content)} bytes, its header has {HEADER.size}; build it again")
+    _, version, code, num_sequences, num_entries = HEADER.unpack(head)
+    if version != 1 or code not in DTYPE_CODES:
+        raise UserError(f"{path} has version {version} and token type {code}; known: version 1, types {[*DTYPE_CODES]}")
+    expected = HEADER.size + 12 * num_sequences + 8 * num_entries
+    if len(content) not in (expected, expected + num_sequences):
+        raise UserError(f"{path} is cut short or damaged: {len(content)} bytes, its header promises {expected}")
+    sizes = np.frombuffer(content, "<i4", num_sequences, HEADER.size)
+    pointers = np.frombuffer(content, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
+    documents = np.frombuffer(content, "<i8", num_entries, HEADER.size + 12 * num_sequences)
+    return np.dtype(DTYPE_CODES[code]), sizes, pointers, documents
+
+
+def _check_layout(
+    prefix: str,
+    dtype: np.dtype[Any],
+    sizes: npt.NDArray[np.int32],
+    pointers: npt.NDArray[np.int64],
+    documents: npt.NDArray[np.int64],
+) -> None:
+    found, expected = bin_path(prefix).stat().st_size, int(sizes.sum(dtype=np.int64)) * dtype.itemsize
+    if found != expected:
+        raise UserError(
+            f"{bin_path(prefix)} has {found} bytes and its index promises {expected}: cut short, or of another dataset"
+        )
+    in_order = pointers[:1].sum() == 0 and np.array_equal(
+        pointers[1:], pointers[:-1] + sizes[:-1].astype("<i8") * dtype.itemsize
+    )
+    closed = len(documents) > 0 and documents[0] == 0 and documents[-1] == len(sizes)
+    if not (in_order and closed and (sizes >= 0).all() and (np.diff(documents) >= 0).all()):
+        raise UserError(f"{idx_path(prefix)} is damaged: sequences or documents are out of order; build it again")
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())

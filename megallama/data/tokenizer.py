@@ -1,0 +1,314 @@
+"""Text to token ids and back: raw bytes, or a tiktoken encoding by name, from a rank file or from a saved folder.
+
+A rank file is tiktoken's own format: one line `base64(token bytes) rank` per token. A saved folder holds
+`ranks.tiktoken` and beside it `megallama_tokenizer.json` with the split pattern, the special tokens and the
+fingerprint.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import difflib
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import tiktoken
+
+from megallama.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+RANKS_NAME = "ranks.tiktoken"
+SIDECAR_NAME = "megallama_tokenizer.json"
+
+R50K_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+# Llama 3 publishes its ranks as `tokenizer.model`; pattern and special tokens stand in its code only
+# (llama-models, models/llama3/tokenizer.py).
+LLAMA3_NUM_RANKS = 128_000
+LLAMA3_NUM_SPECIAL = 256
+LLAMA3_END = "<|end_of_text|>"
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_NAMED = (
+    "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 finetune_right_pad_id step_id "
+    "start_header_id end_header_id eom_id eot_id python_tag image"
+)
+
+# Beyond these tiktoken may panic or take quadratic time (tiktoken issue 195).
+LONGEST_TEXT = 400_000
+LONGEST_RUN = 25_000
+
+DOWNLOAD_SECONDS = 60.0
+
+
+class Tokenizer(Protocol):
+    """What the rest of megallama knows of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included: every id is below it."""
+
+    @property
+    def eod_id(self) -> int:
+        """Id appended to every document."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that determines the ids."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; special tokens written in the text are plain text. Lone surrogates become U+FFFD."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; broken UTF-8 and ids without a token become U+FFFD."""
+
+    def save(self, folder: Path) -> None:
+        """Write what `load_tokenizer(folder)` needs to give the same ids."""
+
+
+class ByteTokenizer:
+    """Each byte of UTF-8 is its own id; 256 ends a document."""
+
+    vocab_size = 257
+    eod_id = 256
+    fingerprint = hashlib.sha256(b"megallama bytes 257").hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return list(_without_surrogates(text).encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(
+            bytes([i]) if i < 256 else END_OF_TEXT.encode() if i == self.eod_id else "\ufffd".encode() for i in ids
+        ).decode(errors="replace")
+
+    def save(self, folder: Path) -> None:
+        _write_sidecar(folder, {"format": "bytes", "fingerprint": self.fingerprint})
+
+
+class TiktokenTokenizer:
+    """A tiktoken encoding whose document end is the special token `end`."""
+
+    def __init__(self, encoding: tiktoken.Encoding, end: str) -> None:
+        self._encoding = encoding
+        self._end = end
+        self.vocab_size = encoding.n_vocab
+        self.eod_id = encoding._special_tokens[end]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self._rules(), sort_keys=True).encode() + self._rank_lines).hexdigest()
+
+    @cached_property
+    def _rank_lines(self) -> bytes:
+        return rank_lines(self._encoding._mergeable_ranks)
+
+    def _rules(self) -> dict[str, Any]:
+        return {
+            "pattern": self._encoding._pat_str,
+            "special_tokens": self._encoding._special_tokens,
+            "end_of_document": self._end,
+        }
+
+    def encode(self, text: str) -> list[int]:
+        if len(text) <= LONGEST_RUN:
+            return self._encoding.encode_ordinary(text)
+        return [i for piece in safe_pieces(text) for i in self._encoding.encode_ordinary(piece)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(self._token_bytes(i) for i in ids).decode(errors="replace")
+
+    def _token_bytes(self, token: int) -> bytes:
+        try:
+            return self._encoding.decode_single_token_bytes(token)
+        except (KeyError, OverflowError):  # some encodings leave ids without a token below n_vocab
+            return "\ufffd".encode()
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RANKS_NAME).write_bytes(self._rank_lines)
+        _write_sidecar(folder, {"format": "tiktoken", "fingerprint": self.fingerprint, **self._rules()})
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """`bytes`, a tiktoken encoding by name, a tiktoken rank file, or a folder that `save` wrote; UserError else."""
+    if spec == "bytes":
+        return ByteTokenizer()
+    if is_named(spec):
+        return TiktokenTokenizer(_download_encoding(spec), END_OF_TEXT)
+    path = Path(spec)
+    if path.is_dir():
+        return _load_folder(path)
+    if path.is_file():
+        if path.name == RANKS_NAME and (path.parent / SIDECAR_NAME).exists():
+            return _load_folder(path.parent)
+        return _load_rank_file(path)
+    names = ["bytes", *tiktoken.list_encoding_names()]
+    near = difflib.get_close_matches(spec, names, n=2, cutoff=0.5) or names
+    raise UserError(
+        f"tokenizer {spec!r} is no file, no folder and no known encoding; did you mean {' or '.join(near)}?"
+    )
+
+
+def is_named(spec: str) -> bool:
+    """Whether `spec` names an encoding that tiktoken knows and downloads."""
+    return spec in tiktoken.list_encoding_names()
+
+
+def read_rank_file(path: Path) -> dict[bytes, int]:
+    """Token bytes -> rank. Not tiktoken's own reader: that caches by path and gives the old ranks of a changed file."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise UserError(
+                f"{path}:{number} is no `base64 rank` line of a tiktoken rank file: {line[:40]!r}"
+            ) from None
+    missing = sum(bytes([byte]) not in ranks for byte in range(256))
+    if missing or sorted(ranks.values()) != list(range(len(ranks))):
+        raise UserError(
+            f"{path} is no complete tiktoken rank file: {missing} of the 256 single bytes are missing and its "
+            f"{len(ranks)} ranks must be 0 to {max(len(ranks) - 1, 255)}"
+        )
+    return ranks
+
+
+def rank_lines(ranks: dict[bytes, int]) -> bytes:
+    """The content of a tiktoken rank file, in order of rank."""
+    ordered = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ordered)
+
+
+def tokenizer_from_ranks(ranks: dict[bytes, int]) -> TiktokenTokenizer:
+    """GPT-2's split pattern over `ranks`, and one special token after the last rank that ends documents."""
+    return _build_tokenizer("ranks", ranks, R50K_PATTERN, {END_OF_TEXT: len(ranks)}, END_OF_TEXT)
+
+
+def safe_pieces(text: str) -> Iterator[str]:
+    """Cut `text` so that tiktoken takes each piece well; the ids are those of the whole text.
+
+    Pieces are at most LONGEST_TEXT characters, cut between a letter or digit and a blank, where every pattern here
+    ends a match and none looks back. Ids may differ only where there is no such place in half a piece, and in runs of
+    more than LONGEST_RUN blanks or non-blanks, which are cut.
+    """
+    start = 0
+    while start < len(text):
+        stop = _safe_stop(text, start)
+        yield from _cut_long_runs(text[start:stop])
+        start = stop
+
+
+def _safe_stop(text: str, start: int) -> int:
+    limit = start + LONGEST_TEXT
+    if limit >= len(text):
+        return len(text)
+    for stop in range(limit, start + LONGEST_TEXT // 2, -1):
+        if text[stop] in " \n" and text[stop - 1].isalnum():
+            return stop
+    return limit
+
+
+def _cut_long_runs(text: str) -> Iterator[str]:
+    # A run longer than LONGEST_RUN holds one whole block of half that length; looking at blocks first costs nothing.
+    block = LONGEST_RUN // 2
+    if all(len(text[i : i + block].split(None, 1)) > 1 for i in range(0, len(text) - block + 1, block)):
+        yield text
+        return
+    start = 0
+    for run in re.finditer(r"\S+|\s+", text):
+        for cut in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
+
+
+def _build_tokenizer(
+    name: str, ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int], end: str
+) -> TiktokenTokenizer:
+    encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+    return TiktokenTokenizer(encoding, end)
+
+
+def _load_rank_file(path: Path) -> Tokenizer:
+    ranks = read_rank_file(path)
+    if len(ranks) != LLAMA3_NUM_RANKS:
+        return tokenizer_from_ranks(ranks)
+    named = LLAMA3_NAMED.split()
+    named += [f"reserved_special_token_{2 + i}" for i in range(LLAMA3_NUM_SPECIAL - len(named))]
+    special_tokens = {f"<|{name}|>": LLAMA3_NUM_RANKS + i for i, name in enumerate(named)}
+    return _build_tokenizer("llama3", ranks, LLAMA3_PATTERN, special_tokens, LLAMA3_END)
+
+
+def _load_folder(folder: Path) -> Tokenizer:
+    sidecar = read_sidecar(folder)
+    tokenizer: Tokenizer
+    try:
+        if sidecar["format"] == "bytes":
+            tokenizer = ByteTokenizer()
+        else:
+            ranks = read_rank_file(folder / RANKS_NAME)
+            rules = (sidecar["pattern"], sidecar["special_tokens"], sidecar["end_of_document"])
+            tokenizer = _build_tokenizer(folder.name, ranks, *rules)
+        expected = sidecar["fingerprint"]
+    except (KeyError, FileNotFoundError) as missing:
+        raise UserError(f"tokenizer folder {folder} is incomplete ({missing}); save or train it again") from None
+    if tokenizer.fingerprint != expected:
+        raise UserError(f"tokenizer folder {folder} was changed after it was saved; save or train it again")
+    return tokenizer
+
+
+def read_sidecar(folder: Path) -> dict[str, Any]:
+    """What stands in the folder beside the ranks; UserError if the folder holds no saved tokenizer."""
+    try:
+        sidecar: dict[str, Any] = json.loads((folder / SIDECAR_NAME).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no {SIDECAR_NAME}; name a folder from `megallama tokenizer train`") from None
+    except ValueError as error:
+        raise UserError(f"{folder / SIDECAR_NAME} is no JSON ({error}); save or train the tokenizer again") from None
+    return sidecar
+
+
+def _write_sidecar(folder: Path, content: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SIDECAR_NAME).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def _without_surrogates(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _download_encoding(name: str) -> tiktoken.Encoding:
+    """The named encoding from tiktoken's cache or the network; UserError if neither has it within a minute.
+
+    In a daemon thread, since tiktoken sets no time limit on its download.
+    """
+    outcome: list[tiktoken.Encoding | Exception] = [TimeoutError(f"no answer in {DOWNLOAD_SECONDS:.0f} s")]
+
+    def download() -> None:
+        try:
+            outcome[0] = tiktoken.get_encoding(name)
+        except Exception as error:  # tiktoken lets through whatever its HTTP client or the disk raises
+            outcome[0] = error
+
+    thread = threading.Thread(target=download, daemon=True)
+    thread.start()
+    thread.join(DOWNLOAD_SECONDS)
+    if isinstance(outcome[0], Exception):
+        raise UserError(
+            f"encoding {name!r} is not in tiktoken's cache and could not be downloaded ({type(outcome[0]).__name__}); "
+            "offline use tokenizer bytes, a folder from `megallama tokenizer train`, the path of a tiktoken rank file, "
+            "or set TIKTOKEN_CACHE_DIR to a filled cache"
+        )
+    return outcome[0]

@@ -1,0 +1,106 @@
+"""Byte-level BPE trained on a corpus and saved as tiktoken ranks.
+
+The `tokenizers` library counts and merges; what it learnt is kept as ranks only, and tiktoken, loaded from the ranks,
+is the one that encodes. Ranks 0 to 255 are the single bytes, merges follow in the order in which they were learnt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as HuggingFaceTokenizer
+from tokenizers import models, pre_tokenizers, trainers
+
+from megallama.data.corpora import describe_source, iterate_documents
+from megallama.data.tokenizer import (
+    SIDECAR_NAME,
+    TiktokenTokenizer,
+    load_tokenizer,
+    tokenizer_from_ranks,
+)
+from megallama.errors import UserError
+
+# More text hardly changes the merges, and costs time and memory.
+TRAINING_CHARACTERS = 200_000_000
+TRAINING_NAME = "training.json"
+
+
+def train_tokenizer(
+    sources: Sequence[str], folder: str, vocab_size: int, *, text_field: str = "text", force: bool = False
+) -> tuple[TiktokenTokenizer, bool]:
+    """Train on `sources`, save into `folder`; returns the tokenizer, and whether it stood there already.
+
+    `vocab_size` counts the end of document too. UserError for fewer than 257 entries, for more than the text gives,
+    and for a folder that holds another tokenizer, unless `force`.
+    """
+    if vocab_size < 257:
+        raise UserError(f"--vocab-size {vocab_size} is less than the 256 bytes and the end of document; least: 257")
+    inputs = _inputs(sources, vocab_size, text_field)
+    if not force and (found := _standing_tokenizer(Path(folder), inputs)):
+        return found, True
+    ranks = learn_ranks(iterate_documents(sources, text_field), vocab_size - 1)
+    tokenizer = tokenizer_from_ranks(ranks)
+    tokenizer.save(Path(folder))
+    (Path(folder) / TRAINING_NAME).write_text(json.dumps({"inputs": inputs}) + "\n")
+    return tokenizer, False
+
+
+def learn_ranks(documents: Iterable[str], num_ranks: int) -> dict[bytes, int]:
+    """Token bytes -> rank, `num_ranks` of them, from the first TRAINING_CHARACTERS of text; UserError if too little."""
+    model = HuggingFaceTokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)  # GPT-2's split pattern
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=num_ranks, min_frequency=2, initial_alphabet=alphabet, special_tokens=[], show_progress=False
+    )
+    model.train_from_iterator(_first_characters(documents), trainer)
+    merges = json.loads(model.to_str())["model"]["merges"]
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    byte_of = _byte_of_character()
+    for left, right in merges:
+        # Two merges can make the same token: the first one gives the rank.
+        ranks.setdefault(bytes(byte_of[character] for character in left + right), len(ranks))
+    if len(ranks) != num_ranks:
+        raise UserError(
+            f"--vocab-size {num_ranks + 1} is more than this text gives; largest: {len(ranks) + 1}, or add text"
+        )
+    return ranks
+
+
+def _first_characters(documents: Iterable[str]) -> Iterator[str]:
+    left = TRAINING_CHARACTERS
+    for document in documents:
+        yield document[:left]
+        left -= len(document)
+        if left <= 0:
+            return
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's stand-ins for bytes: printable Latin-1 is itself, the others are U+0100 and up in their order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _inputs(sources: Sequence[str], vocab_size: int, text_field: str) -> str:
+    content = [[describe_source(source) for source in sources], vocab_size, text_field]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _standing_tokenizer(folder: Path, inputs: str) -> TiktokenTokenizer | None:
+    """The tokenizer in the folder if trained on `inputs`, None if there is none, UserError if it is another."""
+    if not (folder / SIDECAR_NAME).exists():
+        return None
+    training = folder / TRAINING_NAME
+    if not training.exists() or json.loads(training.read_bytes()) != {"inputs": inputs}:
+        raise UserError(
+            f"{folder} holds a tokenizer trained on other sources or of another size; "
+            "add --force to replace it or choose another --output"
+        )
+    found = load_tokenizer(str(folder))
+    assert isinstance(found, TiktokenTokenizer)
+    return found

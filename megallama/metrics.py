@@ -1,0 +1,152 @@
+"""What a run says while it runs: metrics.jsonl, the terminal, Weights & Biases. Rank 0 speaks for all."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from megallama.config.schema import RunConfig
+
+Event = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Where events go."""
+
+    def write(self, event: Event) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One object per line, at full precision, flushed line by line so that a killed run loses none."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", buffering=1)
+
+    def write(self, event: Event) -> None:
+        self._file.write(json.dumps(event) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Terminal:
+    """A live line on a terminal, a plain line for each event elsewhere."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total, self._live, self._shown = total_steps, sys.stdout.isatty(), 0
+
+    def write(self, event: Event) -> None:
+        line = _line(event, self._total)
+        if line is None:
+            return
+        passing = self._live and event["event"] == "train"
+        padding = " " * max(0, self._shown - len(line))
+        sys.stdout.write(("\r" if self._shown else "") + line + padding + ("" if passing else "\n"))
+        sys.stdout.flush()
+        self._shown = len(line) if passing else 0
+
+    def close(self) -> None:
+        if self._shown:
+            sys.stdout.write("\n")
+
+
+class WandbSink:
+    """Weights & Biases; mode offline needs neither network nor account."""
+
+    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+        import wandb  # a second of import that runs without it need not pay
+
+        assert config.logging.wandb is not None
+        settings = config.logging.wandb
+        self._run = wandb.init(
+            project=settings.project,
+            name=settings.name or run_dir.name,
+            mode=settings.mode,
+            dir=str(run_dir),
+            config=config.model_dump(mode="json"),
+        )
+
+    def write(self, event: Event) -> None:
+        prefix = event["event"] if event["event"] != "eval" else f"eval/{event['split']}"
+        numbers = {f"{prefix}/{key}": value for key, value in event.items() if isinstance(value, int | float)}
+        self._run.log(numbers, step=event["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Metrics:
+    """Sends events to every sink; made without sinks on all ranks but the first."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self._sinks = sinks
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+    def write(self, event: str, **values: Any) -> None:
+        for sink in self._sinks:
+            sink.write({"event": event, **values})
+
+
+def open_metrics(config: RunConfig, run_dir: Path, total_steps: int) -> Metrics:
+    """All sinks of the run."""
+    sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl"), Terminal(total_steps)]
+    if config.logging.wandb is not None:
+        sinks.append(WandbSink(config, run_dir))
+    return Metrics(sinks)
+
+
+def _line(event: Event, total: int) -> str | None:
+    writer: Callable[[Event, int], str] | None = _LINES.get(event["event"])
+    return writer(event, total) if writer else None
+
+
+def _train_line(e: Event, total: int) -> str:
+    left = (total - e["step"]) * e["seconds"]
+    return (
+        f"step {e['step']:>{len(str(total))}}/{total}  loss {e['loss']:.4f}  norm {e['grad_norm']:.3f}  "
+        f"lr {e['lr']:.2e}  {e['tokens_per_second']:,.0f} tok/s  mfu {e['mfu']:.1%}  "
+        f"mem {e['peak_memory_bytes'] / 2**30:.2f} GiB  eta {_duration(left)}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}"
+
+
+_LINES: dict[str, Callable[[Event, int], str]] = {
+    "train": _train_line,
+    "eval": lambda e, _: f"step {e['step']}  {e['split']} loss {e['loss']:.4f}  perplexity {e['perplexity']:.2f}",
+    "checkpoint": lambda e, _: f"step {e['step']}  saved {e['path']} in {e['seconds']:.1f} s",
+    "resume": lambda e, _: f"step {e['step']}  continues {e['path']}",
+    "skip": lambda e, _: f"step {e['step']}  gradient not finite: update skipped on every rank",
+    "stop": lambda e, _: f"step {e['step']}  {e['reason']}",
+}
+
+
+def environment(**facts: Any) -> dict[str, Any]:
+    """Versions and hardware, for environment.json; no variable of the environment, which may hold secrets."""
+    import platform
+    from importlib.metadata import version
+
+    packages = ("megallama", "torch", "deepspeed", "numpy", "tiktoken")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "cpus": os.cpu_count(),
+        **{package: version(package) for package in packages},
+        **facts,
+    }

@@ -1,0 +1,213 @@
+"""Llama, all generations (arXiv 2302.13971, 2307.09288, 2407.21783), written as for one device.
+
+Hidden states are [batch, sequence, hidden]. Parallelism enters through the layers of `parallel.layers` alone; a stage
+of a pipeline is the same module with fewer layers and without embedding or head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megallama.config.schema import ModelConfig
+from megallama.model.rotary import rotary_frequencies, rotate, rotation
+from megallama.parallel.collectives import all_gather, copy_to, gather
+from megallama.parallel.layers import (
+    SEQUENCE,
+    ColumnParallelLinear,
+    RMSNorm,
+    RowParallelLinear,
+    VocabParallel,
+    VocabParallelEmbedding,
+)
+from megallama.parallel.loss import linear_cross_entropy
+from megallama.parallel.mesh import ALONE, Axis
+from megallama.parallel.pieces import Piece, logical_pieces
+
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class Seam:
+    """Where parallelism enters the model: the tensor-parallel axis, and whether the sequence is cut between layers."""
+
+    tp: Axis = ALONE
+    sequence_parallel: bool = False
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig, seam: Seam) -> None:
+        super().__init__()
+        tp = seam.tp
+        self.tp, self.head_dim = tp, config.head_size
+        self.heads, self.kv_heads = config.num_attention_heads, config.kv_heads
+        kv_width = self.kv_heads * self.head_dim
+        widths = {"q_proj": self.heads * self.head_dim, "k_proj": kv_width, "v_proj": kv_width}
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, widths, tp, seam.sequence_parallel)
+        self.o_proj = RowParallelLinear("o_proj", widths["q_proj"], config.hidden_size, tp, seam.sequence_parallel)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = self.qkv_proj(x).split(self.qkv_proj.widths, dim=-1)
+        q, k, v = self._split_heads(q), self._own_kv_heads(k), self._own_kv_heads(v)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        context = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return self.o_proj(context.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """[batch, sequence, heads * head_dim] -> [batch, heads, sequence, head_dim]."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _own_kv_heads(self, x: Tensor) -> Tensor:
+        """The key or value heads that this rank's query heads read: [batch, heads, sequence, head_dim].
+
+        Where tp does not divide the heads, this rank projects a slice that may end inside a head: the slices are
+        gathered, and one head is picked per query head, as Megatron-LM does.
+        """
+        if self.kv_heads % self.tp.size == 0:
+            return self._split_heads(x)
+        every = self._split_heads(gather(x, x.dim() - 1, self.tp))
+        local = self.heads // self.tp.size
+        queries = torch.arange(self.tp.rank * local, (self.tp.rank + 1) * local, device=x.device)
+        return every[:, queries // (self.heads // self.kv_heads)]
+
+
+class DownProjection(RowParallelLinear):
+    """SwiGLU (arXiv 2002.05202), then down: [batch, sequence, 2 * intermediate / tp] -> [batch, sequence, hidden].
+
+    Selective recomputation keeps gate and up only and forms silu(gate) and the product again in backward: half the
+    bytes of the block for an elementwise pass (the matmul is not repeated, since recomputation stops at its inputs).
+    """
+
+    recompute = False
+
+    def matmul(self, x: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            result: Tensor = checkpoint(self._swiglu_matmul, x, use_reentrant=False, preserve_rng_state=False)
+            return result
+        return self._swiglu_matmul(x)
+
+    def _swiglu_matmul(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return super().matmul(F.silu(gate) * up)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, seam: Seam) -> None:
+        super().__init__()
+        width, hidden = config.intermediate_size, config.hidden_size
+        outputs = {"gate_proj": width, "up_proj": width}
+        self.gate_up_proj = ColumnParallelLinear(hidden, outputs, seam.tp, seam.sequence_parallel)
+        self.down_proj = DownProjection("down_proj", width, hidden, seam.tp, seam.sequence_parallel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.gate_up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, seam: Seam, recompute: Recompute) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.input_layernorm = _norm("input_layernorm", config, seam)
+        self.self_attn = Attention(config, seam)
+        self.post_attention_layernorm = _norm("post_attention_layernorm", config, seam)
+        self.mlp = MLP(config, seam)
+        self.mlp.down_proj.recompute = recompute == "selective"
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if self.recompute == "full" and torch.is_grad_enabled():
+            result: Tensor = checkpoint(self._layer, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            return result
+        return self._layer(x, cos, sin)
+
+    def _layer(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Head(VocabParallel):
+    """The output head: the summed loss of given labels, or logits."""
+
+    def __init__(self, config: ModelConfig, seam: Seam) -> None:
+        super().__init__("lm_head", config.vocab_size, config.hidden_size, seam.tp)
+        self.sequence_parallel = seam.sequence_parallel
+
+    def forward(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
+        """With labels [batch, sequence] the sum of their losses; without, logits [batch, sequence, vocabulary]."""
+        hidden = gather(hidden, SEQUENCE, self.tp) if self.sequence_parallel else copy_to(hidden, self.tp)
+        if labels is None:
+            return all_gather(F.linear(hidden, self.weight), hidden.dim() - 1, self.tp)[..., : self.vocab_size]
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), self.weight, labels.flatten(), self.first, self.real_rows, self.tp
+        )
+
+
+class Llama(nn.Module):
+    """A run of consecutive decoder layers, with the embedding before the first and the head after the last.
+
+    forward(tokens [batch, sequence], labels) -> summed loss; without labels -> logits. A stage that does not begin
+    with the embedding takes hidden states instead of tokens; one that does not end with the head returns them.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        seam: Seam = Seam(),  # frozen
+        *,
+        recompute: Recompute = "none",
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        layers = range(config.num_hidden_layers) if layers is None else layers
+        self.config, self.seam = config, seam
+        self.embed_tokens = _embedding(config, seam) if layers[0] == 0 else None
+        self.layers = nn.ModuleDict({str(index): DecoderLayer(config, seam, recompute) for index in layers})
+        last = layers[-1] == config.num_hidden_layers - 1
+        self.norm = _norm("norm", config, seam) if last else None
+        self.lm_head = Head(config, seam) if last else None
+        if config.tie_word_embeddings and self.lm_head is not None and self.embed_tokens is not None:
+            self.lm_head.weight = self.embed_tokens.weight
+        # Not a buffer: casting the module to bf16 must not round the angles.
+        self.frequencies = rotary_frequencies(config)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        if self.embed_tokens is not None:
+            positions = torch.arange(x.shape[SEQUENCE], device=x.device)
+            x = self.embed_tokens(x)
+        else:
+            whole = x.shape[SEQUENCE] * (self.seam.tp.size if self.seam.sequence_parallel else 1)
+            positions = torch.arange(whole, device=x.device)
+        cos, sin = rotation(positions, self.frequencies.to(x.device))
+        for layer in self.layers.values():
+            x = layer(x, cos, sin)
+        if self.norm is None or self.lm_head is None:
+            return x
+        return self.lm_head(self.norm(x), labels)
+
+    def logical_pieces(self) -> dict[str, tuple[Piece, ...]]:
+        """What each parameter holds, under the names of Hugging Face's LlamaForCausalLM."""
+        return {
+            name: tuple(p if p.name.startswith("lm_head") else replace(p, name=f"model.{p.name}") for p in pieces)
+            for name, pieces in logical_pieces(self).items()
+        }
+
+
+def _norm(name: str, config: ModelConfig, seam: Seam) -> RMSNorm:
+    return RMSNorm(name, config.hidden_size, config.rms_norm_eps, seam.tp, seam.sequence_parallel)
+
+
+def _embedding(config: ModelConfig, seam: Seam) -> VocabParallelEmbedding:
+    return VocabParallelEmbedding(
+        "embed_tokens", config.vocab_size, config.hidden_size, seam.tp, seam.sequence_parallel
+    )

@@ -1,0 +1,111 @@
+"""Collectives with gradients: the seams through which tensor parallelism enters a layer.
+
+f and g of arXiv 1909.08053 section 3 are `copy_to` and `reduce_from`; their sequence-parallel forms, g and g-bar of
+arXiv 2205.05198 section 4.2, are `gather` and `reduce_scatter`. Over an axis of one rank each returns its input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megallama.parallel.mesh import Axis
+
+
+def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """The sum (or `op`) over the axis, as a new tensor."""
+    if axis.size == 1:
+        return x
+    result = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(result, op=op, group=axis.group)
+    return result
+
+
+def all_gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """[..., n, ...] -> [..., n * size, ...]: the ranks' tensors side by side along `dim`."""
+    if axis.size == 1:
+        return x
+    stacked = torch.empty(axis.size, *x.shape, dtype=x.dtype, device=x.device)
+    dist.all_gather_into_tensor(stacked, x.contiguous(), group=axis.group)
+    return stacked.movedim(0, dim).flatten(dim, dim + 1)
+
+
+def sum_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """[..., n, ...] -> [..., n / size, ...]: the sum over the axis, cut along `dim`, this rank's part."""
+    if axis.size == 1:
+        return x
+    parts = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
+    part = torch.empty_like(parts[0])
+    dist.reduce_scatter_tensor(part, parts, group=axis.group)
+    return part
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grads[0], ctx.axis), None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return all_reduce(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
+        ctx.dim, ctx.axis = dim, axis
+        return all_gather(x, dim, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return sum_scatter(grads[0], ctx.dim, ctx.axis), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
+        ctx.dim, ctx.axis = dim, axis
+        return sum_scatter(x, dim, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return all_gather(grads[0], ctx.dim, ctx.axis), None, None
+
+
+def copy_to(x: Tensor, axis: Axis) -> Tensor:
+    """Identity; its gradient is the sum over the axis."""
+    return x if axis.size == 1 else _apply(_CopyTo, x, axis)
+
+
+def reduce_from(x: Tensor, axis: Axis) -> Tensor:
+    """Sum over the axis; its gradient is the identity."""
+    return x if axis.size == 1 else _apply(_ReduceFrom, x, axis)
+
+
+def gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """[..., n, ...] -> [..., n * size, ...]; its gradient is summed over the axis and cut back."""
+    return x if axis.size == 1 else _apply(_Gather, x, dim, axis)
+
+
+def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """[..., n, ...] -> [..., n / size, ...] of the sum over the axis; its gradient is gathered."""
+    return x if axis.size == 1 else _apply(_ReduceScatter, x, dim, axis)
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: object) -> Tensor:
+    result: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    return result

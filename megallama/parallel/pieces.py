@@ -1,0 +1,55 @@
+"""Which part of which logical tensor a local parameter holds.
+
+A logical tensor is a weight as one device would hold it, under its Hugging Face name. Fused parameters hold several,
+sharded ones a rectangle of each. Initialisation, checkpoints and parity tests all speak of logical tensors, which is
+why none of them depends on the layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of the logical tensor `name`, held in whole rows of a local parameter from `row` on.
+
+    Rows of the parameter that no piece covers are padding: zero for ever, in no checkpoint.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    """Shape of the logical tensor."""
+    offset: tuple[int, ...]
+    """Where the rectangle starts in the logical tensor."""
+    size: tuple[int, ...]
+    """Extent of the rectangle."""
+    row: int = 0
+    """First row of the local parameter that holds it."""
+
+    def of(self, local: Tensor) -> Tensor:
+        """The view of this piece in a local tensor of the parameter's shape."""
+        return local[self.row : self.row + self.size[0]]
+
+
+@runtime_checkable
+class Sharded(Protocol):
+    """A module that says what its own `weight` holds, in names relative to its parent."""
+
+    def pieces(self) -> tuple[Piece, ...]: ...
+
+
+def logical_pieces(root: nn.Module) -> dict[str, tuple[Piece, ...]]:
+    """For every parameter under `root`, by its local name, the pieces it holds under their full names."""
+    found: dict[str, tuple[Piece, ...]] = {}
+    for path, module in root.named_modules():
+        if isinstance(module, Sharded):
+            parent = path.rpartition(".")[0]
+            prefix = f"{parent}." if parent else ""
+            found[f"{path}.weight"] = tuple(replace(p, name=f"{prefix}{p.name}.weight") for p in module.pieces())
+    missing = {name for name, _ in root.named_parameters()} - found.keys()
+    assert not missing, f"parameters without a logical name: {sorted(missing)}"
+    return {name: found[name] for name, _ in root.named_parameters()}

@@ -1,0 +1,25 @@
+"""The way into training for every launcher: what has to happen before deepspeed is imported."""
+
+from __future__ import annotations
+
+import warnings
+
+from megallama.config.check import check_config
+from megallama.config.schema import RunConfig
+from megallama.parallel.mesh import Launch, pick_device
+
+
+def start(config: RunConfig, launch: Launch) -> None:
+    """Train `config` as the rank that `launch` says; returns when the run has ended well.
+
+    UserError, raised by every rank alike and before anything is written, for what a user can mend.
+    """
+    check_config(config, launch.world_size)
+    device = pick_device(config.train.device, launch.local_rank)
+    launch.prepare(device)
+    # torch 2.13 renames a collective that 2.11 knows by its old name only; DeepSpeed and we use the old one.
+    warnings.filterwarnings("ignore", "`torch.distributed.reduce_scatter_tensor` is deprecated", FutureWarning)
+
+    from megallama.train import train
+
+    train(config, launch, device)

@@ -1,0 +1,259 @@
+"""The spine: a run from its config to its end.
+
+Everything a user can get wrong is found before the process groups exist and before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megallama.checkpoint.store import TrainState, load, load_initial_weights, pick_checkpoint, save
+from megallama.config.check import check_config
+from megallama.config.load import dump_config
+from megallama.config.schema import RunConfig
+from megallama.data.loader import IGNORED, Loader, MicroBatch
+from megallama.data.tokenizer import load_tokenizer
+from megallama.engine import Engine, StepResult
+from megallama.errors import UserError
+from megallama.evaluate import evaluate
+from megallama.metrics import Metrics, environment, open_metrics
+from megallama.model.llama import Llama, Seam
+from megallama.parallel.init import initialise
+from megallama.parallel.mesh import Launch, ParallelMesh, build_mesh, sum_over
+from megallama.parallel.topology import Topology
+from megallama.peak import Peak, device_peak, peak_memory_bytes
+from megallama.plan.budget import total_steps
+from megallama.plan.flops import flops_per_token
+from megallama.schedule import learning_rate
+
+
+class Pace:
+    """Time spent in steps alone: evaluations and saves in between do not count."""
+
+    def __init__(self) -> None:
+        self._spent, self._steps, self._began = 0.0, 0, 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._spent += time.perf_counter() - self._began
+        self._steps += 1
+
+    def take(self) -> float:
+        """Mean seconds per step since the last call."""
+        mean, self._spent, self._steps = self._spent / self._steps, 0.0, 0
+        return mean
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with; nothing in it says how the model is spread."""
+
+    config: RunConfig
+    mesh: ParallelMesh
+    model: Llama
+    engine: Engine
+    train_data: Loader
+    validation_data: Loader | None
+    metrics: Metrics
+    total_steps: int
+    peak: Peak
+
+    @property
+    def dir(self) -> Path:
+        """The run directory."""
+        return Path(self.config.run.dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are."""
+        return self.dir / "checkpoints"
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this start ends."""
+        return min(self.total_steps, self.config.train.stop_after or self.total_steps)
+
+
+def train(config: RunConfig, launch: Launch, device: torch.device) -> TrainState:
+    """Train `config` as one rank of the job. UserError, on every rank alike, for what a user can mend."""
+    batching = check_config(config, launch.world_size)
+    if config.parallel.pipeline > 1:
+        raise UserError(
+            f"parallel.pipeline={config.parallel.pipeline}: pipeline stages cannot be trained in this version; "
+            "use parallel.pipeline=1"
+        )
+    topology = Topology(dp=batching.dp_size, tp=config.parallel.tensor)
+    train_data, validation_data = open_data(config, topology, launch.rank)
+    start = pick_checkpoint(Path(config.run.dir) / "checkpoints", config)
+
+    mesh = build_mesh(topology, launch, device)
+    model, engine = build_model(config, mesh)
+    steps = total_steps(config)
+    peak = device_peak(device, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
+    with open_run_dir(config, mesh, steps, peak) as metrics:
+        run = Run(config, mesh, model, engine, train_data, validation_data, metrics, steps, peak)
+        state = loop(run, start_state(run, start))
+    dist.destroy_process_group()
+    return state
+
+
+def open_data(config: RunConfig, topology: Topology, rank: int) -> tuple[Loader, Loader | None]:
+    """This rank's train and validation data. UserError where they do not suit the model."""
+
+    def open_split(split: str) -> Loader:
+        loader = Loader(
+            config.data,
+            "train" if split == "train" else "validation",
+            config.train.micro_batch_size,
+            config.train.global_batch_size,
+            topology.coordinate(rank, "dp"),
+            topology.dp,
+            config.train.seed,
+        )
+        loader.check_vocabulary(config.model.vocab_size)
+        return loader
+
+    held_out = config.data.validation_path is not None or config.data.validation_fraction > 0
+    return open_split("train"), open_split("validation") if held_out else None
+
+
+def build_model(config: RunConfig, mesh: ParallelMesh) -> tuple[Llama, Engine]:
+    """This rank's part of the model, initialised, and the engine around it."""
+    seam = Seam(mesh.tp, config.parallel.sequence_parallel)
+    model = Llama(config.model, seam, recompute=config.train.recompute)
+    initialise(
+        model,
+        model.logical_pieces(),
+        seed=config.train.seed,
+        num_layers=config.model.num_hidden_layers,
+        scheme=config.model.init,
+        std=config.model.initializer_range,
+    )
+    if config.train.compile:
+        for layer in model.layers.values():
+            layer.compile()
+    return model, Engine(model, config, mesh)
+
+
+def open_run_dir(config: RunConfig, mesh: ParallelMesh, steps: int, peak: Peak) -> Metrics:
+    """Make the run directory and record what runs; metrics go nowhere on ranks other than 0."""
+    if mesh.rank != 0:
+        return Metrics([])
+    folder = Path(config.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_config(config))
+    load_tokenizer(config.data.tokenizer).save(folder / "tokenizer")
+    device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
+    facts = environment(device=device, topology=asdict(mesh.topology), peak=asdict(peak))
+    (folder / "environment.json").write_text(json.dumps(facts, indent=2))
+    return open_metrics(config, folder, steps)
+
+
+def start_state(run: Run, start: Path | None) -> TrainState:
+    """Where the run stands: the newest checkpoint, the weights of another run, or the beginning."""
+    if start is not None:
+        state = load(start, run.engine, run.model)
+        run.metrics.write("resume", step=state.step, samples=state.samples, path=str(start))
+        return state
+    if run.config.checkpoint.init_from is not None:
+        load_initial_weights(Path(run.config.checkpoint.init_from), run.engine, run.model)
+    return TrainState()
+
+
+def loop(run: Run, state: TrainState) -> TrainState:
+    """Steps until the last, with evaluations and saves between."""
+    every = run.config.evaluation.every, run.config.checkpoint.every, run.config.logging.every
+    if state.step == 0:
+        evaluate_splits(run, state)
+    pace = Pace()
+    while state.step < run.last_step:
+        lr = learning_rate(state.step, run.total_steps, run.config.optimizer.lr, run.config.schedule)
+        with pace:
+            loss, result = train_step(run, state, lr)
+        state = state.after(run.config.train.global_batch_size, applied=result.applied)
+        if not result.applied:
+            run.metrics.write("skip", step=state.step, samples=state.samples)
+        evaluate_now, save_now, log_now = (due(n, state.step) or state.step == run.last_step for n in every)
+        if log_now:
+            write_train_event(run, state, loss, result.grad_norm, lr, pace.take())
+        if evaluate_now:
+            evaluate_splits(run, state)
+        if save_now:
+            save_checkpoint(run, state)
+    whole = state.step >= run.total_steps
+    run.metrics.write("stop", step=state.step, reason="done" if whole else "stopped by train.stop_after")
+    return state
+
+
+def train_step(run: Run, state: TrainState, lr: float) -> tuple[Tensor, StepResult]:
+    """One optimizer step; the loss is this rank's share of the token mean over the global batch."""
+    batches = run.train_data.step(state.samples)
+    counted = torch.tensor(float(sum(int((b.labels != IGNORED).sum()) for b in batches)), device=run.mesh.device)
+    if run.mesh.data.size > 1:
+        dist.all_reduce(counted, group=run.mesh.data.group)
+    # The engine averages over data-parallel ranks; a token mean is the sum over all of them by the count of all.
+    scale = run.mesh.data.size / counted
+    loss = run.engine.forward_backward(on_device(batches, run.mesh.device), scale)
+    return loss, run.engine.step(lr)
+
+
+def on_device(batches: list[MicroBatch], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """(tokens, labels) of each micro-batch, copied while the one before computes."""
+    for batch in batches:
+        tokens, labels = batch.tokens, batch.labels
+        if device.type == "cuda":
+            tokens, labels = tokens.pin_memory(), labels.pin_memory()
+        yield tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def write_train_event(run: Run, state: TrainState, loss: Tensor, grad_norm: float, lr: float, seconds: float) -> None:
+    """Record a step that took `seconds`; every rank must call it."""
+    config, sequence = run.config, run.config.data.sequence_length
+    (total,) = sum_over([float(loss)], run.mesh.data, run.mesh.device)
+    speed = config.tokens_per_step / seconds
+    at_peak = run.peak.flops * run.mesh.world.size
+    run.metrics.write(
+        "train",
+        step=state.step,
+        tokens=state.samples * sequence,
+        samples=state.samples,
+        loss=total / run.mesh.data.size,
+        grad_norm=grad_norm,
+        lr=lr,
+        seconds=seconds,
+        tokens_per_second=speed,
+        mfu=speed * flops_per_token(config.model, sequence, "full") / at_peak,
+        mfu_causal=speed * flops_per_token(config.model, sequence, "causal") / at_peak,
+        peak_memory_bytes=peak_memory_bytes(run.mesh.device),
+    )
+
+
+def evaluate_splits(run: Run, state: TrainState) -> None:
+    """Loss and perplexity on train and validation data; every rank must call it."""
+    for split, data in (("train", run.train_data), ("validation", run.validation_data)):
+        if data is not None:
+            loss = evaluate(run.engine, data, run.config.evaluation.samples, run.mesh)
+            run.metrics.write("eval", step=state.step, split=split, loss=loss, perplexity=math.exp(min(loss, 700.0)))
+
+
+def save_checkpoint(run: Run, state: TrainState) -> None:
+    """Save everything that the run needs to go on; every rank must call it."""
+    began = time.perf_counter()
+    path = save(run.checkpoints, run.engine, run.model, run.mesh, state, run.config)
+    run.metrics.write("checkpoint", step=state.step, path=str(path), seconds=time.perf_counter() - began)
+
+
+def due(every: int, step: int) -> bool:
+    """Whether something that happens each `every` steps happens after this one; 0 never does."""
+    return every > 0 and step % every == 0

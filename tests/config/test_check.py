@@ -1,0 +1,147 @@
+"""Every combination that cannot run is refused with its keys, its arithmetic and a fix that works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megallama.config.check import Batching, check_config, dp_size, gradient_accumulation_steps, legal_tensors
+from megallama.config.load import load_config
+from megallama.config.schema import RunConfig
+from megallama.errors import UserError
+
+RUN = """\
+model: {vocab_size: 100, hidden_size: 192, intermediate_size: 512, num_hidden_layers: 4, num_attention_heads: 12,
+  num_key_value_heads: 4}
+data: {path: corpus, sequence_length: 120}
+train: {steps: 100, micro_batch_size: 2, global_batch_size: 16}
+"""
+
+
+def run(folder: Path, overrides: list[str]) -> RunConfig:
+    path = folder / "run.yaml"
+    path.write_text(RUN)
+    return load_config(path, overrides)
+
+
+# Overrides, world size, what the sentence must say, and (overrides, world size) that follow its advice: each must pass.
+REFUSED: list[tuple[list[str], int, str, list[tuple[list[str], int]]]] = [
+    (["parallel.tensor=5"], 5, "parallel.tensor=5 does not divide model.num_attention_heads=12; nearest legal: 4",
+     [(["parallel.tensor=4"], 4)]),
+    (["parallel.tensor=3", "model.num_key_value_heads=4"], 3,
+     "parallel.tensor=3 does not divide model.num_key_value_heads * head size = 4 * 16 = 64; nearest legal: 2 or 4",
+     [(["parallel.tensor=2"], 2), (["parallel.tensor=4"], 4)]),
+    (["parallel.tensor=4", "model.intermediate_size=510"], 4,
+     "parallel.tensor=4 does not divide model.intermediate_size=510; nearest legal: 2",
+     [(["parallel.tensor=2", "model.intermediate_size=510"], 2)]),
+    (["parallel.tensor=4", "data.sequence_length=126"], 4,
+     "parallel.tensor=4 does not divide data.sequence_length=126, which parallel.sequence cuts; nearest legal: 2",
+     [(["parallel.tensor=2", "data.sequence_length=126"], 2),
+      (["parallel.tensor=4", "data.sequence_length=126", "parallel.sequence=false"], 4)]),
+    (["model.num_key_value_heads=5"], 1,
+     "model.num_key_value_heads=5 does not divide model.num_attention_heads=12; nearest legal: 4 or 6",
+     [(["model.num_key_value_heads=4"], 1), (["model.num_key_value_heads=6"], 1)]),
+    (["model.hidden_size=200"], 1,
+     "model.num_attention_heads=12 does not divide model.hidden_size=200; nearest legal: "
+     "model.hidden_size=192 or 216, or give model.head_dim",
+     [(["model.hidden_size=192"], 1), (["model.hidden_size=216"], 1), (["model.hidden_size=200", "model.head_dim=16"], 1)]),
+    (["model.hidden_size=204"], 1, "204 / 12 = 17 is odd, and rotary embedding turns pairs; nearest legal: "
+     "model.hidden_size=192 or 216", [(["model.hidden_size=192"], 1), (["model.hidden_size=216"], 1)]),
+    (["model.head_dim=15"], 1, "model.head_dim=15 is odd, and rotary embedding turns pairs; nearest legal: 14 or 16",
+     [(["model.head_dim=14"], 1), (["model.head_dim=16"], 1)]),
+    (["parallel.tensor=4"], 6,
+     "a world size of 6 is not a multiple of parallel.tensor * parallel.pipeline * parallel.context = 4 * 1 * 1 = 4; "
+     "nearest legal: world size 4 or 8, or parallel.tensor=2",
+     [(["parallel.tensor=4"], 4), (["parallel.tensor=4"], 8), (["parallel.tensor=2", "train.global_batch_size=12"], 6)]),
+    (["parallel.tensor=2", "parallel.pipeline=2"], 3, "= 2 * 2 * 1 = 4; nearest legal: world size 4",
+     [(["parallel.tensor=2", "parallel.pipeline=2"], 4)]),
+    ([], 0, "a world size of 0 is not a multiple", [([], 1)]),
+    ([], 5, "train.global_batch_size=16 is not a multiple of train.micro_batch_size * dp = 2 * 5 = 10; "
+     "nearest legal: 10 or 20", [(["train.global_batch_size=10"], 5), (["train.global_batch_size=20"], 5)]),
+    (["train.global_batch_size=3"], 4, "train.global_batch_size=3 is not a multiple of train.micro_batch_size * dp = "
+     "2 * 4 = 8; nearest legal: 8", [(["train.global_batch_size=8"], 4)]),
+    (["zero.stage=0"], 1, "zero.stage=0 is not offered: at dp 1 stage 1 is the same; use zero.stage=1",
+     [(["zero.stage=1"], 1)]),
+    (["zero.stage=2", "parallel.pipeline=2"], 2,
+     "zero.stage=2 does not go with parallel.pipeline=2; use zero.stage=1, or parallel.pipeline=1",
+     [(["zero.stage=1", "parallel.pipeline=2"], 2), (["zero.stage=2", "parallel.pipeline=1"], 2)]),
+    (["zero.stage=3", "parallel.pipeline=2"], 2, "zero.stage=3 does not go with parallel.pipeline=2",
+     [(["zero.stage=1", "parallel.pipeline=2"], 2)]),
+    (["parallel.pipeline=8"], 8, "model.num_hidden_layers=4 is fewer than parallel.pipeline * chunks of 1f1b = "
+     "8 * 1 = 8 stages; nearest legal: parallel.pipeline=4", [(["parallel.pipeline=4"], 8)]),
+    (["parallel.pipeline=4", "parallel.schedule=dualpipev"], 4, "= 4 * 2 = 8 stages; nearest legal: parallel.pipeline=2",
+     [(["parallel.pipeline=2", "parallel.schedule=dualpipev"], 4)]),
+    (["parallel.pipeline=2", "model.tie_word_embeddings=true"], 2,
+     "model.tie_word_embeddings=true with parallel.pipeline=2 under 1f1b puts one weight on two ranks; "
+     "use model.tie_word_embeddings=false, or parallel.pipeline=1",
+     [(["parallel.pipeline=2"], 2), (["model.tie_word_embeddings=true"], 2)]),
+    (["parallel.context=2"], 2, "parallel.context=2 is not available yet; use parallel.context=1",
+     [(["parallel.context=1"], 2)]),
+    (["data.sequence_length=4096"], 1, "data.sequence_length=4096 is more than model.max_position_embeddings=2048; "
+     "nearest legal: data.sequence_length=2048, or model.max_position_embeddings=4096",
+     [(["data.sequence_length=2048"], 1), (["data.sequence_length=4096", "model.max_position_embeddings=4096"], 1)]),
+    (["train.stop_after=101"], 1, "train.stop_after=101 is more than train.steps=100; nearest legal: "
+     "train.stop_after=100", [(["train.stop_after=100"], 1)]),
+    (["schedule.warmup_steps=100"], 1, "schedule.warmup_steps=100 leaves nothing of train.steps=100; nearest legal: "
+     "schedule.warmup_steps=99, or train.steps=101",
+     [(["schedule.warmup_steps=99"], 1), (["schedule.warmup_steps=100", "train.steps=101"], 1)]),
+    (["schedule.kind=wsd", "schedule.warmup_steps=50", "schedule.decay_steps=60"], 1,
+     "schedule.warmup_steps + schedule.decay_steps = 50 + 60 = 110 is more than train.steps=100; nearest legal: "
+     "schedule.decay_steps=50", [(["schedule.kind=wsd", "schedule.warmup_steps=50", "schedule.decay_steps=50"], 1)]),
+    (["schedule.min_lr=1e-3"], 1, "schedule.min_lr=0.001 is more than optimizer.lr=0.0003; nearest legal: "
+     "schedule.min_lr=0.0003", [(["schedule.min_lr=0.0003"], 1)]),
+    (["train.steps=chinchilla", "train.stop_after=1000000000"], 1, "is more than train.steps=chinchilla = ",
+     [(["train.steps=chinchilla", "train.stop_after=10"], 1)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "sentence", "fixes"), REFUSED, ids=[f"{row[0]} on {row[1]}" for row in REFUSED]
+)
+def test_a_refusal_names_keys_and_numbers_and_its_advice_passes(
+    tmp_path: Path, overrides: list[str], world_size: int, sentence: str, fixes: list[tuple[list[str], int]]
+) -> None:
+    with pytest.raises(UserError) as error:
+        check_config(run(tmp_path, overrides), world_size)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+    for legal, ranks in fixes:
+        # Data-parallel copies that the fix leaves over must divide the batch as well; that is not under test here.
+        check_config(run(tmp_path, legal), ranks)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "expected"),
+    [
+        ([], 1, Batching(1, 1, 8)),
+        ([], 4, Batching(4, 4, 2)),
+        (["parallel.tensor=4"], 8, Batching(8, 2, 4)),
+        (["parallel.tensor=2", "parallel.pipeline=3"], 6, Batching(6, 1, 8)),
+        (
+            ["parallel.pipeline=2", "parallel.schedule=dualpipev", "model.tie_word_embeddings=true"],
+            2,
+            Batching(2, 1, 8),
+        ),
+        (["zero.stage=3", "train.compile=true", "train.recompute=full"], 2, Batching(2, 2, 4)),
+        (["model.num_key_value_heads=1", "parallel.tensor=4"], 4, Batching(4, 1, 8)),
+    ],
+)
+def test_legal_runs_get_their_batching(
+    tmp_path: Path, overrides: list[str], world_size: int, expected: Batching
+) -> None:
+    config = run(tmp_path, overrides)
+    assert check_config(config, world_size) == expected
+    assert dp_size(config, world_size) == expected.dp_size
+    assert gradient_accumulation_steps(config, expected.dp_size) == expected.gradient_accumulation_steps
+
+
+def test_every_tensor_size_called_legal_passes_and_every_other_is_refused(tmp_path: Path) -> None:
+    legal = legal_tensors(run(tmp_path, []))
+    for tensor in range(1, 17):
+        config = run(tmp_path, [f"parallel.tensor={tensor}"])
+        if tensor in legal:
+            check_config(config, tensor)
+        else:
+            with pytest.raises(UserError):
+                check_config(config, tensor)

@@ -1,0 +1,124 @@
+"""Every format gives the same documents in the same order, and broken input is named by file and line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from megallama.data.corpora import describe_source, iterate_documents, source_files
+from megallama.errors import UserError
+
+
+def json_lines(documents: list[str], field: str = "text") -> bytes:
+    return "".join(json.dumps({field: document}) + "\n" for document in documents).encode()
+
+
+def test_every_format_gives_the_same_documents(tmp_path: Path, documents: list[str]) -> None:
+    lines = json_lines(documents)
+    half = len(lines) // 2
+    frames = zstandard.compress(lines[:half]) + zstandard.compress(b"") + zstandard.compress(lines[half:])
+    skippable = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"skip"
+    contents = {"a.jsonl": lines, "b.jsonl.gz": gzip.compress(lines), "c.jsonl.zst": frames}
+    contents["d.jsonl.zst"] = skippable + zstandard.compress(lines)
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        assert list(iterate_documents([str(tmp_path / name)])) == documents, name
+
+
+def test_the_field_is_a_choice_and_empty_documents_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["one", "", "two"], "content") + b"\n\n")
+    assert list(iterate_documents([str(tmp_path / "a.jsonl")], "content")) == ["one", "two"]
+
+
+def test_folders_are_read_in_the_order_of_their_paths(tmp_path: Path) -> None:
+    for name in ("z.txt", "b/y.txt", "a/x.txt", "a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "ignored.md").write_text("no")
+    assert list(iterate_documents([str(tmp_path)])) == ["a.txt", "a/x.txt", "b/y.txt", "z.txt"]
+
+
+def test_a_long_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -> None:
+    text = "".join(f"paragraph {i} " + "x" * 5000 + "\r\n\r\n" for i in range(700))
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    documents = list(iterate_documents([str(tmp_path / "a.txt")]))
+    assert "".join(documents) == text
+    assert len(documents) == 4
+    assert all(document.startswith("paragraph") for document in documents)
+
+
+def test_stdlib_is_sorted_large_and_without_tests() -> None:
+    files = source_files("stdlib")
+    assert {"ast.py", "typing.py", "threading.py"} <= {file.name for file in files}
+    assert not any({"test", "tests", "site-packages"} & set(file.parts[-3:]) for file in files)
+    assert sum(len(document) for document in iterate_documents(["stdlib"])) > 5_000_000
+
+
+def test_a_change_of_a_file_changes_the_state(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    before = describe_source(str(tmp_path))
+    assert describe_source(str(tmp_path)) == before
+    (tmp_path / "a.txt").write_text("three")
+    assert describe_source(str(tmp_path))["state"] != before["state"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{broken", r"a\.jsonl:2 is no JSON"),
+        (b"[" * 100_000, r"a\.jsonl:2 is no JSON"),
+        (b'{"text": "\xff"}', r"a\.jsonl:2 is no JSON"),
+        (b'{"content": "x"}', r"a\.jsonl:2 has no text in field 'text', only content"),
+        (b'{"text": 3}', r"a\.jsonl:2 has no text"),
+        (b'["text"]', r"a\.jsonl:2 has no text"),
+    ],
+)
+def test_a_broken_line_is_named_by_file_and_line(tmp_path: Path, line: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    with pytest.raises(UserError, match=message):
+        list(iterate_documents([str(tmp_path / "a.jsonl")]))
+
+
+@pytest.mark.parametrize("suffix", ["zst", "gz"])
+@pytest.mark.parametrize("damage", ["cut", "garbage"])
+def test_a_damaged_archive_is_refused(tmp_path: Path, documents: list[str], suffix: str, damage: str) -> None:
+    lines = json_lines(documents * 50)
+    content = zstandard.compress(lines) if suffix == "zst" else gzip.compress(lines)
+    path = tmp_path / f"a.jsonl.{suffix}"
+    path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"this is not compressed")
+    with pytest.raises(UserError, match="damaged or cut short"):
+        list(iterate_documents([str(path)]))
+
+
+def test_a_zstd_bomb_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstandard.compress(b"\n" * (100 << 20)))
+    with pytest.raises(UserError, match="bomb"):
+        list(iterate_documents([str(path)]))
+
+
+def test_a_record_over_the_limit_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "' + b"x" * (65 << 20) + b'"}')
+    with pytest.raises(UserError, match="64 MiB"):
+        list(iterate_documents([str(path)]))
+
+
+def test_sources_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_bytes(b"x")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    for source, message in [
+        ("missing", "does not exist"),
+        ("a.pdf", "no known kind"),
+        (".", "holds no"),
+        ("latin.txt", "not UTF-8"),
+    ]:
+        if source == ".":
+            (tmp_path / "empty").mkdir()
+            source = "empty"
+        with pytest.raises(UserError, match=message):
+            list(iterate_documents([str(tmp_path / source)]))
