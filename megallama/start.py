@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
 from megallama.parallel.mesh import Launch, pick_device
 
+if TYPE_CHECKING:
+    from megallama.model.llama import Llama
 
-def start(config: RunConfig, launch: Launch) -> None:
-    """Train `config` as the rank that `launch` says; returns when the run has ended well.
+
+def start(config: RunConfig, launch: Launch) -> Llama:
+    """Train `config` as the rank that `launch` says; return this rank's part of the model when the run has ended.
 
     UserError, raised by every rank alike and before anything is written, for what a user can mend.
     """
@@ -22,4 +26,4 @@ def start(config: RunConfig, launch: Launch) -> None:
 
     from megallama.train import train
 
-    train(config, launch, device)
+    return train(config, launch, device)

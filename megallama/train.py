@@ -85,8 +85,11 @@ class Run:
         return min(self.total_steps, self.config.train.stop_after or self.total_steps)
 
 
-def train(config: RunConfig, launch: Launch, device: torch.device) -> TrainState:
-    """Train `config` as one rank of the job. UserError, on every rank alike, for what a user can mend."""
+def train(config: RunConfig, launch: Launch, device: torch.device) -> Llama:
+    """Train `config` as one rank of the job and return this rank's part of the trained model.
+
+    UserError, on every rank alike, for what a user can mend.
+    """
     batching = check_config(config, launch.world_size)
     if config.parallel.pipeline > 1:
         raise UserError(
@@ -103,9 +106,9 @@ def train(config: RunConfig, launch: Launch, device: torch.device) -> TrainState
     peak = device_peak(device, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
     with open_run_dir(config, mesh, steps, peak) as metrics:
         run = Run(config, mesh, model, engine, train_data, validation_data, metrics, steps, peak)
-        state = loop(run, start_state(run, start))
+        loop(run, start_state(run, start))
     dist.destroy_process_group()
-    return state
+    return model
 
 
 def open_data(config: RunConfig, topology: Topology, rank: int) -> tuple[Loader, Loader | None]:
@@ -171,7 +174,7 @@ def start_state(run: Run, start: Path | None) -> TrainState:
     return TrainState()
 
 
-def loop(run: Run, state: TrainState) -> TrainState:
+def loop(run: Run, state: TrainState) -> None:
     """Steps until the last, with evaluations and saves between."""
     every = run.config.evaluation.every, run.config.checkpoint.every, run.config.logging.every
     if state.step == 0:
@@ -193,7 +196,6 @@ def loop(run: Run, state: TrainState) -> TrainState:
             save_checkpoint(run, state)
     whole = state.step >= run.total_steps
     run.metrics.write("stop", step=state.step, reason="done" if whole else "stopped by train.stop_after")
-    return state
 
 
 def train_step(run: Run, state: TrainState, lr: float) -> tuple[Tensor, StepResult]:

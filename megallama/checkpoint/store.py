@@ -12,6 +12,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -21,10 +22,12 @@ from torch import Tensor
 from megallama.checkpoint.logical import logical_state
 from megallama.checkpoint.storage import METADATA, JsonMetadataReader, JsonMetadataWriter, write_json
 from megallama.config.schema import ModelConfig, RunConfig
-from megallama.engine import Engine
 from megallama.errors import UserError
 from megallama.model.llama import Llama
 from megallama.parallel.mesh import ParallelMesh
+
+if TYPE_CHECKING:
+    from megallama.engine import Engine
 
 STATE = "state.json"
 LATEST = "latest"

@@ -63,7 +63,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     _resolve_import(tree, path.parent)
     try:
         # By way of JSON: strict there, pydantic takes a list for a tuple, but neither `true` nor "3" for a number.
-        return RunConfig.model_validate_json(json.dumps(tree, default=str), strict=True)
+        return RunConfig.model_validate_json(json.dumps(tree, default=str, skipkeys=True), strict=True)
     except ValidationError as error:
         raise UserError(explain(error)) from None
 
@@ -139,12 +139,13 @@ def read_text(path: Path) -> str:
 
 def _near_files(path: Path) -> str:
     """The end of a sentence about a missing file: the closest names beside it, else in configs/."""
+    suffix = path.suffix or ".yaml"
     for folder in (path.parent, Path("configs")):
-        files = {file.stem: file for file in sorted(folder.glob(f"*{path.suffix or '.yaml'}"))}
+        files = {file.stem: file for file in sorted(folder.glob("*")) if file.suffix == suffix}
         close = difflib.get_close_matches(path.stem, files, n=2, cutoff=0.4) or sorted(files)[:3]
         if close:
             return f"did you mean {' or '.join(str(files[name]) for name in close)}?"
-    return f"{path.parent} has no *{path.suffix or '.yaml'}; give the path of a file that exists"
+    return f"{path.parent} has no *{suffix}; give the path of a file that exists"
 
 
 def _apply_override(tree: Tree, override: str) -> None:

@@ -196,7 +196,7 @@ class Loader:
 
     def _micro_batch(self, samples: Sequence[int]) -> MicroBatch:
         rows = torch.from_numpy(np.stack([self._row(sample) for sample in samples]))
-        labels = rows[:, 1:].contiguous()
+        labels = rows[:, 1:].clone()  # contiguous() would share memory with the tokens in a batch of one
         if self._masked_id is not None:
             labels[labels == self._masked_id] = IGNORED
         return MicroBatch(rows[:, :-1].contiguous(), labels)

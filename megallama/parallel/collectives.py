@@ -28,9 +28,9 @@ def all_gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """[..., n, ...] -> [..., n * size, ...]: the ranks' tensors side by side along `dim`."""
     if axis.size == 1:
         return x
-    stacked = torch.empty(axis.size, *x.shape, dtype=x.dtype, device=x.device)
+    stacked = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     dist.all_gather_into_tensor(stacked, x.contiguous(), group=axis.group)
-    return stacked.movedim(0, dim).flatten(dim, dim + 1)
+    return stacked.unflatten(0, (axis.size, -1)).movedim(0, dim).flatten(dim, dim + 1)
 
 
 def sum_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
@@ -39,7 +39,7 @@ def sum_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
         return x
     parts = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
     part = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(part, parts, group=axis.group)
+    dist.reduce_scatter_tensor(part, parts.flatten(0, 1), group=axis.group)
     return part
 
 

@@ -39,10 +39,10 @@ def state_rows(dtype: str, stage: int, parameters: int, dp_size: int, largest_la
     assert stage in (1, 2, 3), stage
     weight = 2 if dtype == "bf16" else 4
     cut_gradients = dp_size if stage >= 2 else 1
-    rows = [
-        StateRow(f"{dtype} weights", parameters, weight, dp_size if stage == 3 else 1),
-        StateRow(f"{dtype} gradients", parameters, weight, cut_gradients),
-    ]
+    rows = [StateRow(f"{dtype} weights", parameters, weight, dp_size if stage == 3 else 1)]
+    # Stage 3 adds each bf16 gradient to its fp32 sum as it appears, and keeps one buffer.
+    if dtype == "fp32" or stage < 3:
+        rows.append(StateRow(f"{dtype} gradients", parameters, weight, cut_gradients))
     if dtype == "bf16":
         rows.append(StateRow("fp32 gradient sums", parameters, 4, cut_gradients))
     rows += [

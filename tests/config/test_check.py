@@ -45,7 +45,8 @@ REFUSED: list[tuple[list[str], int, str, list[tuple[list[str], int]]]] = [
     (["model.hidden_size=200"], 1,
      "model.num_attention_heads=12 does not divide model.hidden_size=200; nearest legal: "
      "model.hidden_size=192 or 216, or give model.head_dim",
-     [(["model.hidden_size=192"], 1), (["model.hidden_size=216"], 1), (["model.hidden_size=200", "model.head_dim=16"], 1)]),
+     [(["model.hidden_size=192"], 1), (["model.hidden_size=216"], 1),
+      (["model.hidden_size=200", "model.head_dim=16"], 1)]),
     (["model.hidden_size=204"], 1, "204 / 12 = 17 is odd, and rotary embedding turns pairs; nearest legal: "
      "model.hidden_size=192 or 216", [(["model.hidden_size=192"], 1), (["model.hidden_size=216"], 1)]),
     (["model.head_dim=15"], 1, "model.head_dim=15 is odd, and rotary embedding turns pairs; nearest legal: 14 or 16",
@@ -53,7 +54,9 @@ REFUSED: list[tuple[list[str], int, str, list[tuple[list[str], int]]]] = [
     (["parallel.tensor=4"], 6,
      "a world size of 6 is not a multiple of parallel.tensor * parallel.pipeline * parallel.context = 4 * 1 * 1 = 4; "
      "nearest legal: world size 4 or 8, or parallel.tensor=2",
-     [(["parallel.tensor=4"], 4), (["parallel.tensor=4"], 8), (["parallel.tensor=2", "train.global_batch_size=12"], 6)]),
+     # At tensor 2 the dp of 3 asks for another batch as well.
+     [(["parallel.tensor=4"], 4), (["parallel.tensor=4"], 8),
+      (["parallel.tensor=2", "train.global_batch_size=12"], 6)]),
     (["parallel.tensor=2", "parallel.pipeline=2"], 3, "= 2 * 2 * 1 = 4; nearest legal: world size 4",
      [(["parallel.tensor=2", "parallel.pipeline=2"], 4)]),
     ([], 0, "a world size of 0 is not a multiple", [([], 1)]),
@@ -70,12 +73,16 @@ REFUSED: list[tuple[list[str], int, str, list[tuple[list[str], int]]]] = [
      [(["zero.stage=1", "parallel.pipeline=2"], 2)]),
     (["parallel.pipeline=8"], 8, "model.num_hidden_layers=4 is fewer than parallel.pipeline * chunks of 1f1b = "
      "8 * 1 = 8 stages; nearest legal: parallel.pipeline=4", [(["parallel.pipeline=4"], 8)]),
-    (["parallel.pipeline=4", "parallel.schedule=dualpipev"], 4, "= 4 * 2 = 8 stages; nearest legal: parallel.pipeline=2",
+    (["parallel.pipeline=4", "parallel.schedule=dualpipev"], 4,
+     "model.num_hidden_layers=4 is fewer than parallel.pipeline * chunks of dualpipev = 4 * 2 = 8 stages; "
+     "nearest legal: parallel.pipeline=2",
      [(["parallel.pipeline=2", "parallel.schedule=dualpipev"], 4)]),
     (["parallel.pipeline=2", "model.tie_word_embeddings=true"], 2,
      "model.tie_word_embeddings=true with parallel.pipeline=2 under 1f1b puts one weight on two ranks; "
      "use model.tie_word_embeddings=false, or parallel.pipeline=1",
      [(["parallel.pipeline=2"], 2), (["model.tie_word_embeddings=true"], 2)]),
+    (["parallel.pipeline=2", "parallel.schedule=interleaved1f1b", "model.tie_word_embeddings=true"], 2,
+     "under interleaved1f1b puts one weight on two ranks", [(["parallel.pipeline=2"], 2)]),
     (["parallel.context=2"], 2, "parallel.context=2 is not available yet; use parallel.context=1",
      [(["parallel.context=1"], 2)]),
     (["data.sequence_length=4096"], 1, "data.sequence_length=4096 is more than model.max_position_embeddings=2048; "
@@ -107,7 +114,6 @@ def test_a_refusal_names_keys_and_numbers_and_its_advice_passes(
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
     for legal, ranks in fixes:
-        # Data-parallel copies that the fix leaves over must divide the batch as well; that is not under test here.
         check_config(run(tmp_path, legal), ranks)
 
 
@@ -136,10 +142,12 @@ def test_legal_runs_get_their_batching(
     assert gradient_accumulation_steps(config, expected.dp_size) == expected.gradient_accumulation_steps
 
 
-def test_every_tensor_size_called_legal_passes_and_every_other_is_refused(tmp_path: Path) -> None:
-    legal = legal_tensors(run(tmp_path, []))
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_every_tensor_size_called_legal_passes_and_every_other_is_refused(tmp_path: Path, kv_heads: int) -> None:
+    legal = legal_tensors(run(tmp_path, [f"model.num_key_value_heads={kv_heads}"]))
+    assert legal == [1, 2, 4]
     for tensor in range(1, 17):
-        config = run(tmp_path, [f"parallel.tensor={tensor}"])
+        config = run(tmp_path, [f"parallel.tensor={tensor}", f"model.num_key_value_heads={kv_heads}"])
         if tensor in legal:
             check_config(config, tensor)
         else:

@@ -19,7 +19,7 @@ data: {path: corpus}
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def smallest(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(SMALLEST)
@@ -45,14 +45,11 @@ def test_defaults_give_way_to_the_file_and_the_file_to_overrides(tmp_path: Path)
         ("train.steps=chinchilla", "train.steps", "chinchilla"),
         ("run.dir=runs/a=b", "run.dir", "runs/a=b"),
         ("model.rope_scaling={rope_type: linear, factor: 2}", "model.rope_scaling.factor", 2.0),
-        ("logging.wandb.project=p", "logging.wandb", None),
+        ("logging.wandb.project=p", "logging.wandb.mode", "online"),
         ("train=null", "train.seed", 1234),
     ],
 )
 def test_override_values_are_yaml(smallest: Path, override: str, key: str, value: object) -> None:
-    if override.startswith("logging"):
-        assert load_config(smallest, [override]).logging.wandb is not None
-        return
     found: object = load_config(smallest, [override])
     for part in key.split("."):
         found = getattr(found, part)
@@ -97,13 +94,15 @@ BAD_OVERRIDES = [
     ("train.steps.x=3", "unknown key train.steps.x; ", "train.steps=3"),
     ("train.steps", "train.steps is not KEY=VALUE; write it as train.steps=VALUE", "train.steps=3"),
     ("=3", "write it as train.steps=VALUE", "train.steps=3"),
-    ("train.steps=abc", "train.steps=abc is not legal; expected a whole number or chinchilla", "train.steps=chinchilla"),
+    ("train.steps=abc", "train.steps=abc is not legal; expected a whole number or chinchilla",
+     "train.steps=chinchilla"),
     ("train.steps=1e5", "train.steps=1e5 is not legal; expected a whole number or chinchilla; write 100000",
      "train.steps=100000"),
     ("train.steps=0", "train.steps=0 is not legal; expected at least 1 or chinchilla", "train.steps=1"),
     ("train.seed=true", "train.seed=true is not legal; expected a whole number", "train.seed=1"),
-    ("train.seed='3'", "train.seed=3 is not legal; expected a whole number; write 3", "train.seed=3"),
-    ("train.dtype=fp16", "train.dtype=fp16 is not legal; expected bf16 or fp32; did you mean bf16?", "train.dtype=bf16"),
+    ("train.seed='3'", 'train.seed="3" is not legal; expected a whole number; write 3', "train.seed=3"),
+    ("train.dtype=fp16", "train.dtype=fp16 is not legal; expected bf16 or fp32; did you mean bf16?",
+     "train.dtype=bf16"),
     ("train.recompute=true", "train.recompute=true is not legal; expected none, selective or full",
      "train.recompute=full"),
     ("train.compile=1", "train.compile=1 is not legal; expected true or false", "train.compile=true"),
@@ -112,7 +111,7 @@ BAD_OVERRIDES = [
     ("optimizer.lr=fast", "optimizer.lr=fast is not legal; expected a number", "optimizer.lr=3e-4"),
     ("optimizer.lr=-1", "optimizer.lr=-1 is not legal; expected more than 0", "optimizer.lr=1"),
     ("optimizer.lr=.nan", "optimizer.lr=NaN is not legal; expected a finite number", "optimizer.lr=1"),
-    ("optimizer.lr=nan", "optimizer.lr=nan is not legal; expected a finite number", "optimizer.lr=1"),
+    ("optimizer.lr=nan", "optimizer.lr=NaN is not legal; expected a finite number", "optimizer.lr=1"),
     ("optimizer.betas=0.9", "optimizer.betas=0.9 is not legal; expected a list of two numbers such as [0.9, 0.95]",
      "optimizer.betas=[0.9, 0.95]"),
     ("optimizer.betas=[0.9]", "optimizer.betas=[0.9] is not legal; expected a list of two numbers",
@@ -127,7 +126,7 @@ BAD_OVERRIDES = [
     ("data.path=a: b: c", "data.path=a: b: c, line 1, column 5: ", "data.path=corpus"),
     ("run.dir=&a [*a]", "the alias *a is not read here; write the value out", "run.dir=a"),
     ("train={seed: 1, seed: 2}", "the key seed is given twice; keep one", "train={seed: 1}"),
-    ("model.import=nothing.json", "nothing.json", "model.import=null"),
+    ("model.import=nothing.json", "there is no file ", "train.steps=3"),
 ]  # fmt: skip
 
 
@@ -139,8 +138,7 @@ def test_a_bad_override_gets_one_sentence_whose_advice_loads(
         load_config(smallest, [bad])
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
-    if not good.startswith("model.import"):
-        load_config(smallest, [good])
+    load_config(smallest, [good])
 
 
 @pytest.mark.parametrize(
@@ -160,6 +158,7 @@ def test_a_bad_override_gets_one_sentence_whose_advice_loads(
         ("1: 3\n", "unknown key 1; legal sections"),
         ("data: {path: x}\n", "model.vocab_size is missing; "),
         ("model: 3\n", "model=3 is not legal; expected a mapping of keys"),
+        (SMALLEST + "train: {seed: {2020-01-01: 1}}\n", "train.seed={} is not legal; expected a whole number"),
         (SMALLEST + "train: {dtype: 2020-01-01}\n", "train.dtype=2020-01-01 is not legal; expected bf16 or fp32"),
     ],
 )

@@ -1,0 +1,106 @@
+"""Ranks as processes of this machine: the way in for `megallama verify` and the tests.
+
+Ranks are forked from one server process that has imported torch and deepspeed once; without it each would take seconds
+and gigabytes of reading to start.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megallama.parallel.mesh import Launch
+
+R = TypeVar("R")
+
+
+class RankFailed(RuntimeError):
+    """A rank raised, died or did not answer in time; the message holds its traceback."""
+
+
+def run_ranks(
+    function: Callable[..., R], world_size: int, *arguments: object, log: Path | None = None, timeout: float = 240.0
+) -> list[R]:
+    """Call `function(launch, *arguments)` on every rank of a new world on CPU; the results in rank order.
+
+    `function`, its arguments and results cross processes by pickle. What a rank prints goes to `log`, or nowhere. One
+    rank's failure ends the others. RankFailed if a rank fails, or after `timeout` seconds.
+    """
+    context = _context()
+    port = _free_port()
+    links, processes = [], []
+    for rank in range(world_size):
+        ours, theirs = context.Pipe(duplex=False)
+        call = pickle.dumps((function, arguments))
+        process = context.Process(target=_rank, args=(call, theirs, rank, world_size, port, log), daemon=True)
+        process.start()
+        theirs.close()
+        links.append(ours)
+        processes.append(process)
+    try:
+        return _collect(links, timeout)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _collect(links: Sequence[Connection], timeout: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(links):
+        pending = [link for rank, link in enumerate(links) if rank not in results]
+        ready = wait(pending, timeout)
+        if not ready:
+            silent = [rank for rank in range(len(links)) if rank not in results]
+            raise RankFailed(f"ranks {silent} did not answer within {timeout:.0f} s")
+        for link in ready:
+            rank = links.index(link)  # type: ignore[arg-type]
+            try:
+                failed, content = pickle.loads(links[rank].recv_bytes())
+            except EOFError:
+                raise RankFailed(f"rank {rank} died without a word") from None
+            if failed:
+                raise RankFailed(f"rank {rank} failed:\n{content}")
+            results[rank] = content
+    return [results[rank] for rank in range(len(links))]
+
+
+def _rank(call: bytes, link: Connection, rank: int, world_size: int, port: int, log: Path | None) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    with Path(log or os.devnull).open("a", buffering=1) as sink, redirect_stdout(sink), redirect_stderr(sink):
+        try:
+            function, arguments = pickle.loads(call)
+            answer = (False, function(Launch(rank, rank, world_size, world_size), *arguments))
+        except BaseException:
+            answer = (True, traceback.format_exc())
+            print(answer[1])
+    link.send_bytes(pickle.dumps(answer))
+    link.close()
+    # Leaving in order would run destructors of process groups whose peers may be gone.
+    os._exit(0)
+
+
+def _context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    os.environ["DS_ACCELERATOR"] = "cpu"  # deepspeed looks for a device when the server imports it
+    context.set_forkserver_preload(["megallama.train"])
+    return context
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

@@ -1,0 +1,118 @@
+"""What a run left behind, compared with what one process left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from megallama.checkpoint.logical import EXP_AVG, moment_name
+from megallama.checkpoint.storage import JsonMetadataReader
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Losses and gradient norms by step, the first gradient as the optimizer saw it, and the last weights."""
+
+    losses: list[float]
+    norms: list[float]
+    first_gradient: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The largest relative differences that pass."""
+
+    loss: float
+    first_norm: float
+    gradient: float
+    norm: float
+    update: float
+
+
+# fp32 differs by the order of sums alone, bf16 by its 8 bits of mantissa. Adam's first updates are signs of gradients,
+# so weights move apart wherever a gradient is near zero: they are held to the length of the way they went.
+BOUNDS = {
+    "fp32": Bounds(loss=1e-6, first_norm=1e-5, gradient=1e-5, norm=1e-3, update=1e-3),
+    "bf16": Bounds(loss=1e-3, first_norm=5e-3, gradient=5e-2, norm=5e-2, update=5e-1),
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Relative differences of a layout from one process, each the worst over steps or parameters."""
+
+    loss: float
+    first_norm: float
+    gradient: float
+    worst_gradient: str
+    norm: float
+    update: float
+
+    def beyond(self, bounds: Bounds) -> list[str]:
+        """The measures that do not pass."""
+        return [name for name in vars(bounds) if not getattr(self, name) <= getattr(bounds, name)]
+
+
+def read_trace(run_dir: Path, beta1: float) -> Trace:
+    """The trace of a finished run that saved after every step.
+
+    After one step Adam's first moment is (1 - beta1) times the clipped gradient, so the gradient is read from the
+    checkpoint, behind every reduction and the clip, at any layout and ZeRO stage alike.
+    """
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    events = [line for line in lines if line["event"] == "train"]
+    folder = run_dir / "checkpoints"
+    first = read_tensors(folder / "step_00000001")
+    last = read_tensors(folder / f"step_{events[-1]['step']:08d}")
+    names = [name for name in last if not name.startswith("optimizer.")]
+    return Trace(
+        losses=[event["loss"] for event in events],
+        norms=[event["grad_norm"] for event in events],
+        first_gradient={name: first[moment_name(EXP_AVG, name)] / (1 - beta1) for name in names},
+        weights={name: last[name] for name in names},
+    )
+
+
+def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, whole."""
+    reader = JsonMetadataReader(checkpoint)
+    found = {name: torch.empty(t.size) for name, t in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
+    dcp.load(dict(found), storage_reader=reader, no_dist=True)
+    return found
+
+
+def compare(trace: Trace, reference: Trace, start: Mapping[str, Tensor]) -> Difference:
+    """`trace` against `reference`, which began at the weights `start`."""
+    gradients = {
+        name: relative(trace.first_gradient[name] - gradient, gradient)
+        for name, gradient in reference.first_gradient.items()
+    }
+    worst = max(gradients, key=lambda name: _nan_is_worst(gradients[name]))
+    norms = [abs(a / b - 1) for a, b in zip(trace.norms, reference.norms, strict=True)]
+    updates = (
+        relative(trace.weights[name] - weight, weight - start[name]) for name, weight in reference.weights.items()
+    )
+    return Difference(
+        loss=max(abs(a / b - 1) for a, b in zip(trace.losses, reference.losses, strict=True)),
+        first_norm=norms[0],
+        gradient=gradients[worst],
+        worst_gradient=worst,
+        norm=max(norms, key=_nan_is_worst),
+        update=max(updates, key=_nan_is_worst),
+    )
+
+
+def relative(difference: Tensor, whole: Tensor) -> float:
+    """|difference| / |whole|, in fp64."""
+    return float(difference.double().norm() / whole.double().norm())
+
+
+def _nan_is_worst(value: float) -> float:
+    return value if value == value else float("inf")

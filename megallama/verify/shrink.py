@@ -1,0 +1,63 @@
+"""A copy of a run small enough for any layout of a few processes on this machine, with the same structure. Pure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megallama.config.schema import ModelConfig, RunConfig
+
+GLOBAL_BATCH_SIZE = 8
+SEQUENCE_LENGTH = 32
+HEAD_SIZE = 8
+
+
+def shrink_model(model: ModelConfig) -> ModelConfig:
+    """2 layers of 8 heads; the ratio of query to key heads, tying, rotary scaling and initialisation are kept."""
+    heads = 8
+    kv_heads = max(1, heads * model.kv_heads // model.num_attention_heads)
+    while heads % kv_heads:
+        kv_heads -= 1
+    apart = model.head_size * model.num_attention_heads != model.hidden_size
+    return model.model_copy(
+        update={
+            "vocab_size": 257,
+            "hidden_size": heads * HEAD_SIZE,
+            "intermediate_size": 160,
+            "num_hidden_layers": 2,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": 2 * HEAD_SIZE if apart else None,
+            "max_position_embeddings": SEQUENCE_LENGTH,
+        }
+    )
+
+
+def shrink(config: RunConfig, folder: Path, dataset: Path, steps: int, dtype: str) -> RunConfig:
+    """The whole run, in `folder`, on `dataset` (bytes as tokens), saving after every step."""
+    return RunConfig.model_validate(
+        {
+            "run": {"dir": str(folder)},
+            "model": shrink_model(config.model).model_dump(),
+            "data": {
+                "path": str(dataset),
+                "sequence_length": SEQUENCE_LENGTH,
+                "validation_fraction": 0.1,
+                # Unequal counts of labels in micro-batches tell a mean over tokens from a mean of means.
+                "eod_mask_loss": True,
+            },
+            "zero": {"bucket_elements": 10_000, "communication_dtype": config.zero.communication_dtype},
+            "train": {
+                "steps": steps,
+                "global_batch_size": GLOBAL_BATCH_SIZE,
+                "micro_batch_size": GLOBAL_BATCH_SIZE,
+                "seed": config.train.seed,
+                "dtype": dtype,
+                "device": "cpu",
+            },
+            # A rate at which a few steps go somewhere, and a clip that every step meets.
+            "optimizer": config.optimizer.model_dump() | {"lr": 3e-3, "clip": 0.5},
+            "schedule": {"kind": "constant"},
+            "evaluation": {"samples": GLOBAL_BATCH_SIZE},
+            "checkpoint": {"every": 1, "keep": steps + 1, "resume": "never"},
+        }
+    )

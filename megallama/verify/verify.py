@@ -1,0 +1,185 @@
+"""`megallama verify`: the user's run, shrunk, trained for a few steps at many layouts, all held against one process.
+
+Nothing is special about these trainings: they run the loop of every run and are judged by what every run leaves, its
+metrics and its checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megallama.config.load import load_config
+from megallama.config.schema import RunConfig
+from megallama.data.build import build_dataset
+from megallama.errors import UserError
+from megallama.model.llama import Llama
+from megallama.parallel.init import initialise
+from megallama.parallel.mesh import Launch
+from megallama.parallel.spawn import RankFailed, run_ranks
+from megallama.parallel.topology import Topology
+from megallama.start import start
+from megallama.verify.compare import BOUNDS, Difference, Trace, compare, read_trace
+from megallama.verify.layout import ONE_PROCESS, Layout
+from megallama.verify.shrink import GLOBAL_BATCH_SIZE, shrink
+
+Plant = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one layout."""
+
+    layout: Layout
+    losses: list[float]
+    difference: Difference | None
+    failures: list[str]
+    """Why it does not pass; empty when it does."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All layouts of one run."""
+
+    reference: Trace
+    verdicts: list[Verdict]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every layout gave the answer of one process."""
+        return not any(verdict.failures for verdict in self.verdicts)
+
+
+def verify(
+    config: RunConfig,
+    layouts: Sequence[Layout],
+    *,
+    steps: int = 5,
+    dtype: str = "fp32",
+    plant: Plant | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Train at one process and at each of `layouts`, and compare.
+
+    `plant`, an importable function, is called on every rank of the layouts but not in the reference: with a planted
+    bug the report must not pass.
+    """
+    with tempfile.TemporaryDirectory(prefix="megallama-verify-") as name:
+        folder = Path(name)
+        dataset = write_dataset(folder)
+        small = {layout: _config(config, layout, folder, dataset, steps, dtype) for layout in (ONE_PROCESS, *layouts)}
+        progress("one process")
+        _train(small[ONE_PROCESS], ONE_PROCESS, folder, None)
+        reference = read_trace(folder / ONE_PROCESS.name, config.optimizer.betas[0])
+        initial = initial_weights(small[ONE_PROCESS])
+        verdicts = []
+        for layout in layouts:
+            progress(layout.name)
+            verdicts.append(_judge(small[layout], layout, folder, reference, initial, plant))
+        return Report(reference, verdicts)
+
+
+def write_dataset(folder: Path) -> Path:
+    """Short documents of bytes: this package's own source, a line each."""
+    lines = [line for source in sorted(Path(__file__).parent.glob("*.py")) for line in source.read_text().splitlines()]
+    folder.joinpath("lines").mkdir()
+    for number, line in enumerate(line for line in lines if line.strip()):
+        folder.joinpath("lines", f"{number:04d}.txt").write_text(line)
+    build_dataset([str(folder / "lines")], str(folder / "data"), "bytes", workers=1)
+    return folder / "data"
+
+
+def initial_weights(config: RunConfig) -> dict[str, Tensor]:
+    """The weights that training starts from, whole, by logical name."""
+    model = Llama(config.model)
+    held = model.logical_pieces()
+    initialise(
+        model,
+        held,
+        seed=config.train.seed,
+        num_layers=config.model.num_hidden_layers,
+        scheme=config.model.init,
+        std=config.model.initializer_range,
+    )
+    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    parameters = {name: parameter.detach().to(dtype).float() for name, parameter in model.named_parameters()}
+    return {piece.name: piece.of(parameters[name]) for name, pieces in held.items() for piece in pieces}
+
+
+def _config(config: RunConfig, layout: Layout, folder: Path, dataset: Path, steps: int, dtype: str) -> RunConfig:
+    small = shrink(config, folder / layout.name, dataset, steps, dtype)
+    tree = small.model_dump()
+    for override in layout.overrides(GLOBAL_BATCH_SIZE):
+        path, _, value = override.partition("=")
+        section, key = path.split(".")
+        tree[section][key] = value
+    return RunConfig.model_validate(tree)
+
+
+def _judge(
+    config: RunConfig,
+    layout: Layout,
+    folder: Path,
+    reference: Trace,
+    initial: dict[str, Tensor],
+    plant: Plant | None,
+) -> Verdict:
+    try:
+        hashes = _train(config, layout, folder, plant)
+    except RankFailed as error:
+        return Verdict(layout, [], None, [str(error).strip().splitlines()[-1]])
+    trace = read_trace(folder / layout.name, config.optimizer.betas[0])
+    difference = compare(trace, reference, initial)
+    failures = difference.beyond(BOUNDS[config.train.dtype]) + unequal_copies(layout, hashes)
+    return Verdict(layout, trace.losses, difference, failures)
+
+
+def _train(config: RunConfig, layout: Layout, folder: Path, plant: Plant | None) -> list[dict[str, str]]:
+    return run_ranks(train_rank, layout.world_size, config, plant, log=folder / f"{layout.name}.log")
+
+
+def train_rank(launch: Launch, config: RunConfig, plant: Plant | None) -> dict[str, str]:
+    """One rank: train, and return a hash of each parameter it holds whole."""
+    if plant is not None:
+        plant()
+    model = start(config, launch)
+    held = model.logical_pieces()
+    return {
+        f"{'copy ' if all(p.size == p.shape for p in held[name]) else 'shard '}{name}": _hash(parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.numel()  # ZeRO 3 leaves large parameters cut
+    }
+
+
+def unequal_copies(layout: Layout, hashes: Sequence[dict[str, str]]) -> list[str]:
+    """Parameters that should be the same bits on several ranks and are not."""
+    topology = Topology(dp=layout.dp, tp=layout.tp)
+    seen: dict[tuple[str, int], str] = {}
+    unequal = set()
+    for rank, mine in enumerate(hashes):
+        for name, value in mine.items():
+            place = (name, -1 if name.startswith("copy ") else topology.coordinate(rank, "tp"))
+            if seen.setdefault(place, value) != value:
+                unequal.add(name)
+    return [f"{name} differs between ranks" for name in sorted(unequal)]
+
+
+def _hash(parameter: Tensor) -> str:
+    return hashlib.sha256(parameter.detach().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def verify_file(path: Path, overrides: Sequence[str], layouts: Sequence[Layout], **options: object) -> Report:
+    """`verify` for a config file. UserError for a layout that this machine or the batch cannot hold."""
+    for layout in layouts:
+        if GLOBAL_BATCH_SIZE % (layout.dp * layout.accumulation):
+            raise UserError(
+                f"layout {layout.name}: dp * accumulation = {layout.dp * layout.accumulation} does not divide the "
+                f"shrunk batch of {GLOBAL_BATCH_SIZE}; use 1, 2, 4 or 8"
+            )
+    return verify(load_config(path, overrides), layouts, **options)  # type: ignore[arg-type]

@@ -1,0 +1,58 @@
+"""Costing and reading a run must work, and start at once, where torch and deepspeed are absent."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import megallama.config
+import megallama.plan
+
+PACKAGES = (megallama.config, megallama.plan)
+HEAVY = ("torch", "deepspeed", "numpy", "transformers", "tiktoken", "tokenizers", "wandb")
+
+PROGRAM = """
+import importlib, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {heavy!r}:
+            raise ImportError("imported here: " + name)
+
+sys.meta_path.insert(0, Refuse())
+for module in {modules!r}:
+    importlib.import_module(module)
+{then}
+"""
+
+
+def pure_modules() -> list[str]:
+    modules = ["megallama.errors", "megallama.schedule"]
+    for package in PACKAGES:
+        files = sorted(Path(package.__path__[0]).glob("*.py"))
+        modules += [f"{package.__name__}.{file.stem}" for file in files if file.stem != "__init__"]
+    return modules
+
+
+def run_without_heavy_packages(modules: list[str], then: str = "") -> subprocess.CompletedProcess[str]:
+    program = PROGRAM.format(heavy=HEAVY, modules=modules, then=then)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_pure_modules_import_without_torch_and_deepspeed() -> None:
+    modules = pure_modules()
+    assert {"megallama.config.load", "megallama.plan.cli"} <= set(modules)
+    done = run_without_heavy_packages(modules)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_hook_of_this_test_does_refuse() -> None:
+    assert "imported here: torch" in run_without_heavy_packages([], then="import torch").stderr
+
+
+def test_a_plan_is_made_without_torch_and_deepspeed() -> None:
+    then = "megallama = sys.modules['megallama.plan.cli']; megallama.plan(flops='1e21')"
+    done = run_without_heavy_packages(["megallama.plan.cli"], then)
+    assert done.returncode == 0, done.stderr
+    assert "2.778e+09" in done.stdout

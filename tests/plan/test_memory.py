@@ -1,0 +1,61 @@
+"""State bytes as DeepSpeed really holds them, for Llama-3 8B in GiB."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megallama.config.load import load_config
+from megallama.plan.memory import GIB, largest_layer, stage_state, state_bytes, transient_bytes
+
+PSI = 8_030_261_248
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize(
+    ("stage", "by_dp"),
+    [(1, (149.58, 71.05, 61.23)), (2, (149.58, 31.78, 17.06)), (3, (134.62, 16.83, 2.10))],
+)
+def test_bf16_state_of_llama_3_8b(stage: int, by_dp: tuple[float, ...]) -> None:
+    found = [state_bytes("bf16", stage, PSI, dp) / GIB for dp in (1, 8, 64)]
+    assert found == pytest.approx(by_dp, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stage", "whole", "cut"),
+    [
+        ("bf16", 1, 8, 12),
+        ("bf16", 2, 2, 18),
+        ("bf16", 3, 0, 18),
+        ("fp32", 1, 8, 12),
+        ("fp32", 2, 4, 16),
+        ("fp32", 3, 0, 20),
+    ],
+)
+@pytest.mark.parametrize("dp", [1, 2, 8])
+def test_bytes_per_parameter(dtype: str, stage: int, whole: int, cut: int, dp: int) -> None:
+    psi = 1 << 20
+    assert state_bytes(dtype, stage, psi, dp) == whole * psi + cut * psi // dp
+
+
+def test_stage_3_adds_its_largest_layer() -> None:
+    assert state_bytes("bf16", 3, 800, 8, largest_layer=50) == 18 * 100 + 4 * 50
+    model = load_config(CONFIGS / "8b.yaml").model
+    assert largest_layer(model, 1) == 128256 * 4096
+    assert largest_layer(load_config(CONFIGS / "7b.yaml").model, 1) == 202_383_360
+
+
+def test_the_cast_before_a_bf16_reduction_is_counted_and_is_off_by_default() -> None:
+    run = CONFIGS / "8b.yaml"
+    assert transient_bytes(load_config(run), PSI) == 0
+    assert transient_bytes(load_config(run, ["zero.communication_dtype=bf16"]), PSI) == 2 * PSI
+    assert transient_bytes(load_config(run, ["zero.communication_dtype=bf16", "zero.stage=2"]), PSI) == 0
+
+
+def test_7b_has_state_for_each_of_its_four_stages() -> None:
+    stages = stage_state(load_config(CONFIGS / "7b.yaml"), dp_size=16)
+    held = [sum(row.size for row in rows) for rows in stages]
+    psi = (32000 * 4096 + 8 * (202_383_360 - 8192)) // 2 + 8 * 8192
+    assert held[0] == 8 * psi + 12 * psi // 16
+    assert held[1] == held[2] < held[0] < held[3]
