@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from megallama.config.cli import config
+from megallama.config.load import load_config
 from megallama.data.cli import data_app, tokenizer_app
 from megallama.errors import UserError
 from megallama.plan.cli import plan
@@ -29,21 +30,32 @@ app.add_typer(tokenizer_app, name="tokenizer")
 def verify(
     config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of a run.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None,
-    layouts: Annotated[
-        str | None, typer.Option(help="Comma-separated, as tp2,dp2-zero3,tp2-nosp; by default a set for 4 ranks.")
-    ] = None,
+    layouts: Annotated[str | None, typer.Option(help="Comma-separated, as tp2,dp2-zero3; by default 15 of them.")] = None,
     steps: Annotated[int, typer.Option(help="Steps to train at each layout.", min=1)] = 5,
+    dtype: Annotated[str, typer.Option(help="fp32, or bf16 with wider bounds.")] = "fp32",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train a shrunk copy of a run at many layouts, as real processes on this machine, and compare them.
 
     Exit code 1 if any layout gives another answer than one process. Example: megallama verify configs/7b.yaml
     """
+    from rich.console import Console
+
+    from megallama.verify.layout import DEFAULT_LAYOUTS, parse_layout
+    from megallama.verify.report import as_json as report_json
     from megallama.verify.report import print_report
     from megallama.verify.verify import verify as run_verify
 
-    report = run_verify(config_path, overrides or [], layouts.split(",") if layouts else None, steps, print)
-    print_report(report, as_json=as_json)
+    # A pipe has no width; the table has.
+    console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 140)
+    wanted = [parse_layout(name) for name in layouts.split(",")] if layouts else list(DEFAULT_LAYOUTS)
+    config = load_config(config_path, overrides or ())
+    with console.status("one process") as status:
+        report = run_verify(config, wanted, steps=steps, dtype=dtype, progress=status.update)
+    if as_json:
+        typer.echo(report_json(report))
+    else:
+        print_report(report, console)
     raise typer.Exit(0 if report.passed else 1)
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -60,6 +63,19 @@ class JsonMetadataReader(FileSystemReader):
             properties = TensorProperties(dtype=torch.float32)
             described[name] = TensorStorageMetadata(properties, torch.Size(tensor["shape"]), chunks)
         return Metadata(described, storage_data=places, storage_meta=StorageMeta(load_id=self.load_id))
+
+
+def read_alone(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill whole `tensors` by name from the checkpoint at `path`, in this process alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        dcp.load(dict(tensors), storage_reader=JsonMetadataReader(path), no_dist=True)
+
+
+def stored_shapes(path: Path) -> dict[str, torch.Size]:
+    """The shape of every tensor of the checkpoint at `path`."""
+    described = JsonMetadataReader(path).read_metadata().state_dict_metadata
+    return {name: tensor.size for name, tensor in described.items() if isinstance(tensor, TensorStorageMetadata)}
 
 
 def write_json(path: Path, value: object) -> None:

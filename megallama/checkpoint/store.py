@@ -20,7 +20,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from megallama.checkpoint.logical import logical_state
-from megallama.checkpoint.storage import METADATA, JsonMetadataReader, JsonMetadataWriter, write_json
+from megallama.checkpoint.storage import (
+    METADATA,
+    JsonMetadataReader,
+    JsonMetadataWriter,
+    read_alone,
+    stored_shapes,
+    write_json,
+)
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.errors import UserError
 from megallama.model.llama import Llama
@@ -94,10 +101,8 @@ def load_initial_weights(path: Path, engine: Engine, model: Llama) -> None:
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """The fp32 weights of a checkpoint by Hugging Face name, whole, in this process alone."""
-    reader = JsonMetadataReader(path)
-    found = reader.read_metadata().state_dict_metadata
-    weights = {name: torch.empty(t.size) for name, t in found.items() if not name.startswith("optimizer.")}  # type: ignore[union-attr]
-    dcp.load(dict(weights), storage_reader=reader, no_dist=True)
+    weights = {n: torch.empty(shape) for n, shape in stored_shapes(path).items() if not n.startswith("optimizer.")}
+    read_alone(path, weights)
     return weights
 
 

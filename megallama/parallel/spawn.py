@@ -95,7 +95,8 @@ def _rank(call: bytes, link: Connection, rank: int, world_size: int, port: int, 
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     os.environ["DS_ACCELERATOR"] = "cpu"  # deepspeed looks for a device when the server imports it
-    context.set_forkserver_preload(["megallama.train"])
+    # The second is what deepspeed imports only when it is set up, and with it torch's compiler: seconds for each rank.
+    context.set_forkserver_preload(["megallama.train", "deepspeed.runtime.zero.muon.muon_optimizer"])
     return context
 
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from megallama.checkpoint.logical import EXP_AVG, moment_name
-from megallama.checkpoint.storage import JsonMetadataReader
+from megallama.checkpoint.storage import read_alone, stored_shapes
 
 
 @dataclass(frozen=True)
@@ -82,10 +81,9 @@ def read_trace(run_dir: Path, beta1: float) -> Trace:
 
 def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, whole."""
-    reader = JsonMetadataReader(checkpoint)
-    found = {name: torch.empty(t.size) for name, t in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
-    dcp.load(dict(found), storage_reader=reader, no_dist=True)
-    return found
+    tensors = {name: torch.empty(shape) for name, shape in stored_shapes(checkpoint).items()}
+    read_alone(checkpoint, tensors)
+    return tensors
 
 
 def compare(trace: Trace, reference: Trace, start: Mapping[str, Tensor]) -> Difference:

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.data.build import build_dataset
 from megallama.errors import UserError
@@ -70,6 +69,7 @@ def verify(
     `plant`, an importable function, is called on every rank of the layouts but not in the reference: with a planted
     bug the report must not pass.
     """
+    _check(layouts, dtype)
     with tempfile.TemporaryDirectory(prefix="megallama-verify-") as name:
         folder = Path(name)
         dataset = write_dataset(folder)
@@ -83,6 +83,17 @@ def verify(
             progress(layout.name)
             verdicts.append(_judge(small[layout], layout, folder, reference, initial, plant))
         return Report(reference, verdicts)
+
+
+def _check(layouts: Sequence[Layout], dtype: str) -> None:
+    if dtype not in BOUNDS:
+        raise UserError(f"--dtype={dtype} is not a type to verify in; use {' or '.join(BOUNDS)}")
+    for layout in layouts:
+        if GLOBAL_BATCH_SIZE % (layout.dp * layout.accumulation):
+            raise UserError(
+                f"layout {layout.name}: dp * accumulation = {layout.dp * layout.accumulation} does not divide the "
+                f"shrunk batch of {GLOBAL_BATCH_SIZE}; use 1, 2, 4 or 8"
+            )
 
 
 def write_dataset(folder: Path) -> Path:
@@ -172,14 +183,3 @@ def unequal_copies(layout: Layout, hashes: Sequence[dict[str, str]]) -> list[str
 
 def _hash(parameter: Tensor) -> str:
     return hashlib.sha256(parameter.detach().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def verify_file(path: Path, overrides: Sequence[str], layouts: Sequence[Layout], **options: object) -> Report:
-    """`verify` for a config file. UserError for a layout that this machine or the batch cannot hold."""
-    for layout in layouts:
-        if GLOBAL_BATCH_SIZE % (layout.dp * layout.accumulation):
-            raise UserError(
-                f"layout {layout.name}: dp * accumulation = {layout.dp * layout.accumulation} does not divide the "
-                f"shrunk batch of {GLOBAL_BATCH_SIZE}; use 1, 2, 4 or 8"
-            )
-    return verify(load_config(path, overrides), layouts, **options)  # type: ignore[arg-type]

@@ -1,0 +1,200 @@
+"""The contenders of `step.py`: each builds the same model from the same weights and trains it in its own way.
+
+All take the same micro-batches of random ids from the CPU, keep fp32 master weights, moments and gradient sums, clip
+by the global norm, and decay matrices only, at a constant learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from megallama.config.check import check_config
+from megallama.config.schema import ModelConfig, RunConfig
+from megallama.data.loader import Loader, MicroBatch
+from megallama.metrics import Metrics
+from megallama.model.llama import Llama
+from megallama.parallel.init import initialise
+from megallama.parallel.mesh import Launch, build_mesh
+from megallama.parallel.topology import Topology
+from megallama.peak import Peak
+
+NAMES = ("engine", "bare", "transformers", "engine-compile", "bare-compile", "transformers-compile")
+
+POOL = 4
+"""Global batches that are drawn and then cycled: the model learns them by heart, so that wrong updates would show."""
+
+Step = Callable[[], Tensor]
+"""One optimizer step; returns the token mean of the loss before it, on the device."""
+SummedLoss = Callable[[Tensor, Tensor], Tensor]
+"""(tokens, labels) of a micro-batch -> the sum of its losses."""
+
+
+@dataclass(frozen=True)
+class RandomBatches:
+    """Micro-batches of random ids in place of a dataset, by the position in the run."""
+
+    pool: Sequence[list[MicroBatch]]
+    global_batch_size: int
+
+    def step(self, samples: int) -> list[MicroBatch]:
+        """What the step that begins after `samples` sequences trains on."""
+        return self.pool[samples // self.global_batch_size % len(self.pool)]
+
+
+def random_batches(config: RunConfig) -> RandomBatches:
+    """The same ids for every contender."""
+    draws = torch.Generator().manual_seed(config.train.seed)
+    micro, length = config.train.micro_batch_size, config.data.sequence_length
+
+    def micro_batch() -> MicroBatch:
+        ids = torch.randint(config.model.vocab_size, (micro, length + 1), generator=draws)
+        return MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+
+    accumulation = config.train.global_batch_size // micro
+    return RandomBatches([[micro_batch() for _ in range(accumulation)] for _ in range(POOL)], micro * accumulation)
+
+
+def build(name: str, config: RunConfig, device: torch.device) -> Step:
+    """The step of one contender of NAMES; raises what keeps it from being built."""
+    kind, _, suffix = name.partition("-")
+    config = config.model_copy(update={"train": config.train.model_copy(update={"compile": suffix == "compile"})})
+    if kind == "engine":
+        return engine_step(config, device)
+    model = initialised_llama(config)
+    if kind == "bare":
+        if config.train.compile:
+            for layer in model.layers.values():
+                layer.compile()
+        return bare_step(model, model, config, device)
+    reference = transformers_llama(model, config)
+    return bare_step(reference, transformers_loss(reference), config, device)
+
+
+def engine_step(config: RunConfig, device: torch.device) -> Step:
+    """megallama's own training step, in a world of one process."""
+    # Imported here: it brings deepspeed with it, of which the other contenders stay free.
+    from megallama.checkpoint.store import TrainState
+    from megallama.train import Run, build_model, train_step
+
+    check_config(config, 1)
+    mesh = build_mesh(Topology(), Launch(), device)
+    model, engine = build_model(config, mesh)
+    data = cast(Loader, random_batches(config))
+    run = Run(config, mesh, model, engine, data, None, Metrics([]), total_steps=1, peak=Peak(1.0, "not used"))
+    state = TrainState()
+
+    def step() -> Tensor:
+        nonlocal state
+        loss, result = train_step(run, state, config.optimizer.lr)
+        state = state.after(config.train.global_batch_size, applied=result.applied)
+        return loss
+
+    return step
+
+
+def bare_step(model: nn.Module, summed_loss: SummedLoss, config: RunConfig, device: torch.device) -> Step:
+    """A loop as one would write it for one device, around `model`, whose loss `summed_loss` is."""
+    model.to(device).train()
+    weights = list(model.parameters())
+    masters = [nn.Parameter(weight.detach().clone()) for weight in weights] if config.train.dtype == "bf16" else weights
+    if config.train.dtype == "bf16":
+        for weight in weights:  # the parameters alone: rotary frequencies stay fp32
+            weight.data = weight.data.bfloat16()
+    optimizer = adamw(masters, config)
+    batches, samples = random_batches(config), 0
+
+    def step() -> Tensor:
+        nonlocal samples
+        micro_batches = batches.step(samples)
+        samples += config.train.global_batch_size
+        scale = 1 / sum(batch.labels.numel() for batch in micro_batches)
+        total = torch.zeros((), device=device)
+        for batch in micro_batches:
+            tokens, labels = batch.tokens.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+            loss = summed_loss(tokens, labels) * scale
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+            if masters is not weights:
+                add_gradients(weights, masters)
+        nn.utils.clip_grad_norm_(masters, config.optimizer.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if masters is not weights:
+            with torch.no_grad():
+                for weight, master in zip(weights, masters, strict=True):
+                    weight.copy_(master)
+        return total
+
+    return step
+
+
+def add_gradients(weights: Sequence[nn.Parameter], masters: Sequence[nn.Parameter]) -> None:
+    """Move the bf16 gradients of one micro-batch into the fp32 sums of the masters."""
+    for weight, master in zip(weights, masters, strict=True):
+        assert weight.grad is not None
+        if master.grad is None:
+            master.grad = weight.grad.float()
+        else:
+            master.grad += weight.grad
+        weight.grad = None
+
+
+def adamw(parameters: Sequence[nn.Parameter], config: RunConfig) -> torch.optim.AdamW:
+    """torch's fused AdamW."""
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.optimizer.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    settings = config.optimizer
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def initialised_llama(config: RunConfig) -> Llama:
+    """The weights that the engine starts from, on the CPU."""
+    model = Llama(config.model, recompute=config.train.recompute)
+    layers, scheme, std = config.model.num_hidden_layers, config.model.init, config.model.initializer_range
+    initialise(model, model.logical_pieces(), seed=config.train.seed, num_layers=layers, scheme=scheme, std=std)
+    return model
+
+
+def transformers_llama(ours: Llama, config: RunConfig) -> Any:
+    """LlamaForCausalLM with sdpa and the weights of `ours`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**transformers_shape(config.model), attn_implementation="sdpa"))
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, pieces in ours.logical_pieces().items():
+            for piece in pieces:
+                parameters[piece.name].copy_(piece.of(ours.get_parameter(name)))
+    if config.train.recompute == "full":
+        model.gradient_checkpointing_enable()
+    if config.train.compile:
+        model.compile()
+    return model
+
+
+def transformers_shape(model: ModelConfig) -> dict[str, Any]:
+    """Arguments of LlamaConfig."""
+    shape = model.model_dump(exclude={"init", "rope_theta", "rope_scaling"})
+    shape |= {"num_key_value_heads": model.kv_heads, "head_dim": model.head_size}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
+    if model.rope_scaling is not None:
+        rope |= model.rope_scaling.model_dump()
+    return shape | {"rope_parameters": rope}
+
+
+def transformers_loss(model: Any) -> SummedLoss:
+    """Its own loss function, given labels that are shifted already and a count of 1 to divide by."""
+
+    def summed(tokens: Tensor, labels: Tensor) -> Tensor:
+        output = model(tokens, labels=labels, shift_labels=labels, num_items_in_batch=1, use_cache=False)
+        loss: Tensor = output.loss
+        return loss
+
+    return summed

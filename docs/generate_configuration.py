@@ -1,0 +1,104 @@
+"""Rewrites the generated parts of docs/configuration.md from the schema: `python docs/generate_configuration.py`.
+
+A part stands between `<!-- generated: NAME -->` and `<!-- end -->`. A test compares the page with what this makes of it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megallama.config.deepspeed import deepspeed_config
+from megallama.config.load import json_schema, load_config
+
+PAGE = Path(__file__).with_name("configuration.md")
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+Schema = dict[str, Any]
+
+_BOUNDS = (
+    ("minimum", ">="),
+    ("ge", ">="),
+    ("exclusiveMinimum", ">"),
+    ("maximum", "<="),
+    ("exclusiveMaximum", "<"),
+    ("lt", "<"),
+)
+_TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
+
+
+def keys() -> str:
+    """A heading and a table for every section, in the order of the schema."""
+    schema = json_schema()
+    parts: list[str] = []
+
+    def add(name: str, section: Schema) -> None:
+        rows = ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
+        rows += [_row(f"{name}.{key}", key in section.get("required", ()), field) for key, field in _fields(section)]
+        parts.append("\n".join([f"### {name}", "", section["description"], "", *rows]))
+        for key, field in _fields(section):
+            for inner in _sections(field):
+                add(f"{name}.{key}", schema["$defs"][inner])
+
+    for name, field in schema["properties"].items():
+        for section in _sections(field):
+            described = dict(schema["$defs"][section])
+            # The schema says of model: these keys, or an import. What has no default must come from one or the other.
+            described.setdefault("required", described.get("anyOf", [{}])[0].get("required", ()))
+            add(name, described)
+    return "\n\n".join(parts)
+
+
+def deepspeed_dictionary() -> str:
+    """The dictionary of configs/1b.yaml on one node of 8."""
+    dictionary = deepspeed_config(load_config(CONFIGS / "1b.yaml"), dp_size=8)
+    return f"```json\n{json.dumps(dictionary, indent=2)}\n```"
+
+
+PARTS: dict[str, Callable[[], str]] = {"keys": keys, "deepspeed": deepspeed_dictionary}
+
+
+def regenerate(page: str) -> str:
+    """The page with every generated part made anew."""
+
+    def part(match: re.Match[str]) -> str:
+        return f"<!-- generated: {match[1]} -->\n\n{PARTS[match[1]]()}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- generated: (\w+) -->.*?<!-- end -->", part, page, flags=re.DOTALL)
+
+
+def _fields(section: Schema) -> list[tuple[str, Schema]]:
+    return list(section["properties"].items())
+
+
+def _sections(field: Schema) -> list[str]:
+    """Names of the sections that a field may hold."""
+    return [branch["$ref"].rpartition("/")[2] for branch in (field, *field.get("anyOf", ())) if "$ref" in branch]
+
+
+def _row(key: str, required: bool, field: Schema) -> str:
+    without = "required" if required else "none"
+    default = f"`{json.dumps(field['default'])}`" if "default" in field else without
+    meaning = field.get("description", "").replace("|", "\\|")
+    return f"| `{key}` | {_value(field)} | {default} | {meaning} |"
+
+
+def _value(field: Schema) -> str:
+    """What may stand there, in words."""
+    if "anyOf" in field:
+        return " or ".join(_value(branch) for branch in field["anyOf"])
+    if "$ref" in field:
+        return "mapping (below)"
+    if "enum" in field or "const" in field:
+        return ", ".join(f"`{choice}`" for choice in field.get("enum", [field.get("const")]))
+    if field["type"] == "array":
+        return f"list of {len(field['prefixItems'])}, each {_value(field['prefixItems'][0])}"
+    bounds = [f"{sign} {field[name]}" for name, sign in _BOUNDS if name in field]
+    return " ".join([_TYPES[field["type"]], ", ".join(bounds)]).strip()
+
+
+if __name__ == "__main__":
+    PAGE.write_text(regenerate(PAGE.read_text()))

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Llama 7B on 16 nodes of 8 GPUs: tp 2, pp 4, dp 16.
+# Submit from the repository root: sbatch slurm/7b.sh [key.sub=value ...]; submitted again, it resumes.
+#SBATCH --job-name=megallama-7b
+#SBATCH --nodes=16
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=7-00:00:00
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+
+# sbatch runs a copy of this file from a spool folder.
+folder=$(dirname "$0")
+[ -f "$folder/run.sh" ] || folder=$SLURM_SUBMIT_DIR/slurm
+exec bash "$folder/run.sh" configs/7b.yaml "$@"

@@ -1,0 +1,125 @@
+"""The documents against what they speak of: links, files, commands, overrides, dependencies and the schema."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import typer
+
+from megallama.cli import app
+from megallama.config.load import load_config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def test_configuration_page_is_what_the_generator_makes() -> None:
+    generator = _generator()
+    page = generator.PAGE.read_text()
+    assert page == generator.regenerate(page), "run python docs/generate_configuration.py"
+
+
+def test_every_key_of_the_schema_is_on_the_configuration_page() -> None:
+    from megallama.config.keys import LEGAL_KEYS
+
+    page = _generator().PAGE.read_text()
+    assert [key for key in LEGAL_KEYS if "." in key and f"`{key}`" not in page] == []
+
+
+@by_page
+def test_relative_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    relative = [link.partition("#")[0] for link in links if "://" not in link and not link.startswith("#")]
+    assert [link for link in relative if not (page.parent / link).exists()] == []
+
+
+@by_page
+def test_named_files_exist(page: Path) -> None:
+    named = re.findall(
+        r"\b(?:configs/[\w.-]+\.yaml|(?:slurm|launch|megallama|docs)/[\w./-]+\.(?:py|sh|md))\b", page.read_text()
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@by_page
+def test_commands_are_accepted(page: Path) -> None:
+    for words in _commands(page):
+        if words[0] == "megallama":
+            _parse(words[1:])
+        elif "launch/pretrain.py" in words:
+            arguments = words[words.index("launch/pretrain.py") + 1 :]
+            assert arguments[0] == "--config", words
+            load_config(ROOT / arguments[1], arguments[2:])
+        elif words[0] == "sbatch":
+            assert (ROOT / words[1]).is_file(), words
+            load_config(ROOT / "configs" / f"{Path(words[1]).stem}.yaml", words[2:])
+        elif words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+
+
+@by_page
+def test_commands_in_running_text_exist(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for code in re.findall(r"`megallama ([a-z][^`]*)`", text):
+        words = shlex.split(code)
+        command, arguments = _command(words)
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert [word for word in arguments if word.startswith("--") and word not in options] == [], code
+
+
+def test_documents_name_no_place_of_the_machine_they_were_written_on() -> None:
+    found = [(page.name, word) for page in PAGES for word in re.findall(r"/(?:home|root|work)/\S*", page.read_text())]
+    assert found == []
+
+
+def test_every_dependency_has_its_line() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+    names = [match[0] for requirement in required if (match := re.match(r"[\w.-]+", requirement))]
+    page = (ROOT / "docs" / "dependencies.md").read_text()
+    assert names
+    assert [name for name in names if f"| `{name}` |" not in page] == []
+
+
+def _commands(page: Path) -> list[list[str]]:
+    """Every command in a code block, as words, without a prompt, a comment or variables before it."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = [line.removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    first = re.compile(r"(?:[A-Z_]+=\S+ )*((?:megallama|make|sbatch|python|torchrun|deepspeed) .*)")
+    found = [match[1] for line in lines if (match := first.fullmatch(line))]
+    return [shlex.split(line.partition(" > ")[0], comments=True) for line in found]
+
+
+def _parse(words: list[str]) -> None:
+    """Fails where `megallama WORDS` would be refused for its options, its configuration or its overrides."""
+    command, arguments = _command(words)
+    given = command.make_context("megallama", arguments).params
+    if given.get("config_path") is not None:
+        load_config(ROOT / given["config_path"], given["overrides"] or ())
+
+
+def _command(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that the first words name, and what is left for it."""
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands") and words:
+        assert words[0] in command.commands, f"megallama has no command {words}"
+        command, words = command.commands[words[0]], words[1:]
+    return command, list(words)
+
+
+def _generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_configuration", ROOT / "docs" / "generate_configuration.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
