@@ -6,8 +6,8 @@ by the global norm, and decay matrices only, at a constant learning rate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
 from typing import Any, cast
 
 import torch
@@ -34,20 +34,8 @@ SummedLoss = Callable[[Tensor, Tensor], Tensor]
 """(tokens, labels) of a micro-batch -> the sum of its losses."""
 
 
-@dataclass(frozen=True)
-class RandomBatches:
-    """Micro-batches of random ids in place of a dataset, by the position in the run."""
-
-    pool: Sequence[list[MicroBatch]]
-    global_batch_size: int
-
-    def step(self, samples: int) -> list[MicroBatch]:
-        """What the step that begins after `samples` sequences trains on."""
-        return self.pool[samples // self.global_batch_size % len(self.pool)]
-
-
-def random_batches(config: RunConfig) -> RandomBatches:
-    """The same ids for every contender."""
+def random_batches(config: RunConfig) -> Iterator[list[MicroBatch]]:
+    """The micro-batches of step after step, without end; the same ids for every contender."""
     draws = torch.Generator().manual_seed(config.train.seed)
     micro, length = config.train.micro_batch_size, config.data.sequence_length
 
@@ -56,7 +44,7 @@ def random_batches(config: RunConfig) -> RandomBatches:
         return MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
 
     accumulation = config.train.global_batch_size // micro
-    return RandomBatches([[micro_batch() for _ in range(accumulation)] for _ in range(POOL)], micro * accumulation)
+    return cycle([[micro_batch() for _ in range(accumulation)] for _ in range(POOL)])
 
 
 def build(name: str, config: RunConfig, device: torch.device) -> Step:
@@ -78,23 +66,15 @@ def build(name: str, config: RunConfig, device: torch.device) -> Step:
 def engine_step(config: RunConfig, device: torch.device) -> Step:
     """megallama's own training step, in a world of one process."""
     # Imported here: it brings deepspeed with it, of which the other contenders stay free.
-    from megallama.checkpoint.store import TrainState
     from megallama.train import Run, build_model, train_step
 
     check_config(config, 1)
     mesh = build_mesh(Topology(), Launch(), device)
     model, engine = build_model(config, mesh)
-    data = cast(Loader, random_batches(config))
-    run = Run(config, mesh, model, engine, data, None, Metrics([]), total_steps=1, peak=Peak(1.0, "not used"))
-    state = TrainState()
-
-    def step() -> Tensor:
-        nonlocal state
-        loss, result = train_step(run, state, config.optimizer.lr)
-        state = state.after(config.train.global_batch_size, applied=result.applied)
-        return loss
-
-    return step
+    no_data = cast(Loader, None)  # a step is given its batches
+    run = Run(config, mesh, model, engine, no_data, None, Metrics([]), total_steps=1, peak=Peak(1.0, "not used"))
+    batches = random_batches(config)
+    return lambda: train_step(run, next(batches), config.optimizer.lr)[0]
 
 
 def bare_step(model: nn.Module, summed_loss: SummedLoss, config: RunConfig, device: torch.device) -> Step:
@@ -106,18 +86,16 @@ def bare_step(model: nn.Module, summed_loss: SummedLoss, config: RunConfig, devi
         for weight in weights:  # the parameters alone: rotary frequencies stay fp32
             weight.data = weight.data.bfloat16()
     optimizer = adamw(masters, config)
-    batches, samples = random_batches(config), 0
+    batches = random_batches(config)
 
     def step() -> Tensor:
-        nonlocal samples
-        micro_batches = batches.step(samples)
-        samples += config.train.global_batch_size
+        micro_batches = next(batches)
         scale = 1 / sum(batch.labels.numel() for batch in micro_batches)
         total = torch.zeros((), device=device)
         for batch in micro_batches:
             tokens, labels = batch.tokens.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
             loss = summed_loss(tokens, labels) * scale
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.detach()
             if masters is not weights:
                 add_gradients(weights, masters)

@@ -29,6 +29,8 @@ class Round:
 
     seconds: list[float]
     """Of each step."""
+    processor_seconds: float
+    """Of all timed steps, over all threads: what other programs leave alone, if this one has a single thread."""
     losses: list[float]
     """Before each step."""
     peak_memory_bytes: int
@@ -94,18 +96,20 @@ def _serve(connection: Connection, name: str, config: RunConfig, device: torch.d
 def _round(step: Step, warmup: int, steps: int, device: torch.device) -> Round:
     for _ in range(warmup):
         step()
+    began = time.process_time()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         losses, seconds = _time_on_cuda(step, steps)
     else:
         losses, seconds = _time_on_cpu(step, steps)
-    return Round(seconds, [float(loss) for loss in losses], peak_memory_bytes(device))
+    spent = time.process_time() - began
+    return Round(seconds, spent, [float(loss) for loss in losses], peak_memory_bytes(device))
 
 
 def _time_on_cuda(step: Step, steps: int) -> tuple[list[torch.Tensor], list[float]]:
     """By events, so that the host may run ahead as far as the contender lets it; one wait at the end."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]  # type: ignore[no-untyped-call]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     losses = []
     marks[0].record()
     for mark in marks[1:]:

@@ -1,6 +1,6 @@
 """Rewrites the generated parts of docs/configuration.md from the schema: `python docs/generate_configuration.py`.
 
-A part stands between `<!-- generated: NAME -->` and `<!-- end -->`. A test compares the page with what this makes of it.
+A part stands between `<!-- generated: NAME -->` and `<!-- end -->`. A test holds the page against what this makes.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 
@@ -24,7 +25,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # the deepspeed launcher adds it; the environment counts
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that win over the file")
     options = parser.parse_args(arguments)
-    first = os.environ.get("RANK", "0") == "0"
     try:
         config = load_config(options.config, options.overrides)
         from megallama.parallel.mesh import Launch
@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         start(config, Launch.from_environment())
     except UserError as error:
-        if first:
-            print(f"megallama: {error}", file=sys.stderr)
+        if first_rank():
+            print(f"megallama: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 
@@ -47,7 +47,14 @@ def run() -> None:
         print(f"megallama: rank {rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         # Leaving in order would wait for the other ranks, which wait for this one.
         os._exit(1)
+    if code == 2 and not first_rank():
+        time.sleep(10)  # a launcher ends all ranks when one leaves: let the first speak for all
     sys.exit(code)
+
+
+def first_rank() -> bool:
+    """Whether this process speaks for the job."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

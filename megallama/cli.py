@@ -30,7 +30,9 @@ app.add_typer(tokenizer_app, name="tokenizer")
 def verify(
     config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of a run.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None,
-    layouts: Annotated[str | None, typer.Option(help="Comma-separated, as tp2,dp2-zero3; by default 15 of them.")] = None,
+    layouts: Annotated[
+        str | None, typer.Option(help="Comma-separated, as tp2,dp2-zero3; by default 15 of them.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Steps to train at each layout.", min=1)] = 5,
     dtype: Annotated[str, typer.Option(help="fp32, or bf16 with wider bounds.")] = "fp32",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

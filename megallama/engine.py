@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import deepspeed
@@ -60,13 +62,14 @@ class Engine:
         # On a CPU DeepSpeed would compile a shared-memory op at start: minutes, a compiler, and a lock that outlives
         # a killed build. gloo does without.
         compatible_ops["deepspeed_shm_comm"] = False
-        self._engine, *_ = deepspeed.initialize(
-            model=self.module,
-            optimizer=self._optimizer,
-            config=deepspeed_config(config, mesh.data.size),
-            mpu=_Mpu(mesh),
-            dist_init_required=False,
-        )
+        with redirect_stdout(StringIO()):  # BF16_Optimizer prints memory statistics whatever the log level
+            self._engine, *_ = deepspeed.initialize(
+                model=self.module,
+                optimizer=self._optimizer,
+                config=deepspeed_config(config, mesh.data.size),
+                mpu=_Mpu(mesh),
+                dist_init_required=False,
+            )
         self._zero: Any = self._engine.optimizer
         self._create_state()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from megallama.data.loader import IGNORED, Loader
+from megallama.data.loader import Loader
 from megallama.engine import Engine
+from megallama.labels import IGNORED
 from megallama.parallel.mesh import ParallelMesh, sum_over
 
 

@@ -69,11 +69,13 @@ def pick(logits: Tensor, sampling: Sampling, randomness: torch.Generator) -> int
     """The next token for logits [vocabulary]."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    values, order = (logits / sampling.temperature).softmax(dim=-1).sort(descending=True)
+    # The likeliest at zero: no temperature is so small that the division overflows for it.
+    values, order = ((logits - logits.max()) / sampling.temperature).softmax(dim=-1).sort(descending=True)
     keep = torch.ones_like(values, dtype=torch.bool)
     if sampling.top_k is not None:
         keep[sampling.top_k :] = False
     if sampling.top_p is not None:
-        # A token stays if those before it do not reach top_p yet, so that the likeliest always stays.
+        # A token stays if those before it do not reach top_p yet.
         keep &= values.cumsum(dim=-1) - values < sampling.top_p
+        keep[0] = True
     return int(order[torch.multinomial(values * keep, 1, generator=randomness)])

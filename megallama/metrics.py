@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -29,7 +30,9 @@ class JsonLines:
         self._file = path.open("a", buffering=1)
 
     def write(self, event: Event) -> None:
-        self._file.write(json.dumps(event) + "\n")
+        # JSON knows no infinity: a number that is not finite is null.
+        legal = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in event.items()}
+        self._file.write(json.dumps(legal) + "\n")
 
     def close(self) -> None:
         self._file.close()

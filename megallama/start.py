@@ -21,8 +21,8 @@ def start(config: RunConfig, launch: Launch) -> Llama:
     check_config(config, launch.world_size)
     device = pick_device(config.train.device, launch.local_rank)
     launch.prepare(device)
-    # torch 2.13 renames a collective that 2.11 knows by its old name only; DeepSpeed and we use the old one.
-    warnings.filterwarnings("ignore", "`torch.distributed.reduce_scatter_tensor` is deprecated", FutureWarning)
+    # torch 2.13 renames collectives that 2.11 knows by their old names only; DeepSpeed and we use the old ones.
+    warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
 
     from megallama.train import train
 

@@ -16,15 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megallama.checkpoint.store import TrainState, load, load_initial_weights, pick_checkpoint, save
+from megallama.checkpoint.store import DataIdentity, Start, TrainState, load, load_initial_weights, pick_start, save
 from megallama.config.check import check_config
 from megallama.config.load import dump_config
 from megallama.config.schema import RunConfig
-from megallama.data.loader import IGNORED, Loader, MicroBatch
-from megallama.data.tokenizer import load_tokenizer
+from megallama.data.loader import Loader, MicroBatch, prefetched
+from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.engine import Engine, StepResult
 from megallama.errors import UserError
 from megallama.evaluate import evaluate
+from megallama.labels import IGNORED
 from megallama.metrics import Metrics, environment, open_metrics
 from megallama.model.llama import Llama, Seam
 from megallama.parallel.init import initialise
@@ -98,13 +99,14 @@ def train(config: RunConfig, launch: Launch, device: torch.device) -> Llama:
         )
     topology = Topology(dp=batching.dp_size, tp=config.parallel.tensor)
     train_data, validation_data = open_data(config, topology, launch.rank)
-    start = pick_checkpoint(Path(config.run.dir) / "checkpoints", config)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    start = pick_start(config, data_identity(config, train_data))
 
     mesh = build_mesh(topology, launch, device)
     model, engine = build_model(config, mesh)
     steps = total_steps(config)
     peak = device_peak(device, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
-    with open_run_dir(config, mesh, steps, peak) as metrics:
+    with open_run_dir(config, mesh, tokenizer, steps, peak) as metrics:
         run = Run(config, mesh, model, engine, train_data, validation_data, metrics, steps, peak)
         loop(run, start_state(run, start))
     dist.destroy_process_group()
@@ -149,28 +151,33 @@ def build_model(config: RunConfig, mesh: ParallelMesh) -> tuple[Llama, Engine]:
     return model, Engine(model, config, mesh)
 
 
-def open_run_dir(config: RunConfig, mesh: ParallelMesh, steps: int, peak: Peak) -> Metrics:
+def data_identity(config: RunConfig, data: Loader) -> DataIdentity:
+    """What the position of a checkpoint counts in."""
+    return DataIdentity(data.fingerprint, config.train.seed)
+
+
+def open_run_dir(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, steps: int, peak: Peak) -> Metrics:
     """Make the run directory and record what runs; metrics go nowhere on ranks other than 0."""
     if mesh.rank != 0:
         return Metrics([])
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config))
-    load_tokenizer(config.data.tokenizer).save(folder / "tokenizer")
+    tokenizer.save(folder / "tokenizer")
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
     facts = environment(device=device, topology=asdict(mesh.topology), peak=asdict(peak))
     (folder / "environment.json").write_text(json.dumps(facts, indent=2))
     return open_metrics(config, folder, steps)
 
 
-def start_state(run: Run, start: Path | None) -> TrainState:
+def start_state(run: Run, start: Start) -> TrainState:
     """Where the run stands: the newest checkpoint, the weights of another run, or the beginning."""
-    if start is not None:
-        state = load(start, run.engine, run.model)
-        run.metrics.write("resume", step=state.step, samples=state.samples, path=str(start))
+    if start.resume is not None:
+        state = load(start.resume, run.engine, run.model)
+        run.metrics.write("resume", step=state.step, samples=state.samples, path=str(start.resume))
         return state
-    if run.config.checkpoint.init_from is not None:
-        load_initial_weights(Path(run.config.checkpoint.init_from), run.engine, run.model)
+    if start.weights is not None:
+        load_initial_weights(start.weights, run.engine, run.model)
     return TrainState()
 
 
@@ -179,11 +186,11 @@ def loop(run: Run, state: TrainState) -> None:
     every = run.config.evaluation.every, run.config.checkpoint.every, run.config.logging.every
     if state.step == 0:
         evaluate_splits(run, state)
-    pace = Pace()
+    pace, batches = Pace(), prefetched(run.train_data, state.samples)
     while state.step < run.last_step:
         lr = learning_rate(state.step, run.total_steps, run.config.optimizer.lr, run.config.schedule)
         with pace:
-            loss, result = train_step(run, state, lr)
+            loss, result = train_step(run, next(batches), lr)
         state = state.after(run.config.train.global_batch_size, applied=result.applied)
         if not result.applied:
             run.metrics.write("skip", step=state.step, samples=state.samples)
@@ -198,16 +205,20 @@ def loop(run: Run, state: TrainState) -> None:
     run.metrics.write("stop", step=state.step, reason="done" if whole else "stopped by train.stop_after")
 
 
-def train_step(run: Run, state: TrainState, lr: float) -> tuple[Tensor, StepResult]:
+def train_step(run: Run, batches: list[MicroBatch], lr: float) -> tuple[Tensor, StepResult]:
     """One optimizer step; the loss is this rank's share of the token mean over the global batch."""
-    batches = run.train_data.step(state.samples)
-    counted = torch.tensor(float(sum(int((b.labels != IGNORED).sum()) for b in batches)), device=run.mesh.device)
-    if run.mesh.data.size > 1:
-        dist.all_reduce(counted, group=run.mesh.data.group)
     # The engine averages over data-parallel ranks; a token mean is the sum over all of them by the count of all.
-    scale = run.mesh.data.size / counted
+    scale = run.mesh.data.size / count_labels(batches, run.mesh)
     loss = run.engine.forward_backward(on_device(batches, run.mesh.device), scale)
     return loss, run.engine.step(lr)
+
+
+def count_labels(batches: list[MicroBatch], mesh: ParallelMesh) -> Tensor:
+    """Labels that count in the whole global batch, left on the device so that nothing waits for it."""
+    counted = torch.tensor(float(sum(int((b.labels != IGNORED).sum()) for b in batches)), device=mesh.device)
+    if mesh.data.size > 1:
+        dist.all_reduce(counted, group=mesh.data.group)
+    return counted
 
 
 def on_device(batches: list[MicroBatch], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -252,7 +263,8 @@ def evaluate_splits(run: Run, state: TrainState) -> None:
 def save_checkpoint(run: Run, state: TrainState) -> None:
     """Save everything that the run needs to go on; every rank must call it."""
     began = time.perf_counter()
-    path = save(run.checkpoints, run.engine, run.model, run.mesh, state, run.config)
+    identity = data_identity(run.config, run.train_data)
+    path = save(run.checkpoints, run.engine, run.model, run.mesh, state, identity, run.config.checkpoint.keep)
     run.metrics.write("checkpoint", step=state.step, path=str(path), seconds=time.perf_counter() - began)
 
 

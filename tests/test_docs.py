@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shlex
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ import typer
 
 from megallama.cli import app
 from megallama.config.load import load_config
+from megallama.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,9 +53,15 @@ def test_named_files_exist(page: Path) -> None:
 
 
 @by_page
-def test_commands_are_accepted(page: Path) -> None:
-    for words in _commands(page):
-        if words[0] == "megallama":
+def test_commands_are_accepted_or_refused_as_shown(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for words, refusal in _commands(page):
+        if refusal:
+            command, arguments = _command(words[1:])
+            with pytest.raises(UserError) as refused:
+                command.main(arguments, standalone_mode=False)
+            assert str(refused.value) == refusal
+        elif words[0] == "megallama":
             _parse(words[1:])
         elif "launch/pretrain.py" in words:
             arguments = words[words.index("launch/pretrain.py") + 1 :]
@@ -90,13 +98,17 @@ def test_every_dependency_has_its_line() -> None:
     assert [name for name in names if f"| `{name}` |" not in page] == []
 
 
-def _commands(page: Path) -> list[list[str]]:
-    """Every command in a code block, as words, without a prompt, a comment or variables before it."""
+def _commands(page: Path) -> list[tuple[list[str], str]]:
+    """Every command in a code block, as words, and the sentence with which it is refused if the page shows one."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    lines = [line.removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    first = re.compile(r"(?:[A-Z_]+=\S+ )*((?:megallama|make|sbatch|python|torchrun|deepspeed) .*)")
-    found = [match[1] for line in lines if (match := first.fullmatch(line))]
-    return [shlex.split(line.partition(" > ")[0], comments=True) for line in found]
+    lines = [line for block in blocks for line in [*block.replace("\\\n", " ").splitlines(), ""]]
+    command = re.compile(r"(?:\$ )?(?P<words>(?:megallama|make|sbatch|python|torchrun|deepspeed) .*)")
+    found = []
+    for line, following in pairwise(lines):
+        if match := command.fullmatch(line):
+            refusal = following.removeprefix("megallama: ") if following.startswith("megallama: ") else ""
+            found.append((shlex.split(match["words"].partition(" > ")[0]), refusal))
+    return found
 
 
 def _parse(words: list[str]) -> None:

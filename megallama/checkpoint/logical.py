@@ -39,12 +39,12 @@ class LogicalTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, shape: Sequence[int]) -> LogicalTensor:
-        made: LogicalTensor = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=torch.float32)  # type: ignore[attr-defined]
+        made: LogicalTensor = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=torch.float32)
         made.chunks = {}
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # torch declares a function here
         raise AssertionError(f"a LogicalTensor only goes in and out of checkpoints, it cannot {func}")
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:

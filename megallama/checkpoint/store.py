@@ -57,8 +57,32 @@ class TrainState:
         return TrainState(self.step + 1, self.samples + samples, self.updates + applied)
 
 
-def save(folder: Path, engine: Engine, model: Llama, mesh: ParallelMesh, state: TrainState, config: RunConfig) -> Path:
-    """Write a checkpoint of `state` under `folder`; every rank must call it. Returns its path."""
+@dataclass(frozen=True)
+class DataIdentity:
+    """What a position in the data refers to: another dataset or seed would make it point elsewhere, silently."""
+
+    fingerprint: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: a checkpoint to continue, else weights to begin from, else neither."""
+
+    resume: Path | None = None
+    weights: Path | None = None
+
+
+def save(
+    folder: Path,
+    engine: Engine,
+    model: Llama,
+    mesh: ParallelMesh,
+    state: TrainState,
+    data: DataIdentity,
+    keep: int,
+) -> Path:
+    """Write a checkpoint of `state` under `folder` and drop all but the newest `keep`; every rank must call it."""
     final = folder / f"step_{state.step:08d}"
     partial = folder / f".{final.name}.partial"
     if mesh.rank == 0:
@@ -71,12 +95,12 @@ def save(folder: Path, engine: Engine, model: Llama, mesh: ParallelMesh, state: 
         held = {name: tuple(p for p in pieces if p.size != p.shape) for name, pieces in held.items()}
     dcp.save(logical_state(engine.fragments(), held), storage_writer=JsonMetadataWriter(partial))
     if mesh.rank == 0:
-        content = {"state": asdict(state), "model": config.model.model_dump(mode="json")}
+        content = {"state": asdict(state), "data": asdict(data), "model": model.config.model_dump(mode="json")}
         write_json(partial / STATE, content)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _replace_text(folder / LATEST, final.name)
-        for old in complete_checkpoints(folder)[config.checkpoint.keep :]:
+        for old in complete_checkpoints(folder)[keep:]:
             shutil.rmtree(old, ignore_errors=True)
     dist.barrier(mesh.world.group)
     return final
@@ -118,17 +142,25 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(whole, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
 
-def pick_checkpoint(folder: Path, config: RunConfig) -> Path | None:
-    """The checkpoint that the run continues, None for a fresh start. UserError where `checkpoint.resume` forbids it."""
-    if config.checkpoint.resume == "never":
-        return None
-    found = complete_checkpoints(folder)
-    if not found:
-        if config.checkpoint.resume == "must":
-            raise UserError(f"checkpoint.resume=must, but {folder} holds no checkpoint; use checkpoint.resume=auto")
-        return None
-    _check_same_model(found[0], config.model)
-    return found[0]
+def pick_start(config: RunConfig, data: DataIdentity) -> Start:
+    """Where the run begins. UserError where `checkpoint.resume` forbids it or a checkpoint is of something else."""
+    settings, folder = config.checkpoint, Path(config.run.dir) / "checkpoints"
+    found = complete_checkpoints(folder) if settings.resume != "never" else []
+    if found:
+        _check_same_model(found[0], config.model)
+        _check_same_data(found[0], data)
+        return Start(resume=found[0])
+    if settings.resume == "must":
+        raise UserError(f"checkpoint.resume=must, but {folder} holds no checkpoint; use checkpoint.resume=auto")
+    if settings.init_from is None:
+        return Start()
+    weights = Path(settings.init_from)
+    if weights not in complete_checkpoints(weights.parent):
+        near = complete_checkpoints(weights / "checkpoints") or complete_checkpoints(weights.parent)
+        fix = f"checkpoint.init_from={near[0]}" if near else "a folder such as runs/NAME/checkpoints/step_00001000"
+        raise UserError(f"checkpoint.init_from={weights} is not a complete checkpoint; use {fix}")
+    _check_same_model(weights, config.model)
+    return Start(weights=weights)
 
 
 def _check_same_model(path: Path, model: ModelConfig) -> None:
@@ -142,6 +174,21 @@ def _check_same_model(path: Path, model: ModelConfig) -> None:
                 f"model.{key}={wanted[key]} differs from {saved.get(key)} in the checkpoint {path}; "
                 f"use model.{key}={saved.get(key)}, or another run.dir"
             )
+
+
+def _check_same_data(path: Path, data: DataIdentity) -> None:
+    """UserError when a position in the checkpoint's data would be another position in the run's."""
+    saved = DataIdentity(**json.loads((path / STATE).read_text())["data"])
+    if saved.seed != data.seed:
+        raise UserError(
+            f"train.seed={data.seed} differs from {saved.seed} in the checkpoint {path}, so its position in the data "
+            f"would point elsewhere; use train.seed={saved.seed}, or another run.dir with checkpoint.init_from={path}"
+        )
+    if saved.fingerprint != data.fingerprint:
+        raise UserError(
+            f"the data of the run (data.path, data.sequence_length or the split) is not that of the checkpoint {path}; "
+            f"use the same data, or another run.dir with checkpoint.init_from={path}"
+        )
 
 
 def _replace_text(path: Path, text: str) -> None:

@@ -31,6 +31,8 @@ def deepspeed_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "stage3_prefetch_bucket_size": bucket,
+            # Stage 1 accumulates in place: a contiguous copy of every gradient would buy it nothing.
+            "contiguous_gradients": config.zero.stage > 1,
             # Only stage 2 can overlap in unmanaged mode; its gain is small and it holds one more bucket.
             "overlap_comm": False,
         },

@@ -28,6 +28,7 @@ def _number_from_text(value: object) -> object:
 
 
 Real = Annotated[float, BeforeValidator(_number_from_text)]
+Decay = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number_from_text)]
 
 
 class RopeScaling(Section):
@@ -171,7 +172,7 @@ class OptimizerConfig(Section):
 
     lr: Real = Field(default=3e-4, gt=0)
     """Peak learning rate."""
-    betas: tuple[Annotated[Real, Field(ge=0, lt=1)], Annotated[Real, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay of the first and second moment."""
     eps: Real = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
@@ -198,7 +199,7 @@ class EvaluationConfig(Section):
     """Loss on held-out and on training data."""
 
     every: int = Field(default=0, ge=0)
-    """Steps between evaluations; 0 evaluates at the end only."""
+    """Steps between evaluations; 0 evaluates at the beginning and the end only."""
     samples: int = Field(default=64, ge=1)
     """Sequences evaluated on each split, rounded up to whole global micro-batches."""
 

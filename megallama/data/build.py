@@ -84,6 +84,7 @@ def build_dataset(
                 writer.add(tokens, sizes)
                 counter.add(len(sizes), len(tokens))
         if not counter.documents:
+            shutil.rmtree(parts)
             raise UserError(f"the sources {', '.join(sources)} hold no text; name others")
         info = DatasetInfo(
             tokenizer=tokenizer,

@@ -21,9 +21,7 @@ from megallama.data.indexed import IndexedDataset, Tokens, idx_path, open_indexe
 from megallama.data.sampler import Sampler, micro_batch_indices, num_windows
 from megallama.data.tokenizer import is_named, load_tokenizer
 from megallama.errors import UserError
-
-IGNORED = -100
-"""Label of a position that is left out of the loss."""
+from megallama.labels import IGNORED
 
 SCANNED_TOKENS = 50_000_000
 

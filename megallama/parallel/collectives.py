@@ -107,5 +107,4 @@ def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
 
 
 def _apply(function: type[torch.autograd.Function], *arguments: object) -> Tensor:
-    result: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
-    return result
+    return function.apply(*arguments)

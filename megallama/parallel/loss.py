@@ -13,11 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megallama.labels import IGNORED
 from megallama.parallel.collectives import all_reduce
 from megallama.parallel.mesh import Axis
-
-IGNORED = -100
-"""Label of a position that does not count."""
 
 CHUNK_ELEMENTS = 2**27
 """Logits held at once: 512 MiB in fp32."""

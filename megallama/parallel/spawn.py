@@ -23,7 +23,7 @@ from megallama.parallel.mesh import Launch
 R = TypeVar("R")
 
 
-class RankFailed(RuntimeError):
+class RankFailedError(RuntimeError):
     """A rank raised, died or did not answer in time; the message holds its traceback."""
 
 
@@ -33,7 +33,7 @@ def run_ranks(
     """Call `function(launch, *arguments)` on every rank of a new world on CPU; the results in rank order.
 
     `function`, its arguments and results cross processes by pickle. What a rank prints goes to `log`, or nowhere. One
-    rank's failure ends the others. RankFailed if a rank fails, or after `timeout` seconds.
+    rank's failure ends the others. RankFailedError if a rank fails, or after `timeout` seconds.
     """
     context = _context()
     port = _free_port()
@@ -61,15 +61,15 @@ def _collect(links: Sequence[Connection], timeout: float) -> list[Any]:
         ready = wait(pending, timeout)
         if not ready:
             silent = [rank for rank in range(len(links)) if rank not in results]
-            raise RankFailed(f"ranks {silent} did not answer within {timeout:.0f} s")
+            raise RankFailedError(f"ranks {silent} did not answer within {timeout:.0f} s")
         for link in ready:
-            rank = links.index(link)  # type: ignore[arg-type]
+            rank = links.index(link)
             try:
                 failed, content = pickle.loads(links[rank].recv_bytes())
             except EOFError:
-                raise RankFailed(f"rank {rank} died without a word") from None
+                raise RankFailedError(f"rank {rank} died without a word") from None
             if failed:
-                raise RankFailed(f"rank {rank} failed:\n{content}")
+                raise RankFailedError(f"rank {rank} failed:\n{content}")
             results[rank] = content
     return [results[rank] for rank in range(len(links))]
 

@@ -15,7 +15,17 @@ from megallama.verify.verify import Report, Verdict
 def print_report(report: Report, console: Console) -> None:
     """A row per layout: last loss, relative differences from one process, verdict."""
     table = Table(title="differences from one process, relative", title_justify="left")
-    for column in ("layout", "ranks", "last loss", "loss", "first norm", "gradients", "later norms", "update", "verdict"):
+    for column in (
+        "layout",
+        "ranks",
+        "last loss",
+        "loss",
+        "first norm",
+        "gradients",
+        "later norms",
+        "update",
+        "verdict",
+    ):
         table.add_column(column, justify="left" if column in ("layout", "verdict") else "right", no_wrap=True)
     table.add_row("one process", "1", f"{report.reference.losses[-1]:.7f}", *["-"] * 5, "reference")
     for verdict in report.verdicts:

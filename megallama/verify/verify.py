@@ -21,7 +21,7 @@ from megallama.errors import UserError
 from megallama.model.llama import Llama
 from megallama.parallel.init import initialise
 from megallama.parallel.mesh import Launch
-from megallama.parallel.spawn import RankFailed, run_ranks
+from megallama.parallel.spawn import RankFailedError, run_ranks
 from megallama.parallel.topology import Topology
 from megallama.start import start
 from megallama.verify.compare import BOUNDS, Difference, Trace, compare, read_trace
@@ -73,15 +73,15 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="megallama-verify-") as name:
         folder = Path(name)
         dataset = write_dataset(folder)
-        small = {layout: _config(config, layout, folder, dataset, steps, dtype) for layout in (ONE_PROCESS, *layouts)}
         progress("one process")
-        _train(small[ONE_PROCESS], ONE_PROCESS, folder, None)
-        reference = read_trace(folder / ONE_PROCESS.name, config.optimizer.betas[0])
-        initial = initial_weights(small[ONE_PROCESS])
+        alone = shrink(config, folder / "one process", dataset, steps, dtype)
+        _train(alone, ONE_PROCESS, None)
+        reference = read_trace(alone)
+        initial = initial_weights(alone)
         verdicts = []
         for layout in layouts:
             progress(layout.name)
-            verdicts.append(_judge(small[layout], layout, folder, reference, initial, plant))
+            verdicts.append(_judge(_spread(alone, layout, folder), layout, reference, initial, plant))
         return Report(reference, verdicts)
 
 
@@ -123,9 +123,10 @@ def initial_weights(config: RunConfig) -> dict[str, Tensor]:
     return {piece.name: piece.of(parameters[name]) for name, pieces in held.items() for piece in pieces}
 
 
-def _config(config: RunConfig, layout: Layout, folder: Path, dataset: Path, steps: int, dtype: str) -> RunConfig:
-    small = shrink(config, folder / layout.name, dataset, steps, dtype)
-    tree = small.model_dump()
+def _spread(alone: RunConfig, layout: Layout, folder: Path) -> RunConfig:
+    """The run of one process, at `layout`."""
+    tree = alone.model_dump()
+    tree["run"]["dir"] = str(folder / layout.name)
     for override in layout.overrides(GLOBAL_BATCH_SIZE):
         path, _, value = override.partition("=")
         section, key = path.split(".")
@@ -134,25 +135,20 @@ def _config(config: RunConfig, layout: Layout, folder: Path, dataset: Path, step
 
 
 def _judge(
-    config: RunConfig,
-    layout: Layout,
-    folder: Path,
-    reference: Trace,
-    initial: dict[str, Tensor],
-    plant: Plant | None,
+    config: RunConfig, layout: Layout, reference: Trace, initial: dict[str, Tensor], plant: Plant | None
 ) -> Verdict:
     try:
-        hashes = _train(config, layout, folder, plant)
-    except RankFailed as error:
+        hashes = _train(config, layout, plant)
+    except RankFailedError as error:
         return Verdict(layout, [], None, [str(error).strip().splitlines()[-1]])
-    trace = read_trace(folder / layout.name, config.optimizer.betas[0])
+    trace = read_trace(config)
     difference = compare(trace, reference, initial)
     failures = difference.beyond(BOUNDS[config.train.dtype]) + unequal_copies(layout, hashes)
     return Verdict(layout, trace.losses, difference, failures)
 
 
-def _train(config: RunConfig, layout: Layout, folder: Path, plant: Plant | None) -> list[dict[str, str]]:
-    return run_ranks(train_rank, layout.world_size, config, plant, log=folder / f"{layout.name}.log")
+def _train(config: RunConfig, layout: Layout, plant: Plant | None) -> list[dict[str, str]]:
+    return run_ranks(train_rank, layout.world_size, config, plant)
 
 
 def train_rank(launch: Launch, config: RunConfig, plant: Plant | None) -> dict[str, str]:

@@ -82,6 +82,13 @@ def test_the_comparison_sees_channels_paired_in_the_other_order(monkeypatch: pyt
         assert_same(ours, reference)
 
 
+@pytest.mark.parametrize("variant", ["theta_500000", "llama3_rope", "linear_rope"])
+def test_the_comparison_sees_rotary_settings_left_out(variant: str) -> None:
+    ours, reference = both(ModelConfig(**PLAIN), ModelConfig(**(PLAIN | VARIANTS[variant])))
+    with pytest.raises(AssertionError):
+        assert_same(ours, reference)
+
+
 def assert_same(ours: Outcome, reference: Outcome) -> None:
     """Logits within 1e-4, the loss within 1e-5 relative, each gradient within |dg| / |g| of 1e-5."""
     torch.testing.assert_close(ours.logits, reference.logits, rtol=0, atol=1e-4)
@@ -94,11 +101,11 @@ def assert_same(ours: Outcome, reference: Outcome) -> None:
     assert max(apart.values()) <= 1e-5, {name: value for name, value in apart.items() if value > 1e-5}
 
 
-def both(config: ModelConfig) -> tuple[Outcome, Outcome]:
-    """Outcomes of our model and of transformers' on the same weights and tokens."""
+def both(config: ModelConfig, told: ModelConfig | None = None) -> tuple[Outcome, Outcome]:
+    """Outcomes of our model and of transformers' on the same weights and tokens; `told` is what the latter is told."""
     tokens = torch.randint(config.vocab_size, (2, SEQUENCE + 1), generator=torch.Generator().manual_seed(1))
     ours = random_llama(config)
-    reference = transformers_llama(config)
+    reference = transformers_llama(told or config)
     copy_weights(ours, reference)
     return outcome_of_ours(ours, tokens), outcome_of_transformers(reference, tokens)
 

@@ -1,0 +1,43 @@
+# Every target does its own set-up in .venv; nothing else on the machine is touched.
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/quickstart
+
+.PHONY: quickstart test check format clean
+
+quickstart: .venv/installed
+	$(BIN)/megallama tokenizer train stdlib --output data/quickstart/tokenizer --vocab-size 4096
+	$(BIN)/megallama data build stdlib --output data/quickstart/corpus --tokenizer data/quickstart/tokenizer
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --hostfile=/dev/null launch/pretrain.py --config configs/quickstart.yaml
+	@echo "--- the model writes:"
+	@$(BIN)/megallama generate $(RUN) --prompt "def main(" --max-tokens 96
+	@echo "--- the run is in $(RUN); continue it with: megallama generate $(RUN) --prompt '...'"
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv runs data
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("megallama needs Python 3.11 or newer; try make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@ .venv/installed

@@ -1,0 +1,152 @@
+"""Checkpoints of real runs: continued bitwise at the same layout, and never read as something else."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megallama.checkpoint.storage import METADATA, stored_shapes
+from megallama.checkpoint.store import LATEST, STATE, complete_checkpoints, load_weights
+from megallama.config.schema import RunConfig
+from megallama.parallel.spawn import RankFailedError, run_ranks
+from megallama.verify.compare import read_tensors
+from megallama.verify.layout import parse_layout
+from megallama.verify.shrink import GLOBAL_BATCH_SIZE, shrink
+from megallama.verify.verify import train_rank, write_dataset
+from tests.verify.test_parity import debug_config
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    run_ranks(train_rank, 1, settings(folder, dataset, "zero1"), None)
+    return folder
+
+
+def settings(folder: Path, dataset: Path, layout: str, dtype: str = "fp32", **checkpoint: object) -> RunConfig:
+    tree = shrink(debug_config(), folder, dataset, STEPS, dtype).model_dump()
+    for override in parse_layout(layout).overrides(GLOBAL_BATCH_SIZE):
+        key, _, value = override.partition("=")
+        section, name = key.split(".")
+        tree[section][name] = value
+    tree["checkpoint"] |= {"resume": "auto", **checkpoint}
+    return RunConfig.model_validate(tree)
+
+
+def stopped_after(config: RunConfig, step: int) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update={"stop_after": step})})
+
+
+def losses(folder: Path) -> dict[int, str]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: float(line["loss"]).hex() for line in lines if line["event"] == "train"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [("zero1", "fp32"), ("zero1", "bf16"), ("dp2-zero2", "fp32"), ("dp2-zero3", "bf16"), ("tp2-dp2", "fp32")],
+)
+def test_an_interrupted_run_repeats_the_straight_run_bitwise(
+    layout: str, dtype: str, dataset: Path, tmp_path: Path
+) -> None:
+    ranks = parse_layout(layout).world_size
+    straight, broken = (settings(tmp_path / name, dataset, layout, dtype) for name in ("straight", "broken"))
+    run_ranks(train_rank, ranks, straight, None)
+    run_ranks(train_rank, ranks, stopped_after(broken, 3), None)
+    run_ranks(train_rank, ranks, broken, None)
+    assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
+    last = f"checkpoints/step_{STEPS:08d}"
+    expected, found = read_tensors(tmp_path / "straight" / last), read_tensors(tmp_path / "broken" / last)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_names_are_those_of_hugging_face_and_shapes_are_whole(finished: Path) -> None:
+    shapes = stored_shapes(complete_checkpoints(finished / "checkpoints")[0])
+    weights = {name: tuple(shape) for name, shape in shapes.items() if not name.startswith("optimizer.")}
+    assert weights["model.embed_tokens.weight"] == (257, 64)
+    assert weights["model.layers.1.self_attn.k_proj.weight"] == (32, 64)
+    assert weights["model.layers.0.mlp.down_proj.weight"] == (64, 160)
+    assert weights["lm_head.weight"] == (257, 64)
+    assert len(shapes) == 3 * len(weights) == 3 * (2 * 9 + 3)
+
+
+def test_a_checkpoint_without_metadata_or_state_does_not_exist(finished: Path, dataset: Path, tmp_path: Path) -> None:
+    run_ranks(train_rank, 1, stopped_after(settings(tmp_path, dataset, "zero1"), 3), None)
+    newest, second, *_ = complete_checkpoints(tmp_path / "checkpoints")
+    (newest / METADATA).unlink()
+    assert complete_checkpoints(tmp_path / "checkpoints")[0] == second
+    (second / STATE).unlink()
+    assert second not in complete_checkpoints(tmp_path / "checkpoints")
+
+
+def test_only_the_newest_are_kept_and_latest_names_the_last(dataset: Path, tmp_path: Path) -> None:
+    run_ranks(train_rank, 1, settings(tmp_path, dataset, "zero1", keep=2), None)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [LATEST, "step_00000004", "step_00000005"]
+    assert (tmp_path / "checkpoints" / LATEST).read_text() == "step_00000005"
+
+
+def test_a_new_run_begins_with_the_weights_of_another(finished: Path, dataset: Path, tmp_path: Path) -> None:
+    source = complete_checkpoints(finished / "checkpoints")[0]
+    config = settings(tmp_path, dataset, "tp2", init_from=str(source), every=0)
+    run_ranks(train_rank, 2, config, None)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    before = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    first = next(line["loss"] for line in lines if line["event"] == "eval")
+    last = [line["loss"] for line in before if line["event"] == "eval" and line["split"] == "train"][-1]
+    assert first == pytest.approx(last, rel=1e-6)
+    assert next(line for line in lines if line["event"] == "train")["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"model": {"hidden_size": 128}}, "model.hidden_size=128 differs from 64"),
+        ({"train": {"seed": 7}}, "train.seed=7 differs from 1234"),
+        ({"data": {"sequence_length": 16}}, "the data of the run"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused(
+    change: dict[str, dict[str, object]], sentence: str, finished: Path, dataset: Path
+) -> None:
+    tree = settings(finished, dataset, "zero1").model_dump()
+    for section, values in change.items():
+        tree[section] |= values
+    before = (finished / "metrics.jsonl").read_bytes()
+    with pytest.raises(RankFailedError, match="UserError") as refused:
+        run_ranks(train_rank, 1, RunConfig.model_validate(tree), None)
+    assert sentence in str(refused.value)
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (exec, ("import pathlib; pathlib.Path('exploded').write_text('')",))
+
+
+def test_code_planted_in_a_checkpoint_does_not_run(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = complete_checkpoints(finished / "checkpoints")[0]
+    (path / ".metadata").write_bytes(pickle.dumps(Bomb()))
+    load_weights(path)
+    data = path / "__0_0.distcp"
+    data.write_bytes(pickle.dumps(Bomb()).ljust(data.stat().st_size, b"."))
+    with pytest.raises(CheckpointException):
+        load_weights(path)
+    assert not (tmp_path / "exploded").exists()

@@ -1,0 +1,32 @@
+"""What many test files train on: one small dataset, one short run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megallama.data.build import build_dataset
+from tests.launching import arguments, pretrain
+
+
+@pytest.fixture(scope="session")
+def byte_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Prefix of a dataset of 60 short documents of bytes, about 7,000 tokens."""
+    folder = tmp_path_factory.mktemp("dataset")
+    lines = [
+        json.dumps({"text": f"document {number} is about the number {number * number}. " * 3}) for number in range(60)
+    ]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    build_dataset([str(folder / "text.jsonl")], str(folder / "corpus"), "bytes", workers=1)
+    return str(folder / "corpus")
+
+
+@pytest.fixture(scope="session")
+def short_run(byte_dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 40 steps that has learnt a little; tests only read it."""
+    run_dir = tmp_path_factory.mktemp("short") / "run"
+    more = ["train.steps=40", "optimizer.lr=1e-2", "evaluation.every=0", "checkpoint.every=0"]
+    assert pretrain(1, arguments(byte_dataset, run_dir, *more)) == [(0, "")]
+    return run_dir

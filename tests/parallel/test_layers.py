@@ -1,0 +1,218 @@
+"""Cut layers against plain ones in fp64, outputs and gradients, and the whole model without DeepSpeed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import megallama.parallel.loss
+from megallama.config.schema import ModelConfig
+from megallama.labels import IGNORED
+from megallama.model.llama import Llama, Recompute, Seam
+from megallama.parallel.init import initialise
+from megallama.parallel.layers import (
+    ColumnParallelLinear,
+    RMSNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from megallama.parallel.loss import linear_cross_entropy
+from megallama.parallel.mesh import Axis, Launch, build_mesh
+from megallama.parallel.pieces import Piece
+from megallama.parallel.spawn import run_ranks
+from megallama.parallel.topology import Topology
+
+TOLERANCE = 1e-10
+
+
+def join(launch: Launch) -> Axis:
+    torch.set_default_dtype(torch.float64)
+    return build_mesh(Topology(tp=launch.world_size), launch, torch.device("cpu")).tp
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def cut(x: Tensor, dim: int, tp: Axis) -> Tensor:
+    return x.chunk(tp.size, dim)[tp.rank].clone()
+
+
+def fill(module: nn.Module, pieces: tuple[Piece, ...], whole: dict[str, Tensor]) -> None:
+    weight = module.get_parameter("weight")
+    with torch.no_grad():
+        weight.zero_()
+        for piece in pieces:
+            part = tuple(slice(a, a + n) for a, n in zip(piece.offset, piece.size, strict=True))
+            piece.of(weight).copy_(whole[piece.name][part])
+
+
+def assert_pieces_match(weight: Tensor, pieces: tuple[Piece, ...], whole: dict[str, Tensor]) -> None:
+    for piece in pieces:
+        part = tuple(slice(a, a + n) for a, n in zip(piece.offset, piece.size, strict=True))
+        torch.testing.assert_close(piece.of(weight), whole[piece.name][part], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def column_then_row(launch: Launch, sequence_parallel: bool) -> None:
+    tp = join(launch)
+    x, target = random(2, 8, 12), random(2, 8, 12, seed=9)
+    whole = {"a": random(16, 12, seed=1), "b": random(16, 12, seed=2), "down": random(12, 16, seed=3)}
+    dense = {name: weight.clone().requires_grad_() for name, weight in whole.items()}
+    dense_x = x.clone().requires_grad_()
+    dense_out = F.linear(torch.tanh(F.linear(dense_x, dense["a"])) * F.linear(dense_x, dense["b"]), dense["down"])
+    (dense_out * target).sum().backward()
+
+    column = ColumnParallelLinear(12, {"a": 16, "b": 16}, tp, sequence_parallel)
+    row = RowParallelLinear("down", 16, 12, tp, sequence_parallel)
+    fill(column, column.pieces(), whole)
+    fill(row, row.pieces(), whole)
+    seen = (lambda t: cut(t, 1, tp)) if sequence_parallel else (lambda t: t)
+    own_x = seen(x).clone().requires_grad_()
+    a, b = column(own_x).split(column.widths, dim=-1)
+    out = row(torch.tanh(a) * b)
+    (out * seen(target)).sum().backward()
+
+    torch.testing.assert_close(out, seen(dense_out), rtol=TOLERANCE, atol=TOLERANCE)
+    assert dense_x.grad is not None and own_x.grad is not None
+    torch.testing.assert_close(own_x.grad, seen(dense_x.grad), rtol=TOLERANCE, atol=TOLERANCE)
+    gradients = {name: weight.grad for name, weight in dense.items() if weight.grad is not None}
+    assert column.weight.grad is not None and row.weight.grad is not None
+    assert_pieces_match(column.weight.grad, column.pieces(), gradients)
+    assert_pieces_match(row.weight.grad, row.pieces(), gradients)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("tp", [2, 4])
+def test_column_then_row_matches_dense_outputs_and_gradients(tp: int, sequence_parallel: bool) -> None:
+    run_ranks(column_then_row, tp, sequence_parallel)
+
+
+def embedding_and_norm(launch: Launch, sequence_parallel: bool) -> None:
+    tp = join(launch)
+    vocabulary = 150  # rank 0 of 2 holds 128 real rows, rank 1 holds 22 and padding
+    whole = {"embed": random(vocabulary, 12), "norm": random(12, seed=1)}
+    tokens = torch.randint(0, vocabulary, (2, 8), generator=torch.Generator().manual_seed(2))
+    target = random(2, 8, 12, seed=3)
+    dense = {name: weight.clone().requires_grad_() for name, weight in whole.items()}
+    dense_out = F.rms_norm(F.embedding(tokens, dense["embed"]), (12,), dense["norm"], 1e-5)
+    (dense_out * target).sum().backward()
+
+    embed = VocabParallelEmbedding("embed", vocabulary, 12, tp, sequence_parallel)
+    norm = RMSNorm("norm", 12, 1e-5, tp, sequence_parallel)
+    fill(embed, embed.pieces(), whole)
+    fill(norm, norm.pieces(), whole)
+    seen = (lambda t: cut(t, 1, tp)) if sequence_parallel else (lambda t: t)
+    out = norm(embed(tokens))
+    (out * seen(target)).sum().backward()
+    torch.testing.assert_close(out, seen(dense_out), rtol=TOLERANCE, atol=TOLERANCE)
+    gradients = {name: weight.grad for name, weight in dense.items() if weight.grad is not None}
+    assert embed.weight.grad is not None and norm.weight.grad is not None
+    assert_pieces_match(embed.weight.grad, embed.pieces(), gradients)
+    assert_pieces_match(norm.weight.grad, norm.pieces(), gradients)
+    assert not embed.weight.grad[embed.real_rows :].any()
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_vocabulary_cut_embedding_and_norm_match_dense(sequence_parallel: bool) -> None:
+    run_ranks(embedding_and_norm, 2, sequence_parallel)
+
+
+def cross_entropy(launch: Launch, vocabulary: int, chunk_elements: int) -> int:
+    """Returns the largest number of elements of any 2-D tensor made inside the loss."""
+    tp = join(launch)
+    megallama.parallel.loss.CHUNK_ELEMENTS = chunk_elements
+    hidden, weight = random(24, 12), random(vocabulary, 12, seed=1)
+    labels = torch.randint(0, vocabulary, (24,), generator=torch.Generator().manual_seed(2))
+    labels[::5] = IGNORED
+    dense_hidden, dense_weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    dense = F.cross_entropy(dense_hidden @ dense_weight.t(), labels, ignore_index=IGNORED, reduction="sum")
+    (dense * 0.3).backward()
+
+    embed = VocabParallelEmbedding("head", vocabulary, 12, tp, False)
+    fill(embed, embed.pieces(), {"head": weight})
+    own_hidden = hidden.clone().requires_grad_()
+    with LargestTensor() as largest:
+        loss = linear_cross_entropy(own_hidden, embed.weight, labels, embed.first, embed.real_rows, tp)
+        (loss * 0.3).backward()
+    torch.testing.assert_close(loss, dense, rtol=TOLERANCE, atol=TOLERANCE)
+    assert own_hidden.grad is not None and dense_hidden.grad is not None and dense_weight.grad is not None
+    grad_hidden = own_hidden.grad.clone()
+    if tp.size > 1:
+        torch.distributed.all_reduce(grad_hidden)
+    torch.testing.assert_close(grad_hidden, dense_hidden.grad, rtol=TOLERANCE, atol=TOLERANCE)
+    assert embed.weight.grad is not None
+    assert_pieces_match(embed.weight.grad, embed.pieces(), {"head": dense_weight.grad})
+    return largest.elements
+
+
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Remembers the most elements of any matrix made that has nothing to do with the hidden size, 12."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dim() == 2 and 12 not in out.shape:
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("vocabulary", [256, 300, 100])  # no padding; padding on the last rank; a rank of padding alone
+@pytest.mark.parametrize("tp", [1, 2])
+def test_vocabulary_cut_cross_entropy_matches_torch_in_chunks(tp: int, vocabulary: int) -> None:
+    rows = -(-vocabulary // (128 * tp)) * 128
+    for chunk in (5, 24):
+        largest = max(run_ranks(cross_entropy, tp, vocabulary, chunk * rows))
+        # Not the tokens times the vocabulary: a chunk of tokens times this rank's rows.
+        assert largest == chunk * rows
+
+
+MODELS = {
+    "grouped queries": {"num_key_value_heads": 4},
+    "fewer kv heads than tp, tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "kv heads and tp share no factor": {"num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 8},
+    "llama3 scaling": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}},
+}
+
+
+def model_against_one_device(
+    launch: Launch, shape: dict[str, object], sequence_parallel: bool, recompute: Recompute
+) -> tuple[float, float]:
+    """The worst relative difference of loss and of any gradient from the same model on one device."""
+    tp = join(launch)
+    base: dict[str, object] = {"vocab_size": 150, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = ModelConfig.model_validate(base | {"num_attention_heads": 8} | shape)
+    tokens = torch.randint(0, 150, (2, 17), generator=torch.Generator().manual_seed(2))
+
+    def gradients(model: Llama) -> tuple[Tensor, dict[str, tuple[Piece, Tensor]]]:
+        held = model.logical_pieces()
+        initialise(model, held, seed=3, num_layers=2, std=0.2)
+        loss = model(tokens[:, :-1], tokens[:, 1:]) / 32
+        loss.backward()
+        grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+        return loss.detach(), {
+            p.name: (p, p.of(grad))
+            for name, pieces in held.items()
+            for p in pieces
+            if (grad := grads[name]) is not None
+        }
+
+    loss, own = gradients(Llama(config, Seam(tp, sequence_parallel), recompute=recompute))
+    dense_loss, dense = gradients(Llama(config))
+    worst = 0.0
+    for name, (piece, grad) in own.items():
+        part = tuple(slice(a, a + n) for a, n in zip(piece.offset, piece.size, strict=True))
+        worst = max(worst, float((grad - dense[name][1][part]).norm() / dense[name][1].norm()))
+    return float((loss / dense_loss - 1).abs()), worst
+
+
+@pytest.mark.parametrize("shape", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize(("sequence_parallel", "recompute"), [(False, "none"), (True, "selective"), (True, "full")])
+def test_model_at_tp_matches_one_device_in_fp64(
+    shape: dict[str, object], sequence_parallel: bool, recompute: Recompute
+) -> None:
+    for loss, gradient in run_ranks(model_against_one_device, 4, shape, sequence_parallel, recompute):
+        assert loss < TOLERANCE
+        assert gradient < TOLERANCE

@@ -1,0 +1,344 @@
+"""A run from its start to its end: what it records, how it goes on, what it must leave alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megallama.checkpoint.logical import EXP_AVG, moment_name
+from megallama.checkpoint.store import complete_checkpoints
+from megallama.config.load import load_config
+from megallama.data.tokenizer import load_tokenizer
+from megallama.parallel.mesh import Launch
+from megallama.parallel.spawn import run_ranks
+from megallama.schedule import learning_rate
+from megallama.verify.compare import read_tensors
+from tests.launching import (
+    NO_NETWORK,
+    PRETRAIN,
+    ROOT,
+    arguments,
+    clean_environment,
+    events,
+    kill_all,
+    losses,
+    outliving,
+    pretrain,
+    pretrain_here,
+)
+
+TRAIN_FIELDS = {
+    *("event", "step", "tokens", "samples", "loss", "grad_norm", "lr"),
+    *("seconds", "tokens_per_second", "mfu", "peak_memory_bytes"),
+}
+
+
+@pytest.fixture(scope="module")
+def straight(byte_dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of four steps in `run` and what it printed in `log`."""
+    folder = tmp_path_factory.mktemp("straight")
+    assert pretrain(1, arguments(byte_dataset, folder / "run"), log=folder / "log") == [(0, "")]
+    return folder
+
+
+def test_train_events_count_steps_samples_and_tokens(straight: Path) -> None:
+    found = events(straight / "run", "train")
+    assert [event["step"] for event in found] == [1, 2, 3, 4]
+    for event in found:
+        assert event.keys() >= TRAIN_FIELDS
+        assert event["samples"] == 4 * event["step"]
+        assert event["tokens"] == 32 * event["samples"]
+        assert event["tokens_per_second"] == pytest.approx(4 * 32 / event["seconds"])
+        assert 0 < event["mfu"] < 1
+        assert event["peak_memory_bytes"] > 2**20
+    assert 0.9 * math.log(257) < found[0]["loss"] < 1.1 * math.log(257), "an untrained model knows nothing"
+    assert found[-1]["loss"] < found[0]["loss"]
+
+
+def test_eval_events_hold_both_splits_and_the_perplexity_of_their_loss(straight: Path) -> None:
+    found = events(straight / "run", "eval")
+    assert [(e["step"], e["split"]) for e in found] == [(s, p) for s in (0, 2, 4) for p in ("train", "validation")]
+    for event in found:
+        assert event["perplexity"] == math.exp(event["loss"])
+
+
+def test_the_rate_of_each_step_is_that_of_the_schedule(straight: Path) -> None:
+    config = load_config(straight / "run" / "config.yaml")
+    expected = [learning_rate(step, 4, config.optimizer.lr, config.schedule) for step in range(4)]
+    assert [event["lr"] for event in events(straight / "run", "train")] == expected
+    assert expected[-1] == config.schedule.min_lr < expected[1] == config.optimizer.lr
+
+
+def test_the_run_directory_says_what_ran(straight: Path, byte_dataset: str) -> None:
+    run_dir = straight / "run"
+    words = arguments(byte_dataset, run_dir)
+    assert load_config(run_dir / "config.yaml") == load_config(words[1], words[2:])
+    environment = json.loads((run_dir / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert environment["topology"] == {"pp": 1, "dp": 1, "cp": 1, "tp": 1}
+    tokenizer = load_tokenizer(str(run_dir / "tokenizer"))
+    assert tokenizer.fingerprint == load_tokenizer("bytes").fingerprint
+    assert tokenizer.decode(tokenizer.encode("naïve 🙂")) == "naïve 🙂"
+    newest, *older = complete_checkpoints(run_dir / "checkpoints")
+    assert (run_dir / "checkpoints" / "latest").read_text().strip() == newest.name == "step_00000004"
+    assert older == []
+
+
+def test_the_newest_checkpoints_are_kept(byte_dataset: str, tmp_path: Path) -> None:
+    words = arguments(byte_dataset, tmp_path / "run", "checkpoint.every=1", "checkpoint.keep=2")
+    pretrain(1, words)
+    assert [p.name for p in complete_checkpoints(tmp_path / "run" / "checkpoints")] == [
+        "step_00000004",
+        "step_00000003",
+    ]
+    assert [event["step"] for event in events(tmp_path / "run", "checkpoint")] == [1, 2, 3, 4]
+
+
+def test_without_a_terminal_each_event_is_a_plain_line(straight: Path) -> None:
+    text = (straight / "log").read_text()
+    assert "\r" not in text
+    assert "\x1b" not in text
+    expected = [
+        r"step 0  train loss \d\.\d{4}  perplexity [\d.]+",
+        r"step 1/4  loss \d\.\d{4}  norm [\d.]+  lr 5.00e-04  [\d,]+ tok/s  mfu [\d.]+%  mem [\d.]+ GiB  eta [\d:]+",
+        r"step 4  saved .*step_00000004 in [\d.]+ s",
+        r"step 4  done",
+    ]
+    for pattern in expected:
+        assert len(re.findall(f"^{pattern}$", text, re.MULTILINE)) == 1, pattern
+
+
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "one process": (1, []),
+    "tp2": (2, ["parallel.tensor=2"]),
+    "dp2-zero3": (2, ["zero.stage=3"]),
+    "dp2-zero1-bf16": (2, ["zero.stage=1", "train.dtype=bf16"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_stopped_after_step_2_goes_on_as_if_it_had_not(layout: str, byte_dataset: str, tmp_path: Path) -> None:
+    world_size, overrides = LAYOUTS[layout]
+    done = [(0, "")] * world_size
+
+    def train(name: str, *more: str) -> Path:
+        words = arguments(byte_dataset, tmp_path / name, *overrides, *more)
+        assert pretrain(world_size, words) == done
+        return tmp_path / name
+
+    whole = train("whole")
+    parts = train("parts", "train.stop_after=2")
+    assert [event["step"] for event in events(parts, "train")] == [1, 2]
+    assert events(parts)[-1] == {"event": "stop", "step": 2, "reason": "stopped by train.stop_after"}
+    train("parts")
+    assert [(event["step"], event["samples"]) for event in events(parts, "resume")] == [(2, 8)]
+    for key in ("step", "samples", "loss", "grad_norm", "lr"):
+        assert [e[key] for e in events(parts, "train")] == [e[key] for e in events(whole, "train")]
+    assert evaluations(parts) == evaluations(whole)
+    assert_same_tensors(parts, whole)
+
+
+def test_a_finished_run_started_again_trains_nothing(byte_dataset: str, tmp_path: Path) -> None:
+    words = arguments(byte_dataset, tmp_path / "run")
+    for _ in range(2):
+        assert pretrain(1, words) == [(0, "")]
+    assert [event["step"] for event in events(tmp_path / "run", "train")] == [1, 2, 3, 4]
+    assert [event["reason"] for event in events(tmp_path / "run", "stop")] == ["done", "done"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2], ids=["one process", "tp2"])
+def test_the_norm_reported_is_the_unclipped_one_and_the_update_the_clipped(
+    world_size: int, straight: Path, byte_dataset: str, tmp_path: Path
+) -> None:
+    clip = 1e-3
+    more = [f"parallel.tensor={world_size}", f"optimizer.clip={clip}", "checkpoint.every=1", "train.stop_after=1"]
+    pretrain(world_size, arguments(byte_dataset, tmp_path / "run", *more))
+    (clipped,) = events(tmp_path / "run", "train")
+    norm = events(straight / "run", "train")[0]["grad_norm"]
+    assert clipped["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert norm > 100 * clip
+    tensors = read_tensors(tmp_path / "run" / "checkpoints" / "step_00000001")
+    moments = [tensors[moment_name(EXP_AVG, name)] for name in tensors if not name.startswith("optimizer.")]
+    # After one step Adam's first moment is a tenth of the gradient that it was given.
+    assert float(total_norm(moments)) / 0.1 == pytest.approx(clip, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.tensor=2"],
+        ["parallel.tensor=2", "zero.stage=3"],
+        ["zero.stage=1"],
+        ["zero.stage=2"],
+        ["zero.stage=3"],
+    ],
+    ids=["tp2", "tp2-zero3", "dp2-zero1", "dp2-zero2", "dp2-zero3"],
+)
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
+    overrides: list[str], byte_dataset: str, tmp_path: Path
+) -> None:
+    words = arguments(byte_dataset, tmp_path / "run", *overrides)
+    for hashes in run_ranks(watch_steps, 2, words):
+        changed = [before != after for before, after in hashes]
+        assert changed == [True, False, True, True], "weights, masters and moments rest in step 2 alone"
+    assert [(e["step"], e["samples"]) for e in events(tmp_path / "run", "skip")] == [(2, 8)]
+    norms = [event["grad_norm"] for event in events(tmp_path / "run", "train")]
+    assert [norm is None for norm in norms] == [False, True, False, False], "JSON has no infinity"
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000004" / "state.json").read_text())["state"]
+    assert (state["step"], state["samples"], state["updates"]) == (4, 16, 3)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_evaluation_touches_neither_weight_nor_gradient_nor_moment(
+    stage: int, byte_dataset: str, tmp_path: Path
+) -> None:
+    runs = {every: tmp_path / f"every-{every}" for every in (0, 1)}
+    for every, run_dir in runs.items():
+        words = arguments(byte_dataset, run_dir, f"zero.stage={stage}", f"evaluation.every={every}")
+        for hashes in run_ranks(watch_evaluations, 2, words):
+            assert len(hashes) == (5 if every else 2)
+            assert [before == after for before, after in hashes] == [True] * len(hashes)
+    assert losses(runs[0]) == losses(runs[1])
+    assert_same_tensors(runs[0], runs[1])
+
+
+@pytest.fixture(scope="module")
+def on_terminal(byte_dataset: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The home of a run on a terminal, with wandb offline and no network, and what the terminal got."""
+    home = tmp_path_factory.mktemp("terminal")
+    words = arguments(byte_dataset, home / "run", "logging.wandb={project: tests, mode: offline}")
+    environment = clean_environment(home, **NO_NETWORK, TERM="xterm", MY_API_KEY="a-secret-of-mine")
+    ours, theirs = pty.openpty()
+    with (home / "err.log").open("w") as err:
+        process = subprocess.Popen(
+            [sys.executable, PRETRAIN, *words], cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=err
+        )
+    os.close(theirs)
+    try:
+        shown = read_all(ours)
+        assert process.wait(120) == 0, (home / "err.log").read_text()
+        assert outliving(home) == []
+    finally:
+        kill_all(home)
+        process.wait()
+        os.close(ours)
+    return home, shown
+
+
+def test_a_terminal_gets_one_live_line_that_steps_overwrite(on_terminal: tuple[Path, str]) -> None:
+    shown = on_terminal[1].replace("\r\n", "\n")
+    assert re.search(r"^step 1/4  loss [^\n]*\rstep 2/4  loss [^\n]*\rstep 2  train loss ", shown, re.MULTILINE), shown
+    assert re.search(r"^step 3/4  loss [^\n]*\rstep 4/4  loss ", shown, re.MULTILINE), shown
+    assert shown.rstrip().splitlines()[-1] == "step 4  done"
+
+
+def test_wandb_offline_needs_neither_network_nor_account(on_terminal: tuple[Path, str], straight: Path) -> None:
+    home, _ = on_terminal
+    (record,) = (home / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert record.stat().st_size > 1000
+    assert losses(home / "run") == losses(straight / "run")
+
+
+def test_no_secret_of_the_environment_is_written_down(on_terminal: tuple[Path, str]) -> None:
+    files = [path for path in on_terminal[0].rglob("*") if path.is_file()]
+    assert [path for path in files if b"a-secret-of-mine" in path.read_bytes()] == []
+
+
+def watch_steps(launch: Launch, words: list[str]) -> list[tuple[str, str]]:
+    """Hashes of all state around each step; one gradient of the last rank is not finite in step 2."""
+    seen: list[tuple[str, str]] = []
+
+    def plant() -> None:
+        import megallama.train
+
+        original = megallama.train.train_step
+
+        def watched(run: Any, *rest: Any) -> Any:
+            if len(seen) == 1 and launch.rank == launch.world_size - 1:
+                poison_next_gradient(run.model.layers["1"].mlp.down_proj.weight)
+            return around(seen, run, lambda: original(run, *rest))
+
+        megallama.train.train_step = watched
+
+    assert pretrain_here(launch, words, plant) == (0, "")
+    return seen
+
+
+def watch_evaluations(launch: Launch, words: list[str]) -> list[tuple[str, str]]:
+    """Hashes of all state around each evaluation."""
+    seen: list[tuple[str, str]] = []
+
+    def plant() -> None:
+        import megallama.train
+
+        original = megallama.train.evaluate_splits
+        megallama.train.evaluate_splits = lambda run, *rest: around(seen, run, lambda: original(run, *rest))
+
+    assert pretrain_here(launch, words, plant) == (0, "")
+    return seen
+
+
+def around(seen: list[tuple[str, str]], run: Any, call: Callable[[], Any]) -> Any:
+    before = state_hash(run)
+    result = call()
+    seen.append((before, state_hash(run)))
+    return result
+
+
+def poison_next_gradient(parameter: Tensor) -> None:
+    def poison(gradient: Tensor) -> Tensor:
+        handle.remove()
+        return gradient * math.nan
+
+    handle = parameter.register_hook(poison)
+
+
+def state_hash(run: Any) -> str:
+    """Of this rank's weights, their gradients, master weights and moments."""
+    digest = hashlib.sha256()
+    for parameter in run.model.parameters():
+        held = getattr(parameter, "ds_tensor", parameter)  # what ZeRO 3 keeps of a parameter
+        for tensor in (held, parameter.grad):
+            digest.update(b"none" if tensor is None else tensor.detach().cpu().view(torch.uint8).numpy().tobytes())
+    for fragment in run.engine.fragments():
+        for tensor in (fragment.master, fragment.exp_avg, fragment.exp_avg_sq):
+            digest.update(tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([tensor.double().norm() for tensor in tensors]).norm()
+
+
+def evaluations(run_dir: Path) -> list[tuple[int, str, float]]:
+    return [(event["step"], event["split"], event["loss"]) for event in events(run_dir, "eval")]
+
+
+def assert_same_tensors(run_dir: Path, other: Path) -> None:
+    """Weights and moments of the last checkpoint, bit for bit."""
+    ours, theirs = (read_tensors(path / "checkpoints" / "step_00000004") for path in (run_dir, other))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def read_all(descriptor: int) -> str:
+    """Until no process has the other end open; a terminal says that with an error."""
+    content = b""
+    while True:
+        try:
+            content += os.read(descriptor, 65536)
+        except OSError:
+            return content.decode()

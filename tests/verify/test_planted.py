@@ -1,0 +1,78 @@
+"""Bugs planted on purpose: each must be seen, or the parity tests prove nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import megallama.engine
+import megallama.parallel.layers
+import megallama.train
+from megallama.verify.layout import parse_layout
+from megallama.verify.verify import Plant, verify
+from tests.verify.test_parity import debug_config
+
+
+def no_reduction_after_row_parallel() -> None:
+    megallama.parallel.layers.reduce_from = lambda x, axis: x
+
+
+def no_reduction_of_norm_gradients() -> None:
+    megallama.parallel.layers.copy_to = lambda x, axis: x
+
+
+def shards_not_marked_for_the_norm() -> None:
+    unmarked = megallama.parallel.layers._weight
+
+    def forget(rows: int, columns: int) -> nn.Parameter:
+        weight = unmarked(rows, columns)
+        del weight.tensor_model_parallel  # type: ignore[attr-defined]
+        return weight
+
+    megallama.parallel.layers._weight = forget
+
+
+def mean_of_means() -> None:
+    def count_own_labels(batches: list[object], mesh: object) -> Tensor:
+        own = sum(int((b.labels != -100).sum()) for b in batches)  # type: ignore[attr-defined]
+        return torch.tensor(float(own * mesh.data.size))  # type: ignore[attr-defined]
+
+    megallama.train.count_labels = count_own_labels
+
+
+def no_reduction_over_data_parallel_ranks() -> None:
+    step = megallama.engine.Engine.step
+
+    def step_alone(self: megallama.engine.Engine, lr: float) -> megallama.engine.StepResult:
+        self._engine.enable_backward_allreduce = False
+        return step(self, lr)
+
+    megallama.engine.Engine.step = step_alone  # type: ignore[method-assign]
+
+
+def one_rank_raises() -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("planted")
+
+    megallama.train.train_step = fail
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "plant", "seen"),
+    [
+        ("tp2-nosp", "fp32", no_reduction_after_row_parallel, "loss"),
+        ("tp2", "fp32", no_reduction_of_norm_gradients, "gradient"),
+        ("tp2", "bf16", no_reduction_of_norm_gradients, "gradient"),
+        ("tp2", "fp32", shards_not_marked_for_the_norm, "first_norm"),
+        ("tp2", "bf16", shards_not_marked_for_the_norm, "RuntimeError: stack expects a non-empty TensorList"),
+        ("dp2", "fp32", mean_of_means, "loss"),
+        ("dp2", "fp32", no_reduction_over_data_parallel_ranks, "gradient"),
+        ("dp2", "bf16", no_reduction_over_data_parallel_ranks, "gradient"),
+        ("dp2", "fp32", one_rank_raises, "RuntimeError: planted"),
+    ],
+)
+def test_a_planted_bug_is_reported(layout: str, dtype: str, plant: Plant, seen: str) -> None:
+    report = verify(debug_config(), [parse_layout(layout)], dtype=dtype, plant=plant)
+    assert not report.passed
+    assert seen in report.verdicts[0].failures
