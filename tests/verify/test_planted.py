@@ -67,7 +67,7 @@ def one_rank_raises() -> None:
         ("tp2", "fp32", shards_not_marked_for_the_norm, "first_norm"),
         ("tp2", "bf16", shards_not_marked_for_the_norm, "RuntimeError: stack expects a non-empty TensorList"),
         ("dp2", "fp32", mean_of_means, "loss"),
-        ("dp2", "fp32", no_reduction_over_data_parallel_ranks, "gradient"),
+        ("dp2", "fp32", no_reduction_over_data_parallel_ranks, "KeyError: 0"),  # DeepSpeed itself trips over it
         ("dp2", "bf16", no_reduction_over_data_parallel_ranks, "gradient"),
         ("dp2", "fp32", one_rank_raises, "RuntimeError: planted"),
     ],
