@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 # Recipe: ranks it is meant for, micro-batches per step there, parameters. The small ones by hand, as
 # layers * (2 * h * h + 2 * h * kv width + 3 * h * f + 2 * h) + h + vocabulary * h, twice if not tied.
 SHIPPED = {
-    "quickstart": (1, 2, 4 * (73_728 + 24_576 + 294_912 + 384) + 192 + 786_432),
+    "quickstart": (1, 1, 4 * (73_728 + 24_576 + 294_912 + 384) + 192 + 786_432),
     "debug": (1, 4, 2 * (8_192 + 4_096 + 36_864 + 128) + 64 + 2 * 16_448),
     "13m": (1, 4, 8 * (73_728 + 73_728 + 294_912 + 384) + 192 + 9_649_344),
     "tinystories-20m": (1, 4, 19_532_032),
