@@ -9,7 +9,7 @@ RUN := runs/quickstart
 quickstart: .venv/installed
 	$(BIN)/megallama tokenizer train stdlib --output data/quickstart/tokenizer --vocab-size 4096
 	$(BIN)/megallama data build stdlib --output data/quickstart/corpus --tokenizer data/quickstart/tokenizer
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --hostfile=/dev/null launch/pretrain.py --config configs/quickstart.yaml
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --hostfile=/dev/null --num_gpus=1 launch/pretrain.py --config configs/quickstart.yaml
 	@echo "--- the model writes:"
 	@$(BIN)/megallama generate $(RUN) --prompt "def main(" --max-tokens 96
 	@echo "--- the run is in $(RUN); continue it with: megallama generate $(RUN) --prompt '...'"

@@ -72,7 +72,7 @@ def generate(
         float | None, typer.Option(help="Draw among the likeliest tokens of this total probability.", min=0.0, max=1.0)
     ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
-    seed: Annotated[int, typer.Option(help="Fixes the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Fixes the draws.", min=0, max=2**63 - 1)] = 0,
 ) -> None:
     """Continue a prompt with the newest checkpoint of a run.
 

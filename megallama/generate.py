@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megallama.checkpoint.store import complete_checkpoints, load_weights
-from megallama.config.load import load_config
+from megallama.checkpoint.store import complete_checkpoints, load_weights, read_model
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.errors import UserError
 from megallama.model.llama import Llama
@@ -36,8 +35,7 @@ def load_run(run_dir: Path) -> tuple[Llama, Tokenizer, Path]:
     found = complete_checkpoints(run_dir / "checkpoints")
     if not found:
         raise UserError(f"{run_dir} holds no checkpoint yet; train until the first save")
-    config = load_config(run_dir / "config.yaml")
-    model = Llama(config.model)
+    model = Llama(read_model(found[0]))
     weights = load_weights(found[0])
     with torch.no_grad():
         for name, pieces in model.logical_pieces().items():

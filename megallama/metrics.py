@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from megallama.config.schema import RunConfig
+from megallama.errors import UserError
 
 Event = dict[str, Any]
 
@@ -100,6 +101,20 @@ class Metrics:
     def write(self, event: str, **values: Any) -> None:
         for sink in self._sinks:
             sink.write({"event": event, **values})
+
+
+def check_sinks(config: RunConfig) -> None:
+    """UserError if Weights & Biases is asked for online and knows no account; waits for no one at a prompt."""
+    wanted = config.logging.wandb
+    if wanted is None or wanted.mode == "offline":
+        return
+    import wandb
+
+    if not wandb.login(prompt=False, verify=False):
+        raise UserError(
+            "logging.wandb.mode=online, but Weights & Biases has no key here; set WANDB_API_KEY, run `wandb login`, "
+            "or use logging.wandb.mode=offline"
+        )
 
 
 def open_metrics(config: RunConfig, run_dir: Path, total_steps: int) -> Metrics:

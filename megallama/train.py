@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,7 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megallama.checkpoint.store import DataIdentity, Start, TrainState, load, load_initial_weights, pick_start, save
+from megallama.checkpoint.store import (
+    DataIdentity,
+    Start,
+    TrainState,
+    load,
+    load_initial_weights,
+    pick_start,
+    save,
+    set_aside,
+)
 from megallama.config.check import check_config
 from megallama.config.load import dump_config
 from megallama.config.schema import RunConfig
@@ -26,7 +36,7 @@ from megallama.engine import Engine, StepResult
 from megallama.errors import UserError
 from megallama.evaluate import evaluate
 from megallama.labels import IGNORED
-from megallama.metrics import Metrics, environment, open_metrics
+from megallama.metrics import Metrics, check_sinks, environment, open_metrics
 from megallama.model.llama import Llama, Seam
 from megallama.parallel.init import initialise
 from megallama.parallel.mesh import Launch, ParallelMesh, build_mesh, sum_over
@@ -97,6 +107,9 @@ def train(config: RunConfig, launch: Launch, device: torch.device) -> Llama:
             f"parallel.pipeline={config.parallel.pipeline}: pipeline stages cannot be trained in this version; "
             "use parallel.pipeline=1"
         )
+    check_run_dir(Path(config.run.dir))
+    if launch.rank == 0:
+        check_sinks(config)
     topology = Topology(dp=batching.dp_size, tp=config.parallel.tensor)
     train_data, validation_data = open_data(config, topology, launch.rank)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -151,6 +164,15 @@ def build_model(config: RunConfig, mesh: ParallelMesh) -> tuple[Llama, Engine]:
     return model, Engine(model, config, mesh)
 
 
+def check_run_dir(folder: Path) -> None:
+    """UserError where `folder` cannot be made or written to."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"run.dir={folder} cannot be made: {there} is not a folder; use another run.dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"run.dir={folder} cannot be written: {there} is read-only for this user; use another run.dir")
+
+
 def data_identity(config: RunConfig, data: Loader) -> DataIdentity:
     """What the position of a checkpoint counts in."""
     return DataIdentity(data.fingerprint, config.train.seed)
@@ -162,6 +184,8 @@ def open_run_dir(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, st
         return Metrics([])
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if config.checkpoint.resume == "never":
+        set_aside(folder)
     (folder / "config.yaml").write_text(dump_config(config))
     tokenizer.save(folder / "tokenizer")
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megallama.errors import UserError
 from megallama.parallel.mesh import Launch
 from megallama.parallel.spawn import run_ranks
 
@@ -154,8 +155,11 @@ def pretrain_here(launch: Launch, words: list[str], plant: Plant | None) -> tupl
         plant()
     stderr = io.StringIO()
     with redirect_stderr(stderr):
-        code: int = load_pretrain().main(words)
-    return code, stderr.getvalue()
+        try:
+            load_pretrain().main(words)
+        except UserError as error:
+            return 2, f"megallama: {error}\n"
+    return 0, stderr.getvalue()
 
 
 def load_pretrain() -> Any:

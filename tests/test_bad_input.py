@@ -39,6 +39,9 @@ KEYS: dict[str, tuple[list[str], int, list[str]]] = {
     "nothing to resume": (["checkpoint.resume=must"], 1, ["checkpoint.resume=must", "checkpoint.resume=auto"]),
     "no such weights": (["checkpoint.init_from=nowhere"], 1, ["nowhere"]),
     "another tokenizer": (["data.tokenizer=byte"], 1, ["'byte'", "bytes"]),
+    "no run directory": (["run.dir="], 1, ["run.dir="]),
+    "a file for a run directory": (["run.dir=README.md"], 1, ["run.dir=README.md", "is not a folder"]),
+    "no account": (["logging.wandb={project: x}"], 1, ["logging.wandb.mode=online", "logging.wandb.mode=offline"]),
     "stop after the end": (["train.stop_after=5"], 1, ["train.stop_after=5", "train.stop_after=4"]),
     "no CUDA": (["train.device=cuda"], 1, ["train.device=cuda", "train.device=cpu"]),
 }
@@ -81,8 +84,12 @@ def test_damaged_data_is_refused(damage: str, byte_dataset: str, tmp_path: Path)
         (["model.hidden_size=64"], ["model.hidden_size=64", "model.hidden_size=32", "or another run.dir"]),
         (["model.num_hidden_layers=3"], ["model.num_hidden_layers=3", "model.num_hidden_layers=2"]),
         (["model.rope_theta=500"], ["model.rope_theta=500", "model.rope_theta=10000"]),
+        (
+            ["model.rope_scaling={rope_type: linear, factor: 2}"],
+            ["model.rope_scaling={", "differs from null", "use model.rope_scaling=null"],
+        ),
     ],
-    ids=["width", "depth", "rotary base"],
+    ids=["width", "depth", "rotary base", "rotary scaling"],
 )
 def test_a_checkpoint_of_another_model_is_refused(
     overrides: list[str], words: list[str], byte_dataset: str, short_run: Path
@@ -90,6 +97,31 @@ def test_a_checkpoint_of_another_model_is_refused(
     before = tree(short_run)
     assert_refused_by_all(1, arguments(byte_dataset, short_run, "train.steps=50", *overrides), words)
     assert tree(short_run) == before
+
+
+def test_saying_what_null_stands_for_is_the_same_model(byte_dataset: str, short_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(short_run, tmp_path / "run")
+    more = ["train.steps=40", "checkpoint.resume=must", "model.num_key_value_heads=2", "model.head_dim=8"]
+    assert pretrain(1, arguments(byte_dataset, tmp_path / "run", *more)) == [(0, "")]
+
+
+def test_a_mistake_that_only_the_second_rank_can_see_is_told(byte_dataset: str, tmp_path: Path) -> None:
+    """As where a node misses the data."""
+    script = tmp_path / "elsewhere.py"
+    script.write_text(
+        "import os, runpy, sys\n"
+        "if os.environ['RANK'] == '1': sys.argv.append('data.path=nowhere')\n"
+        f"runpy.run_path({PRETRAIN!r}, run_name='__main__')\n"
+    )
+    outcome = execute([*torchrun(2), str(script), *arguments(byte_dataset, tmp_path / "run")], tmp_path)
+    assert outcome.code != 0
+    (sentence,) = outcome.sentences
+    assert sentence.startswith("megallama: rank 1: nowhere.idx does not exist")
+
+
+def test_overrides_may_stand_on_both_sides_of_the_configuration(byte_dataset: str, tmp_path: Path) -> None:
+    words = arguments(byte_dataset, tmp_path / "run")
+    assert pretrain(1, ["train.stop_after=3", *words, "train.stop_after=1"]) == [(0, "")]
 
 
 def test_an_unknown_key_on_the_command_line(byte_dataset: str, tmp_path: Path) -> None:
@@ -162,11 +194,11 @@ def assert_refused(outcome: Outcome, words: list[str]) -> None:
 
 
 def assert_refused_by_all(world_size: int, command: list[str], words: list[str]) -> None:
-    """Every rank leaves with 2, the first alone says why."""
+    """Every rank leaves with 2 for the same reason."""
     first, *others = pretrain(world_size, command)
     assert first[0] == 2
     assert_one_sentence(first[1], words)
-    assert others == [(2, "")] * (world_size - 1)
+    assert others == [first] * (world_size - 1)
 
 
 def assert_one_sentence(stderr: str, words: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,3 +124,14 @@ def test_the_smallest_values_that_the_command_takes_equal_greedy(sampling: Sampl
 def draws(logits: Tensor, sampling: Sampling, times: int) -> list[int]:
     randomness = torch.Generator().manual_seed(sampling.seed)
     return [pick(logits, sampling, randomness) for _ in range(times)]
+
+
+def test_the_model_is_that_of_the_checkpoint(short_run: Path, tmp_path: Path, run: Run, greedy: str) -> None:
+    """Also where the configuration has since been changed for another run."""
+    shutil.copytree(short_run, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    text = config.read_text()
+    assert "num_hidden_layers: 2" in text
+    config.write_text(text.replace("num_hidden_layers: 2", "num_hidden_layers: 1"))
+    model, tokenizer, _ = load_run(tmp_path / "run")
+    assert generate(model, tokenizer, PROMPT, 24, GREEDY) == greedy

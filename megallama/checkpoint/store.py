@@ -11,8 +11,9 @@ import os
 import re
 import shutil
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -135,11 +136,25 @@ def read_state(path: Path) -> TrainState:
     return TrainState(**json.loads((path / STATE).read_text())["state"])
 
 
+def read_model(path: Path) -> ModelConfig:
+    """The shape of the model that a checkpoint holds."""
+    return ModelConfig.model_validate(json.loads((path / STATE).read_text())["model"])
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints under `folder`, newest first."""
     found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)]
     whole = [path for path in found if (path / METADATA).is_file() and (path / STATE).is_file()]
     return sorted(whole, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+
+
+def set_aside(run_dir: Path) -> None:
+    """Rename what an earlier run left in `run_dir`: a run that starts over neither mixes with it nor drops it."""
+    names = ("checkpoints", "metrics.jsonl")
+    free = next(n for n in count(1) if not any((run_dir / f"{name}.{n}").exists() for name in names))
+    for name in names:
+        if (run_dir / name).exists():
+            (run_dir / name).rename(run_dir / f"{name}.{free}")
 
 
 def pick_start(config: RunConfig, data: DataIdentity) -> Start:
@@ -155,6 +170,8 @@ def pick_start(config: RunConfig, data: DataIdentity) -> Start:
     if settings.init_from is None:
         return Start()
     weights = Path(settings.init_from)
+    if folder.resolve() in weights.resolve().parents:
+        raise UserError(f"checkpoint.init_from={weights} is a checkpoint of run.dir itself; use another run.dir")
     if weights not in complete_checkpoints(weights.parent):
         near = complete_checkpoints(weights / "checkpoints") or complete_checkpoints(weights.parent)
         fix = f"checkpoint.init_from={near[0]}" if near else "a folder such as runs/NAME/checkpoints/step_00001000"
@@ -165,15 +182,20 @@ def pick_start(config: RunConfig, data: DataIdentity) -> Start:
 
 def _check_same_model(path: Path, model: ModelConfig) -> None:
     """UserError when the checkpoint is of another model than the run."""
-    saved = json.loads((path / STATE).read_text())["model"]
-    wanted = model.model_dump(mode="json")
-    drawn_once = {"init", "initializer_range"}
-    for key in wanted.keys() - drawn_once:
-        if saved.get(key) != wanted[key]:
+    saved, wanted = _resolved(read_model(path)), _resolved(model)
+    for key, value in wanted.items():
+        if saved[key] != value:
+            theirs, ours = json.dumps(saved[key]), json.dumps(value)
             raise UserError(
-                f"model.{key}={wanted[key]} differs from {saved.get(key)} in the checkpoint {path}; "
-                f"use model.{key}={saved.get(key)}, or another run.dir"
+                f"model.{key}={ours} differs from {theirs} in the checkpoint {path}; "
+                f"use model.{key}={theirs}, or another run.dir"
             )
+
+
+def _resolved(model: ModelConfig) -> dict[str, Any]:
+    """What makes weights fit: every key but those that drew them, with what null stands for."""
+    tree = model.model_dump(mode="json", exclude={"init", "initializer_range"})
+    return tree | {"num_key_value_heads": model.kv_heads, "head_dim": model.head_size}
 
 
 def _check_same_data(path: Path, data: DataIdentity) -> None:

@@ -74,7 +74,12 @@ def legal_tensors(config: RunConfig) -> list[int]:
 
 def check_model(model: ModelConfig) -> None:
     """Refuse shapes that are no Llama at any layout."""
-    heads = model.num_attention_heads
+    heads, rope = model.num_attention_heads, model.rope_scaling
+    if rope is not None and rope.rope_type == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
+        raise UserError(
+            f"model.rope_scaling.high_freq_factor={rope.high_freq_factor:g} is not above low_freq_factor="
+            f"{rope.low_freq_factor:g}; Llama 3.1 has high_freq_factor=4 and low_freq_factor=1"
+        )
     if heads % model.kv_heads:
         raise UserError(
             f"model.num_key_value_heads={model.kv_heads} does not divide model.num_attention_heads={heads}; "

@@ -49,7 +49,12 @@ def model_from_hugging_face(foreign: Tree, name: str) -> Tree:
                 f"model.import={name} has {key}={foreign[key]}, which is not Llama's; expected {key}={only}"
             )
     model = {key: foreign[key] for key in _SAME_NAME if foreign.get(key) is not None}
-    rope: Tree = {**(foreign.get("rope_scaling") or {}), **(foreign.get("rope_parameters") or {})}
+    rope: Tree = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        value = foreign.get(key)
+        if not isinstance(value, dict | None):
+            raise UserError(f"model.import={name} has {key}={value!r}; expected a mapping or null")
+        rope |= value or {}
     theta = rope.get("rope_theta", foreign.get("rope_theta"))
     if theta is not None:
         model["rope_theta"] = theta
@@ -70,7 +75,7 @@ def model_from_meta(foreign: Tree, name: str) -> Tree:
     """
     dim, multiple_of, multiplier = foreign["dim"], foreign.get("multiple_of", 256), foreign.get("ffn_dim_multiplier")
     for key, value in (("dim", dim), ("multiple_of", multiple_of), ("ffn_dim_multiplier", multiplier or 1)):
-        if not isinstance(value, int | float) or value <= 0:
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise UserError(f"model.import={name} has {key}={value}; expected a number above 0")
     missing = [key for key in ("n_layers", "n_heads") if key not in foreign]
     if missing:

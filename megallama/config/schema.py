@@ -92,7 +92,7 @@ class ModelConfig(Section):
 class RunSection(Section):
     """Where the run lives."""
 
-    dir: str = "runs/default"
+    dir: str = Field(default="runs/default", min_length=1)
     """Run directory: config, metrics, checkpoints, tokenizer."""
 
 
@@ -159,7 +159,7 @@ class TrainConfig(Section):
     """Type of weights and activations; master weights, moments and gradient sums are fp32 in both."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when there is one."""
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=1234, ge=0, lt=2**63)
     """Fixes initialisation and sample order at every layout."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in backward: none, the SwiGLU product, or whole layers."""
@@ -212,7 +212,8 @@ class CheckpointConfig(Section):
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
     resume: Literal["auto", "must", "never"] = "auto"
-    """auto continues the newest checkpoint of the run directory or starts fresh; must refuses to start fresh."""
+    """auto continues the newest checkpoint of run.dir or starts fresh; must refuses to start fresh; never sets aside
+    what is there and starts fresh."""
     init_from: str | None = None
     """Checkpoint whose weights start a new run; moments and position start from zero."""
 

@@ -100,6 +100,26 @@ def test_only_the_newest_are_kept_and_latest_names_the_last(dataset: Path, tmp_p
     assert (tmp_path / "checkpoints" / LATEST).read_text() == "step_00000005"
 
 
+def test_a_run_that_starts_over_loses_nothing_of_the_one_before(dataset: Path, tmp_path: Path) -> None:
+    run_ranks(train_rank, 1, settings(tmp_path, dataset, "zero1"), None)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    over = settings(tmp_path, dataset, "zero1", resume="never", keep=2)
+    run_ranks(train_rank, 1, stopped_after(over, 2), None)
+    run_ranks(train_rank, 1, stopped_after(over, 1), None)
+    assert [p.name for p in complete_checkpoints(tmp_path / "checkpoints")] == ["step_00000001"]
+    assert [p.name for p in complete_checkpoints(tmp_path / "checkpoints.2")] == ["step_00000002", "step_00000001"]
+    assert complete_checkpoints(tmp_path / "checkpoints.1")[0].name == "step_00000005"
+    assert (tmp_path / "metrics.jsonl.1").read_bytes() == before
+
+
+def test_weights_of_the_run_itself_are_refused(finished: Path, dataset: Path) -> None:
+    source = complete_checkpoints(finished / "checkpoints")[0]
+    config = settings(finished, dataset, "zero1", resume="never", init_from=str(source))
+    with pytest.raises(RankFailedError, match=r"is a checkpoint of run\.dir itself; use another run\.dir"):
+        run_ranks(train_rank, 1, config, None)
+    assert source.is_dir()
+
+
 def test_a_new_run_begins_with_the_weights_of_another(finished: Path, dataset: Path, tmp_path: Path) -> None:
     source = complete_checkpoints(finished / "checkpoints")[0]
     config = settings(tmp_path, dataset, "tp2", init_from=str(source), every=0)

@@ -39,6 +39,10 @@ REFUSED: list[tuple[list[str], int, str, list[tuple[list[str], int]]]] = [
      "parallel.tensor=4 does not divide data.sequence_length=126, which parallel.sequence cuts; nearest legal: 2",
      [(["parallel.tensor=2", "data.sequence_length=126"], 2),
       (["parallel.tensor=4", "data.sequence_length=126", "parallel.sequence=false"], 4)]),
+    (["model.rope_scaling={rope_type: llama3, factor: 8, low_freq_factor: 4, high_freq_factor: 4}"], 1,
+     "model.rope_scaling.high_freq_factor=4 is not above low_freq_factor=4; Llama 3.1 has high_freq_factor=4 and "
+     "low_freq_factor=1",
+     [(["model.rope_scaling={rope_type: llama3, factor: 8, low_freq_factor: 1, high_freq_factor: 4}"], 1)]),
     (["model.num_key_value_heads=5"], 1,
      "model.num_key_value_heads=5 does not divide model.num_attention_heads=12; nearest legal: 4 or 6",
      [(["model.num_key_value_heads=4"], 1), (["model.num_key_value_heads=6"], 1)]),
