@@ -1,4 +1,4 @@
-"""The optimizer engine: DeepSpeed ZeRO around this rank's module. The only file that imports deepspeed.
+"""The optimizer engine: DeepSpeed ZeRO around this rank's stages. The only file that imports deepspeed.
 
 The rest of the package sees `Engine`: forward and backward over micro-batches, one optimizer step, and the optimizer's
 state as flat fragments of parameters, from which checkpoints are made.
@@ -11,16 +11,19 @@ from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import torch
 from deepspeed.ops import __compatible_ops__ as compatible_ops
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
 from megallama.config.deepspeed import deepspeed_config
 from megallama.config.schema import RunConfig
+from megallama.model.chunks import Chunks
 from megallama.parallel.mesh import ParallelMesh
+from megallama.pipeline import MicroBatch, Pipeline
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
@@ -48,23 +51,24 @@ class Fragment:
 
 
 class Engine:
-    """ZeRO stage 1 to 3 in bf16 or fp32 around `module`, whose parameters move to this rank's device.
+    """ZeRO stage 1 to 3 in bf16 or fp32 around `chunks`, whose parameters move to this rank's device.
 
     Master weights, moments and gradient sums are fp32. Gradients are clipped by their norm over the whole model: over
     tensor-parallel shards and pipeline stages, replicated parameters counted once.
     """
 
-    def __init__(self, module: nn.Module, config: RunConfig, mesh: ParallelMesh) -> None:
-        self.module = module.to(mesh.device)
-        self._optimizer = _adamw(self.module, config)
+    def __init__(self, chunks: Chunks, config: RunConfig, mesh: ParallelMesh, micro_batches: int) -> None:
+        self._chunks = chunks.to(mesh.device)
+        self._optimizer = _adamw(chunks, config)
         self._stage, self._data_rank = config.zero.stage, mesh.data.rank
-        self._names = {parameter: name for name, parameter in self.module.named_parameters()}
+        self._names = {parameter: name for name, parameter in chunks.named_parameters()}
+        self._group_of = {p: index for index, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
         # On a CPU DeepSpeed would compile a shared-memory op at start: minutes, a compiler, and a lock that outlives
         # a killed build. gloo does without.
         compatible_ops["deepspeed_shm_comm"] = False
         with redirect_stdout(StringIO()):  # BF16_Optimizer prints memory statistics whatever the log level
             self._engine, *_ = deepspeed.initialize(
-                model=self.module,
+                model=chunks,
                 optimizer=self._optimizer,
                 config=deepspeed_config(config, mesh.data.size),
                 mpu=_Mpu(mesh),
@@ -72,27 +76,24 @@ class Engine:
             )
         self._zero: Any = self._engine.optimizer
         self._create_state()
+        self._passes: _Passes = (
+            _Straight(self._engine)
+            if mesh.pp.size == 1
+            else Pipeline(chunks, config, mesh, micro_batches, self._take_gradients)
+        )
 
-    def forward_backward(self, micro_batches: Iterable[tuple[Tensor, Tensor]], scale: Tensor) -> Tensor:
-        """Run every (tokens, labels) forward and backward; return the sum of their losses times `scale`, detached.
+    def forward_backward(self, batches: Iterable[MicroBatch], scale: Tensor) -> Tensor:
+        """Run every micro-batch forward and backward; return the sum of their losses times `scale`, detached.
 
-        Gradients add up until `step`, which averages them over data-parallel ranks: a `scale` of data-parallel size
-        over the labels counted in the global batch makes them those of the token mean.
+        It is 0 on ranks without the last stage. Gradients add up until `step`, which averages them over data-parallel
+        ranks: a `scale` of data-parallel size over the labels counted in the global batch makes them those of the token
+        mean.
         """
-        self._engine.train()
-        total = torch.zeros((), dtype=torch.float32, device=scale.device)
-        for tokens, labels in micro_batches:
-            loss = self._engine(tokens, labels) * scale
-            self._engine.backward(loss)
-            total += loss.detach()
-        return total
+        return self._passes.forward_backward(batches, scale)
 
-    @torch.no_grad()
-    def evaluate(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """The summed loss of one micro-batch; touches no gradient."""
-        self._engine.eval()
-        loss: Tensor = self._engine(tokens, labels)
-        return loss
+    def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
+        """The summed loss, 0 on ranks without the last stage; touches no gradient."""
+        return self._passes.evaluate(batches)
 
     def step(self, lr: float) -> StepResult:
         """Reduce, clip, update. Every rank of the mesh must call it."""
@@ -151,6 +152,19 @@ class Engine:
         numel = min(size, any_parameter.ds_numel - start)
         return (start, self._partitions[group], offset, numel) if numel > 0 else None
 
+    def _take_gradients(self, module: nn.Module) -> None:
+        """Add what a split backward left in `grad` to the fp32 sums, as ZeRO's hooks do with the other gradients.
+
+        In fp32 there is nothing to do: `grad` is the sum.
+        """
+        if not isinstance(self._zero, BF16_Optimizer):
+            return
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                any_parameter: Any = parameter
+                group, index = self._group_of[parameter], any_parameter._index_in_param_group
+                self._zero.accumulate_hp_grads_and_remove_lp(parameter, group, index)
+
     def _create_state(self) -> None:
         """AdamW's state, made now instead of in the first step, so that a checkpoint has somewhere to go."""
         for partition in self._partitions:
@@ -159,6 +173,35 @@ class Engine:
             state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device if on_device else "cpu")
             state["exp_avg"] = torch.zeros_like(partition, requires_grad=False)
             state["exp_avg_sq"] = torch.zeros_like(partition, requires_grad=False)
+
+
+class _Passes(Protocol):
+    """Forward and backward of all micro-batches of a step, and evaluation."""
+
+    def forward_backward(self, batches: Iterable[MicroBatch], scale: Tensor) -> Tensor: ...
+    def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor: ...
+
+
+class _Straight:
+    """One micro-batch after the other through a rank that holds the whole model."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def forward_backward(self, batches: Iterable[MicroBatch], scale: Tensor) -> Tensor:
+        self._engine.train()
+        total = torch.zeros((), dtype=torch.float32, device=scale.device)
+        for tokens, labels in batches:
+            loss = self._engine(tokens, labels) * scale
+            self._engine.backward(loss)
+            total += loss.detach()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
+        self._engine.eval()
+        losses = [self._engine(tokens, labels) for tokens, labels in batches]
+        return torch.stack(losses).double().sum()
 
 
 class _Mpu:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
 
 from megallama.data.loader import Loader
 from megallama.engine import Engine
 from megallama.labels import IGNORED
-from megallama.parallel.mesh import ParallelMesh, sum_over
+from megallama.parallel.mesh import ParallelMesh, sum_losses, sum_over
+from megallama.pipeline import MicroBatch
 
 
 def evaluate(engine: Engine, loader: Loader, samples: int, mesh: ParallelMesh) -> float:
     """The token mean of the loss over the first `samples` of the loader's split; every rank must call it."""
-    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     counted = 0
-    for batch in loader.evaluation(samples):
-        total += engine.evaluate(batch.tokens.to(mesh.device), batch.labels.to(mesh.device))
-        counted += int((batch.labels != IGNORED).sum())
-    loss, tokens = sum_over([float(total), counted], mesh.data, mesh.device)
+
+    def batches() -> Iterator[MicroBatch]:
+        nonlocal counted
+        for batch in loader.evaluation(samples):
+            counted += int((batch.labels != IGNORED).sum())
+            yield batch.tokens.to(mesh.device), batch.labels.to(mesh.device)
+
+    total = engine.evaluate(batches())
+    (loss,) = sum_losses([float(total)], mesh)
+    (tokens,) = sum_over([counted], mesh.data, mesh.device)
     return loss / tokens

@@ -10,10 +10,10 @@ from megallama.config.schema import RunConfig
 from megallama.parallel.mesh import Launch, pick_device
 
 if TYPE_CHECKING:
-    from megallama.model.llama import Llama
+    from megallama.model.chunks import Chunks
 
 
-def start(config: RunConfig, launch: Launch) -> Llama:
+def start(config: RunConfig, launch: Launch) -> Chunks:
     """Train `config` as the rank that `launch` says; return this rank's part of the model when the run has ended.
 
     UserError, raised by every rank alike and before anything is written, for what a user can mend.

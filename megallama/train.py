@@ -37,13 +37,15 @@ from megallama.errors import UserError
 from megallama.evaluate import evaluate
 from megallama.labels import IGNORED
 from megallama.metrics import Metrics, check_sinks, environment, open_metrics
-from megallama.model.llama import Llama, Seam
+from megallama.model.chunks import Chunks
+from megallama.model.llama import Seam
 from megallama.parallel.init import initialise
-from megallama.parallel.mesh import Launch, ParallelMesh, build_mesh, sum_over
+from megallama.parallel.mesh import Launch, ParallelMesh, build_mesh, sum_losses
 from megallama.parallel.topology import Topology
 from megallama.peak import Peak, device_peak, peak_memory_bytes
 from megallama.plan.budget import total_steps
 from megallama.plan.flops import flops_per_token
+from megallama.plan.stages import stages
 from megallama.schedule import learning_rate
 
 
@@ -72,7 +74,7 @@ class Run:
 
     config: RunConfig
     mesh: ParallelMesh
-    model: Llama
+    model: Chunks
     engine: Engine
     train_data: Loader
     validation_data: Loader | None
@@ -96,27 +98,22 @@ class Run:
         return min(self.total_steps, self.config.train.stop_after or self.total_steps)
 
 
-def train(config: RunConfig, launch: Launch, device: torch.device) -> Llama:
+def train(config: RunConfig, launch: Launch, device: torch.device) -> Chunks:
     """Train `config` as one rank of the job and return this rank's part of the trained model.
 
     UserError, on every rank alike, for what a user can mend.
     """
     batching = check_config(config, launch.world_size)
-    if config.parallel.pipeline > 1:
-        raise UserError(
-            f"parallel.pipeline={config.parallel.pipeline}: pipeline stages cannot be trained in this version; "
-            "use parallel.pipeline=1"
-        )
     check_run_dir(Path(config.run.dir))
     if launch.rank == 0:
         check_sinks(config)
-    topology = Topology(dp=batching.dp_size, tp=config.parallel.tensor)
+    topology = Topology(pp=config.parallel.pipeline, dp=batching.dp_size, tp=config.parallel.tensor)
     train_data, validation_data = open_data(config, topology, launch.rank)
     tokenizer = load_tokenizer(config.data.tokenizer)
     start = pick_start(config, data_identity(config, train_data))
 
     mesh = build_mesh(topology, launch, device)
-    model, engine = build_model(config, mesh)
+    model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
     steps = total_steps(config)
     peak = device_peak(device, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
     with open_run_dir(config, mesh, tokenizer, steps, peak) as metrics:
@@ -146,10 +143,11 @@ def open_data(config: RunConfig, topology: Topology, rank: int) -> tuple[Loader,
     return open_split("train"), open_split("validation") if held_out else None
 
 
-def build_model(config: RunConfig, mesh: ParallelMesh) -> tuple[Llama, Engine]:
-    """This rank's part of the model, initialised, and the engine around it."""
+def build_model(config: RunConfig, mesh: ParallelMesh, micro_batches: int) -> tuple[Chunks, Engine]:
+    """This rank's part of the model, initialised, and the engine around it for that many micro-batches per step."""
+    mine = {stage.index: stage.layers for stage in stages(config) if stage.rank == mesh.pp.rank}
     seam = Seam(mesh.tp, config.parallel.sequence_parallel)
-    model = Llama(config.model, seam, recompute=config.train.recompute)
+    model = Chunks(config.model, mine, seam, recompute=config.train.recompute)
     initialise(
         model,
         model.logical_pieces(),
@@ -159,9 +157,9 @@ def build_model(config: RunConfig, mesh: ParallelMesh) -> tuple[Llama, Engine]:
         std=config.model.initializer_range,
     )
     if config.train.compile:
-        for layer in model.layers.values():
+        for layer in model.decoder_layers():
             layer.compile()
-    return model, Engine(model, config, mesh)
+    return model, Engine(model, config, mesh, micro_batches)
 
 
 def check_run_dir(folder: Path) -> None:
@@ -257,7 +255,7 @@ def on_device(batches: list[MicroBatch], device: torch.device) -> Iterator[tuple
 def write_train_event(run: Run, state: TrainState, loss: Tensor, grad_norm: float, lr: float, seconds: float) -> None:
     """Record a step that took `seconds`; every rank must call it."""
     config, sequence = run.config, run.config.data.sequence_length
-    (total,) = sum_over([float(loss)], run.mesh.data, run.mesh.device)
+    (total,) = sum_losses([float(loss)], run.mesh)
     speed = config.tokens_per_step / seconds
     at_peak = run.peak.flops * run.mesh.world.size
     run.metrics.write(

@@ -31,7 +31,7 @@ from megallama.checkpoint.storage import (
 )
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.errors import UserError
-from megallama.model.llama import Llama
+from megallama.model.chunks import Chunks
 from megallama.parallel.mesh import ParallelMesh
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Start:
 def save(
     folder: Path,
     engine: Engine,
-    model: Llama,
+    model: Chunks,
     mesh: ParallelMesh,
     state: TrainState,
     data: DataIdentity,
@@ -107,7 +107,7 @@ def save(
     return final
 
 
-def load(path: Path, engine: Engine, model: Llama) -> TrainState:
+def load(path: Path, engine: Engine, model: Chunks) -> TrainState:
     """Overwrite weights, moments and position with those of `path`; every rank must call it."""
     state = read_state(path)
     dcp.load(dict(logical_state(engine.fragments(), model.logical_pieces())), storage_reader=JsonMetadataReader(path))
@@ -115,7 +115,7 @@ def load(path: Path, engine: Engine, model: Llama) -> TrainState:
     return state
 
 
-def load_initial_weights(path: Path, engine: Engine, model: Llama) -> None:
+def load_initial_weights(path: Path, engine: Engine, model: Chunks) -> None:
     """Overwrite the weights alone with those of `path`: a new run from old weights. Every rank must call it."""
     _check_same_model(path, model.config)
     state = logical_state(engine.fragments(), model.logical_pieces())

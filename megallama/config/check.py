@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.errors import UserError
 from megallama.plan.budget import total_steps
+from megallama.plan.stages import V_SHAPED, balanced, chunks, legal_micro_batches
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ def check_config(config: RunConfig, world_size: int) -> Batching:
     check_layout(config)
     check_steps(config)
     dp = dp_size(config, world_size)
-    return Batching(world_size, dp, gradient_accumulation_steps(config, dp))
+    accumulation = gradient_accumulation_steps(config, dp)
+    _check_micro_batches(config, accumulation, dp)
+    return Batching(world_size, dp, accumulation)
 
 
 def dp_size(config: RunConfig, world_size: int) -> int:
@@ -146,22 +149,42 @@ def _check_pipeline(config: RunConfig) -> None:
             f"zero.stage={config.zero.stage} does not go with parallel.pipeline={parallel.pipeline}; "
             f"use zero.stage=1, or parallel.pipeline=1"
         )
-    # All schedules but 1f1b give each rank two chunks of layers.
-    chunks = 1 if parallel.schedule == "1f1b" else 2
-    stages = parallel.pipeline * chunks
+    per_rank = chunks(parallel)
+    stages = parallel.pipeline * per_rank
+    words = f"parallel.pipeline * stages per rank of {parallel.schedule} = {parallel.pipeline} * {per_rank} = {stages}"
     if model.num_hidden_layers < stages:
-        legal = max(1, model.num_hidden_layers // chunks)
+        legal = max(1, model.num_hidden_layers // per_rank)
         raise UserError(
-            f"model.num_hidden_layers={model.num_hidden_layers} is fewer than parallel.pipeline * chunks of "
-            f"{parallel.schedule} = {parallel.pipeline} * {chunks} = {stages} stages; "
+            f"model.num_hidden_layers={model.num_hidden_layers} is fewer than {words} stages; "
             f"nearest legal: parallel.pipeline={legal}"
         )
-    # The V of dualpipev and zbvzerobubble ends on the rank where it began, which then holds embedding and head.
-    if model.tie_word_embeddings and parallel.schedule in ("1f1b", "interleaved1f1b"):
+    split = parallel.layers_per_stage
+    if isinstance(split, tuple) and (len(split) != stages or sum(split) != model.num_hidden_layers):
+        even = ", ".join(map(str, balanced(model.num_hidden_layers, stages, 0.0)))
+        raise UserError(
+            f"parallel.layers_per_stage={list(split)} has {len(split)} stages and {sum(split)} layers; {words} and "
+            f"model.num_hidden_layers={model.num_hidden_layers}, so use for example [{even}]"
+        )
+    if model.tie_word_embeddings and parallel.schedule not in V_SHAPED:
         raise UserError(
             f"model.tie_word_embeddings=true with parallel.pipeline={parallel.pipeline} under {parallel.schedule} puts "
-            f"one weight on two ranks; use model.tie_word_embeddings=false, or parallel.pipeline=1"
+            f"one weight on two ranks; use parallel.schedule=zbvzerobubble or dualpipev, whose V ends on the rank where "
+            f"it began, or parallel.pipeline=1"
         )
+
+
+def _check_micro_batches(config: RunConfig, count: int, dp: int) -> None:
+    """Refuse a number of micro-batches per step that the schedule cannot run."""
+    parallel, train = config.parallel, config.train
+    if legal_micro_batches(parallel, count):
+        return
+    legal = [n for n in range(1, count + 2 * parallel.pipeline + 1) if legal_micro_batches(parallel, n)]
+    batches = [n * train.micro_batch_size * dp for n in _nearest(legal, count)]
+    raise UserError(
+        f"train.global_batch_size / (train.micro_batch_size * dp) = {train.global_batch_size} / "
+        f"({train.micro_batch_size} * {dp}) = {count} micro-batches, which {parallel.schedule} cannot run over "
+        f"parallel.pipeline={parallel.pipeline}; nearest legal: train.global_batch_size={_or(batches)}"
+    )
 
 
 def check_steps(config: RunConfig) -> None:

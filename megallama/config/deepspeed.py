@@ -22,7 +22,9 @@ def deepspeed_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.optimizer.clip,
-        "bf16": {"enabled": True} if bf16 else {"enabled": False},
+        # Stage 1 adds each bf16 gradient to its fp32 sum as soon as autograd has it, and drops it: kept until the end
+        # of the backward they would take 2 bytes per parameter, and a pipeline schedule would never hand them over.
+        "bf16": {"enabled": bf16, "immediate_grad_update": bf16 and config.zero.stage == 1},
         # The default would accumulate in the type of the model: a silent loss of gradient in bf16.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": config.zero.communication_dtype,

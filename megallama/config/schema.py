@@ -125,7 +125,12 @@ class ParallelConfig(Section):
     sequence: bool | None = None
     """Sequence parallelism between the tensor-parallel regions (arXiv 2205.05198); null means on when tensor > 1."""
     schedule: Literal["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"] = "1f1b"
-    """Order of forward and backward over the pipeline stages."""
+    """Order of forward and backward over the pipeline stages: one stage per rank (1f1b, arXiv 2104.04473), several
+    (interleaved1f1b), or two in a V (dualpipev, arXiv 2412.19437; zbvzerobubble, arXiv 2401.10241)."""
+    chunks: int = Field(default=2, ge=2)
+    """Stages per rank under interleaved1f1b; 1f1b has one, the V-shaped schedules two."""
+    layers_per_stage: tuple[Annotated[int, Field(ge=1)], ...] | Literal["balanced", "even"] = "balanced"
+    """Decoder layers of each stage in the order of the model; balanced counts the output head's work, even does not."""
 
     @property
     def sequence_parallel(self) -> bool:

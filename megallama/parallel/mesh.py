@@ -132,6 +132,11 @@ def _join(launch: Launch, device: torch.device) -> None:
     )
 
 
+def sum_losses(values: Sequence[float], mesh: ParallelMesh) -> list[float]:
+    """The sum of each value over the data-parallel copies, where only the last stage of each has it and others 0."""
+    return sum_over(sum_over(values, mesh.pp, mesh.device), mesh.data, mesh.device)
+
+
 def sum_over(values: Sequence[float], axis: Axis, device: torch.device) -> list[float]:
     """The sum of each value over the ranks of `axis`; every one of them must call this."""
     total = torch.tensor(values, dtype=torch.float64, device=device)

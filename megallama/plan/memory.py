@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megallama.config.schema import ModelConfig, RunConfig
-from megallama.plan.params import count_parameters, padded_vocabulary, rank_parameters
+from megallama.plan.params import count_parameters, padded_vocabulary
+from megallama.plan.ranks import rank_parameters
 
 GIB = 1 << 30
 
@@ -72,10 +73,10 @@ def largest_layer(model: ModelConfig, tp_size: int) -> int:
     return max(layer, padded_vocabulary(model.vocab_size, tp_size) * model.hidden_size // tp_size)
 
 
-def stage_state(config: RunConfig, dp_size: int) -> list[list[StateRow]]:
-    """State of a rank of each pipeline stage."""
+def rank_state(config: RunConfig, dp_size: int) -> list[list[StateRow]]:
+    """State of a rank at each place of the pipeline."""
     model, tp = config.model, config.parallel.tensor
     return [
         state_rows(config.train.dtype, config.zero.stage, rank.total, dp_size, largest_layer(model, tp))
-        for rank in rank_parameters(model, tp, config.parallel.pipeline)
+        for rank in rank_parameters(config)
     ]

@@ -10,8 +10,9 @@ from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
 from megallama.plan.budget import total_steps
 from megallama.plan.flops import flops_per_token, hardware_flops_per_token
-from megallama.plan.memory import GIB, stage_state, transient_bytes
-from megallama.plan.params import count_parameters, padded_vocabulary, rank_parameters
+from megallama.plan.memory import GIB, rank_state, transient_bytes
+from megallama.plan.params import count_parameters, padded_vocabulary
+from megallama.plan.ranks import rank_parameters
 from megallama.plan.scaling import DEFAULT_FIT, FITS, LossFit
 
 if TYPE_CHECKING:
@@ -129,11 +130,12 @@ def _parameters(config: RunConfig) -> Part:
         Row("matmul", "of which multiply each token", matmul, count.matmul),
         Row("padded_vocabulary", "vocabulary in memory", f"{model.vocab_size} up to n * 128 * tp {tp}", padded),
     ]
-    ranks = rank_parameters(model, tp, config.parallel.pipeline)
+    ranks = rank_parameters(config)
     for rank in ranks:
         how = f"{rank.sharded} cut over tp {tp} + {rank.replicated} norms + {rank.padding} padding"
-        label = f"on one rank of stage {rank.stage}, {rank.layers} layers" if len(ranks) > 1 else "on one rank"
-        rows.append(Row(f"rank_of_stage_{rank.stage}", label, how, rank.total))
+        words = " and ".join(map(str, rank.stages))
+        label = f"on one rank of stage {words}, {rank.layers} layers" if len(ranks) > 1 else "on one rank"
+        rows.append(Row(f"pipeline_rank_{rank.rank}", label, how, rank.total))
     return Part("parameters", "Parameters", tuple(rows))
 
 
@@ -179,9 +181,9 @@ def _flops(config: RunConfig, tokens: float) -> Part:
 
 
 def _memory(config: RunConfig, dp: int) -> list[Part]:
-    """The fullest stage, row by row; then each stage's sum where there are several."""
-    stages = stage_state(config, dp)
-    sums = [sum(row.size for row in rows) for rows in stages]
+    """The fullest pipeline rank, row by row; then each one's sum where there are several."""
+    ranks = rank_state(config, dp)
+    sums = [sum(row.size for row in rows) for rows in ranks]
     fullest = sums.index(max(sums))
     rows = [
         Row(
@@ -191,18 +193,21 @@ def _memory(config: RunConfig, dp: int) -> list[Part]:
             row.size,
             "GiB",
         )
-        for row in stages[fullest]
+        for row in ranks[fullest]
     ]
     rows.append(Row("total", "state, before activations", "sum", sums[fullest], "GiB"))
-    transient = transient_bytes(config, stages[fullest][0].parameters)
+    transient = transient_bytes(config, ranks[fullest][0].parameters)
     if transient:
         how = "zero.communication_dtype=bf16 casts the whole gradient"
         rows.append(Row("transient", "more at the end of a step", how, transient, "GiB"))
     title = f"State on one rank, ZeRO-{config.zero.stage}, {config.train.dtype}"
-    parts = [Part("state", f"{title}{f', stage {fullest}' if len(stages) > 1 else ''}", tuple(rows))]
-    if len(stages) > 1:
-        each = tuple(Row(f"stage_{i}", f"stage {i}", "state on one rank", size, "GiB") for i, size in enumerate(sums))
-        parts.append(Part("state_by_stage", "State by pipeline stage", each))
+    parts = [Part("state", f"{title}{f', pipeline rank {fullest}' if len(ranks) > 1 else ''}", tuple(rows))]
+    if len(ranks) > 1:
+        each = tuple(
+            Row(f"pipeline_rank_{i}", f"pipeline rank {i}", "state on one rank", size, "GiB")
+            for i, size in enumerate(sums)
+        )
+        parts.append(Part("state_by_pipeline_rank", "State by pipeline rank", each))
     return parts
 
 

@@ -1,0 +1,162 @@
+"""Forward and backward through pipeline stages: schedules of `torch.distributed.pipelining`, and evaluation of our own.
+
+Every rank reads the batch's tokens itself, so that only hidden states (1/tp of them under sequence parallelism) and
+their gradients cross between stages. The loss is divided by the labels of the global batch inside the loss function:
+the schedules' own scaling would come after the optimizer has taken the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    FORWARD,
+    PipelineScheduleSingle,
+    _Action,
+    _add_send_recv,
+    _PipelineScheduleRuntime,
+    get_schedule_class,
+)
+
+from megallama.config.schema import RunConfig
+from megallama.model.chunks import Chunks
+from megallama.parallel.mesh import ParallelMesh
+from megallama.plan.stages import stage_ranks
+
+MicroBatch = tuple[Tensor, Tensor]
+"""Tokens and labels, [micro_batch_size, sequence_length] each."""
+
+_TORCH_NAMES = {
+    "1f1b": "1F1B",
+    "interleaved1f1b": "Interleaved1F1B",
+    "dualpipev": "DualPipeV",
+    "zbvzerobubble": "ZBVZeroBubble",
+}
+
+
+class Pipeline:
+    """This rank's stages under the schedule of the run, `micro_batches` per step.
+
+    `take_gradients` is called with a stage after each backward that computed weight gradients outside autograd's hooks.
+    """
+
+    def __init__(
+        self,
+        chunks: Chunks,
+        config: RunConfig,
+        mesh: ParallelMesh,
+        micro_batches: int,
+        take_gradients: Callable[[nn.Module], None],
+    ) -> None:
+        self._chunks, self._config, self._mesh = chunks, config, mesh
+        self._ranks = stage_ranks(config.parallel)
+        self._scale = torch.ones((), device=mesh.device)
+        self._schedule = self._training_schedule(micro_batches, take_gradients)
+        self._evaluations: dict[int, tuple[_PipelineScheduleRuntime, list[_Stage]]] = {}
+
+    def forward_backward(self, batches: Iterable[MicroBatch], scale: Tensor) -> Tensor:
+        """Run every micro-batch; the sum of their losses times `scale` where the last stage is, elsewhere 0."""
+        self._scale = scale
+        losses: list[Tensor] = []
+        self._step(self._schedule, list(batches), losses=losses)
+        return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self._mesh.device)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
+        """The summed loss where the last stage is, elsewhere 0. Forward only: touches no gradient and no generator."""
+        total = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
+        every, size = list(batches), len(self._ranks)
+        for first in range(0, len(every), size):  # as many as fill the pipeline, since their outputs are all kept
+            group = every[first : first + size]
+            schedule, stages = self._forward_schedule(len(group))
+            self._step(schedule, group)
+            for stage in stages:
+                for loss in stage.output_chunks:
+                    total += loss
+                stage.clear_runtime_states()
+        return total
+
+    def _step(self, schedule: Any, batches: list[MicroBatch], **more: Any) -> None:
+        tokens, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        first, last = self._holds(0), self._holds(len(self._ranks) - 1)
+        given = {"labels": labels} if last else {}
+        schedule.step(*([tokens] if first else []), target=labels, return_outputs=False, **more, **given)
+
+    def _holds(self, stage: int) -> bool:
+        return self._ranks[stage] == self._mesh.pp.rank
+
+    def _training_schedule(self, micro_batches: int, take_gradients: Callable[[nn.Module], None]) -> Any:
+        kind = get_schedule_class(_TORCH_NAMES[self._config.parallel.schedule])
+        stages: Any = [stage.taking(take_gradients) for stage in self._make_stages()]
+        if issubclass(kind, PipelineScheduleSingle):
+            (stages,) = stages
+        return kind(stages, micro_batches, loss_fn=self._scaled, scale_grads=False)
+
+    def _scaled(self, loss: Tensor, _: Tensor) -> Tensor:
+        return loss * self._scale
+
+    def _forward_schedule(self, micro_batches: int) -> tuple[_PipelineScheduleRuntime, list[_Stage]]:
+        """Each rank runs its forwards in the order of one clock, so none waits in a circle.
+
+        torch's own `eval()` runs backward under DualPipeV, where one rank raises and the others hang.
+        """
+        if micro_batches not in self._evaluations:
+            stages, ranks = self._make_stages(), dict(enumerate(self._ranks))
+            runtime = _PipelineScheduleRuntime(stages, micro_batches)
+            for holder in (runtime, *stages):
+                holder.stage_index_to_group_rank = ranks
+            clock = sorted((stage + m, stage, m) for stage in ranks for m in range(micro_batches))
+            forwards: dict[int, list[_Action | None]] = {
+                rank: [_Action(stage, FORWARD, m) for _, stage, m in clock if ranks[stage] == rank]
+                for rank in range(self._mesh.pp.size)
+            }
+            runtime.pipeline_order_with_comms = _add_send_recv(forwards, ranks.__getitem__, len(ranks))
+            self._evaluations[micro_batches] = runtime, stages
+        return self._evaluations[micro_batches]
+
+    def _make_stages(self) -> list[_Stage]:
+        count, device, train = len(self._ranks), self._mesh.device, self._config.train
+        dtype = torch.bfloat16 if train.dtype == "bf16" else torch.float32
+        length = self._config.data.sequence_length
+        cut = self._mesh.tp.size if self._config.parallel.sequence_parallel else 1
+        tokens = torch.empty(train.micro_batch_size, length, dtype=torch.int64, device="meta")
+        shape = (train.micro_batch_size, length // cut, self._config.model.hidden_size)
+
+        def hidden() -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+        loss = torch.empty((), device="meta", requires_grad=True)
+        return [
+            _Stage(
+                model,
+                index,
+                count,
+                device,
+                input_args=tokens if index == 0 else hidden(),
+                output_args=loss if index == count - 1 else hidden(),
+                group=self._mesh.pp.group,
+            )
+            for index, model in zip(self._chunks.indices, self._chunks.models, strict=True)
+        ]
+
+
+class _Stage(PipelineStage):
+    """A stage that says when it has computed weight gradients apart from the rest of a backward.
+
+    Such gradients are written into `grad` by torch itself, past the hooks in which ZeRO takes them: left there, bf16
+    training would lose them silently or add them up in bf16.
+    """
+
+    _take: Callable[[nn.Module], None]
+
+    def taking(self, take: Callable[[nn.Module], None]) -> _Stage:
+        self._take = take
+        return self
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
+        self._take(self.submod)
