@@ -35,7 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run() -> None:
-    """Run `main` and leave: with 2 after one sentence, or, where a rank fails, at once so that all the others end."""
+    """Run `main` and leave: 2 after one sentence of the user's mistake, 1 after a failure.
+
+    Both leave at once: in order would wait for the other ranks, which wait for this one.
+    """
     rank = os.environ.get("RANK", "0")
     try:
         main()
@@ -44,10 +47,9 @@ def run() -> None:
             # What every rank finds the first says, and a launcher ends the others when it leaves.
             time.sleep(FIRST_SPEAKS_SECONDS)
         print(f"megallama: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        os._exit(2)
     except Exception:
         print(f"megallama: rank {rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        # Leaving in order would wait for the other ranks, which wait for this one.
         os._exit(1)
 
 

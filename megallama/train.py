@@ -127,7 +127,7 @@ def open_data(config: RunConfig, topology: Topology, rank: int) -> tuple[Loader,
     """This rank's train and validation data. UserError where they do not suit the model."""
 
     def open_split(split: str) -> Loader:
-        loader = Loader(
+        return Loader(
             config.data,
             "train" if split == "train" else "validation",
             config.train.micro_batch_size,
@@ -135,9 +135,8 @@ def open_data(config: RunConfig, topology: Topology, rank: int) -> tuple[Loader,
             topology.coordinate(rank, "dp"),
             topology.dp,
             config.train.seed,
+            config.model.vocab_size,
         )
-        loader.check_vocabulary(config.model.vocab_size)
-        return loader
 
     held_out = config.data.validation_path is not None or config.data.validation_fraction > 0
     return open_split("train"), open_split("validation") if held_out else None

@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from megallama.data.corpora import describe_source, iterate_documents
 from megallama.data.indexed import IndexedWriter, Tokens, bin_path, idx_path, open_indexed, token_dtype
+from megallama.data.progress import Counter
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.errors import UserError
 
@@ -66,43 +67,33 @@ def build_dataset(
     """Make PREFIX.bin, PREFIX.idx and PREFIX.json; returns what they hold, and whether they stood there already.
 
     `tokenizer` is a specification as for `load_tokenizer`; `workers` defaults to one per CPU. UserError for sources
-    that cannot be read, hold no text, or differ from those of a dataset that stands at PREFIX, unless `force`.
+    that cannot be read, hold no text, or differ from those of a dataset that stands at PREFIX, unless `force`; and for
+    a build that the machine stopped, which continues when it is repeated.
     """
+    _check_name(prefix)
     loaded = load_tokenizer(tokenizer)
     described = [describe_source(source) for source in sources]
     inputs = _hash([described, text_field, loaded.fingerprint, BLOCK_CHARACTERS])
-    if not force and (found := _standing_dataset(prefix, inputs)):
-        return found, True
-    parts = Path(f"{prefix}.parts-{inputs[:16]}")
-    parts.mkdir(parents=True, exist_ok=True)
-    blocks = _blocks(iterate_documents(sources, text_field))
-    writer = IndexedWriter(prefix, token_dtype(loaded.vocab_size))
+    rules = (tokenizer, loaded.fingerprint, loaded.vocab_size, loaded.eod_id)
+    empty = DatasetInfo(*rules, documents=0, tokens=0, sources=described, inputs=inputs)
+    workers = workers or os.cpu_count() or 1
     try:
-        with _Counter(console or Console(stderr=True)) as counter:
-            for shard in _tokenized(blocks, parts, tokenizer, loaded, workers or os.cpu_count() or 1):
-                tokens, sizes = _read_shard(shard)
-                writer.add(tokens, sizes)
-                counter.add(len(sizes), len(tokens))
-        if not counter.documents:
-            shutil.rmtree(parts)
-            raise UserError(f"the sources {', '.join(sources)} hold no text; name others")
-        info = DatasetInfo(
-            tokenizer=tokenizer,
-            fingerprint=loaded.fingerprint,
-            vocab_size=loaded.vocab_size,
-            eod_id=loaded.eod_id,
-            documents=counter.documents,
-            tokens=counter.tokens,
-            sources=described,
-            inputs=inputs,
-        )
-        idx_path(prefix).unlink(missing_ok=True)  # The index vouches for the two other files: it goes first, comes last
-        _replace(info_path(prefix), (json.dumps(asdict(info), indent=1) + "\n").encode())
-        writer.close()
-    finally:
-        writer.discard()
-    shutil.rmtree(parts)
-    return info, False
+        if not force and (found := _standing_dataset(prefix, inputs)):
+            return found, True
+        blocks = _blocks_with_text(sources, text_field)
+        with _parts(prefix, inputs) as parts:
+            shards = _tokenized(blocks, parts, tokenizer, loaded, workers)
+            return _join(shards, prefix, empty, console or Console(stderr=True)), False
+    except BrokenProcessPool:
+        raise UserError(
+            f"a worker process of the build of {prefix} was killed, most likely for want of memory; the same command "
+            f"continues where it stopped, and needs less memory with --workers {workers // 2}"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"the build of --output {prefix} was stopped ({error.strerror}); mend that and repeat the command, "
+            "or choose another --output"
+        ) from None
 
 
 def info_path(prefix: str) -> Path:
@@ -127,6 +118,14 @@ def tokenize_block(documents: Sequence[str], tokenizer: Tokenizer) -> tuple[Toke
     return np.concatenate(ids), np.array([len(document) for document in ids], "<i4")
 
 
+def _check_name(prefix: str) -> None:
+    if os.path.basename(prefix) in ("", ".", ".."):
+        raise UserError(
+            f"--output {prefix!r} ends without a name for the files; use for example --output "
+            f"{os.path.join(prefix, 'corpus')}"
+        )
+
+
 def _standing_dataset(prefix: str, inputs: str) -> DatasetInfo | None:
     """The dataset at PREFIX if it was made from `inputs`, None if there is none, UserError if it is another."""
     if not idx_path(prefix).exists():
@@ -139,6 +138,46 @@ def _standing_dataset(prefix: str, inputs: str) -> DatasetInfo | None:
         )
     open_indexed(prefix)
     return info
+
+
+@contextmanager
+def _parts(prefix: str, inputs: str) -> Iterator[Path]:
+    """The folder of the shards; it outlasts a build that was stopped, for that to continue."""
+    parts = Path(f"{prefix}.parts-{inputs[:16]}")
+    parts.mkdir(parents=True, exist_ok=True)
+    try:
+        yield parts
+    except UserError:
+        shutil.rmtree(parts)  # A source is at fault: once it is mended, these are not its shards
+        raise
+    shutil.rmtree(parts)
+
+
+def _join(shards: Iterable[Path], prefix: str, empty: DatasetInfo, console: Console) -> DatasetInfo:
+    """Write the dataset of these shards; returns `empty` with their counts."""
+    writer = IndexedWriter(prefix, token_dtype(empty.vocab_size))
+    try:
+        with Counter(console) as counter:
+            for shard in shards:
+                tokens, sizes = _read_shard(shard)
+                writer.add(tokens, sizes)
+                counter.add(len(sizes), len(tokens))
+        info = replace(empty, documents=counter.documents, tokens=counter.tokens)
+        idx_path(prefix).unlink(missing_ok=True)  # The index vouches for the two other files: it goes first, comes last
+        _put(info_path(prefix), (json.dumps(asdict(info), indent=1) + "\n").encode())
+        writer.close()
+    finally:
+        writer.discard()
+    return info
+
+
+def _blocks_with_text(sources: Sequence[str], text_field: str) -> Iterator[list[str]]:
+    """The blocks of the sources; the first is read now, before anything is written. UserError if there is none."""
+    blocks = _blocks(iterate_documents(sources, text_field))
+    first = next(blocks, None)
+    if first is None:
+        raise UserError(f"the sources {', '.join(sources)} hold no text; name others")
+    return itertools.chain([first], blocks)
 
 
 def _blocks(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -205,7 +244,7 @@ def _read_shard(shard: Path) -> tuple[Tokens, npt.NDArray[np.int32]]:
         return content["tokens"], content["sizes"]
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _put(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     temporary.replace(path)
@@ -213,31 +252,3 @@ def _replace(path: Path, content: bytes) -> None:
 
 def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-class _Counter:
-    """Documents and tokens so far, shown on a terminal once the build has taken two seconds."""
-
-    def __init__(self, console: Console) -> None:
-        self.documents = 0
-        self.tokens = 0
-        self._begin = time.monotonic()
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._progress.add_task("tokenising")
-
-    def __enter__(self) -> _Counter:
-        return self
-
-    def add(self, documents: int, tokens: int) -> None:
-        self.documents += documents
-        self.tokens += tokens
-        if time.monotonic() - self._begin > 2:
-            self._progress.start()
-        description = f"tokenising: {self.documents:,} documents, {self.tokens:,} tokens"
-        self._progress.update(self._task, description=description)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()

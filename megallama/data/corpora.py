@@ -18,11 +18,13 @@ import json
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import zstandard
 
+from megallama.data.tokenizer import without_surrogates
 from megallama.errors import UserError
 
 STDLIB = "stdlib"
@@ -55,6 +57,8 @@ def source_files(source: str) -> list[Path]:
     """The files of one source in reading order; UserError if there is none or it is of no known kind."""
     if source == STDLIB:
         return _stdlib_files()
+    if not source:
+        raise UserError(f"source '' names nothing; name a file, a folder, `.` for the current folder, or `{STDLIB}`")
     path = Path(source)
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file()]
@@ -70,8 +74,9 @@ def source_files(source: str) -> list[Path]:
 
 def describe_source(source: str) -> dict[str, Any]:
     """What tells this state of a source from another: files, bytes, and a hash over names, sizes and times."""
-    files = source_files(source)
-    states = [file.stat() for file in files]
+    with _refusals_named(source):
+        files = source_files(source)
+        states = [file.stat() for file in files]
     lines = [f"{file}\0{state.st_size}\0{state.st_mtime_ns}" for file, state in zip(files, states, strict=True)]
     return {
         "source": source,
@@ -79,6 +84,19 @@ def describe_source(source: str) -> dict[str, Any]:
         "bytes": sum(state.st_size for state in states),
         "state": hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest(),
     }
+
+
+@contextmanager
+def _refusals_named(place: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{place} cannot be read ({error.strerror}); mend that or name another source") from None
+
+
+def _open(path: Path) -> BinaryIO:
+    with _refusals_named(path):
+        return path.open("rb")
 
 
 def _stdlib_files() -> list[Path]:
@@ -98,7 +116,7 @@ def _read_source_code(path: Path) -> Iterator[str]:
 
 def _read_text(path: Path) -> Iterator[str]:
     size, lines = 0, []
-    with path.open("rb") as file:
+    with _open(path) as file:
         for line in _lines(_chunks(file, path), path):
             lines.append(line)
             size += len(line)
@@ -117,7 +135,7 @@ def _decoded(text: bytes, path: Path) -> str:
 
 
 def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
-    with path.open("rb") as file:
+    with _open(path) as file:
         for number, line in enumerate(_lines(_chunks(file, path), path), start=1):
             if line.strip():
                 yield _text_of(line, text_field, f"{path}:{number}")
@@ -134,7 +152,7 @@ def _text_of(line: bytes, text_field: str, place: str) -> str:
         raise UserError(
             f"{place} has no text in field {text_field!r}, only {found or 'nothing'}; name it: --text-field"
         )
-    return text
+    return without_surrogates(text)  # JSON can escape half a surrogate pair
 
 
 def _chunks(file: Any, path: Path) -> Iterator[bytes]:

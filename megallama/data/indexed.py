@@ -18,6 +18,7 @@ all little-endian. Datasets made here have one sequence per document; those made
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from dataclasses import dataclass
@@ -82,7 +83,8 @@ class IndexedWriter:
 
     def discard(self) -> None:
         """Remove what was written under the temporary name."""
-        self._bin.close()
+        with contextlib.suppress(OSError):  # a full disk refuses the rest of the buffer again
+            self._bin.close()
         _temporary(bin_path(self._prefix)).unlink(missing_ok=True)
 
 

@@ -9,23 +9,16 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import torch
 
 from megallama.config.schema import DataConfig
-from megallama.data.build import read_info
-from megallama.data.indexed import IndexedDataset, Tokens, idx_path, open_indexed
+from megallama.data.dataset import Split, TokenDataset, split_documents
 from megallama.data.sampler import Sampler, micro_batch_indices, num_windows
-from megallama.data.tokenizer import is_named, load_tokenizer
+from megallama.data.tokenizer import load_tokenizer
 from megallama.errors import UserError
 from megallama.labels import IGNORED
-
-SCANNED_TOKENS = 50_000_000
-
-Split = Literal["train", "validation"]
 
 
 @dataclass(frozen=True)
@@ -38,101 +31,13 @@ class MicroBatch:
     """[micro_batch_size, sequence_length]: the token after each, or IGNORED."""
 
 
-class TokenDataset:
-    """The dataset PREFIX.bin, PREFIX.idx, and PREFIX.json if it was built here; UserError if it cannot be read."""
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-        self.info = read_info(prefix)
-        self.indexed: IndexedDataset = open_indexed(prefix)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 over the index, the tokenizer's fingerprint and the first 2^20 ids."""
-        with idx_path(self.prefix).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-        digest.update((self.info.fingerprint if self.info else "").encode())
-        digest.update(self.indexed.tokens[: 1 << 20].tobytes())
-        return digest.hexdigest()
-
-    def check_vocabulary(self, model_vocab_size: int) -> None:
-        """UserError if the model does not know every id: by PREFIX.json, and by the first SCANNED_TOKENS ids."""
-        scanned = self.indexed.tokens[:SCANNED_TOKENS]
-        needed = max(int(scanned.max(initial=0)) + 1, self.info.vocab_size if self.info else 0)
-        if scanned.min(initial=0) < 0:
-            raise UserError(f"{self.prefix}.bin holds the negative id {scanned.min()}; build the dataset again")
-        if needed > model_vocab_size:
-            raise UserError(
-                f"model.vocab_size={model_vocab_size} is less than the {needed} ids of the dataset {self.prefix}; "
-                f"set model.vocab_size={needed} or more"
-            )
-
-    def check_tokenizer(self, spec: str) -> None:
-        """UserError if the dataset is known to be made with another tokenizer than `spec`."""
-        if self.info is None or (is_named(spec) and spec == self.info.tokenizer):
-            return  # A name always means the same ids, and a compute node may be unable to download it
-        if load_tokenizer(spec).fingerprint != self.info.fingerprint:
-            raise UserError(
-                f"data.tokenizer={spec} is not the tokenizer of the dataset {self.prefix}; "
-                f"set data.tokenizer={self.info.tokenizer} or build the dataset again"
-            )
-
-
-@dataclass(frozen=True)
-class DocumentSplit:
-    """A stretch of whole documents of a dataset, as one stream of tokens."""
-
-    dataset: TokenDataset
-    first_document: int
-    end_document: int
-
-    @property
-    def tokens(self) -> Tokens:
-        """[num_tokens], mapped, not read."""
-        offsets = self.dataset.indexed.offsets
-        return self.dataset.indexed.tokens[offsets[self.first_document] : offsets[self.end_document]]
-
-
-def split_documents(config: DataConfig) -> dict[Split, DocumentSplit]:
-    """The train split, and the validation split if the config asks for one.
-
-    Validation is `validation_path`, or the last documents of `path`: validation_fraction of them, rounded, at least
-    one. UserError if a split has too few tokens for one sample.
-    """
-    dataset = TokenDataset(config.path)
-    count = dataset.indexed.num_documents
-    splits: dict[Split, DocumentSplit] = {"train": DocumentSplit(dataset, 0, count)}
-    if config.validation_path is not None:
-        other = TokenDataset(config.validation_path)
-        splits["validation"] = DocumentSplit(other, 0, other.indexed.num_documents)
-    elif config.validation_fraction > 0:
-        if count < 2:
-            raise UserError(
-                f"data.path={config.path} holds {count} document, too few to keep one for validation; "
-                "set data.validation_fraction=0 or data.validation_path"
-            )
-        cut = min(max(count - max(round(count * config.validation_fraction), 1), 1), count - 1)
-        splits = {"train": DocumentSplit(dataset, 0, cut), "validation": DocumentSplit(dataset, cut, count)}
-    _check_lengths(config, splits)
-    return splits
-
-
-def _check_lengths(config: DataConfig, splits: dict[Split, DocumentSplit]) -> None:
-    name, num_tokens = min(((name, len(split.tokens)) for name, split in splits.items()), key=lambda item: item[1])
-    if num_tokens <= config.sequence_length:
-        fix = f"largest legal: {num_tokens - 1}" if num_tokens > 1 else "none is legal, add documents"
-        raise UserError(
-            f"data.sequence_length={config.sequence_length} is longer than the data: the {name} split of "
-            f"{splits[name].dataset.prefix} has {num_tokens} tokens and a sample takes sequence_length + 1; {fix}"
-        )
-
-
 class Loader:
     """This rank's micro-batches of a split.
 
     The train split is shuffled anew in every epoch; the validation split keeps the order of the file. Over the ranks,
     a step is the samples [samples_consumed, samples_consumed + global_batch_size) at every dp_size and
-    micro_batch_size. UserError if the data cannot be read, is too short, or was not made with data.tokenizer.
+    micro_batch_size. UserError if the data cannot be read, is too short, was not made with data.tokenizer, or holds an
+    id that is not below `vocab_size`; ids far into a large dataset are met when their sample is read.
     """
 
     def __init__(
@@ -144,6 +49,7 @@ class Loader:
         dp_rank: int,
         dp_size: int,
         seed: int,
+        vocab_size: int,
     ) -> None:
         assert global_batch_size % (micro_batch_size * dp_size) == 0, (global_batch_size, micro_batch_size, dp_size)
         splits = split_documents(config)
@@ -155,7 +61,9 @@ class Loader:
         self._sequence_length = config.sequence_length
         self._split = splits[split]
         self._tokens = self._split.tokens
+        self._vocab_size = vocab_size
         self._split.dataset.check_tokenizer(config.tokenizer)
+        self._split.dataset.check_vocabulary(vocab_size)
         self._masked_id = _eod_id(self._split.dataset, config.tokenizer) if config.eod_mask_loss else None
         self.samples_per_epoch = num_windows(len(self._tokens), config.sequence_length)
         self._sampler = Sampler(self.samples_per_epoch, seed) if split == "train" else None
@@ -166,10 +74,6 @@ class Loader:
         split = self._split
         parts = [split.dataset.fingerprint, split.first_document, split.end_document, self._sequence_length]
         return hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()
-
-    def check_vocabulary(self, model_vocab_size: int) -> None:
-        """UserError if the dataset holds ids that the model does not know."""
-        self._split.dataset.check_vocabulary(model_vocab_size)
 
     def step(self, samples_consumed: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that starts at sample `samples_consumed` of the run."""
@@ -203,7 +107,9 @@ class Loader:
         """[sequence_length + 1]"""
         window = self._sampler.window(sample) if self._sampler else sample % self.samples_per_epoch
         start = window * self._sequence_length
-        return self._tokens[start : start + self._sequence_length + 1].astype(np.int64)
+        row = self._tokens[start : start + self._sequence_length + 1].astype(np.int64)
+        self._split.dataset.check_ids(row, self._vocab_size)
+        return row
 
 
 def _eod_id(dataset: TokenDataset, tokenizer: str) -> int:

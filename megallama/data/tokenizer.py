@@ -83,7 +83,7 @@ class ByteTokenizer:
     fingerprint = hashlib.sha256(b"megallama bytes 257").hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        return list(_without_surrogates(text).encode())
+        return list(without_surrogates(text).encode())
 
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(
@@ -105,7 +105,7 @@ class TiktokenTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self._rules(), sort_keys=True).encode() + self._rank_lines).hexdigest()
+        return _fingerprint(self._rules(), self._rank_lines)
 
     @cached_property
     def _rank_lines(self) -> bytes:
@@ -142,7 +142,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """`bytes`, a tiktoken encoding by name, a tiktoken rank file, or a folder that `save` wrote; UserError else."""
     if spec == "bytes":
         return ByteTokenizer()
-    if is_named(spec):
+    if spec in tiktoken.list_encoding_names():
         return TiktokenTokenizer(_download_encoding(spec), END_OF_TEXT)
     path = Path(spec)
     if path.is_dir():
@@ -158,9 +158,9 @@ def load_tokenizer(spec: str) -> Tokenizer:
     )
 
 
-def is_named(spec: str) -> bool:
-    """Whether `spec` names an encoding that tiktoken knows and downloads."""
-    return spec in tiktoken.list_encoding_names()
+def without_surrogates(text: str) -> str:
+    """`text` with U+FFFD for each lone surrogate, which UTF-8 cannot hold; a pair of them becomes its character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def read_rank_file(path: Path) -> dict[bytes, int]:
@@ -252,41 +252,45 @@ def _load_rank_file(path: Path) -> Tokenizer:
 
 
 def _load_folder(folder: Path) -> Tokenizer:
-    sidecar = read_sidecar(folder)
-    tokenizer: Tokenizer
+    sidecar = _read_sidecar(folder)
+    rules: dict[str, Any] = {}
+    ranks: dict[bytes, int] = {}
+    found = ByteTokenizer.fingerprint
     try:
-        if sidecar["format"] == "bytes":
-            tokenizer = ByteTokenizer()
-        else:
+        if sidecar["format"] != "bytes":
+            rules = {name: sidecar[name] for name in ("pattern", "special_tokens", "end_of_document")}
             ranks = read_rank_file(folder / RANKS_NAME)
-            rules = (sidecar["pattern"], sidecar["special_tokens"], sidecar["end_of_document"])
-            tokenizer = _build_tokenizer(folder.name, ranks, *rules)
+            found = _fingerprint(rules, rank_lines(ranks))
         expected = sidecar["fingerprint"]
     except (KeyError, FileNotFoundError) as missing:
         raise UserError(f"tokenizer folder {folder} is incomplete ({missing}); save or train it again") from None
-    if tokenizer.fingerprint != expected:
+    # Before tiktoken sees the rules: what it raises at damaged ones has many types.
+    if found != expected:
         raise UserError(f"tokenizer folder {folder} was changed after it was saved; save or train it again")
-    return tokenizer
+    if not rules:
+        return ByteTokenizer()
+    return _build_tokenizer(folder.name, ranks, rules["pattern"], rules["special_tokens"], rules["end_of_document"])
 
 
-def read_sidecar(folder: Path) -> dict[str, Any]:
-    """What stands in the folder beside the ranks; UserError if the folder holds no saved tokenizer."""
+def _fingerprint(rules: dict[str, Any], ranks: bytes) -> str:
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode() + ranks).hexdigest()
+
+
+def _read_sidecar(folder: Path) -> dict[str, Any]:
     try:
-        sidecar: dict[str, Any] = json.loads((folder / SIDECAR_NAME).read_bytes())
+        sidecar = json.loads((folder / SIDECAR_NAME).read_bytes())
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {SIDECAR_NAME}; name a folder from `megallama tokenizer train`") from None
     except ValueError as error:
         raise UserError(f"{folder / SIDECAR_NAME} is no JSON ({error}); save or train the tokenizer again") from None
+    if not isinstance(sidecar, dict):
+        raise UserError(f"{folder / SIDECAR_NAME} is no JSON object; save or train the tokenizer again")
     return sidecar
 
 
 def _write_sidecar(folder: Path, content: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SIDECAR_NAME).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-
-
-def _without_surrogates(text: str) -> str:
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _download_encoding(name: str) -> tiktoken.Encoding:

@@ -34,17 +34,24 @@ def train_tokenizer(
     """Train on `sources`, save into `folder`; returns the tokenizer, and whether it stood there already.
 
     `vocab_size` counts the end of document too. UserError for fewer than 257 entries, for more than the text gives,
-    and for a folder that holds another tokenizer, unless `force`.
+    for a folder that cannot be made, and for one that holds another tokenizer, unless `force`.
     """
+    if not folder:
+        raise UserError("--output '' names no folder; use for example --output tokenizer")
     if vocab_size < 257:
         raise UserError(f"--vocab-size {vocab_size} is less than the 256 bytes and the end of document; least: 257")
-    inputs = _inputs(sources, vocab_size, text_field)
-    if not force and (found := _standing_tokenizer(Path(folder), inputs)):
-        return found, True
-    ranks = learn_ranks(iterate_documents(sources, text_field), vocab_size - 1)
-    tokenizer = tokenizer_from_ranks(ranks)
-    tokenizer.save(Path(folder))
-    (Path(folder) / TRAINING_NAME).write_text(json.dumps({"inputs": inputs}) + "\n")
+    origin = _origin(sources, vocab_size, text_field)
+    try:
+        if not force and (found := _standing_tokenizer(Path(folder), origin)):
+            return found, True
+        ranks = learn_ranks(iterate_documents(sources, text_field), vocab_size - 1)
+        tokenizer = tokenizer_from_ranks(ranks)
+        tokenizer.save(Path(folder))
+        (Path(folder) / TRAINING_NAME).write_bytes(origin)
+    except OSError as error:
+        raise UserError(
+            f"the tokenizer --output {folder} cannot be made ({error.strerror}); mend that or choose another --output"
+        ) from None
     return tokenizer, False
 
 
@@ -86,19 +93,23 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def _inputs(sources: Sequence[str], vocab_size: int, text_field: str) -> str:
+def _origin(sources: Sequence[str], vocab_size: int, text_field: str) -> bytes:
+    """The content of TRAINING_NAME: a hash over everything that determines the tokenizer."""
     content = [[describe_source(source) for source in sources], vocab_size, text_field]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    inputs = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({"inputs": inputs}) + "\n").encode()
 
 
-def _standing_tokenizer(folder: Path, inputs: str) -> TiktokenTokenizer | None:
-    """The tokenizer in the folder if trained on `inputs`, None if there is none, UserError if it is another."""
-    if not (folder / SIDECAR_NAME).exists():
+def _standing_tokenizer(folder: Path, origin: bytes) -> TiktokenTokenizer | None:
+    """The tokenizer in the folder if it is of `origin`, None if there is none, UserError if it is another."""
+    try:
+        (folder / SIDECAR_NAME).stat()  # exists() would find nothing where `folder` is a file
+    except FileNotFoundError:
         return None
     training = folder / TRAINING_NAME
-    if not training.exists() or json.loads(training.read_bytes()) != {"inputs": inputs}:
+    if not training.exists() or training.read_bytes() != origin:
         raise UserError(
-            f"{folder} holds a tokenizer trained on other sources or of another size; "
+            f"{folder} holds a tokenizer that is not known to be of these sources and this size; "
             "add --force to replace it or choose another --output"
         )
     found = load_tokenizer(str(folder))

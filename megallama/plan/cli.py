@@ -13,6 +13,8 @@ from megallama.errors import UserError
 from megallama.plan.report import as_dictionary, plan_budget, plan_run, render
 
 _SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+# Far beyond any run, and near enough that no power of it leaves the range of a float.
+_LARGEST = 1e30
 
 
 def plan(
@@ -50,7 +52,7 @@ def plan(
 
 
 def _quantity(option: str, text: str | None) -> float | None:
-    """`7e9`, `7000000000` or `7B` as a number above zero; UserError for anything else."""
+    """`7e9`, `7000000000` or `7B` as a number from 1 to 1e30; UserError for anything else."""
     if text is None:
         return None
     unit = _SUFFIXES.get(text[-1:].upper(), 1.0)
@@ -58,6 +60,6 @@ def _quantity(option: str, text: str | None) -> float | None:
         number = float(text[:-1] if unit > 1 else text) * unit
     except ValueError:
         number = 0.0
-    if not 0 < number < float("inf"):
-        raise UserError(f"{option}={text} is not a number above 0; write it as 7e9 or 7B")
+    if not 1 <= number <= _LARGEST:
+        raise UserError(f"{option}={text} is not a number from 1 to {_LARGEST:g}; write it as 7e9 or 7B")
     return number

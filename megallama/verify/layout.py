@@ -50,10 +50,10 @@ class Layout:
 ONE_PROCESS = Layout()
 
 _WORDS: dict[str, Callable[[Layout, str], Layout]] = {
-    r"tp(\d+)": lambda layout, n: replace(layout, tp=int(n)),
-    r"dp(\d+)": lambda layout, n: replace(layout, dp=int(n)),
-    r"zero(\d)": lambda layout, n: replace(layout, zero=int(n)),
-    r"acc(\d+)": lambda layout, n: replace(layout, accumulation=int(n)),
+    r"tp([1-9]\d*)": lambda layout, n: replace(layout, tp=int(n)),
+    r"dp([1-9]\d*)": lambda layout, n: replace(layout, dp=int(n)),
+    r"zero([1-3])": lambda layout, n: replace(layout, zero=int(n)),
+    r"acc([1-9]\d*)": lambda layout, n: replace(layout, accumulation=int(n)),
     r"(nosp)": lambda layout, _: replace(layout, sequence=False),
     r"(selective|full)": lambda layout, word: replace(layout, recompute=word),
 }
@@ -69,8 +69,8 @@ def parse_layout(name: str) -> Layout:
                 break
         else:
             raise UserError(
-                f"unknown word {word!r} in layout {name!r}; a layout is made of tpN, dpN, zeroN, accN, nosp, "
-                "selective and full, as tp2-dp2-zero3"
+                f"unknown word {word!r} in layout {name!r}; a layout is made of tpN, dpN and accN with N from 1, "
+                "zeroN with N from 1 to 3, nosp, selective and full, as tp2-dp2-zero3"
             )
     return layout
 

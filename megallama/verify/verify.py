@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
 from megallama.data.build import build_dataset
 from megallama.errors import UserError
@@ -64,36 +65,26 @@ def verify(
     plant: Plant | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Train at one process and at each of `layouts`, and compare.
+    """Train at one process and at each of `layouts`, and compare; UserError before that for one that cannot run.
 
     `plant`, an importable function, is called on every rank of the layouts but not in the reference: with a planted
     bug the report must not pass.
     """
-    _check(layouts, dtype)
+    if dtype not in BOUNDS:
+        raise UserError(f"--dtype={dtype} is not a type to verify in; use {' or '.join(BOUNDS)}")
     with tempfile.TemporaryDirectory(prefix="megallama-verify-") as name:
         folder = Path(name)
-        dataset = write_dataset(folder)
+        alone = shrink(config, folder / "one process", write_dataset(folder), steps, dtype)
+        runs = {layout.name: (layout, _spread(alone, layout)) for layout in layouts}
         progress("one process")
-        alone = shrink(config, folder / "one process", dataset, steps, dtype)
         _train(alone, ONE_PROCESS, None)
         reference = read_trace(alone)
         initial = initial_weights(alone)
         verdicts = []
-        for layout in layouts:
-            progress(layout.name)
-            verdicts.append(_judge(_spread(alone, layout, folder), layout, reference, initial, plant))
+        for name, (layout, run) in runs.items():
+            progress(name)
+            verdicts.append(_judge(run, layout, reference, initial, plant))
         return Report(reference, verdicts)
-
-
-def _check(layouts: Sequence[Layout], dtype: str) -> None:
-    if dtype not in BOUNDS:
-        raise UserError(f"--dtype={dtype} is not a type to verify in; use {' or '.join(BOUNDS)}")
-    for layout in layouts:
-        if GLOBAL_BATCH_SIZE % (layout.dp * layout.accumulation):
-            raise UserError(
-                f"layout {layout.name}: dp * accumulation = {layout.dp * layout.accumulation} does not divide the "
-                f"shrunk batch of {GLOBAL_BATCH_SIZE}; use 1, 2, 4 or 8"
-            )
 
 
 def write_dataset(folder: Path) -> Path:
@@ -123,15 +114,25 @@ def initial_weights(config: RunConfig) -> dict[str, Tensor]:
     return {piece.name: piece.of(parameters[name]) for name, pieces in held.items() for piece in pieces}
 
 
-def _spread(alone: RunConfig, layout: Layout, folder: Path) -> RunConfig:
-    """The run of one process, at `layout`."""
+def _spread(alone: RunConfig, layout: Layout) -> RunConfig:
+    """The run of one process, at `layout`, in a folder beside its own. UserError for a layout that cannot run."""
+    if GLOBAL_BATCH_SIZE % (layout.dp * layout.accumulation):
+        raise UserError(
+            f"layout {layout.name}: dp * accumulation = {layout.dp * layout.accumulation} does not divide the "
+            f"shrunk batch of {GLOBAL_BATCH_SIZE}; use 1, 2, 4 or 8"
+        )
     tree = alone.model_dump()
-    tree["run"]["dir"] = str(folder / layout.name)
+    tree["run"]["dir"] = str(Path(alone.run.dir).with_name(layout.name))
     for override in layout.overrides(GLOBAL_BATCH_SIZE):
         path, _, value = override.partition("=")
         section, key = path.split(".")
         tree[section][key] = value
-    return RunConfig.model_validate(tree)
+    config = RunConfig.model_validate(tree)
+    try:
+        check_config(config, layout.world_size)
+    except UserError as error:
+        raise UserError(f"layout {layout.name}, of the shrunk run: {error}") from None
+    return config
 
 
 def _judge(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,11 @@ def test_every_format_gives_the_same_documents(tmp_path: Path, documents: list[s
 def test_the_field_is_a_choice_and_empty_documents_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(json_lines(["one", "", "two"], "content") + b"\n\n")
     assert list(iterate_documents([str(tmp_path / "a.jsonl")], "content")) == ["one", "two"]
+
+
+def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(r'{"text": "a\ud800b \ud83d\ude42"}')
+    assert list(iterate_documents([str(tmp_path / "a.jsonl")])) == ["a\ufffdb 🙂"]
 
 
 def test_folders_are_read_in_the_order_of_their_paths(tmp_path: Path) -> None:
@@ -122,3 +128,22 @@ def test_sources_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
             source = "empty"
         with pytest.raises(UserError, match=message):
             list(iterate_documents([str(tmp_path / source)]))
+
+
+def test_no_source_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"'' names nothing; .*`\.` for"):
+        source_files("")
+    assert source_files(".") == [Path("a.txt")]
+
+
+def test_sources_that_the_system_refuses_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = str(tmp_path / ("x" * 300)) + ".txt"
+    with pytest.raises(UserError, match=r"x\.txt cannot be read \(File name too long\)"):
+        describe_source(long)
+    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.bind("a.txt")
+        with pytest.raises(UserError, match=r"a\.txt cannot be read \(No such device or address\)"):
+            list(iterate_documents(["a.txt"]))

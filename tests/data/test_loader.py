@@ -10,13 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from megallama.config.schema import DataConfig
 from megallama.data.build import build_dataset
-from megallama.data.loader import IGNORED, Loader, MicroBatch, TokenDataset, prefetched, split_documents
+from megallama.data.dataset import SCANNED_TOKENS, TokenDataset, split_documents
+from megallama.data.indexed import bin_path, idx_path, index_bytes
+from megallama.data.loader import Loader, MicroBatch, prefetched
 from megallama.errors import UserError
+from megallama.labels import IGNORED
 
 Write = Callable[..., str]
 EOD = 256
@@ -33,8 +37,8 @@ def config(prefix: str, **keys: Any) -> DataConfig:
 
 
 def loader(prefix: str, mbs: int = 1, gbs: int = 12, rank: int = 0, dp: int = 1, seed: int = 5, **keys: Any) -> Loader:
-    split = keys.pop("split", "train")
-    return Loader(config(prefix, **keys), split, mbs, gbs, rank, dp, seed)
+    split, vocab_size = keys.pop("split", "train"), keys.pop("vocab_size", 257)
+    return Loader(config(prefix, **keys), split, mbs, gbs, rank, dp, seed, vocab_size)
 
 
 def rows(batches: list[MicroBatch]) -> torch.Tensor:
@@ -169,18 +173,37 @@ def test_no_fraction_leaves_a_split_without_documents(prefix: str, fraction: flo
 
 
 def test_a_model_that_does_not_know_every_id_is_refused(prefix: str, tmp_path: Path) -> None:
-    loader(prefix).check_vocabulary(257)
+    assert loader(prefix, vocab_size=257).step(0)
     with pytest.raises(UserError, match=r"model\.vocab_size=256 .* set model\.vocab_size=257"):
-        loader(prefix).check_vocabulary(256)
+        loader(prefix, vocab_size=256)
     (tmp_path / "a.jsonl").write_text('{"text": "aaaaaaaaaaaa"}\n' * 20)
     build_dataset([str(tmp_path / "a.jsonl")], str(tmp_path / "b"), "bytes", workers=1)
-    with pytest.raises(UserError, match="257"):
-        TokenDataset(str(tmp_path / "b")).check_vocabulary(200)
+    with pytest.raises(UserError, match=r"model\.vocab_size=200 is less than the 257 ids"):
+        loader(str(tmp_path / "b"), vocab_size=200)
 
 
 def test_negative_ids_are_refused(write_dataset: Write) -> None:
     with pytest.raises(UserError, match="negative id -1"):
-        TokenDataset(write_dataset("n", [[1, -1]], vocab_size=100_000)).check_vocabulary(100_000)
+        loader(write_dataset("n", [[1, -1] * 9], vocab_size=100_000), validation_fraction=0)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"), [(300, r"vocab_size=257 does not cover the id 300 .*vocab_size=301"), (-7, "negative id -7")]
+)
+def test_an_unknown_id_far_into_a_large_dataset_is_refused_when_it_is_read(
+    tmp_path: Path, found: int, message: str
+) -> None:
+    prefix = str(tmp_path / "large")
+    sizes = np.array([SCANNED_TOKENS, 36], "<i4")
+    idx_path(prefix).write_bytes(index_bytes(sizes, np.dtype("<i4")))
+    with bin_path(prefix).open("wb") as file:  # zeros that take no space
+        file.seek(4 * SCANNED_TOKENS)
+        file.write(np.array([*range(30), found, *range(5)], "<i4").tobytes())
+    samples = loader(prefix, split="validation").evaluation(5)
+    for _ in range(4):
+        assert next(samples).tokens.max() < 257
+    with pytest.raises(UserError, match=message):
+        next(samples)
 
 
 def test_another_tokenizer_than_the_dataset_was_made_with_is_refused(tmp_path: Path) -> None:
@@ -192,6 +215,9 @@ def test_another_tokenizer_than_the_dataset_was_made_with_is_refused(tmp_path: P
     assert loader(str(tmp_path / "b"), tokenizer=str(tmp_path / "tok")).step(0)
     with pytest.raises(UserError, match=r"data\.tokenizer=bytes is not the tokenizer"):
         loader(str(tmp_path / "b"))
+    (tmp_path / "tok" / "megallama_tokenizer.json").write_text("null")
+    with pytest.raises(UserError, match="is no JSON object"):
+        loader(str(tmp_path / "b"), tokenizer=str(tmp_path / "tok"))
 
 
 def test_the_fingerprint_tells_data_documents_and_length_apart(prefix: str, write_dataset: Write) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiktoken
@@ -182,4 +184,31 @@ def test_an_incomplete_folder_is_refused(tmp_path: Path, rank_file: Path) -> Non
         load_tokenizer(str(tmp_path / "saved"))
     (tmp_path / "saved" / "megallama_tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="no JSON"):
+        load_tokenizer(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"text"', "3"])
+def test_a_sidecar_that_is_no_object_is_refused(tmp_path: Path, rank_file: Path, content: str) -> None:
+    load_tokenizer(str(rank_file)).save(tmp_path / "saved")
+    (tmp_path / "saved" / "megallama_tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"megallama_tokenizer\.json is no JSON object.*again"):
+        load_tokenizer(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"pattern": "(unclosed"},
+        {"pattern": 3},
+        {"special_tokens": []},
+        {"special_tokens": {"<|endoftext|>": -1}},
+        {"end_of_document": None},
+        {"fingerprint": None},
+    ],
+)
+def test_a_damaged_rule_is_refused(tmp_path: Path, rank_file: Path, damage: dict[str, Any]) -> None:
+    load_tokenizer(str(rank_file)).save(tmp_path / "saved")
+    sidecar = tmp_path / "saved" / "megallama_tokenizer.json"
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | damage))
+    with pytest.raises(UserError, match=r"saved was changed after it was saved; save or train it again"):
         load_tokenizer(str(tmp_path / "saved"))

@@ -78,3 +78,45 @@ def test_4096_entries_on_the_standard_library_take_seconds(tmp_path: Path) -> No
     text = Path(__file__).read_text(encoding="utf-8")
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(text) / len(tokenizer.encode(text)) > 2.5
+
+
+def test_half_a_surrogate_pair_is_learnt_as_it_is_encoded(tmp_path: Path) -> None:
+    for name, character in (("half", r"\ud800"), ("replaced", r"\ufffd")):
+        (tmp_path / f"{name}.jsonl").write_text(
+            '{"text": "a line of words CHARACTER"}\n'.replace("CHARACTER", character) * 9
+        )
+    half, replaced = (
+        train_tokenizer([str(tmp_path / f"{name}.jsonl")], str(tmp_path / name), 262)[0]
+        for name in ("half", "replaced")
+    )
+    assert half.fingerprint == replaced.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [("file", "Not a directory"), ("file/tok", "Not a directory"), ("/proc/x/y", "No such file or directory")],
+)
+def test_a_folder_that_cannot_be_made_is_refused(corpus: str, tmp_path: Path, output: str, reason: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=rf"--output .*{output} .*{reason}.*another --output"):
+        train_tokenizer([corpus], str(tmp_path / output), 300)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_no_folder_is_not_the_current_one(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"--output '' .* --output tokenizer"):
+        train_tokenizer([corpus], "", 300)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"\xff", b'{"inputs": 3}'])
+def test_a_tokenizer_of_unknown_origin_is_kept_until_force(corpus: str, tmp_path: Path, content: bytes) -> None:
+    folder = tmp_path / "tok"
+    train_tokenizer([corpus], str(folder), 300)
+    (folder / "training.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"tok holds a tokenizer .*--force"):
+        train_tokenizer([corpus], str(folder), 300)
+    assert load_tokenizer(str(folder)).vocab_size == 300
+    assert train_tokenizer([corpus], str(folder), 300, force=True)[1] is False
+    assert train_tokenizer([corpus], str(folder), 300)[1] is True

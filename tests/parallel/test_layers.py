@@ -179,8 +179,8 @@ MODELS = {
 
 def model_against_one_device(
     launch: Launch, shape: dict[str, object], sequence_parallel: bool, recompute: Recompute
-) -> tuple[float, float]:
-    """The worst relative difference of loss and of any gradient from the same model on one device."""
+) -> tuple[float, dict[str, float]]:
+    """Relative differences from the same model on one device: of the loss, and of each gradient by logical name."""
     tp = join(launch)
     base: dict[str, object] = {"vocab_size": 150, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     config = ModelConfig.model_validate(base | {"num_attention_heads": 8} | shape)
@@ -191,21 +191,18 @@ def model_against_one_device(
         initialise(model, held, seed=3, num_layers=2, std=0.2)
         loss = model(tokens[:, :-1], tokens[:, 1:]) / 32
         loss.backward()
-        grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-        return loss.detach(), {
-            p.name: (p, p.of(grad))
-            for name, pieces in held.items()
-            for p in pieces
-            if (grad := grads[name]) is not None
-        }
+        grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        return loss.detach(), {p.name: (p, p.of(grads[name])) for name, pieces in held.items() for p in pieces}
 
     loss, own = gradients(Llama(config, Seam(tp, sequence_parallel), recompute=recompute))
     dense_loss, dense = gradients(Llama(config))
-    worst = 0.0
+    # The last ranks hold padding alone of this small vocabulary; the first holds a piece of everything.
+    assert launch.rank > 0 or own.keys() == dense.keys()
+    apart = {}
     for name, (piece, grad) in own.items():
         part = tuple(slice(a, a + n) for a, n in zip(piece.offset, piece.size, strict=True))
-        worst = max(worst, float((grad - dense[name][1][part]).norm() / dense[name][1].norm()))
-    return float((loss / dense_loss - 1).abs()), worst
+        apart[name] = float((grad - dense[name][1][part]).norm() / dense[name][1].norm())
+    return float((loss / dense_loss - 1).abs()), apart
 
 
 @pytest.mark.parametrize("shape", MODELS.values(), ids=MODELS.keys())
@@ -213,6 +210,6 @@ def model_against_one_device(
 def test_model_at_tp_matches_one_device_in_fp64(
     shape: dict[str, object], sequence_parallel: bool, recompute: Recompute
 ) -> None:
-    for loss, gradient in run_ranks(model_against_one_device, 4, shape, sequence_parallel, recompute):
+    for loss, gradients in run_ranks(model_against_one_device, 4, shape, sequence_parallel, recompute):
         assert loss < TOLERANCE
-        assert gradient < TOLERANCE
+        assert {name: apart for name, apart in gradients.items() if not apart < TOLERANCE} == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ def test_overrides_recomputation_and_tokens_change_the_plan() -> None:
     assert plain["loss"]["penalty"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("quantity", ["1", "1e30"])
+def test_every_legal_quantity_has_a_finite_plan(quantity: str) -> None:
+    given = ["--params", quantity, "--tokens", quantity]
+    for arguments in (given, given[:2], given[2:], ["--flops", quantity], [str(CONFIGS / "7b.yaml"), *given[2:]]):
+        found = planned(*arguments)
+        assert all(math.isfinite(figure) for part in found.values() for figure in part.values())
+
+
 def test_budgets_without_a_run() -> None:
     optimum = planned("--flops", "1e21")["optimum_for_flops"]
     assert optimum["parameters Besiroglu et al."] == pytest.approx(2.778e9, rel=2e-4)
@@ -68,9 +77,14 @@ def test_budgets_without_a_run() -> None:
     ("arguments", "sentence"),
     [
         ([], "nothing to plan; give a CONFIG such as configs/7b.yaml, or --flops, --params or --tokens"),
-        (["--params", "seven"], "--params=seven is not a number above 0; write it as 7e9 or 7B"),
-        (["--flops", "-1"], "--flops=-1 is not a number above 0"),
-        (["--tokens", "inf"], "--tokens=inf is not a number above 0"),
+        (["--params", "seven"], "--params=seven is not a number from 1 to 1e+30; write it as 7e9 or 7B"),
+        (["--flops", "-1"], "--flops=-1 is not a number from 1"),
+        (["--tokens", "inf"], "--tokens=inf is not a number from 1"),
+        (["--params", "nan"], "--params=nan is not a number from 1"),
+        (["--params", "1e308"], "--params=1e308 is not a number from 1"),
+        (["--tokens", "1e308"], "--tokens=1e308 is not a number from 1"),
+        (["--params", "7B", "--tokens", "1e308", "--json"], "--tokens=1e308 is not a number from 1"),
+        (["--params", "1e-300", "--tokens", "1e-300"], "--params=1e-300 is not a number from 1"),
         ([str(CONFIGS / "7b.yaml"), "--params", "7B"], "--params=7B contradicts "),
         ([str(CONFIGS / "7b.yaml"), "--gpus", "9"], "nearest legal: world size 8 or 16"),
     ],

@@ -51,6 +51,19 @@ def no_reduction_over_data_parallel_ranks() -> None:
     megallama.engine.Engine.step = step_alone  # type: ignore[method-assign]
 
 
+def one_rank_moves_a_norm() -> None:
+    """By so little that no measure but the equality of copies can see it."""
+    step = megallama.engine.Engine.step
+
+    def step_and_move(self: megallama.engine.Engine, lr: float) -> megallama.engine.StepResult:
+        result = step(self, lr)
+        if torch.distributed.get_rank() == 1:
+            self.module.get_parameter("norm.weight").data.mul_(1 + 1e-6)
+        return result
+
+    megallama.engine.Engine.step = step_and_move  # type: ignore[method-assign]
+
+
 def one_rank_raises() -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("planted")
@@ -76,3 +89,9 @@ def test_a_planted_bug_is_reported(layout: str, dtype: str, plant: Plant, seen: 
     report = verify(debug_config(), [parse_layout(layout)], dtype=dtype, plant=plant)
     assert not report.passed
     assert seen in report.verdicts[0].failures
+
+
+@pytest.mark.parametrize("layout", ["tp2", "dp2-zero2"])
+def test_a_copy_that_is_not_the_same_bits_on_one_rank_is_reported(layout: str) -> None:
+    report = verify(debug_config(), [parse_layout(layout)], plant=one_rank_moves_a_norm)
+    assert report.verdicts[0].failures == ["copy norm.weight differs between ranks"]

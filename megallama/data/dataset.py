@@ -1,0 +1,113 @@
+"""A dataset that a run reads: does it suit the run, and which of its documents are for training."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from megallama.config.schema import DataConfig
+from megallama.data.build import read_info
+from megallama.data.indexed import IndexedDataset, Tokens, idx_path, open_indexed
+from megallama.data.tokenizer import load_tokenizer
+from megallama.errors import UserError
+
+SCANNED_TOKENS = 50_000_000
+
+Split = Literal["train", "validation"]
+
+
+class TokenDataset:
+    """The dataset PREFIX.bin, PREFIX.idx, and PREFIX.json if it was built here; UserError if it cannot be read."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.info = read_info(prefix)
+        self.indexed: IndexedDataset = open_indexed(prefix)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the index, the tokenizer's fingerprint and the first 2^20 ids."""
+        with idx_path(self.prefix).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        digest.update((self.info.fingerprint if self.info else "").encode())
+        digest.update(self.indexed.tokens[: 1 << 20].tobytes())
+        return digest.hexdigest()
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """UserError if a model of `vocab_size` ids does not know all: by PREFIX.json and the first SCANNED_TOKENS."""
+        if self.info and self.info.vocab_size > vocab_size:
+            raise UserError(
+                f"model.vocab_size={vocab_size} is less than the {self.info.vocab_size} ids of the dataset "
+                f"{self.prefix}; set model.vocab_size={self.info.vocab_size} or more"
+            )
+        self.check_ids(self.indexed.tokens[:SCANNED_TOKENS], vocab_size)
+
+    def check_ids(self, ids: Tokens, vocab_size: int) -> None:
+        """UserError if some of these ids of the dataset are unknown to a model of `vocab_size` ids."""
+        lowest, highest = int(ids.min(initial=0)), int(ids.max(initial=0))
+        if lowest < 0:
+            raise UserError(f"{self.prefix}.bin holds the negative id {lowest}; build the dataset again")
+        if highest >= vocab_size:
+            raise UserError(
+                f"model.vocab_size={vocab_size} does not cover the id {highest} of the dataset {self.prefix}; "
+                f"set model.vocab_size={highest + 1} or more"
+            )
+
+    def check_tokenizer(self, spec: str) -> None:
+        """UserError if the dataset is known to be made with another tokenizer than `spec`."""
+        if self.info and load_tokenizer(spec).fingerprint != self.info.fingerprint:
+            raise UserError(
+                f"data.tokenizer={spec} is not the tokenizer of the dataset {self.prefix}; "
+                f"set data.tokenizer={self.info.tokenizer} or build the dataset again"
+            )
+
+
+@dataclass(frozen=True)
+class DocumentSplit:
+    """A stretch of whole documents of a dataset, as one stream of tokens."""
+
+    dataset: TokenDataset
+    first_document: int
+    end_document: int
+
+    @property
+    def tokens(self) -> Tokens:
+        """[num_tokens], mapped, not read."""
+        offsets = self.dataset.indexed.offsets
+        return self.dataset.indexed.tokens[offsets[self.first_document] : offsets[self.end_document]]
+
+
+def split_documents(config: DataConfig) -> dict[Split, DocumentSplit]:
+    """The train split, and the validation split if the config asks for one.
+
+    Validation is `validation_path`, or the last documents of `path`: validation_fraction of them, rounded, at least
+    one. UserError if a split has too few tokens for one sample.
+    """
+    dataset = TokenDataset(config.path)
+    count = dataset.indexed.num_documents
+    splits: dict[Split, DocumentSplit] = {"train": DocumentSplit(dataset, 0, count)}
+    if config.validation_path is not None:
+        other = TokenDataset(config.validation_path)
+        splits["validation"] = DocumentSplit(other, 0, other.indexed.num_documents)
+    elif config.validation_fraction > 0:
+        if count < 2:
+            raise UserError(
+                f"data.path={config.path} holds {count} document, too few to keep one for validation; "
+                "set data.validation_fraction=0 or data.validation_path"
+            )
+        cut = min(max(count - max(round(count * config.validation_fraction), 1), 1), count - 1)
+        splits = {"train": DocumentSplit(dataset, 0, cut), "validation": DocumentSplit(dataset, cut, count)}
+    _check_lengths(config, splits)
+    return splits
+
+
+def _check_lengths(config: DataConfig, splits: dict[Split, DocumentSplit]) -> None:
+    name, num_tokens = min(((name, len(split.tokens)) for name, split in splits.items()), key=lambda item: item[1])
+    if num_tokens <= config.sequence_length:
+        fix = f"largest legal: {num_tokens - 1}" if num_tokens > 1 else "none is legal, add documents"
+        raise UserError(
+            f"data.sequence_length={config.sequence_length} is longer than the data: the {name} split of "
+            f"{splits[name].dataset.prefix} has {num_tokens} tokens and a sample takes sequence_length + 1; {fix}"
+        )

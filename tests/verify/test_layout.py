@@ -1,0 +1,41 @@
+"""Layouts by name: what is refused, before anything trains, and that each is trained once."""
+
+from __future__ import annotations
+
+import pytest
+
+from megallama.errors import UserError
+from megallama.verify.layout import parse_layout
+from megallama.verify.verify import verify
+from tests.verify.test_parity import assert_all_equal, debug_config
+
+MISTAKES = {
+    "zero9": "unknown word 'zero9' in layout 'zero9'; a layout is made of tpN, dpN and accN with N from 1, "
+    "zeroN with N from 1 to 3, ",
+    "zero0": "unknown word 'zero0'",
+    "tp0": "unknown word 'tp0'",
+    "dp2-acc0": "unknown word 'acc0' in layout 'dp2-acc0'",
+    "dp0": "unknown word 'dp0'",
+    "tp3": "layout tp3-zero1, of the shrunk run: parallel.tensor=3 does not divide model.num_attention_heads=8; "
+    "nearest legal: 2 or 4",
+    "tp16": "layout tp16-zero1, of the shrunk run: parallel.tensor=16 does not divide model.num_attention_heads=8",
+    "dp3": "layout dp3-zero1: dp * accumulation = 3 does not divide the shrunk batch of 8; use 1, 2, 4 or 8",
+    "dp4-acc4": "layout dp4-zero1-acc4: dp * accumulation = 16 does not divide",
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_layout_that_cannot_run_is_refused_before_anything_trains(name: str) -> None:
+    trained: list[str] = []
+    with pytest.raises(UserError) as refused:
+        verify(debug_config(), [parse_layout("dp2"), parse_layout(name)], progress=trained.append)
+    assert MISTAKES[name] in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert trained == []
+
+
+def test_a_layout_given_twice_is_trained_once() -> None:
+    names = ["acc2", "zero1-acc2", "acc2-nosp"]
+    report = verify(debug_config(), [parse_layout(name) for name in names], steps=1)
+    assert_all_equal(report)
+    assert [verdict.layout.name for verdict in report.verdicts] == ["zero1-acc2"]
