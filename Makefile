@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart test test-layouts check format clean
 
 quickstart: .venv/installed
 	$(BIN)/megallama tokenizer train stdlib --output data/quickstart/tokenizer --vocab-size 4096
@@ -16,6 +16,9 @@ quickstart: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+test-layouts: .venv/installed-dev
+	$(BIN)/python -m pytest -m layouts
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

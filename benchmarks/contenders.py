@@ -68,9 +68,9 @@ def engine_step(config: RunConfig, device: torch.device) -> Step:
     # Imported here: it brings deepspeed with it, of which the other contenders stay free.
     from megallama.train import Run, build_model, train_step
 
-    check_config(config, 1)
+    batching = check_config(config, 1)
     mesh = build_mesh(Topology(), Launch(), device)
-    model, engine = build_model(config, mesh)
+    model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
     no_data = cast(Loader, None)  # a step is given its batches
     run = Run(config, mesh, model, engine, no_data, None, Metrics([]), total_steps=1, peak=Peak(1.0, "not used"))
     batches = random_batches(config)

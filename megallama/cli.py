@@ -31,7 +31,7 @@ def verify(
     config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of a run.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None,
     layouts: Annotated[
-        str | None, typer.Option(help="Comma-separated, as tp2,dp2-zero3; by default 15 of them.")
+        str | None, typer.Option(help="Comma-separated, as tp2,pp2-dualpipev; by default one of each kind.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps to train at each layout.", min=1)] = 5,
     dtype: Annotated[str, typer.Option(help="fp32, or bf16 with wider bounds.")] = "fp32",
@@ -43,17 +43,17 @@ def verify(
     """
     from rich.console import Console
 
-    from megallama.verify.layout import DEFAULT_LAYOUTS, parse_layout
+    from megallama.verify.layout import default_layouts, parse_layout
     from megallama.verify.report import as_json as report_json
     from megallama.verify.report import print_report
     from megallama.verify.verify import verify as run_verify
 
     # A pipe has no width; the table has.
     console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 140)
-    wanted = [parse_layout(name) for name in layouts.split(",")] if layouts else list(DEFAULT_LAYOUTS)
     config = load_config(config_path, overrides or ())
+    wanted = [parse_layout(name) for name in layouts.split(",")] if layouts else default_layouts(config.model)
     with console.status("one process") as status:
-        report = run_verify(config, wanted, steps=steps, dtype=dtype, progress=status.update)
+        report = run_verify(config, wanted, steps=steps, dtype=dtype, resume=steps > 1, progress=status.update)
     if as_json:
         typer.echo(report_json(report))
     else:

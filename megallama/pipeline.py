@@ -30,7 +30,7 @@ from megallama.plan.stages import stage_ranks
 MicroBatch = tuple[Tensor, Tensor]
 """Tokens and labels, [micro_batch_size, sequence_length] each."""
 
-_TORCH_NAMES = {
+TORCH_NAMES = {
     "1f1b": "1F1B",
     "interleaved1f1b": "Interleaved1F1B",
     "dualpipev": "DualPipeV",
@@ -56,7 +56,7 @@ class Pipeline:
         self._ranks = stage_ranks(config.parallel)
         self._scale = torch.ones((), device=mesh.device)
         self._schedule = self._training_schedule(micro_batches, take_gradients)
-        self._evaluations: dict[int, tuple[_PipelineScheduleRuntime, list[_Stage]]] = {}
+        self._evaluations: dict[int, tuple[_PipelineScheduleRuntime, list[Stage]]] = {}
 
     def forward_backward(self, batches: Iterable[MicroBatch], scale: Tensor) -> Tensor:
         """Run every micro-batch; the sum of their losses times `scale` where the last stage is, elsewhere 0."""
@@ -90,7 +90,7 @@ class Pipeline:
         return self._ranks[stage] == self._mesh.pp.rank
 
     def _training_schedule(self, micro_batches: int, take_gradients: Callable[[nn.Module], None]) -> Any:
-        kind = get_schedule_class(_TORCH_NAMES[self._config.parallel.schedule])
+        kind = get_schedule_class(TORCH_NAMES[self._config.parallel.schedule])
         stages: Any = [stage.taking(take_gradients) for stage in self._make_stages()]
         if issubclass(kind, PipelineScheduleSingle):
             (stages,) = stages
@@ -99,7 +99,7 @@ class Pipeline:
     def _scaled(self, loss: Tensor, _: Tensor) -> Tensor:
         return loss * self._scale
 
-    def _forward_schedule(self, micro_batches: int) -> tuple[_PipelineScheduleRuntime, list[_Stage]]:
+    def _forward_schedule(self, micro_batches: int) -> tuple[_PipelineScheduleRuntime, list[Stage]]:
         """Each rank runs its forwards in the order of one clock, so none waits in a circle.
 
         torch's own `eval()` runs backward under DualPipeV, where one rank raises and the others hang.
@@ -107,10 +107,11 @@ class Pipeline:
         if micro_batches not in self._evaluations:
             stages, ranks = self._make_stages(), dict(enumerate(self._ranks))
             runtime = _PipelineScheduleRuntime(stages, micro_batches)
-            for holder in (runtime, *stages):
-                holder.stage_index_to_group_rank = ranks
+            runtime.stage_index_to_group_rank = ranks
+            for stage in stages:
+                stage.stage_index_to_group_rank = ranks
             clock = sorted((stage + m, stage, m) for stage in ranks for m in range(micro_batches))
-            forwards: dict[int, list[_Action | None]] = {
+            forwards: dict[int, list[_Action]] = {
                 rank: [_Action(stage, FORWARD, m) for _, stage, m in clock if ranks[stage] == rank]
                 for rank in range(self._mesh.pp.size)
             }
@@ -118,7 +119,7 @@ class Pipeline:
             self._evaluations[micro_batches] = runtime, stages
         return self._evaluations[micro_batches]
 
-    def _make_stages(self) -> list[_Stage]:
+    def _make_stages(self) -> list[Stage]:
         count, device, train = len(self._ranks), self._mesh.device, self._config.train
         dtype = torch.bfloat16 if train.dtype == "bf16" else torch.float32
         length = self._config.data.sequence_length
@@ -131,7 +132,7 @@ class Pipeline:
 
         loss = torch.empty((), device="meta", requires_grad=True)
         return [
-            _Stage(
+            Stage(
                 model,
                 index,
                 count,
@@ -144,7 +145,7 @@ class Pipeline:
         ]
 
 
-class _Stage(PipelineStage):
+class Stage(PipelineStage):
     """A stage that says when it has computed weight gradients apart from the rest of a backward.
 
     Such gradients are written into `grad` by torch itself, past the hooks in which ZeRO takes them: left there, bf16
@@ -153,7 +154,7 @@ class _Stage(PipelineStage):
 
     _take: Callable[[nn.Module], None]
 
-    def taking(self, take: Callable[[nn.Module], None]) -> _Stage:
+    def taking(self, take: Callable[[nn.Module], None]) -> Stage:
         self._take = take
         return self
 

@@ -151,7 +151,7 @@ def _check_pipeline(config: RunConfig) -> None:
         )
     per_rank = chunks(parallel)
     stages = parallel.pipeline * per_rank
-    words = f"parallel.pipeline * stages per rank of {parallel.schedule} = {parallel.pipeline} * {per_rank} = {stages}"
+    words = f"parallel.pipeline * chunks of {parallel.schedule} = {parallel.pipeline} * {per_rank} = {stages}"
     if model.num_hidden_layers < stages:
         legal = max(1, model.num_hidden_layers // per_rank)
         raise UserError(
@@ -168,8 +168,8 @@ def _check_pipeline(config: RunConfig) -> None:
     if model.tie_word_embeddings and parallel.schedule not in V_SHAPED:
         raise UserError(
             f"model.tie_word_embeddings=true with parallel.pipeline={parallel.pipeline} under {parallel.schedule} puts "
-            f"one weight on two ranks; use parallel.schedule=zbvzerobubble or dualpipev, whose V ends on the rank where "
-            f"it began, or parallel.pipeline=1"
+            "one weight on two ranks; use parallel.schedule=zbvzerobubble or dualpipev, whose V ends where it began, "
+            "or parallel.pipeline=1"
         )
 
 

@@ -31,6 +31,9 @@ Real = Annotated[float, BeforeValidator(_number_from_text)]
 Decay = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number_from_text)]
 
 
+Schedule = Literal["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"]
+
+
 class RopeScaling(Section):
     """How rotary frequencies are stretched beyond the trained length; names as in Hugging Face's Llama."""
 
@@ -124,7 +127,7 @@ class ParallelConfig(Section):
     """cp: ranks that share each sequence."""
     sequence: bool | None = None
     """Sequence parallelism between the tensor-parallel regions (arXiv 2205.05198); null means on when tensor > 1."""
-    schedule: Literal["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"] = "1f1b"
+    schedule: Schedule = "1f1b"
     """Order of forward and backward over the pipeline stages: one stage per rank (1f1b, arXiv 2104.04473), several
     (interleaved1f1b), or two in a V (dualpipev, arXiv 2412.19437; zbvzerobubble, arXiv 2401.10241)."""
     chunks: int = Field(default=2, ge=2)

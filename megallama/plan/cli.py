@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from megallama.config.check import check_config
 from megallama.config.load import load_config
+from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.plan.report import as_dictionary, plan_budget, plan_run, render
 
@@ -24,6 +27,9 @@ def plan(
     flops: Annotated[str | None, typer.Option(help="Compute: its optimal parameters and tokens.")] = None,
     params: Annotated[str | None, typer.Option(help="Parameters, as 7e9 or 7B: their optimal tokens.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Tokens, as 2e12 or 2T, in place of train.steps.")] = None,
+    timeline: Annotated[
+        bool, typer.Option("--timeline", help="Draw what each pipeline rank does when; takes seconds, for torch.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a dictionary for scripts.")] = False,
 ) -> None:
     """Parameters, FLOPs, state memory and compute-optimal length of a run, with the arithmetic.
@@ -37,10 +43,15 @@ def plan(
             raise UserError(f"--params={params} contradicts {config_path}, which has its own; leave one of them out")
         config = load_config(config_path, overrides or ())
         one_copy = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+        if timeline:
+            typer.echo(_timeline(config, one_copy if gpus is None else gpus))
+            return
         parts += plan_run(config, one_copy if gpus is None else gpus, data)
         parts += plan_budget(compute, None, None)
     else:
         parts += plan_budget(compute, size, data)
+    if timeline:
+        raise UserError("--timeline needs a CONFIG such as configs/7b.yaml")
     if not parts:
         raise UserError("nothing to plan; give a CONFIG such as configs/7b.yaml, or --flops, --params or --tokens")
     if as_json:
@@ -49,6 +60,16 @@ def plan(
     from rich.console import Console
 
     render(parts, Console())
+
+
+def _timeline(config: RunConfig, world_size: int) -> str:
+    from megallama.timeline import timeline
+
+    if config.parallel.pipeline == 1:
+        raise UserError("parallel.pipeline=1 has no timeline: every micro-batch follows the other; set it above 1")
+    batching = check_config(config, world_size)
+    width = max(60, shutil.get_terminal_size().columns - 6)
+    return timeline(config, batching.gradient_accumulation_steps, width)
 
 
 def _quantity(option: str, text: str | None) -> float | None:

@@ -32,17 +32,17 @@ class StateRow:
 def state_rows(dtype: str, stage: int, parameters: int, dp_size: int, largest_layer: int = 0) -> list[StateRow]:
     """Resident state of a rank that holds `parameters` before ZeRO cuts them.
 
-    bf16 with fp32 gradient sums: stage 1 is `BF16_Optimizer` (runtime/bf16_optimizer.py), which keeps bf16 gradients
-    and a whole fp32 sum of them, 8 + 12/dp bytes per parameter; stages 2 and 3 as DeepSpeed's own estimators count,
-    2 + 18/dp and 18/dp + 4 * largest layer. fp32: DeepSpeed clones an fp32 master even from fp32 weights, 8 + 12/dp
-    bytes at stage 1 (zero/stage_1_and_2.py); stages 2 and 3 then follow with gradients, and weights, cut as well.
+    bf16 with fp32 gradient sums: stage 1 is `BF16_Optimizer` (runtime/bf16_optimizer.py), which adds each bf16 gradient
+    to a whole fp32 sum as it appears, 6 + 12/dp bytes per parameter; stages 2 and 3 as DeepSpeed's own estimators
+    count, 2 + 18/dp and 18/dp + 4 * largest layer. fp32: DeepSpeed clones an fp32 master even from fp32 weights, 8 +
+    12/dp bytes at stage 1 (zero/stage_1_and_2.py); stages 2 and 3 then follow with gradients, and weights, cut as well.
     """
     assert stage in (1, 2, 3), stage
     weight = 2 if dtype == "bf16" else 4
     cut_gradients = dp_size if stage >= 2 else 1
     rows = [StateRow(f"{dtype} weights", parameters, weight, dp_size if stage == 3 else 1)]
-    # Stage 3 adds each bf16 gradient to its fp32 sum as it appears, and keeps one buffer.
-    if dtype == "fp32" or stage < 3:
+    # Stages 1 and 3 add each bf16 gradient to its fp32 sum as it appears.
+    if dtype == "fp32" or stage == 2:
         rows.append(StateRow(f"{dtype} gradients", parameters, weight, cut_gradients))
     if dtype == "bf16":
         rows.append(StateRow("fp32 gradient sums", parameters, 4, cut_gradients))

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,18 +69,28 @@ def read_trace(config: RunConfig) -> Trace:
     checkpoint, behind every reduction and the clip, at any layout and ZeRO stage alike.
     """
     run_dir, beta1 = Path(config.run.dir), config.optimizer.betas[0]
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    events = [line for line in lines if line["event"] == "train"]
+    events = train_events(run_dir)
     folder = run_dir / "checkpoints"
     first = read_tensors(folder / "step_00000001")
     last = read_tensors(folder / f"step_{events[-1]['step']:08d}")
     names = [name for name in last if not name.startswith("optimizer.")]
     return Trace(
-        losses=[_number(event["loss"]) for event in events],
+        losses=train_losses(run_dir),
         norms=[_number(event["grad_norm"]) for event in events],
         first_gradient={name: first[moment_name(EXP_AVG, name)] / (1 - beta1) for name in names},
         weights={name: last[name] for name in names},
     )
+
+
+def train_events(run_dir: Path) -> list[dict[str, Any]]:
+    """The train events of a run, in order."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "train"]
+
+
+def train_losses(run_dir: Path) -> list[float]:
+    """The losses of its steps."""
+    return [_number(event["loss"]) for event in train_events(run_dir)]
 
 
 def read_tensors(checkpoint: Path) -> dict[str, Tensor]:

@@ -24,10 +24,11 @@ def print_report(report: Report, console: Console) -> None:
         "gradients",
         "later norms",
         "update",
+        "resumed",
         "verdict",
     ):
         table.add_column(column, justify="left" if column in ("layout", "verdict") else "right", no_wrap=True)
-    table.add_row("one process", "1", f"{report.reference.losses[-1]:.7f}", *["-"] * 5, "reference")
+    table.add_row("one process", "1", f"{report.reference.losses[-1]:.7f}", *["-"] * 6, "reference")
     for verdict in report.verdicts:
         table.add_row(*_row(verdict))
     console.print(table)
@@ -40,7 +41,12 @@ def as_json(report: Report) -> str:
     """Everything in the table and more, as one object."""
     verdicts = [
         {"layout": v.layout.name, "ranks": v.layout.world_size, "passed": not v.failures}
-        | {"losses": v.losses, "failures": v.failures, "difference": asdict(v.difference) if v.difference else None}
+        | {
+            "resumed": v.resumed,
+            "losses": v.losses,
+            "failures": v.failures,
+            "difference": asdict(v.difference) if v.difference else None,
+        }
         for v in report.verdicts
     ]
     return json.dumps({"passed": report.passed, "losses": report.reference.losses, "layouts": verdicts}, indent=2)
@@ -49,8 +55,9 @@ def as_json(report: Report) -> str:
 def _row(verdict: Verdict) -> list[str]:
     layout, difference = verdict.layout, verdict.difference
     loss = f"{verdict.losses[-1]:.7f}" if verdict.losses else "-"
+    resumed = f"{verdict.resumed:.1e}" if verdict.resumed is not None else "-"
     outcome = "[red]DIFFERS[/red]" if verdict.failures else "equal"
-    return [layout.name, str(layout.world_size), loss, *_numbers(difference), outcome]
+    return [layout.name, str(layout.world_size), loss, *_numbers(difference), resumed, outcome]
 
 
 def _numbers(difference: Difference | None) -> list[str]:

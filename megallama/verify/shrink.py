@@ -7,12 +7,13 @@ from pathlib import Path
 from megallama.config.schema import ModelConfig, RunConfig
 
 GLOBAL_BATCH_SIZE = 8
+LAYERS = 2
 SEQUENCE_LENGTH = 32
 HEAD_SIZE = 8
 
 
-def shrink_model(model: ModelConfig) -> ModelConfig:
-    """2 layers of 8 heads; the ratio of query to key heads, tying, rotary scaling and initialisation are kept."""
+def shrink_model(model: ModelConfig, layers: int) -> ModelConfig:
+    """`layers` layers of 8 heads; ratio of query to key heads, tying, rotary scaling and initialisation are kept."""
     heads = 8
     kv_heads = max(1, heads * model.kv_heads // model.num_attention_heads)
     while heads % kv_heads:
@@ -23,7 +24,7 @@ def shrink_model(model: ModelConfig) -> ModelConfig:
             "vocab_size": 257,
             "hidden_size": heads * HEAD_SIZE,
             "intermediate_size": 160,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             "head_dim": 2 * HEAD_SIZE if apart else None,
@@ -32,12 +33,20 @@ def shrink_model(model: ModelConfig) -> ModelConfig:
     )
 
 
-def shrink(config: RunConfig, folder: Path, dataset: Path, steps: int, dtype: str) -> RunConfig:
+def shrink(
+    config: RunConfig,
+    folder: Path,
+    dataset: Path,
+    steps: int,
+    dtype: str,
+    layers: int = LAYERS,
+    global_batch_size: int = GLOBAL_BATCH_SIZE,
+) -> RunConfig:
     """The whole run, in `folder`, on `dataset` (bytes as tokens), saving after every step."""
     return RunConfig.model_validate(
         {
             "run": {"dir": str(folder)},
-            "model": shrink_model(config.model).model_dump(),
+            "model": shrink_model(config.model, layers).model_dump(),
             "data": {
                 "path": str(dataset),
                 "sequence_length": SEQUENCE_LENGTH,
@@ -48,8 +57,8 @@ def shrink(config: RunConfig, folder: Path, dataset: Path, steps: int, dtype: st
             "zero": {"bucket_elements": 10_000, "communication_dtype": config.zero.communication_dtype},
             "train": {
                 "steps": steps,
-                "global_batch_size": GLOBAL_BATCH_SIZE,
-                "micro_batch_size": GLOBAL_BATCH_SIZE,
+                "global_batch_size": global_batch_size,
+                "micro_batch_size": global_batch_size,
                 "seed": config.train.seed,
                 "dtype": dtype,
                 "device": "cpu",
@@ -57,7 +66,7 @@ def shrink(config: RunConfig, folder: Path, dataset: Path, steps: int, dtype: st
             # A rate at which a few steps go somewhere, and a clip that every step meets.
             "optimizer": config.optimizer.model_dump() | {"lr": 3e-3, "clip": 0.5},
             "schedule": {"kind": "constant"},
-            "evaluation": {"samples": GLOBAL_BATCH_SIZE},
+            "evaluation": {"samples": global_batch_size},
             "checkpoint": {"every": 1, "keep": steps + 1, "resume": "never"},
         }
     )

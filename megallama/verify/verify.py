@@ -10,13 +10,14 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import lcm
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megallama.config.check import check_config
-from megallama.config.schema import RunConfig
+from megallama.config.schema import RunConfig, RunSection
 from megallama.data.build import build_dataset
 from megallama.errors import UserError
 from megallama.model.llama import Llama
@@ -25,9 +26,9 @@ from megallama.parallel.mesh import Launch
 from megallama.parallel.spawn import RankFailedError, run_ranks
 from megallama.parallel.topology import Topology
 from megallama.start import start
-from megallama.verify.compare import BOUNDS, Difference, Trace, compare, read_trace
+from megallama.verify.compare import BOUNDS, Difference, Trace, compare, read_trace, train_losses
 from megallama.verify.layout import ONE_PROCESS, Layout
-from megallama.verify.shrink import GLOBAL_BATCH_SIZE, shrink
+from megallama.verify.shrink import GLOBAL_BATCH_SIZE, LAYERS, shrink
 
 Plant = Callable[[], None]
 
@@ -39,8 +40,19 @@ class Verdict:
     layout: Layout
     losses: list[float]
     difference: Difference | None
+    resumed: float | None
+    """The worst relative difference of losses after it resumed one process's checkpoint, and one process its own."""
     failures: list[str]
     """Why it does not pass; empty when it does."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One process: its run, what it left, and the weights it began with."""
+
+    config: RunConfig
+    trace: Trace
+    initial: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,10 +74,13 @@ def verify(
     *,
     steps: int = 5,
     dtype: str = "fp32",
+    resume: bool = False,
     plant: Plant | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Train at one process and at each of `layouts`, and compare; UserError before that for one that cannot run.
+
+    With `resume`, each layout also continues one process's checkpoint, and one process that of the layout.
 
     `plant`, an importable function, is called on every rank of the layouts but not in the reference: with a planted
     bug the report must not pass.
@@ -74,17 +89,19 @@ def verify(
         raise UserError(f"--dtype={dtype} is not a type to verify in; use {' or '.join(BOUNDS)}")
     with tempfile.TemporaryDirectory(prefix="megallama-verify-") as name:
         folder = Path(name)
-        alone = shrink(config, folder / "one process", write_dataset(folder), steps, dtype)
+        batch = lcm(GLOBAL_BATCH_SIZE, *(layout.dp * layout.micro_batches for layout in layouts))
+        # One layer more than stages: no split is even.
+        layers = max(LAYERS, *(sum(layout.split) or layout.stages + (layout.pp > 1) for layout in layouts))
+        alone = shrink(config, folder / "one process", write_dataset(folder), steps, dtype, layers, batch)
         runs = {layout.name: (layout, _spread(alone, layout)) for layout in layouts}
         progress("one process")
         _train(alone, ONE_PROCESS, None)
-        reference = read_trace(alone)
-        initial = initial_weights(alone)
+        reference = Reference(alone, read_trace(alone), initial_weights(alone))
         verdicts = []
         for name, (layout, run) in runs.items():
             progress(name)
-            verdicts.append(_judge(run, layout, reference, initial, plant))
-        return Report(reference, verdicts)
+            verdicts.append(_judge(run, layout, reference, plant, resume=resume))
+        return Report(reference.trace, verdicts)
 
 
 def write_dataset(folder: Path) -> Path:
@@ -116,17 +133,9 @@ def initial_weights(config: RunConfig) -> dict[str, Tensor]:
 
 def _spread(alone: RunConfig, layout: Layout) -> RunConfig:
     """The run of one process, at `layout`, in a folder beside its own. UserError for a layout that cannot run."""
-    if GLOBAL_BATCH_SIZE % (layout.dp * layout.accumulation):
-        raise UserError(
-            f"layout {layout.name}: dp * accumulation = {layout.dp * layout.accumulation} does not divide the "
-            f"shrunk batch of {GLOBAL_BATCH_SIZE}; use 1, 2, 4 or 8"
-        )
     tree = alone.model_dump()
     tree["run"]["dir"] = str(Path(alone.run.dir).with_name(layout.name))
-    for override in layout.overrides(GLOBAL_BATCH_SIZE):
-        path, _, value = override.partition("=")
-        section, key = path.split(".")
-        tree[section][key] = value
+    layout.apply(tree)
     config = RunConfig.model_validate(tree)
     try:
         check_config(config, layout.world_size)
@@ -135,17 +144,41 @@ def _spread(alone: RunConfig, layout: Layout) -> RunConfig:
     return config
 
 
-def _judge(
-    config: RunConfig, layout: Layout, reference: Trace, initial: dict[str, Tensor], plant: Plant | None
-) -> Verdict:
+def _judge(config: RunConfig, layout: Layout, reference: Reference, plant: Plant | None, *, resume: bool) -> Verdict:
     try:
         hashes = _train(config, layout, plant)
+        resumed = _resume_both_ways(config, layout, reference) if resume else None
     except RankFailedError as error:
-        return Verdict(layout, [], None, [str(error).strip().splitlines()[-1]])
+        return Verdict(layout, [], None, None, [str(error).strip().splitlines()[-1]])
     trace = read_trace(config)
-    difference = compare(trace, reference, initial)
-    failures = difference.beyond(BOUNDS[config.train.dtype]) + unequal_copies(layout, hashes)
-    return Verdict(layout, trace.losses, difference, failures)
+    difference = compare(trace, reference.trace, reference.initial)
+    bounds = BOUNDS[config.train.dtype]
+    failures = difference.beyond(bounds) + unequal_copies(layout, hashes)
+    if resumed is not None and not resumed <= bounds.loss:
+        failures.append("resumed")
+    return Verdict(layout, trace.losses, difference, resumed, failures)
+
+
+def _resume_both_ways(config: RunConfig, layout: Layout, reference: Reference) -> float:
+    """The worst relative difference of losses when each goes on from what the other saved."""
+    here = _resume(config, reference.config, layout)
+    there = _resume(reference.config, config, ONE_PROCESS)
+    expected = reference.trace.losses[-len(here) :]
+    return max(abs(a / b - 1) for losses in (here, there) for a, b in zip(losses, expected, strict=True))
+
+
+def _resume(config: RunConfig, saved: RunConfig, layout: Layout) -> list[float]:
+    """Losses of `config` at `layout`, continued from the checkpoint that `saved` made in the middle."""
+    folder = Path(tempfile.mkdtemp(dir=Path(config.run.dir).parent))
+    steps = config.train.steps
+    assert isinstance(steps, int)
+    name = f"step_{(steps + 1) // 2:08d}"
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / name).symlink_to(Path(saved.run.dir) / "checkpoints" / name)
+    checkpoint = config.checkpoint.model_copy(update={"resume": "must", "every": 0})
+    again = config.model_copy(update={"run": RunSection(dir=str(folder)), "checkpoint": checkpoint})
+    _train(again, layout, None)
+    return train_losses(folder)
 
 
 def _train(config: RunConfig, layout: Layout, plant: Plant | None) -> list[dict[str, str]]:
@@ -167,7 +200,7 @@ def train_rank(launch: Launch, config: RunConfig, plant: Plant | None) -> dict[s
 
 def unequal_copies(layout: Layout, hashes: Sequence[dict[str, str]]) -> list[str]:
     """Parameters that should be the same bits on several ranks and are not."""
-    topology = Topology(dp=layout.dp, tp=layout.tp)
+    topology = Topology(pp=layout.pp, dp=layout.dp, tp=layout.tp)
     seen: dict[tuple[str, int], str] = {}
     unequal = set()
     for rank, mine in enumerate(hashes):

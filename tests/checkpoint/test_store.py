@@ -16,7 +16,7 @@ from megallama.config.schema import RunConfig
 from megallama.parallel.spawn import RankFailedError, run_ranks
 from megallama.verify.compare import read_tensors
 from megallama.verify.layout import parse_layout
-from megallama.verify.shrink import GLOBAL_BATCH_SIZE, shrink
+from megallama.verify.shrink import shrink
 from megallama.verify.verify import train_rank, write_dataset
 from tests.verify.test_parity import debug_config
 
@@ -37,10 +37,7 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(folder: Path, dataset: Path, layout: str, dtype: str = "fp32", **checkpoint: object) -> RunConfig:
     tree = shrink(debug_config(), folder, dataset, STEPS, dtype).model_dump()
-    for override in parse_layout(layout).overrides(GLOBAL_BATCH_SIZE):
-        key, _, value = override.partition("=")
-        section, name = key.split(".")
-        tree[section][name] = value
+    parse_layout(layout).apply(tree)
     tree["checkpoint"] |= {"resume": "auto", **checkpoint}
     return RunConfig.model_validate(tree)
 

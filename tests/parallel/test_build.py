@@ -32,13 +32,13 @@ def look(launch: Launch, config: RunConfig) -> Seen:
     device, tp = torch.device("cpu"), config.parallel.tensor
     launch.prepare(device)
     mesh = build_mesh(Topology(dp=launch.world_size // tp, tp=tp), launch, device)
-    model, engine = build_model(config, mesh)
+    model, engine = build_model(config, mesh, 1)
     positions: list[int] = []
 
     def record(layer: nn.Module, inputs: object, hidden: Tensor) -> None:
         positions.append(hidden.shape[1])
 
-    for layer in model.layers.values():
+    for layer in model.decoder_layers():
         layer.register_forward_hook(record)
     tokens = torch.randint(257, (2, SEQUENCE + 1), generator=torch.Generator().manual_seed(1))
     _, kept = bytes_kept_for_backward(model, lambda: model(tokens[:, :-1], tokens[:, 1:]))

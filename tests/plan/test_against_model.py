@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+from itertools import product
 from math import prod
 from pathlib import Path
 
@@ -10,22 +10,18 @@ import pytest
 import torch
 
 from megallama.config.load import load_config
-from megallama.config.schema import ModelConfig
+from megallama.config.schema import RunConfig
+from megallama.model.chunks import Chunks
 from megallama.model.llama import Llama, Seam
 from megallama.parallel.layers import VOCABULARY_MULTIPLE
 from megallama.parallel.mesh import Axis
-from megallama.plan.params import VOCAB_MULTIPLE, count_parameters, layers_per_stage, rank_parameters
+from megallama.plan.params import VOCAB_MULTIPLE, count_parameters
+from megallama.plan.ranks import rank_parameters
+from megallama.plan.stages import stages
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-
-
-def stages(model: ModelConfig, tp: Axis, pp_size: int) -> list[Llama]:
-    """This tensor-parallel rank's module of each pipeline stage."""
-    bounds = [0, *accumulate(layers_per_stage(model.num_hidden_layers, pp_size))]
-    with torch.device("meta"):
-        return [Llama(model, Seam(tp), layers=range(first, end)) for first, end in pairwise(bounds)]
 
 
 @every_recipe
@@ -39,13 +35,28 @@ def test_the_total_is_that_of_the_logical_tensors(path: Path) -> None:
 
 @every_recipe
 def test_a_rank_holds_what_the_plan_says(path: Path) -> None:
-    config = load_config(path)
-    model, pp = config.model, config.parallel.pipeline
-    for tp in {1, 2, config.parallel.tensor}:
-        planned = [rank.total for rank in rank_parameters(model, tp, pp)]
-        for rank in {0, tp - 1}:
-            built = stages(model, Axis(None, rank, tp), pp)
-            assert [sum(p.numel() for p in stage.parameters()) for stage in built] == planned
+    for tp in {1, 2, load_config(path).parallel.tensor}:
+        assert_planned(load_config(path, [f"parallel.tensor={tp}"]))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved1f1b", "dualpipev"])
+def test_a_pipeline_rank_holds_what_the_plan_says(schedule: str, tied: bool) -> None:
+    """Tied where the V of the schedule ends on the rank where it began."""
+    tie = f"model.tie_word_embeddings={tied and schedule == 'dualpipev'}"
+    shape = ["model.num_hidden_layers=11", "parallel.pipeline=4", "parallel.tensor=2"]
+    assert_planned(load_config(RECIPES[0], [*shape, f"parallel.schedule={schedule}", tie]))
+
+
+def assert_planned(config: RunConfig) -> None:
+    tp = config.parallel.tensor
+    planned = rank_parameters(config)
+    for place, tp_rank in product(range(config.parallel.pipeline), {0, tp - 1}):
+        held = {stage.index: stage.layers for stage in stages(config) if stage.rank == place}
+        with torch.device("meta"):
+            chunks = Chunks(config.model, held, Seam(Axis(None, tp_rank, tp)))
+        assert sum(p.numel() for p in chunks.parameters()) == planned[place].total
+        assert planned[place].stages == tuple(held)
 
 
 def test_plan_and_layers_pad_the_vocabulary_alike() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megallama.config.schema import ModelConfig
-from megallama.plan.params import count_parameters, layers_per_stage, padded_vocabulary, rank_parameters
+from megallama.plan.params import count_parameters, padded_vocabulary
 
 
 def shape(
@@ -52,31 +52,3 @@ def test_counts_are_those_of_the_released_weights(name: str) -> None:
 )
 def test_vocabulary_is_padded_as_in_megatron(vocab: int, padded: tuple[int, ...]) -> None:
     assert tuple(padded_vocabulary(vocab, tp) for tp in (1, 2, 4, 8)) == padded
-
-
-def test_pipeline_stages_of_llama_3_8b() -> None:
-    ranks = rank_parameters(LLAMA_3_8B, 1, 4)
-    assert [rank.total for rank in ranks] == [2_270_232_576, 1_744_896_000, 1_744_896_000, 2_270_236_672]
-    assert sum(rank.total for rank in ranks) == 8_030_261_248
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("pp", [1, 2, 3])
-def test_ranks_add_up_to_the_model_with_norms_once_per_tensor_rank(tied: bool, tp: int, pp: int) -> None:
-    model = shape(5, 64, 96, 4, 2, 16, 1000, tied)
-    ranks = rank_parameters(model, tp, pp)
-    twice = count_parameters(model).embedding if tied and pp > 1 else 0
-    held = sum(tp * rank.sharded + rank.replicated for rank in ranks)
-    assert held == count_parameters(model).total + twice
-    tables = 2 if pp > 1 or not tied else 1
-    rows = padded_vocabulary(1000, tp)
-    assert tp * sum(rank.padding for rank in ranks) == tables * (rows - 1000) * 64
-
-
-@pytest.mark.parametrize("layers", range(1, 9))
-def test_no_layer_is_lost_between_stages(layers: int) -> None:
-    for pp in range(1, layers + 1):
-        stages = layers_per_stage(layers, pp)
-        assert sum(stages) == layers
-        assert max(stages) - min(stages) <= 1

@@ -34,8 +34,8 @@ def test_7b_on_128_gpus() -> None:
     assert found["batch"]["gradient_accumulation_steps"] == 16
     assert found["batch"]["tokens"] == 300_000 * 1024 * 2048
     assert found["flops"]["per_token_full"] == 6 * 6_607_077_376 + 12 * 32 * 4096 * 2048
-    assert len(found["state_by_stage"]) == 4
-    assert found["state"]["total"] == max(found["state_by_stage"].values())
+    assert len(found["state_by_pipeline_rank"]) == 4
+    assert found["state"]["total"] == max(found["state_by_pipeline_rank"].values())
 
 
 def test_the_table_shows_the_arithmetic() -> None:

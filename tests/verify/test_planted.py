@@ -51,6 +51,16 @@ def no_reduction_over_data_parallel_ranks() -> None:
     megallama.engine.Engine.step = step_alone  # type: ignore[method-assign]
 
 
+def weight_gradients_of_a_split_backward_lost() -> None:
+    """As if nobody knew that they pass ZeRO's hooks."""
+
+    def forget(self: megallama.engine.Engine, module: nn.Module) -> None:
+        for parameter in module.parameters():
+            parameter.grad = None
+
+    megallama.engine.Engine._take_gradients = forget  # type: ignore[method-assign]
+
+
 def one_rank_moves_a_norm() -> None:
     """By so little that no measure but the equality of copies can see it."""
     step = megallama.engine.Engine.step
@@ -58,7 +68,7 @@ def one_rank_moves_a_norm() -> None:
     def step_and_move(self: megallama.engine.Engine, lr: float) -> megallama.engine.StepResult:
         result = step(self, lr)
         if torch.distributed.get_rank() == 1:
-            self.module.get_parameter("norm.weight").data.mul_(1 + 1e-6)
+            self._chunks.get_parameter("stages.0.norm.weight").data.mul_(1 + 1e-6)
         return result
 
     megallama.engine.Engine.step = step_and_move  # type: ignore[method-assign]
@@ -75,6 +85,9 @@ def one_rank_raises() -> None:
     ("layout", "dtype", "plant", "seen"),
     [
         ("tp2-nosp", "fp32", no_reduction_after_row_parallel, "loss"),
+        ("pp2-dualpipev", "bf16", weight_gradients_of_a_split_backward_lost, "gradient"),
+        ("pp2-zbvzerobubble", "bf16", weight_gradients_of_a_split_backward_lost, "gradient"),
+        ("pp2-dp2", "bf16", no_reduction_over_data_parallel_ranks, "gradient"),
         ("tp2", "fp32", no_reduction_of_norm_gradients, "gradient"),
         ("tp2", "bf16", no_reduction_of_norm_gradients, "gradient"),
         ("tp2", "fp32", shards_not_marked_for_the_norm, "first_norm"),
@@ -94,4 +107,4 @@ def test_a_planted_bug_is_reported(layout: str, dtype: str, plant: Plant, seen: 
 @pytest.mark.parametrize("layout", ["tp2", "dp2-zero2"])
 def test_a_copy_that_is_not_the_same_bits_on_one_rank_is_reported(layout: str) -> None:
     report = verify(debug_config(), [parse_layout(layout)], plant=one_rank_moves_a_norm)
-    assert report.verdicts[0].failures == ["copy norm.weight differs between ranks"]
+    assert report.verdicts[0].failures == ["copy stages.0.norm.weight differs between ranks"]

@@ -1,0 +1,175 @@
+"""What each pipeline rank does when: the action lists that training runs, laid out in time, as text.
+
+The lists are torch's own (`torch.distributed.pipelining.schedules`); 1F1B has none there, since it runs as a loop, so
+its order is written down here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from torch.distributed.pipelining.schedules import get_schedule_class
+
+from megallama.config.schema import ParallelConfig, RunConfig
+from megallama.pipeline import TORCH_NAMES
+from megallama.plan.stages import head_in_layers, stage_ranks, stages
+
+Kind = Literal["F", "B", "I", "W"]
+"""Forward; backward whole, for the input alone, for the weights alone."""
+
+
+@dataclass(frozen=True)
+class Action:
+    """One computation of a rank."""
+
+    kind: Kind
+    stage: int
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """When it is computed."""
+
+    action: Action
+    start: float
+    end: float
+
+
+def action_lists(parallel: ParallelConfig, micro_batches: int) -> list[list[Action]]:
+    """What each rank of the pipeline computes in a step, in its order."""
+    if parallel.schedule == "1f1b":
+        return [_one_forward_one_backward(rank, parallel.pipeline, micro_batches) for rank in range(parallel.pipeline)]
+    ranks = stage_ranks(parallel)
+    seats = [_Seat(stage, len(ranks), 0, parallel.pipeline) for stage, rank in enumerate(ranks) if rank == 0]
+    kind: Any = get_schedule_class(TORCH_NAMES[parallel.schedule])
+    order = kind(seats, micro_batches).pipeline_order
+    return [_flattened(order[rank]) for rank in range(parallel.pipeline)]
+
+
+def simulate(lists: list[list[Action]], seconds: Mapping[tuple[Kind, int], float]) -> list[list[Span]]:
+    """Each rank runs its list in order, each action once what it needs is there; `seconds` by kind and stage.
+
+    A forward needs that of the stage before, a backward its own forward and the backward of the stage after, the
+    weights' part of a backward its input's part. Communication takes no time.
+    """
+    stages = 1 + max(action.stage for actions in lists for action in actions)
+    done: dict[tuple[str, int, int], float] = {}
+    spans: list[list[Span]] = [[] for _ in lists]
+    while any(len(spans[rank]) < len(actions) for rank, actions in enumerate(lists)):
+        moved = False
+        for rank, actions in enumerate(lists):
+            while len(spans[rank]) < len(actions):
+                action = actions[len(spans[rank])]
+                needs = _needs(action, stages)
+                if not all(need in done for need in needs):
+                    break
+                free = spans[rank][-1].end if spans[rank] else 0.0
+                start = max([free, *(done[need] for need in needs)])
+                end = start + seconds[action.kind, action.stage]
+                spans[rank].append(Span(action, start, end))
+                done["I" if action.kind == "B" else action.kind, action.stage, action.micro_batch] = end
+                moved = True
+        assert moved, "every rank waits for another"
+    return spans
+
+
+def makespan(spans: list[list[Span]]) -> float:
+    """From the first action of any rank to the end of the last."""
+    return max(span.end for rank in spans for span in rank)
+
+
+def bubble(spans: list[list[Span]]) -> float:
+    """Share of all ranks' time in which they wait."""
+    busy = sum(span.end - span.start for rank in spans for span in rank)
+    return 1 - busy / (makespan(spans) * len(spans))
+
+
+def relative_seconds(config: RunConfig) -> dict[tuple[Kind, int], float]:
+    """How long each action of each stage takes, where a layer's forward takes 1: its backward 2, half for the weights.
+
+    The first stage computes nothing for its input: torch leaves all of its backward to the weights' part.
+    """
+    head = head_in_layers(config.model, config.data.sequence_length)
+    every = stages(config)
+    found: dict[tuple[Kind, int], float] = {}
+    for stage in every:
+        cost = len(stage.layers) + (head if stage == every[-1] else 0.0)
+        first = stage.index == 0
+        parts: dict[Kind, float] = {"F": 1, "B": 2, "I": 0 if first else 1, "W": 2 if first else 1}
+        found |= {(kind, stage.index): times * cost for kind, times in parts.items()}
+    return found
+
+
+def timeline(config: RunConfig, micro_batches: int, width: int) -> str:
+    """The step of a run as `draw` shows it, with the share of waiting under it."""
+    spans = simulate(action_lists(config.parallel, micro_batches), relative_seconds(config))
+    ideal = 1 / (1 - bubble(spans))
+    return "\n".join(
+        [
+            f"{config.parallel.schedule}, {micro_batches} micro-batches, {config.parallel.pipeline} pipeline ranks, "
+            f"layers per stage {' '.join(str(len(stage.layers)) for stage in stages(config))}",
+            draw(spans, width),
+            "digits: forward of a micro-batch, letters: its backward, w: weights' part of a backward, '.': waiting",
+            f"waiting: {bubble(spans):.1%} of all ranks' time; the step takes {ideal:.2f} times its work",
+        ]
+    )
+
+
+def draw(spans: list[list[Span]], width: int) -> str:
+    """A line per rank: digits are forwards, letters backwards, by micro-batch; `w` weights' parts, `.` waiting."""
+    scale = width / makespan(spans)
+    lines = []
+    for rank, row in enumerate(spans):
+        line = ["."] * width
+        for span in row:
+            first, last = round(span.start * scale), max(round(span.end * scale), round(span.start * scale) + 1)
+            line[first:last] = _letter(span.action) * (min(last, width) - first)
+        lines.append(f"{rank:>3} {''.join(line)}")
+    return "\n".join(lines)
+
+
+def _letter(action: Action) -> str:
+    if action.kind == "W":
+        return "w"
+    return ("0123456789" if action.kind == "F" else "abcdefghij")[action.micro_batch % 10]
+
+
+def _needs(action: Action, stages: int) -> list[tuple[str, int, int]]:
+    stage, m = action.stage, action.micro_batch
+    if action.kind == "F":
+        return [("F", stage - 1, m)] if stage > 0 else []
+    if action.kind == "W":
+        return [("I", stage, m)]
+    return [("F", stage, m), *([("I", stage + 1, m)] if stage < stages - 1 else [])]
+
+
+def _one_forward_one_backward(rank: int, ranks: int, micro_batches: int) -> list[Action]:
+    ahead = min(micro_batches, ranks - rank)
+    actions = [Action("F", rank, m) for m in range(ahead)]
+    for m in range(micro_batches):
+        actions.append(Action("B", rank, m))
+        if ahead + m < micro_batches:
+            actions.append(Action("F", rank, ahead + m))
+    return actions
+
+
+def _flattened(order: list[Any]) -> list[Action]:
+    """Without waiting, which the simulation finds itself; a forward that overlaps a backward comes before it."""
+    whole = [action for action in order if action is not None]
+    parts = [part for action in whole for part in (action.sub_actions or [action])]
+    return [Action(part.computation_type.value, part.stage_index, part.microbatch_index) for part in parts]
+
+
+class _Seat:
+    """As much of a stage as a schedule looks at when it makes its lists: no process group, no module."""
+
+    def __init__(self, stage_index: int, num_stages: int, group_rank: int, group_size: int) -> None:
+        self.stage_index, self.num_stages = stage_index, num_stages
+        self.group_rank, self.group_size = group_rank, group_size
+        self.is_first, self.is_last = stage_index == 0, stage_index == num_stages - 1
+        self.submod = nn.Identity()
+        self.stage_index_to_group_rank: dict[int, int] = {}

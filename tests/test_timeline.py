@@ -1,0 +1,172 @@
+"""Timelines: the lists are what training runs, and real stages that take known times wait as long as they say."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from megallama.cli import app
+from megallama.config.load import load_config
+from megallama.config.schema import ParallelConfig, RunConfig, Schedule
+from megallama.parallel.mesh import Launch, build_mesh
+from megallama.parallel.spawn import run_ranks
+from megallama.parallel.topology import Topology
+from megallama.pipeline import Pipeline, Stage
+from megallama.plan.stages import stage_ranks
+from megallama.timeline import Action, Kind, Span, action_lists, bubble, draw, makespan, simulate
+
+UNIT = 0.03
+"""Seconds of one part of the work of all stages of a rank: long beside what Python and gloo add."""
+
+SCHEDULES: list[Schedule] = ["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"]
+
+
+def seconds(parallel: ParallelConfig, unit: float = UNIT) -> dict[tuple[Kind, int], float]:
+    """The same work on each rank, whatever the number of its stages. Stage 0 leaves its backward to the weights."""
+    count = len(stage_ranks(parallel))
+    part = unit * parallel.pipeline / count
+    found: dict[tuple[Kind, int], float] = {}
+    for stage in range(count):
+        parts: dict[Kind, float] = {"F": 1, "B": 2, "I": 1 if stage else 0, "W": 1 if stage else 2}
+        found |= {(kind, stage): part * times for kind, times in parts.items()}
+    return found
+
+
+def simulated(schedule: Schedule, pp: int, micro_batches: int) -> list[list[Span]]:
+    parallel = ParallelConfig(pipeline=pp, schedule=schedule)
+    return simulate(action_lists(parallel, micro_batches), seconds(parallel))
+
+
+@pytest.mark.parametrize(("pp", "micro_batches"), [(2, 4), (4, 8), (4, 16), (8, 32)])
+def test_bubbles_are_those_of_the_literature(pp: int, micro_batches: int) -> None:
+    """(p - 1) / (m + p - 1) for 1F1B, its warm-up halved by two chunks, and by a V the fill of half a forward."""
+    m, p = micro_batches, pp
+    assert bubble(simulated("1f1b", p, m)) == pytest.approx((p - 1) / (m + p - 1))
+    assert bubble(simulated("interleaved1f1b", p, m)) == pytest.approx((p - 1) / (2 * m + p - 1))
+    fill = (p - 1) / 2
+    assert bubble(simulated("zbvzerobubble", p, m)) == pytest.approx(fill / (3 * m + fill), rel=0.35)
+
+
+def test_the_drawing_of_two_micro_batches() -> None:
+    spans = simulate(action_lists(ParallelConfig(pipeline=2), 2), {("F", 0): 1, ("F", 1): 1, ("B", 0): 2, ("B", 1): 2})
+    assert makespan(spans) == 9
+    assert draw(spans, 9) == "  0 01..aa.bb\n  1 .0aa1bb.."
+
+
+class Busy(torch.autograd.Function):
+    """Passes x on; takes `forward` seconds there and `backward` seconds back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: float, backward: float) -> Tensor:
+        ctx.seconds = backward
+        time.sleep(forward)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        time.sleep(ctx.seconds)
+        return grads[0], None, None
+
+
+class SleepingStage(nn.Module):
+    """A stage whose forward, input gradient and weight gradient take their times."""
+
+    def __init__(self, index: int, count: int, part: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(8))
+        self.first, self.last, self.part = index == 0, index == count - 1, part
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        if self.first:
+            x = torch.zeros(*x.shape, 8, requires_grad=True)
+        weight = Busy.apply(self.weight, 0.0, self.part)  # type: ignore[no-untyped-call]
+        x = Busy.apply(x, self.part, self.part) + weight  # type: ignore[no-untyped-call]
+        return x.sum() if self.last else x
+
+
+class SleepingChunks(nn.Module):
+    """In the place of `Chunks`."""
+
+    def __init__(self, config: RunConfig, rank: int) -> None:
+        super().__init__()
+        ranks = stage_ranks(config.parallel)
+        self.indices = [stage for stage, holder in enumerate(ranks) if holder == rank]
+        part = UNIT * config.parallel.pipeline / len(ranks)
+        self.models = nn.ModuleList(SleepingStage(index, len(ranks), part) for index in self.indices)
+
+
+def step_seconds(launch: Launch, config: RunConfig, micro_batches: int) -> tuple[float, list[Action]]:
+    """Of the second step, and what this rank computed in it."""
+    done: list[Action] = []
+    record(done)
+    mesh = build_mesh(Topology(pp=config.parallel.pipeline), launch, torch.device("cpu"))
+    chunks: Any = SleepingChunks(config, mesh.pp.rank)
+    pipeline = Pipeline(chunks, config, mesh, micro_batches, lambda _: None)
+    batch = torch.zeros(1, config.data.sequence_length, dtype=torch.int64)
+    for _ in range(2):
+        torch.distributed.barrier()
+        done.clear()
+        began = time.perf_counter()
+        pipeline.forward_backward([(batch, batch)] * micro_batches, torch.ones(()))
+        torch.distributed.barrier()
+        taken = time.perf_counter() - began
+    return taken, done
+
+
+def record(done: list[Action]) -> None:
+    """Note every computation of this rank's stages."""
+    forward, backward, weights = Stage.forward_one_chunk, Stage.backward_one_chunk, Stage.backward_weight_one_chunk
+
+    def forward_one_chunk(self: Stage, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        done.append(Action("F", self.stage_index, fwd_chunk_id))
+        return forward(self, fwd_chunk_id, *args, **kwargs)
+
+    def backward_one_chunk(self: Stage, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        done.append(Action("B" if kwargs.get("full_backward", True) else "I", self.stage_index, bwd_chunk_id))
+        backward(self, bwd_chunk_id, *args, **kwargs)
+
+    def backward_weight_one_chunk(self: Stage, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        done.append(Action("W", self.stage_index, bwd_chunk_id))
+        weights(self, bwd_chunk_id, *args, **kwargs)
+
+    Stage.forward_one_chunk = forward_one_chunk  # type: ignore[method-assign]
+    Stage.backward_one_chunk = backward_one_chunk  # type: ignore[method-assign]
+    Stage.backward_weight_one_chunk = backward_weight_one_chunk  # type: ignore[method-assign]
+
+
+def test_stages_of_known_times_take_as_long_as_simulated_and_run_in_its_order() -> None:
+    pp, micro_batches = 4, 8
+    taken: dict[Schedule, float] = {}
+    for schedule in SCHEDULES:
+        overrides = [f"parallel.pipeline={pp}", f"parallel.schedule={schedule}", "model.hidden_size=8"]
+        config = load_config("configs/debug.yaml", [*overrides, "data.sequence_length=4", "train.micro_batch_size=1"])
+        found = run_ranks(step_seconds, pp, config, micro_batches)
+        spans = simulated(schedule, pp, micro_batches)
+        assert [done for _, done in found] == action_lists(config.parallel, micro_batches), schedule
+        taken[schedule] = max(seconds for seconds, _ in found)
+        assert taken[schedule] == pytest.approx(makespan(spans), rel=0.1), schedule
+        busy = sum(span.end - span.start for rank in spans for span in rank)
+        measured = 1 - busy / (taken[schedule] * pp)
+        assert measured == pytest.approx(bubble(spans), abs=0.1 * max(bubble(spans), 0.1)), schedule
+    assert taken["1f1b"] > taken["interleaved1f1b"] > max(taken["dualpipev"], taken["zbvzerobubble"])
+
+
+def test_plan_draws_the_timeline() -> None:
+    result = CliRunner().invoke(app, ["plan", "configs/7b.yaml", "--timeline", "--gpus", "128"])
+    assert result.exit_code == 0
+    assert "1f1b, 16 micro-batches, 4 pipeline ranks, layers per stage 8 8 8 8" in result.stdout
+    assert "waiting: 16" in result.stdout
+
+
+def test_plan_refuses_a_timeline_of_nothing(tmp_path: Path) -> None:
+    from megallama.errors import UserError
+
+    result = CliRunner().invoke(app, ["plan", "configs/debug.yaml", "--timeline"])
+    assert isinstance(result.exception, UserError)
+    assert "parallel.pipeline=1 has no timeline" in str(result.exception)

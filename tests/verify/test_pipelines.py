@@ -1,0 +1,49 @@
+"""Pipelines give the answer of one process: every schedule, at its fewest micro-batches and where rounds are uneven."""
+
+from __future__ import annotations
+
+import pytest
+
+from megallama.verify.layout import parse_layout
+from megallama.verify.verify import verify
+from tests.verify.test_parity import TIED, assert_all_equal, debug_config
+
+# The fewest micro-batches that each schedule takes, and more that pp does not divide.
+PP2 = ["pp2", "pp2-acc3", "pp2-interleaved1f1b", "pp2-interleaved1f1b-acc3"]
+PP2_V = ["pp2-dualpipev", "pp2-dualpipev-acc5", "pp2-zbvzerobubble", "pp2-zbvzerobubble-acc5"]
+PP4 = ["pp4", "pp4-acc5", "pp4-interleaved1f1b", "pp4-interleaved1f1b-acc5"]
+PP4_V = ["pp4-dualpipev", "pp4-dualpipev-acc9", "pp4-zbvzerobubble", "pp4-zbvzerobubble-acc9"]
+MIXED = [
+    "pp2-dp2",
+    "pp2-dualpipev-dp2",
+    "tp2-pp2",
+    "tp2-pp2-nosp-selective",
+    "tp2-pp2-interleaved1f1b-full",
+    "tp2-pp2-zbvzerobubble-full",
+    "tp2-pp2-dualpipev",
+    "pp2-split1+3",
+    "pp2-zbvzerobubble-split1+4+2+1",
+]
+IN_BOTH = ["pp2-acc3", "pp2-interleaved1f1b-acc3", "pp2-dualpipev", "pp2-zbvzerobubble", "pp2-dp2", "tp2-pp2-dualpipev"]
+
+
+def check(layout: str, dtype: str, *overrides: str) -> None:
+    assert_all_equal(verify(debug_config(*overrides), [parse_layout(layout)], dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", IN_BOTH)
+def test_a_pipeline_gives_the_answer_of_one_process(layout: str, dtype: str) -> None:
+    check(layout, dtype)
+
+
+@pytest.mark.layouts
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", [x for x in PP2 + PP2_V + PP4 + PP4_V + MIXED if x not in IN_BOTH])
+def test_every_pipeline_gives_the_answer_of_one_process(layout: str, dtype: str) -> None:
+    check(layout, dtype)
+
+
+@pytest.mark.parametrize("schedule", ["dualpipev", "zbvzerobubble"])
+def test_a_v_ties_its_ends(schedule: str) -> None:
+    check(f"pp2-{schedule}", "fp32", TIED)
