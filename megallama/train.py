@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -219,7 +219,7 @@ def loop(run: Run, state: TrainState) -> None:
         if log_now:
             write_train_event(run, state, loss, result.grad_norm, lr, pace.take())
         if evaluate_now:
-            evaluate_splits(run, state)
+            state = evaluate_splits(run, state)
         if save_now:
             save_checkpoint(run, state)
     whole = state.step >= run.total_steps
@@ -273,12 +273,15 @@ def write_train_event(run: Run, state: TrainState, loss: Tensor, grad_norm: floa
     )
 
 
-def evaluate_splits(run: Run, state: TrainState) -> None:
-    """Loss and perplexity on train and validation data; every rank must call it."""
+def evaluate_splits(run: Run, state: TrainState) -> TrainState:
+    """Loss and perplexity on train and validation data, the latter also in the state; every rank must call it."""
     for split, data in (("train", run.train_data), ("validation", run.validation_data)):
         if data is not None:
             loss = evaluate(run.engine, data, run.config.evaluation.samples, run.mesh)
             run.metrics.write("eval", step=state.step, split=split, loss=loss, perplexity=math.exp(min(loss, 700.0)))
+            if split == "validation" and math.isfinite(loss):
+                state = replace(state, validation_loss=loss)
+    return state
 
 
 def save_checkpoint(run: Run, state: TrainState) -> None:

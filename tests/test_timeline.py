@@ -21,7 +21,7 @@ from megallama.pipeline import Pipeline, Stage
 from megallama.plan.stages import stage_ranks
 from megallama.timeline import Action, Kind, Span, action_lists, bubble, draw, makespan, simulate
 
-UNIT = 0.03
+UNIT = 0.06
 """Seconds of one part of the work of all stages of a rank: long beside what Python and gloo add."""
 
 SCHEDULES: list[Schedule] = ["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"]
@@ -102,21 +102,22 @@ class SleepingChunks(nn.Module):
 
 
 def step_seconds(launch: Launch, config: RunConfig, micro_batches: int) -> tuple[float, list[Action]]:
-    """Of the second step, and what this rank computed in it."""
+    """Of the faster of two steps after the first, and what this rank computed in it."""
     done: list[Action] = []
     record(done)
     mesh = build_mesh(Topology(pp=config.parallel.pipeline), launch, torch.device("cpu"))
     chunks: Any = SleepingChunks(config, mesh.pp.rank)
     pipeline = Pipeline(chunks, config, mesh, micro_batches, lambda _: None)
     batch = torch.zeros(1, config.data.sequence_length, dtype=torch.int64)
-    for _ in range(2):
+    taken = []
+    for _ in range(3):
         torch.distributed.barrier()
         done.clear()
         began = time.perf_counter()
         pipeline.forward_backward([(batch, batch)] * micro_batches, torch.ones(()))
         torch.distributed.barrier()
-        taken = time.perf_counter() - began
-    return taken, done
+        taken.append(time.perf_counter() - began)
+    return min(taken[1:]), done
 
 
 def record(done: list[Action]) -> None:
@@ -161,7 +162,7 @@ def test_plan_draws_the_timeline() -> None:
     result = CliRunner().invoke(app, ["plan", "configs/7b.yaml", "--timeline", "--gpus", "128"])
     assert result.exit_code == 0
     assert "1f1b, 16 micro-batches, 4 pipeline ranks, layers per stage 8 8 8 8" in result.stdout
-    assert "waiting: 16" in result.stdout
+    assert "waiting: 19.4% of all ranks' time" in result.stdout
 
 
 def test_plan_refuses_a_timeline_of_nothing(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 STATE = "state.json"
 LATEST = "latest"
+BEST = "best"
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -52,6 +53,8 @@ class TrainState:
     """Sequences consumed: the position in the data."""
     updates: int = 0
     """Steps whose update was applied; fewer than `step` where a gradient was not finite."""
+    validation_loss: float | None = None
+    """Of these very weights, where it was evaluated and is finite."""
 
     def after(self, samples: int, *, applied: bool) -> TrainState:
         """The state one step of `samples` sequences later."""
@@ -83,7 +86,10 @@ def save(
     data: DataIdentity,
     keep: int,
 ) -> Path:
-    """Write a checkpoint of `state` under `folder` and drop all but the newest `keep`; every rank must call it."""
+    """Write a checkpoint of `state` under `folder`; every rank must call it.
+
+    Of the older ones the newest `keep` stay, and the one of the best validation loss.
+    """
     final = folder / f"step_{state.step:08d}"
     partial = folder / f".{final.name}.partial"
     if mesh.rank == 0:
@@ -101,8 +107,7 @@ def save(
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _replace_text(folder / LATEST, final.name)
-        for old in complete_checkpoints(folder)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
+        _drop_old(folder, keep)
     dist.barrier(mesh.world.group)
     return final
 
@@ -211,6 +216,18 @@ def _check_same_data(path: Path, data: DataIdentity) -> None:
             f"the data of the run (data.path, data.sequence_length or the split) is not that of the checkpoint {path}; "
             f"use the same data, or another run.dir with checkpoint.init_from={path}"
         )
+
+
+def _drop_old(folder: Path, keep: int) -> None:
+    found = complete_checkpoints(folder)
+    losses = {path: read_state(path).validation_loss for path in found}
+    evaluated = {path: loss for path, loss in losses.items() if loss is not None}
+    best = min(evaluated, key=lambda path: evaluated[path], default=None)
+    if best is not None:
+        _replace_text(folder / BEST, best.name)
+    for old in found[keep:]:
+        if old != best:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _replace_text(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megallama.checkpoint.storage import METADATA, stored_shapes
-from megallama.checkpoint.store import LATEST, STATE, complete_checkpoints, load_weights
+from megallama.checkpoint.store import BEST, LATEST, STATE, complete_checkpoints, load_weights, read_state
 from megallama.config.schema import RunConfig
 from megallama.parallel.spawn import RankFailedError, run_ranks
 from megallama.verify.compare import read_tensors
@@ -95,6 +95,22 @@ def test_only_the_newest_are_kept_and_latest_names_the_last(dataset: Path, tmp_p
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == [LATEST, "step_00000004", "step_00000005"]
     assert (tmp_path / "checkpoints" / LATEST).read_text() == "step_00000005"
+
+
+def test_the_best_by_validation_loss_is_kept_beside_the_newest(dataset: Path, tmp_path: Path) -> None:
+    """At a rate that ruins the model in the end, but not in the first steps."""
+    tree = settings(tmp_path, dataset, "zero1", keep=1).model_dump()
+    tree["optimizer"]["lr"] = 0.05
+    tree["evaluation"]["every"] = 1
+    run_ranks(train_rank, 1, RunConfig.model_validate(tree), None)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = {e["step"]: e["loss"] for e in lines if e["event"] == "eval" and e["split"] == "validation" and e["step"]}
+    best = min(losses, key=lambda step: losses[step])
+    assert best < STEPS
+    folder = tmp_path / "checkpoints"
+    assert [p.name for p in complete_checkpoints(folder)] == [f"step_{STEPS:08d}", f"step_{best:08d}"]
+    assert (folder / BEST).read_text() == f"step_{best:08d}"
+    assert read_state(folder / f"step_{best:08d}").validation_loss == losses[best]
 
 
 def test_a_run_that_starts_over_loses_nothing_of_the_one_before(dataset: Path, tmp_path: Path) -> None:
