@@ -64,7 +64,7 @@ def shrink(
                 "device": "cpu",
             },
             # A rate at which a few steps go somewhere, and a clip that every step meets.
-            "optimizer": config.optimizer.model_dump() | {"lr": 3e-3, "clip": 0.5},
+            "optimizer": config.optimizer.model_dump() | {"lr": 1e-3, "clip": 0.5},
             "schedule": {"kind": "constant"},
             "evaluation": {"samples": global_batch_size},
             "checkpoint": {"every": 1, "keep": steps + 1, "resume": "never"},

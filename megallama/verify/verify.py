@@ -10,9 +10,9 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
 from math import lcm
 from pathlib import Path
+from random import Random
 
 import torch
 from torch import Tensor
@@ -106,10 +106,18 @@ def verify(
 
 
 def write_dataset(folder: Path) -> Path:
-    """Short documents of bytes: products, the same on every machine, so that figures can be compared."""
+    """Short documents of bytes: words in an order drawn once, the same on every machine, so that figures compare."""
+    text = (
+        "a all an and are as at be but by can come day do first for from get give go have he her him his how if in to "
+        "is it its know like look make man many more my new no not of on one only or other our out people see she so "
+        "some than that the their them then there these they think this time to two up use very was way we well were "
+        "what when which who will with would year you"
+    )
+    words, random = text.split(), Random(0)
     folder.joinpath("lines").mkdir()
-    for a, b in product(range(2, 30), repeat=2):
-        folder.joinpath("lines", f"{a:02d}_{b:02d}.txt").write_text(f"{a} times {b} is {a * b}")
+    for number in range(400):
+        line = " ".join(random.choices(words, k=random.randint(3, 18)))
+        folder.joinpath("lines", f"{number:03d}.txt").write_text(line)
     build_dataset([str(folder / "lines")], str(folder / "data"), "bytes", workers=1)
     return folder / "data"
 
