@@ -41,8 +41,8 @@ class Bounds:
 # so weights move apart wherever a gradient is near zero: they are held to the length of the way they went.
 BOUNDS = {
     "fp32": Bounds(loss=1e-6, first_norm=1e-5, gradient=1e-5, norm=1e-3, update=1e-3),
-    # Three times the worst of 160 comparisons: 24 seeds at 5 layouts, and one seed at 10 layouts of 4 models.
-    "bf16": Bounds(loss=2.2e-3, first_norm=2.5e-3, gradient=2.5e-2, norm=6e-2, update=5.6e-1),
+    # Three times the worst of 18 comparisons at 12 layouts, tied and with fewer heads; the loss eight times.
+    "bf16": Bounds(loss=5e-4, first_norm=2e-3, gradient=2.5e-2, norm=2.5e-2, update=3e-1),
 }
 
 

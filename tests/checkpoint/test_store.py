@@ -93,7 +93,7 @@ def test_a_checkpoint_without_metadata_or_state_does_not_exist(finished: Path, d
 def test_only_the_newest_are_kept_and_latest_names_the_last(dataset: Path, tmp_path: Path) -> None:
     run_ranks(train_rank, 1, settings(tmp_path, dataset, "zero1", keep=2), None)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == [LATEST, "step_00000004", "step_00000005"]
+    assert names == [BEST, LATEST, "step_00000004", "step_00000005"]
     assert (tmp_path / "checkpoints" / LATEST).read_text() == "step_00000005"
 
 
