@@ -42,6 +42,29 @@ KEYS: dict[str, tuple[list[str], int, list[str]]] = {
     "no run directory": (["run.dir="], 1, ["run.dir="]),
     "a file for a run directory": (["run.dir=README.md"], 1, ["run.dir=README.md", "is not a folder"]),
     "no account": (["logging.wandb={project: x}"], 1, ["logging.wandb.mode=online", "logging.wandb.mode=offline"]),
+    "fewer layers than chunks": (
+        ["parallel.pipeline=2", "parallel.schedule=dualpipev"],
+        2,
+        ["num_hidden_layers=2", "2 * 2 = 4 stages", "parallel.pipeline=1"],
+    ),
+    "too few micro-batches": (
+        ["parallel.pipeline=2", "parallel.schedule=dualpipev", "model.num_hidden_layers=4"],
+        2,
+        ["= 2 micro-batches", "dualpipev", "train.global_batch_size=8"],
+    ),
+    "too few micro-batches of ZBV": (
+        ["parallel.pipeline=2", "parallel.schedule=zbvzerobubble", "model.num_hidden_layers=4"],
+        2,
+        ["= 2 micro-batches", "zbvzerobubble", "train.global_batch_size=6"],
+    ),
+    "ZeRO 2 in a pipeline": (["parallel.pipeline=2", "zero.stage=2"], 2, ["zero.stage=2", "use zero.stage=1"]),
+    "ZeRO 3 in a pipeline": (["parallel.pipeline=2", "zero.stage=3"], 2, ["zero.stage=3", "use zero.stage=1"]),
+    "one weight on two ranks": (
+        ["parallel.pipeline=2", "model.tie_word_embeddings=true"],
+        2,
+        ["tie_word_embeddings=true", "1f1b", "use parallel.schedule=zbvzerobubble"],
+    ),
+    "unknown schedule": (["parallel.schedule=zbv"], 1, ["parallel.schedule=zbv", "zbvzerobubble"]),
     "stop after the end": (["train.stop_after=5"], 1, ["train.stop_after=5", "train.stop_after=4"]),
     "no CUDA": (["train.device=cuda"], 1, ["train.device=cuda", "train.device=cpu"]),
 }

@@ -129,6 +129,13 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 }
 
 
+PP2 = [
+    "parallel.pipeline=2",
+    "model.num_hidden_layers=5",
+    "train.micro_batch_size=1",
+]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_stopped_after_step_2_goes_on_as_if_it_had_not(layout: str, byte_dataset: str, tmp_path: Path) -> None:
     world_size, overrides = LAYOUTS[layout]
@@ -201,15 +208,32 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
     assert (state["step"], state["samples"], state["updates"]) == (4, 16, 3)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_evaluation_touches_neither_weight_nor_gradient_nor_moment(
-    stage: int, byte_dataset: str, tmp_path: Path
-) -> None:
-    runs = {every: tmp_path / f"every-{every}" for every in (0, 1)}
+PIPELINES = {
+    f"{schedule} {dtype}": [f"parallel.schedule={schedule}", f"train.dtype={dtype}", *PP2]
+    for schedule in ("1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble")
+    for dtype in ("fp32", "bf16")
+}
+IN_EVERY_RUN = ("1f1b fp32", "dualpipev bf16")
+
+
+@pytest.mark.parametrize("overrides", [["zero.stage=1"], ["zero.stage=3"], *(PIPELINES[name] for name in IN_EVERY_RUN)])
+def test_evaluation_touches_nothing(overrides: list[str], byte_dataset: str, tmp_path: Path) -> None:
+    assert_evaluation_touches_nothing(overrides, byte_dataset, tmp_path)
+
+
+@pytest.mark.layouts
+@pytest.mark.parametrize("pipeline", [name for name in PIPELINES if name not in IN_EVERY_RUN])
+def test_evaluation_touches_nothing_in_any_pipeline(pipeline: str, byte_dataset: str, tmp_path: Path) -> None:
+    assert_evaluation_touches_nothing(PIPELINES[pipeline], byte_dataset, tmp_path)
+
+
+def assert_evaluation_touches_nothing(overrides: list[str], dataset: str, folder: Path) -> None:
+    """Neither weight nor moment nor generator, nor the gradients that wait for their step."""
+    runs = {every: folder / f"every-{every}" for every in (0, 1)}
     for every, run_dir in runs.items():
-        words = arguments(byte_dataset, run_dir, f"zero.stage={stage}", f"evaluation.every={every}")
-        for hashes in run_ranks(watch_evaluations, 2, words):
-            assert len(hashes) == (5 if every else 2)
+        words = arguments(dataset, run_dir, *overrides, f"evaluation.every={every}")
+        for hashes in run_ranks(watch_evaluations, 2, words, every):
+            assert len(hashes) == (5 + 4 if every else 2)
             assert [before == after for before, after in hashes] == [True] * len(hashes)
     assert losses(runs[0]) == losses(runs[1])
     assert_same_tensors(runs[0], runs[1])
@@ -268,7 +292,7 @@ def watch_steps(launch: Launch, words: list[str]) -> list[tuple[str, str]]:
 
         def watched(run: Any, *rest: Any) -> Any:
             if len(seen) == 1 and launch.rank == launch.world_size - 1:
-                poison_next_gradient(run.model.layers["1"].mlp.down_proj.weight)
+                poison_next_gradient(run.model.models[0].layers["1"].mlp.down_proj.weight)
             return around(seen, run, lambda: original(run, *rest))
 
         megallama.train.train_step = watched
@@ -277,15 +301,27 @@ def watch_steps(launch: Launch, words: list[str]) -> list[tuple[str, str]]:
     return seen
 
 
-def watch_evaluations(launch: Launch, words: list[str]) -> list[tuple[str, str]]:
-    """Hashes of all state around each evaluation."""
+def watch_evaluations(launch: Launch, words: list[str], between: int) -> list[tuple[str, str]]:
+    """Hashes of all state around each evaluation, with `between` also before each step, when gradients are there."""
     seen: list[tuple[str, str]] = []
 
     def plant() -> None:
         import megallama.train
 
-        original = megallama.train.evaluate_splits
-        megallama.train.evaluate_splits = lambda run, *rest: around(seen, run, lambda: original(run, *rest))
+        evaluate, count = megallama.train.evaluate_splits, megallama.train.count_labels
+
+        def watched(run: Any, state: Any) -> Any:
+            return around(seen, run, lambda: evaluate(run, state))
+
+        def train_step(run: Any, batches: Any, lr: float) -> Any:
+            scale = run.mesh.data.size / count(batches, run.mesh)
+            loss = run.engine.forward_backward(megallama.train.on_device(batches, run.mesh.device), scale)
+            if between:
+                around(seen, run, lambda: megallama.train.evaluate(run.engine, run.train_data, 4, run.mesh))
+            return loss, run.engine.step(lr)
+
+        megallama.train.evaluate_splits = watched
+        megallama.train.train_step = train_step
 
     assert pretrain_here(launch, words, plant) == (0, "")
     return seen
@@ -307,8 +343,8 @@ def poison_next_gradient(parameter: Tensor) -> None:
 
 
 def state_hash(run: Any) -> str:
-    """Of this rank's weights, their gradients, master weights and moments."""
-    digest = hashlib.sha256()
+    """Of this rank's weights, their gradients, master weights and moments, and of its random generator."""
+    digest = hashlib.sha256(torch.get_rng_state().numpy().tobytes())
     for parameter in run.model.parameters():
         held = getattr(parameter, "ds_tensor", parameter)  # what ZeRO 3 keeps of a parameter
         for tensor in (held, parameter.grad):

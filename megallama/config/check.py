@@ -165,6 +165,11 @@ def _check_pipeline(config: RunConfig) -> None:
             f"parallel.layers_per_stage={list(split)} has {len(split)} stages and {sum(split)} layers; {words} and "
             f"model.num_hidden_layers={model.num_hidden_layers}, so use for example [{even}]"
         )
+    if config.train.compile and parallel.schedule in V_SHAPED:
+        raise UserError(
+            f"train.compile=true does not go with parallel.schedule={parallel.schedule}, which runs a backward in two "
+            "parts; use train.compile=false, or parallel.schedule=interleaved1f1b"
+        )
     if model.tie_word_embeddings and parallel.schedule not in V_SHAPED:
         raise UserError(
             f"model.tie_word_embeddings=true with parallel.pipeline={parallel.pipeline} under {parallel.schedule} puts "

@@ -105,6 +105,11 @@ REFUSED: list[tuple[list[str], int, str, list[tuple[list[str], int]]]] = [
     (["parallel.pipeline=4", "train.micro_batch_size=8"], 4,
      "= 2 micro-batches, which 1f1b cannot run over parallel.pipeline=4; nearest legal: train.global_batch_size=32",
      [(["parallel.pipeline=4", "train.micro_batch_size=8", "train.global_batch_size=32"], 4)]),
+    (["parallel.pipeline=2", "parallel.schedule=dualpipev", "train.compile=true"], 2,
+     "train.compile=true does not go with parallel.schedule=dualpipev, which runs a backward in two parts; "
+     "use train.compile=false, or parallel.schedule=interleaved1f1b",
+     [(["parallel.pipeline=2", "parallel.schedule=interleaved1f1b", "train.compile=true"], 2),
+      (["parallel.pipeline=2", "parallel.schedule=dualpipev"], 2)]),
     (["parallel.pipeline=2", "parallel.layers_per_stage=[3, 2]"], 2,
      "parallel.layers_per_stage=[3, 2] has 2 stages and 5 layers; parallel.pipeline * chunks of 1f1b = 2 * 1 = 2 and "
      "model.num_hidden_layers=4, so use for example [2, 2]",
