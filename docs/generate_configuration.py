@@ -95,7 +95,8 @@ def _value(field: Schema) -> str:
     if "enum" in field or "const" in field:
         return ", ".join(f"`{choice}`" for choice in field.get("enum", [field.get("const")]))
     if field["type"] == "array":
-        return f"list of {len(field['prefixItems'])}, each {_value(field['prefixItems'][0])}"
+        fixed = field.get("prefixItems")
+        return f"list of {len(fixed)}, each {_value(fixed[0])}" if fixed else f"list, each {_value(field['items'])}"
     bounds = [f"{sign} {field[name]}" for name, sign in _BOUNDS if name in field]
     return " ".join([_TYPES[field["type"]], ", ".join(bounds)]).strip()
 

@@ -7,7 +7,7 @@ the schedules' own scaling would come after the optimizer has taken the gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     FORWARD,
-    PipelineScheduleSingle,
+    FULL_BACKWARD,
     _Action,
     _add_send_recv,
     _PipelineScheduleRuntime,
     get_schedule_class,
 )
 
-from megallama.config.schema import RunConfig
+from megallama.config.schema import ParallelConfig, RunConfig
 from megallama.model.chunks import Chunks
 from megallama.parallel.mesh import ParallelMesh
 from megallama.plan.stages import stage_ranks
@@ -30,12 +30,37 @@ from megallama.plan.stages import stage_ranks
 MicroBatch = tuple[Tensor, Tensor]
 """Tokens and labels, [micro_batch_size, sequence_length] each."""
 
-TORCH_NAMES = {
-    "1f1b": "1F1B",
-    "interleaved1f1b": "Interleaved1F1B",
-    "dualpipev": "DualPipeV",
-    "zbvzerobubble": "ZBVZeroBubble",
-}
+_TORCH_NAMES = {"interleaved1f1b": "Interleaved1F1B", "dualpipev": "DualPipeV", "zbvzerobubble": "ZBVZeroBubble"}
+
+
+def make_schedule(
+    parallel: ParallelConfig, stages: Sequence[Any], micro_batches: int, loss: Callable[..., Tensor] | None = None
+) -> _PipelineScheduleRuntime:
+    """The schedule of the run over this rank's `stages`, with the list of what each rank computes.
+
+    torch's own 1F1B is a loop that waits for each message to arrive before it computes on; the runtime of the other
+    schedules waits only for what it needs, so 1F1B runs there as well, from a list of ours.
+    """
+    if parallel.schedule != "1f1b":
+        kind: Any = get_schedule_class(_TORCH_NAMES[parallel.schedule])
+        made: _PipelineScheduleRuntime = kind(stages, micro_batches, loss_fn=loss, scale_grads=False)
+        return made
+    runtime = _PipelineScheduleRuntime(stages, micro_batches, loss_fn=loss, scale_grads=False)
+    ranks = parallel.pipeline
+    runtime.pipeline_order = {rank: _one_forward_one_backward(rank, ranks, micro_batches) for rank in range(ranks)}
+    runtime._prepare_schedule_with_comms(runtime.pipeline_order)
+    return runtime
+
+
+def _one_forward_one_backward(rank: int, ranks: int, micro_batches: int) -> list[_Action | None]:
+    """As many forwards as stages from here on, then backward and forward in turns (arXiv 2006.09503)."""
+    ahead = min(micro_batches, ranks - rank)
+    order: list[_Action | None] = [_Action(rank, FORWARD, m) for m in range(ahead)]
+    for m in range(micro_batches):
+        order.append(_Action(rank, FULL_BACKWARD, m))
+        if ahead + m < micro_batches:
+            order.append(_Action(rank, FORWARD, ahead + m))
+    return order
 
 
 class Pipeline:
@@ -55,7 +80,8 @@ class Pipeline:
         self._chunks, self._config, self._mesh = chunks, config, mesh
         self._ranks = stage_ranks(config.parallel)
         self._scale = torch.ones((), device=mesh.device)
-        self._schedule = self._training_schedule(micro_batches, take_gradients)
+        stages = [stage.taking(take_gradients) for stage in self._make_stages()]
+        self._schedule = make_schedule(config.parallel, stages, micro_batches, self._scaled)
         self._evaluations: dict[int, tuple[_PipelineScheduleRuntime, list[Stage]]] = {}
 
     def forward_backward(self, batches: Iterable[MicroBatch], scale: Tensor) -> Tensor:
@@ -80,21 +106,14 @@ class Pipeline:
                 stage.clear_runtime_states()
         return total
 
-    def _step(self, schedule: Any, batches: list[MicroBatch], **more: Any) -> None:
+    def _step(self, schedule: _PipelineScheduleRuntime, batches: list[MicroBatch], **more: Any) -> None:
         tokens, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         first, last = self._holds(0), self._holds(len(self._ranks) - 1)
-        given = {"labels": labels} if last else {}
+        given: dict[str, Any] = {"labels": labels} if last else {}
         schedule.step(*([tokens] if first else []), target=labels, return_outputs=False, **more, **given)
 
     def _holds(self, stage: int) -> bool:
         return self._ranks[stage] == self._mesh.pp.rank
-
-    def _training_schedule(self, micro_batches: int, take_gradients: Callable[[nn.Module], None]) -> Any:
-        kind = get_schedule_class(TORCH_NAMES[self._config.parallel.schedule])
-        stages: Any = [stage.taking(take_gradients) for stage in self._make_stages()]
-        if issubclass(kind, PipelineScheduleSingle):
-            (stages,) = stages
-        return kind(stages, micro_batches, loss_fn=self._scaled, scale_grads=False)
 
     def _scaled(self, loss: Tensor, _: Tensor) -> Tensor:
         return loss * self._scale

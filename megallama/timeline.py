@@ -1,7 +1,6 @@
 """What each pipeline rank does when: the action lists that training runs, laid out in time, as text.
 
-The lists are torch's own (`torch.distributed.pipelining.schedules`); 1F1B has none there, since it runs as a loop, so
-its order is written down here.
+The lists are those of `pipeline.make_schedule`, made without a process group or a module.
 """
 
 from __future__ import annotations
@@ -11,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
-from torch.distributed.pipelining.schedules import get_schedule_class
 
 from megallama.config.schema import ParallelConfig, RunConfig
-from megallama.pipeline import TORCH_NAMES
+from megallama.pipeline import make_schedule
 from megallama.plan.stages import head_in_layers, stage_ranks, stages
 
 Kind = Literal["F", "B", "I", "W"]
@@ -41,12 +39,9 @@ class Span:
 
 def action_lists(parallel: ParallelConfig, micro_batches: int) -> list[list[Action]]:
     """What each rank of the pipeline computes in a step, in its order."""
-    if parallel.schedule == "1f1b":
-        return [_one_forward_one_backward(rank, parallel.pipeline, micro_batches) for rank in range(parallel.pipeline)]
     ranks = stage_ranks(parallel)
-    seats = [_Seat(stage, len(ranks), 0, parallel.pipeline) for stage, rank in enumerate(ranks) if rank == 0]
-    kind: Any = get_schedule_class(TORCH_NAMES[parallel.schedule])
-    order = kind(seats, micro_batches).pipeline_order
+    seats = [_Seat(stage, len(ranks), parallel.pipeline) for stage, rank in enumerate(ranks) if rank == 0]
+    order = make_schedule(parallel, seats, micro_batches).pipeline_order
     return [_flattened(order[rank]) for rank in range(parallel.pipeline)]
 
 
@@ -147,16 +142,6 @@ def _needs(action: Action, stages: int) -> list[tuple[str, int, int]]:
     return [("F", stage, m), *([("I", stage + 1, m)] if stage < stages - 1 else [])]
 
 
-def _one_forward_one_backward(rank: int, ranks: int, micro_batches: int) -> list[Action]:
-    ahead = min(micro_batches, ranks - rank)
-    actions = [Action("F", rank, m) for m in range(ahead)]
-    for m in range(micro_batches):
-        actions.append(Action("B", rank, m))
-        if ahead + m < micro_batches:
-            actions.append(Action("F", rank, ahead + m))
-    return actions
-
-
 def _flattened(order: list[Any]) -> list[Action]:
     """Without waiting, which the simulation finds itself; a forward that overlaps a backward comes before it."""
     whole = [action for action in order if action is not None]
@@ -167,9 +152,10 @@ def _flattened(order: list[Any]) -> list[Action]:
 class _Seat:
     """As much of a stage as a schedule looks at when it makes its lists: no process group, no module."""
 
-    def __init__(self, stage_index: int, num_stages: int, group_rank: int, group_size: int) -> None:
-        self.stage_index, self.num_stages = stage_index, num_stages
-        self.group_rank, self.group_size = group_rank, group_size
+    group_rank = 0
+
+    def __init__(self, stage_index: int, num_stages: int, group_size: int) -> None:
+        self.stage_index, self.num_stages, self.group_size = stage_index, num_stages, group_size
         self.is_first, self.is_last = stage_index == 0, stage_index == num_stages - 1
         self.submod = nn.Identity()
         self.stage_index_to_group_rank: dict[int, int] = {}

@@ -102,8 +102,8 @@ def parse_layout(name: str) -> Layout:
                 break
         else:
             raise UserError(
-                f"unknown word {word!r} in layout {name!r}; a layout is made of tpN, ppN, dpN and accN with N "
-                "from 1, zeroN with N from 1 to 3, interleaved1f1b, dualpipev, zbvzerobubble, splitN+N+..., nosp, "
+                f"unknown word {word!r} in layout {name!r}; a layout is made of tpN, ppN, dpN and accN with N from 1, "
+                "zeroN with N from 1 to 3, interleaved1f1b, dualpipev, zbvzerobubble, splitN+N+..., nosp, "
                 "selective and full, as tp2-dp2-zero3 or pp2-dualpipev"
             )
     return layout

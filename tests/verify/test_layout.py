@@ -10,7 +10,7 @@ from megallama.verify.verify import verify
 from tests.verify.test_parity import assert_all_equal, debug_config
 
 MISTAKES = {
-    "zero9": "unknown word 'zero9' in layout 'zero9'; a layout is made of tpN, dpN and accN with N from 1, "
+    "zero9": "unknown word 'zero9' in layout 'zero9'; a layout is made of tpN, ppN, dpN and accN with N from 1, "
     "zeroN with N from 1 to 3, ",
     "zero0": "unknown word 'zero0'",
     "tp0": "unknown word 'tp0'",
@@ -19,8 +19,9 @@ MISTAKES = {
     "tp3": "layout tp3-zero1, of the shrunk run: parallel.tensor=3 does not divide model.num_attention_heads=8; "
     "nearest legal: 2 or 4",
     "tp16": "layout tp16-zero1, of the shrunk run: parallel.tensor=16 does not divide model.num_attention_heads=8",
-    "dp3": "layout dp3-zero1: dp * accumulation = 3 does not divide the shrunk batch of 8; use 1, 2, 4 or 8",
-    "dp4-acc4": "layout dp4-zero1-acc4: dp * accumulation = 16 does not divide",
+    "pp2-zero2": "layout pp2-zero2, of the shrunk run: zero.stage=2 does not go with parallel.pipeline=2",
+    "pp2-dualpipev-acc3": "layout pp2-dualpipev-zero1-acc3, of the shrunk run: train.global_batch_size / ",
+    "pp2-split1+1+1": "layout pp2-split1+1+1-zero1, of the shrunk run: parallel.layers_per_stage=[1, 1, 1] has 3 ",
 }
 
 

@@ -86,7 +86,12 @@ def one_rank_raises() -> None:
     [
         ("tp2-nosp", "fp32", no_reduction_after_row_parallel, "loss"),
         ("pp2-dualpipev", "bf16", weight_gradients_of_a_split_backward_lost, "gradient"),
-        ("pp2-zbvzerobubble", "bf16", weight_gradients_of_a_split_backward_lost, "gradient"),
+        (
+            "pp2-zbvzerobubble",  # the last rank loses all it has, which DeepSpeed does not survive
+            "bf16",
+            weight_gradients_of_a_split_backward_lost,
+            "RuntimeError: stack expects a non-empty TensorList",
+        ),
         ("pp2-dp2", "bf16", no_reduction_over_data_parallel_ranks, "gradient"),
         ("tp2", "fp32", no_reduction_of_norm_gradients, "gradient"),
         ("tp2", "bf16", no_reduction_of_norm_gradients, "gradient"),
