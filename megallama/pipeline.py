@@ -82,13 +82,14 @@ class Pipeline:
         self._scale = torch.ones((), device=mesh.device)
         stages = [stage.taking(take_gradients) for stage in self._make_stages()]
         self._schedule = make_schedule(config.parallel, stages, micro_batches, self._scaled)
-        self._evaluations: dict[int, tuple[_PipelineScheduleRuntime, list[Stage]]] = {}
+        self._evaluations: dict[int, _PipelineScheduleRuntime] = {}
 
     def forward_backward(self, batches: Iterable[MicroBatch], scale: Tensor) -> Tensor:
         """Run every micro-batch; the sum of their losses times `scale` where the last stage is, elsewhere 0."""
         self._scale = scale
         losses: list[Tensor] = []
-        self._step(self._schedule, list(batches), losses=losses)
+        arguments, labels = self._inputs(list(batches))
+        self._schedule.step(*arguments, **labels, losses=losses, return_outputs=False)
         return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self._mesh.device)
 
     @torch.no_grad()
@@ -98,19 +99,18 @@ class Pipeline:
         every, size = list(batches), len(self._ranks)
         for first in range(0, len(every), size):  # as many as fill the pipeline, since their outputs are all kept
             group = every[first : first + size]
-            schedule, stages = self._forward_schedule(len(group))
-            self._step(schedule, group)
-            for stage in stages:
-                for loss in stage.output_chunks:
-                    total += loss
-                stage.clear_runtime_states()
+            losses: list[Tensor] = []
+            arguments, labels = self._inputs(group)
+            self._forward_schedule(len(group)).eval(*arguments, **labels, losses=losses, return_outputs=False)
+            for loss in losses:
+                total += loss
         return total
 
-    def _step(self, schedule: _PipelineScheduleRuntime, batches: list[MicroBatch], **more: Any) -> None:
+    def _inputs(self, batches: list[MicroBatch]) -> tuple[list[Tensor], dict[str, Any]]:
+        """What the stages of this rank take of the micro-batches, one after the other along the batch."""
         tokens, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        first, last = self._holds(0), self._holds(len(self._ranks) - 1)
-        given: dict[str, Any] = {"labels": labels} if last else {}
-        schedule.step(*([tokens] if first else []), target=labels, return_outputs=False, **more, **given)
+        arguments = [tokens] if self._holds(0) else []
+        return arguments, {"target": labels} | ({"labels": labels} if self._holds(len(self._ranks) - 1) else {})
 
     def _holds(self, stage: int) -> bool:
         return self._ranks[stage] == self._mesh.pp.rank
@@ -118,14 +118,14 @@ class Pipeline:
     def _scaled(self, loss: Tensor, _: Tensor) -> Tensor:
         return loss * self._scale
 
-    def _forward_schedule(self, micro_batches: int) -> tuple[_PipelineScheduleRuntime, list[Stage]]:
+    def _forward_schedule(self, micro_batches: int) -> _PipelineScheduleRuntime:
         """Each rank runs its forwards in the order of one clock, so none waits in a circle.
 
         torch's own `eval()` runs backward under DualPipeV, where one rank raises and the others hang.
         """
         if micro_batches not in self._evaluations:
             stages, ranks = self._make_stages(), dict(enumerate(self._ranks))
-            runtime = _PipelineScheduleRuntime(stages, micro_batches)
+            runtime = _PipelineScheduleRuntime(stages, micro_batches, loss_fn=lambda loss, _: loss)
             runtime.stage_index_to_group_rank = ranks
             for stage in stages:
                 stage.stage_index_to_group_rank = ranks
@@ -135,7 +135,7 @@ class Pipeline:
                 for rank in range(self._mesh.pp.size)
             }
             runtime.pipeline_order_with_comms = _add_send_recv(forwards, ranks.__getitem__, len(ranks))
-            self._evaluations[micro_batches] = runtime, stages
+            self._evaluations[micro_batches] = runtime
         return self._evaluations[micro_batches]
 
     def _make_stages(self) -> list[Stage]:

@@ -128,8 +128,7 @@ class ParallelConfig(Section):
     sequence: bool | None = None
     """Sequence parallelism between the tensor-parallel regions (arXiv 2205.05198); null means on when tensor > 1."""
     schedule: Schedule = "1f1b"
-    """Order of forward and backward over the pipeline stages: one stage per rank (1f1b, arXiv 2104.04473), several
-    (interleaved1f1b), or two in a V (dualpipev, arXiv 2412.19437; zbvzerobubble, arXiv 2401.10241)."""
+    """Order of forward and backward: one stage per rank (1f1b), several (interleaved1f1b), or two in a V."""
     chunks: int = Field(default=2, ge=2)
     """Stages per rank under interleaved1f1b; 1f1b has one, the V-shaped schedules two."""
     layers_per_stage: tuple[Annotated[int, Field(ge=1)], ...] | Literal["balanced", "even"] = "balanced"
@@ -220,8 +219,7 @@ class CheckpointConfig(Section):
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
     resume: Literal["auto", "must", "never"] = "auto"
-    """auto continues the newest checkpoint of run.dir or starts fresh; must refuses to start fresh; never sets aside
-    what is there and starts fresh."""
+    """auto continues the newest checkpoint or starts fresh; must refuses that; never sets it aside and starts fresh."""
     init_from: str | None = None
     """Checkpoint whose weights start a new run; moments and position start from zero."""
 

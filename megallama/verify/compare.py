@@ -21,6 +21,8 @@ class Trace:
     """Losses and gradient norms by step, the first gradient as the optimizer saw it, and the last weights."""
 
     losses: list[float]
+    evaluations: list[float]
+    """Of each split before the first step and after the last."""
     norms: list[float]
     first_gradient: dict[str, Tensor]
     weights: dict[str, Tensor]
@@ -69,28 +71,29 @@ def read_trace(config: RunConfig) -> Trace:
     checkpoint, behind every reduction and the clip, at any layout and ZeRO stage alike.
     """
     run_dir, beta1 = Path(config.run.dir), config.optimizer.betas[0]
-    events = train_events(run_dir)
+    events = events_of(run_dir, "train")
     folder = run_dir / "checkpoints"
     first = read_tensors(folder / "step_00000001")
     last = read_tensors(folder / f"step_{events[-1]['step']:08d}")
     names = [name for name in last if not name.startswith("optimizer.")]
     return Trace(
         losses=train_losses(run_dir),
+        evaluations=[_number(event["loss"]) for event in events_of(run_dir, "eval")],
         norms=[_number(event["grad_norm"]) for event in events],
         first_gradient={name: first[moment_name(EXP_AVG, name)] / (1 - beta1) for name in names},
         weights={name: last[name] for name in names},
     )
 
 
-def train_events(run_dir: Path) -> list[dict[str, Any]]:
-    """The train events of a run, in order."""
+def events_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of a run of one kind, in order."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == "train"]
+    return [line for line in lines if line["event"] == kind]
 
 
 def train_losses(run_dir: Path) -> list[float]:
     """The losses of its steps."""
-    return [_number(event["loss"]) for event in train_events(run_dir)]
+    return [_number(event["loss"]) for event in events_of(run_dir, "train")]
 
 
 def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
@@ -107,7 +110,8 @@ def compare(trace: Trace, reference: Trace, start: Mapping[str, Tensor]) -> Diff
         for name, gradient in reference.first_gradient.items()
     }
     worst = max(gradients, key=lambda name: _nan_is_worst(gradients[name]))
-    losses = [abs(a / b - 1) for a, b in zip(trace.losses, reference.losses, strict=True)]
+    pairs = zip([*trace.losses, *trace.evaluations], [*reference.losses, *reference.evaluations], strict=True)
+    losses = [abs(a / b - 1) for a, b in pairs]
     norms = [abs(a / b - 1) for a, b in zip(trace.norms, reference.norms, strict=True)]
     updates = (
         relative(trace.weights[name] - weight, weight - start[name]) for name, weight in reference.weights.items()
