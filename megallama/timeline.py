@@ -6,7 +6,7 @@ The lists are those of `pipeline.make_schedule`, made without a process group or
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
@@ -26,6 +26,8 @@ class Action:
     kind: Kind
     stage: int
     micro_batch: int
+    sent_with_next: bool = field(default=False, compare=False)
+    """Its result leaves the rank only after the action that follows it, as in the pairs of DualPipeV."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def simulate(lists: list[list[Action]], seconds: Mapping[tuple[Kind, int], float
     stages = 1 + max(action.stage for actions in lists for action in actions)
     done: dict[tuple[str, int, int], float] = {}
     spans: list[list[Span]] = [[] for _ in lists]
+    leaving: list[list[tuple[str, int, int]]] = [[] for _ in lists]
     while any(len(spans[rank]) < len(actions) for rank, actions in enumerate(lists)):
         moved = False
         for rank, actions in enumerate(lists):
@@ -66,7 +69,10 @@ def simulate(lists: list[list[Action]], seconds: Mapping[tuple[Kind, int], float
                 start = max([free, *(done[need] for need in needs)])
                 end = start + seconds[action.kind, action.stage]
                 spans[rank].append(Span(action, start, end))
-                done["I" if action.kind == "B" else action.kind, action.stage, action.micro_batch] = end
+                leaving[rank].append(_result(action))
+                if not action.sent_with_next:
+                    done |= dict.fromkeys(leaving[rank], end)
+                    leaving[rank].clear()
                 moved = True
         assert moved, "every rank waits for another"
     return spans
@@ -133,6 +139,10 @@ def _letter(action: Action) -> str:
     return ("0123456789" if action.kind == "F" else "abcdefghij")[action.micro_batch % 10]
 
 
+def _result(action: Action) -> tuple[str, int, int]:
+    return "I" if action.kind == "B" else action.kind, action.stage, action.micro_batch
+
+
 def _needs(action: Action, stages: int) -> list[tuple[str, int, int]]:
     stage, m = action.stage, action.micro_batch
     if action.kind == "F":
@@ -143,10 +153,15 @@ def _needs(action: Action, stages: int) -> list[tuple[str, int, int]]:
 
 
 def _flattened(order: list[Any]) -> list[Action]:
-    """Without waiting, which the simulation finds itself; a forward that overlaps a backward comes before it."""
-    whole = [action for action in order if action is not None]
-    parts = [part for action in whole for part in (action.sub_actions or [action])]
-    return [Action(part.computation_type.value, part.stage_index, part.microbatch_index) for part in parts]
+    """Without waiting, which the simulation finds itself; a forward that is paired with a backward comes before it."""
+    found = []
+    for action in order:
+        parts: list[Any] = [] if action is None else list(action.sub_actions or [action])
+        found += [
+            Action(part.computation_type.value, part.stage_index, part.microbatch_index, part is not parts[-1])
+            for part in parts
+        ]
+    return found
 
 
 class _Seat:

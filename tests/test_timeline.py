@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from megallama.pipeline import Pipeline, Stage
 from megallama.plan.stages import stage_ranks
 from megallama.timeline import Action, Kind, Span, action_lists, bubble, draw, makespan, simulate
 
-UNIT = 0.2
+UNIT = 0.1
 """Seconds of one part of the work of all stages of a rank: long beside what Python and gloo add."""
 
 SCHEDULES: list[Schedule] = ["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"]
@@ -101,64 +102,74 @@ class SleepingChunks(nn.Module):
         self.models = nn.ModuleList(SleepingStage(index, len(ranks), part) for index in self.indices)
 
 
-def step_seconds(launch: Launch, config: RunConfig, micro_batches: int) -> tuple[float, list[Action]]:
-    """Of the second step, and what this rank computed in it."""
-    done: list[Action] = []
+Done = list[tuple[Action, float]]
+"""What a rank computed, in its order, and the seconds that each took: a sleep ends when the system lets it."""
+
+
+def fastest_step(launch: Launch, config: RunConfig, micro_batches: int) -> tuple[float, Done]:
+    """Seconds and computations of the fastest of three steps after the first."""
+    done: Done = []
     record(done)
     mesh = build_mesh(Topology(pp=config.parallel.pipeline), launch, torch.device("cpu"))
     chunks: Any = SleepingChunks(config, mesh.pp.rank)
     pipeline = Pipeline(chunks, config, mesh, micro_batches, lambda _: None)
     batch = torch.zeros(1, config.data.sequence_length, dtype=torch.int64)
-    taken = []
-    for _ in range(2):
+    steps: list[tuple[float, Done]] = []
+    for _ in range(4):
         torch.distributed.barrier()
         done.clear()
         began = time.perf_counter()
         pipeline.forward_backward([(batch, batch)] * micro_batches, torch.ones(()))
         torch.distributed.barrier()
-        taken.append(time.perf_counter() - began)
-    return taken[-1], done
+        steps.append((time.perf_counter() - began, list(done)))
+    return min(steps[1:], key=lambda step: step[0])
 
 
-def record(done: list[Action]) -> None:
+def record(done: Done) -> None:
     """Note every computation of this rank's stages."""
-    forward, backward, weights = Stage.forward_one_chunk, Stage.backward_one_chunk, Stage.backward_weight_one_chunk
 
-    def forward_one_chunk(self: Stage, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        done.append(Action("F", self.stage_index, fwd_chunk_id))
-        return forward(self, fwd_chunk_id, *args, **kwargs)
+    def timed(name: str, kind: Callable[[dict[str, Any]], Kind]) -> None:
+        original = getattr(Stage, name)
 
-    def backward_one_chunk(self: Stage, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        done.append(Action("B" if kwargs.get("full_backward", True) else "I", self.stage_index, bwd_chunk_id))
-        backward(self, bwd_chunk_id, *args, **kwargs)
+        def compute(self: Stage, micro_batch: int, *args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            result = original(self, micro_batch, *args, **kwargs)
+            done.append((Action(kind(kwargs), self.stage_index, micro_batch), time.perf_counter() - began))
+            return result
 
-    def backward_weight_one_chunk(self: Stage, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        done.append(Action("W", self.stage_index, bwd_chunk_id))
-        weights(self, bwd_chunk_id, *args, **kwargs)
+        setattr(Stage, name, compute)
 
-    Stage.forward_one_chunk = forward_one_chunk  # type: ignore[method-assign]
-    Stage.backward_one_chunk = backward_one_chunk  # type: ignore[method-assign]
-    Stage.backward_weight_one_chunk = backward_weight_one_chunk  # type: ignore[method-assign]
+    timed("forward_one_chunk", lambda _: "F")
+    timed("backward_one_chunk", lambda kwargs: "B" if kwargs.get("full_backward", True) else "I")
+    timed("backward_weight_one_chunk", lambda _: "W")
 
 
 @pytest.mark.layouts
-def test_stages_of_known_times_take_as_long_as_simulated_and_run_in_its_order() -> None:
+def test_stages_of_known_times_wait_as_long_as_simulated_and_run_in_its_order() -> None:
     pp, micro_batches = 4, 8
     taken: dict[Schedule, float] = {}
     for schedule in SCHEDULES:
         overrides = [f"parallel.pipeline={pp}", f"parallel.schedule={schedule}", "model.hidden_size=8"]
         config = load_config("configs/debug.yaml", [*overrides, "data.sequence_length=4", "train.micro_batch_size=1"])
-        found = run_ranks(step_seconds, pp, config, micro_batches)
-        spans = simulated(schedule, pp, micro_batches)
-        assert [done for _, done in found] == action_lists(config.parallel, micro_batches), schedule
+        found = run_ranks(fastest_step, pp, config, micro_batches)
+        lists = action_lists(config.parallel, micro_batches)
+        assert [[action for action, _ in done] for _, done in found] == lists, schedule
+        spans = simulate(lists, means([entry for _, done in found for entry in done]))
         taken[schedule] = max(seconds for seconds, _ in found)
+        waiting = 1 - sum(span.end - span.start for rank in spans for span in rank) / (taken[schedule] * pp)
+        print(f"{schedule}: waiting {waiting:.1%}, simulated {bubble(spans):.1%}")
         assert taken[schedule] == pytest.approx(makespan(spans), rel=0.1), schedule
-        busy = sum(span.end - span.start for rank in spans for span in rank)
-        measured = 1 - busy / (taken[schedule] * pp)
-        print(f"{schedule}: waiting {measured:.1%} measured, {bubble(spans):.1%} simulated")
-        # A V waits so little that the time in which Python starts an action counts.
-        assert measured == pytest.approx(bubble(spans), rel=0.1, abs=0.03), schedule
+        # A V waits so little that messages count.
+        assert waiting == pytest.approx(bubble(spans), rel=0.1, abs=0.02), schedule
     assert taken["1f1b"] > taken["interleaved1f1b"] > max(taken["dualpipev"], taken["zbvzerobubble"])
+
+
+def means(done: Done) -> dict[tuple[Kind, int], float]:
+    """Seconds by kind and stage."""
+    each: dict[tuple[Kind, int], list[float]] = {}
+    for action, taken in done:
+        each.setdefault((action.kind, action.stage), []).append(taken)
+    return {key: sum(values) / len(values) for key, values in each.items()}
 
 
 def test_plan_draws_the_timeline() -> None:

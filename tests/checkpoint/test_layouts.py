@@ -112,7 +112,7 @@ def saved(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.layouts
-@pytest.mark.parametrize(("here", "there"), permutations(LAYOUTS, 2))
+@pytest.mark.parametrize(("here", "there"), list(permutations(LAYOUTS, 2)))
 def test_saved_here_resumed_there(here: str, there: str, saved: Path, dataset: Path, tmp_path: Path) -> None:
     """What is read is what was written, to the bit, and the next three losses are those of the undisturbed run."""
     name = f"step_{INTERRUPTED:08d}"
