@@ -22,8 +22,8 @@ from megallama.pipeline import Pipeline, Stage
 from megallama.plan.stages import stage_ranks
 from megallama.timeline import Action, Kind, Span, action_lists, bubble, draw, makespan, simulate
 
-UNIT = 0.1
-"""Seconds of one part of the work of all stages of a rank: long beside what Python and gloo add."""
+UNIT = 0.3
+"""Seconds of one part of the work of all stages of a rank: so long that what Python and gloo add is small beside it."""
 
 SCHEDULES: list[Schedule] = ["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"]
 
@@ -107,7 +107,7 @@ Done = list[tuple[Action, float]]
 
 
 def fastest_step(launch: Launch, config: RunConfig, micro_batches: int) -> tuple[float, Done]:
-    """Seconds and computations of the fastest of three steps after the first."""
+    """Seconds and computations of the faster of two steps after the first."""
     done: Done = []
     record(done)
     mesh = build_mesh(Topology(pp=config.parallel.pipeline), launch, torch.device("cpu"))
@@ -115,7 +115,7 @@ def fastest_step(launch: Launch, config: RunConfig, micro_batches: int) -> tuple
     pipeline = Pipeline(chunks, config, mesh, micro_batches, lambda _: None)
     batch = torch.zeros(1, config.data.sequence_length, dtype=torch.int64)
     steps: list[tuple[float, Done]] = []
-    for _ in range(4):
+    for _ in range(3):
         torch.distributed.barrier()
         done.clear()
         began = time.perf_counter()
@@ -159,8 +159,8 @@ def test_stages_of_known_times_wait_as_long_as_simulated_and_run_in_its_order() 
         waiting = 1 - sum(span.end - span.start for rank in spans for span in rank) / (taken[schedule] * pp)
         print(f"{schedule}: waiting {waiting:.1%}, simulated {bubble(spans):.1%}")
         assert taken[schedule] == pytest.approx(makespan(spans), rel=0.1), schedule
-        # A V waits so little that messages count.
-        assert waiting == pytest.approx(bubble(spans), rel=0.1, abs=0.02), schedule
+        # A V waits so little that what messages take, about a hundredth of the step, counts.
+        assert waiting == pytest.approx(bubble(spans), rel=0.1, abs=0.01), schedule
     assert taken["1f1b"] > taken["interleaved1f1b"] > max(taken["dualpipev"], taken["zbvzerobubble"])
 
 

@@ -1,0 +1,160 @@
+"""Three ways to bring the bf16 gradients of a pipeline into fp32 sums: how far each is from fp32, and what it holds.
+
+- `hand-over`, what training does: hooks add each gradient to its sum as soon as autograd has it, and each stage hands
+  over what the weights' part of a split backward wrote past the hooks.
+- `hand-over at the end`: the same, but what went past the hooks stays in `grad`, in bf16, until the step.
+- `grad_dtype`: `grad` itself is fp32, and is added to DeepSpeed's sums once, before the step.
+
+Every way computes the same micro-batches from the same weights, on the CPU; the reference is the run in fp32.
+
+Example: python benchmarks/accumulation.py configs/debug.yaml parallel.pipeline=2 parallel.schedule=dualpipev
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from megallama.config.check import check_config
+from megallama.config.load import load_config
+from megallama.config.schema import RunConfig
+from megallama.errors import UserError
+from megallama.model.chunks import Chunks
+from megallama.parallel.mesh import Launch, ParallelMesh, build_mesh
+from megallama.parallel.spawn import run_ranks
+from megallama.parallel.topology import Topology
+
+Way = Literal["fp32", "hand-over", "hand-over at the end", "grad_dtype"]
+WAYS: tuple[Way, ...] = ("hand-over", "hand-over at the end", "grad_dtype")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of one rank after the backward of all micro-batches."""
+
+    sums: dict[str, Tensor]
+    """The fp32 gradient of each parameter."""
+    bytes_held: int
+    """Of `grad` and of the sums beside it."""
+
+
+def measure(launch: Launch, config: RunConfig, way: Way) -> Found:
+    """One step's gradients of this rank."""
+    device = torch.device("cpu")
+    launch.prepare(device)
+    import megallama.engine
+    from megallama.train import build_model  # brings deepspeed with it, which looks for a device: after `prepare`
+
+    if way == "grad_dtype":
+        plain = megallama.engine.deepspeed_config
+        megallama.engine.deepspeed_config = lambda config, dp: (
+            plain(config, dp) | {"bf16": {"enabled": True, "immediate_grad_update": False}}
+        )
+    batching = check_config(config, launch.world_size)
+    topology = Topology(pp=config.parallel.pipeline, dp=batching.dp_size, tp=config.parallel.tensor)
+    mesh = build_mesh(topology, launch, device)
+    model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
+    if way == "fp32":
+        for parameter in model.parameters():  # the reference differs by its arithmetic, not by its weights
+            parameter.data.copy_(parameter.data.bfloat16())
+    kept: list[Any] = []
+    if way == "hand-over at the end":
+        for stage in engine._passes._schedule._stages:  # type: ignore[attr-defined]
+            stage.taking(kept.append)
+    if way == "grad_dtype":
+        for parameter in model.parameters():
+            parameter.grad_dtype = torch.float32
+        engine._take_gradients = lambda _: None  # type: ignore[method-assign]
+        for stage in engine._passes._schedule._stages:  # type: ignore[attr-defined]
+            stage.taking(lambda _: None)
+    engine.forward_backward(micro_batches(config, batching.gradient_accumulation_steps, mesh), torch.ones(()))
+    return collect(engine, model, way)
+
+
+def micro_batches(config: RunConfig, count: int, mesh: ParallelMesh) -> list[tuple[Tensor, Tensor]]:
+    """Random tokens and the ones after them, other ones on each data-parallel rank."""
+    generator = torch.Generator().manual_seed(mesh.data.rank)
+    shape = (count, config.train.micro_batch_size, config.data.sequence_length + 1)
+    ids = torch.randint(config.model.vocab_size, shape, generator=generator)
+    return [(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in ids]
+
+
+def collect(engine: Any, model: Chunks, way: Way) -> Found:
+    """The sums by parameter, and the bytes of everything that holds gradients when they are most."""
+    parameters = dict(model.named_parameters())
+    left = sum(p.grad.numel() * p.grad.element_size() for p in parameters.values() if p.grad is not None)
+    if way == "fp32":
+        return Found({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}, left)
+    zero = engine._zero
+    held = left + sum(g.numel() * g.element_size() for g in zero.fp32_groups_gradients_flat)
+    if way == "grad_dtype":
+        zero.update_hp_grads(clear_lp_grads=True)
+    else:
+        engine._take_gradients(model)
+    names = {parameter: name for name, parameter in parameters.items()}
+    sums = {
+        names[parameter]: zero.fp32_groups_gradients[group][index].view(parameter.shape).clone()
+        for group, members in enumerate(zero.bf16_groups)
+        for index, parameter in enumerate(members)
+    }
+    dist.barrier()
+    return Found(sums, held)
+
+
+def numbers(found: list[Found], reference: list[Found]) -> dict[str, float]:
+    """Mean and worst relative distance of a parameter's gradient from the reference's, and what was held."""
+    errors = [
+        float((mine.sums[name] - expected).norm() / expected.norm())
+        for mine, theirs in zip(found, reference, strict=True)
+        for name, expected in theirs.sums.items()
+    ]
+    parameters = sum(tensor.numel() for rank in found for tensor in rank.sums.values())
+    held = sum(rank.bytes_held for rank in found) / parameters
+    return {"mean_error": sum(errors) / len(errors), "worst_error": max(errors), "bytes_per_parameter": held}
+
+
+def main(
+    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of a run; its data are not read.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compare the ways to sum bf16 gradients in fp32 under the schedule of a config.
+
+    Example: python benchmarks/accumulation.py configs/debug.yaml parallel.pipeline=2 train.global_batch_size=64
+    """
+    bf16 = load_config(config_path, [*(overrides or []), "train.dtype=bf16"])
+    fp32 = load_config(config_path, [*(overrides or []), "train.dtype=fp32"])
+    if bf16.parallel.pipeline == 1:
+        raise UserError("parallel.pipeline=1 has no schedule to compare under; use parallel.pipeline=2")
+    ranks = bf16.parallel.pipeline * bf16.parallel.tensor
+    count = check_config(bf16, ranks).gradient_accumulation_steps
+    reference = run_ranks(measure, ranks, fp32, "fp32")
+    report = {way: numbers(run_ranks(measure, ranks, bf16, way), reference) for way in WAYS}
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    table = Table(title=f"{bf16.parallel.schedule}, pipeline {bf16.parallel.pipeline}, {count} micro-batches")
+    for column in ("way", "mean error", "worst error", "bytes/parameter held"):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    for way, found in report.items():
+        mean, worst, held = found.values()
+        table.add_row(way, f"{mean:.5f}", f"{worst:.5f}", f"{held:.2f}")
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except UserError as error:
+        print(f"megallama: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,34 @@
+"""The benchmark of gradient sums runs as a script, and says why training takes the way that it takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_accumulation(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "benchmarks/accumulation.py", "configs/debug.yaml", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.layouts
+def test_the_hand_over_holds_least_and_is_as_near_to_fp32_as_any() -> None:
+    layout = ["parallel.pipeline=2", "parallel.schedule=zbvzerobubble", "model.num_hidden_layers=4"]
+    done = run_accumulation(*layout, "train.global_batch_size=32", "train.micro_batch_size=1", "--json")
+    assert done.returncode == 0, done.stderr
+    taken, late, wide = json.loads(done.stdout).values()
+    assert taken["bytes_per_parameter"] == 4 < late["bytes_per_parameter"] < wide["bytes_per_parameter"] == 8
+    assert taken["mean_error"] < 1.05 * wide["mean_error"] < late["mean_error"]
+
+
+def test_a_run_without_a_pipeline_is_refused() -> None:
+    done = run_accumulation()
+    assert done.returncode == 2
+    assert "parallel.pipeline=1 has no schedule to compare under" in done.stderr
+    assert "Traceback" not in done.stderr
