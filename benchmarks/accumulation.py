@@ -23,7 +23,7 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from megallama.config.check import check_config
 from megallama.config.load import load_config
@@ -40,12 +40,12 @@ WAYS: tuple[Way, ...] = ("hand-over", "hand-over at the end", "grad_dtype")
 
 @dataclass(frozen=True)
 class Found:
-    """Of one rank after the backward of all micro-batches."""
+    """Of one rank in one step."""
 
     sums: dict[str, Tensor]
     """The fp32 gradient of each parameter."""
     bytes_held: int
-    """Of `grad` and of the sums beside it."""
+    """Of `grad` and of the sums beside it, when they are most: before a stage hands over, or at the end."""
 
 
 def measure(launch: Launch, config: RunConfig, way: Way) -> Found:
@@ -67,18 +67,20 @@ def measure(launch: Launch, config: RunConfig, way: Way) -> Found:
     if way == "fp32":
         for parameter in model.parameters():  # the reference differs by its arithmetic, not by its weights
             parameter.data.copy_(parameter.data.bfloat16())
-    kept: list[Any] = []
-    if way == "hand-over at the end":
-        for stage in engine._passes._schedule._stages:  # type: ignore[attr-defined]
-            stage.taking(kept.append)
     if way == "grad_dtype":
         for parameter in model.parameters():
             parameter.grad_dtype = torch.float32
-        engine._take_gradients = lambda _: None  # type: ignore[method-assign]
-        for stage in engine._passes._schedule._stages:  # type: ignore[attr-defined]
-            stage.taking(lambda _: None)
+    most = [0]
+
+    def take(stage: nn.Module) -> None:
+        most.append(bytes_held(engine, model))
+        if way == "hand-over":
+            engine._take_gradients(stage)
+
+    for stage in engine._passes._schedule._stages:  # type: ignore[attr-defined]
+        stage.attached(model.seam.part, take)
     engine.forward_backward(micro_batches(config, batching.gradient_accumulation_steps, mesh), torch.ones(()))
-    return collect(engine, model, way)
+    return Found(sums(engine, model, way), max(*most, bytes_held(engine, model)))
 
 
 def micro_batches(config: RunConfig, count: int, mesh: ParallelMesh) -> list[tuple[Tensor, Tensor]]:
@@ -89,26 +91,30 @@ def micro_batches(config: RunConfig, count: int, mesh: ParallelMesh) -> list[tup
     return [(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in ids]
 
 
-def collect(engine: Any, model: Chunks, way: Way) -> Found:
-    """The sums by parameter, and the bytes of everything that holds gradients when they are most."""
+def bytes_held(engine: Any, model: Chunks) -> int:
+    """Of everything that holds gradients now, in a bf16 run; in fp32 of `grad` alone."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return sum(t.numel() * t.element_size() for t in [*grads, *getattr(engine._zero, "fp32_groups_gradients_flat", [])])
+
+
+def sums(engine: Any, model: Chunks, way: Way) -> dict[str, Tensor]:
+    """The fp32 gradient by parameter, when everything has been brought where the optimizer looks."""
     parameters = dict(model.named_parameters())
-    left = sum(p.grad.numel() * p.grad.element_size() for p in parameters.values() if p.grad is not None)
     if way == "fp32":
-        return Found({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}, left)
+        return {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
     zero = engine._zero
-    held = left + sum(g.numel() * g.element_size() for g in zero.fp32_groups_gradients_flat)
     if way == "grad_dtype":
         zero.update_hp_grads(clear_lp_grads=True)
     else:
         engine._take_gradients(model)
     names = {parameter: name for name, parameter in parameters.items()}
-    sums = {
+    found = {
         names[parameter]: zero.fp32_groups_gradients[group][index].view(parameter.shape).clone()
         for group, members in enumerate(zero.bf16_groups)
         for index, parameter in enumerate(members)
     }
     dist.barrier()
-    return Found(sums, held)
+    return found
 
 
 def numbers(found: list[Found], reference: list[Found]) -> dict[str, float]:

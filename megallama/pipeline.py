@@ -7,10 +7,12 @@ the schedules' own scaling would come after the optimizer has taken the gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
@@ -21,9 +23,12 @@ from torch.distributed.pipelining.schedules import (
     _PipelineScheduleRuntime,
     get_schedule_class,
 )
+from torch.distributed.pipelining.stage import _RecvInfo
+from torch.utils.checkpoint import GraphExecGroup
 
 from megallama.config.schema import ParallelConfig, RunConfig
 from megallama.model.chunks import Chunks
+from megallama.parallel.layers import BackwardPart
 from megallama.parallel.mesh import ParallelMesh
 from megallama.plan.stages import stage_ranks
 
@@ -80,7 +85,8 @@ class Pipeline:
         self._chunks, self._config, self._mesh = chunks, config, mesh
         self._ranks = stage_ranks(config.parallel)
         self._scale = torch.ones((), device=mesh.device)
-        stages = [stage.taking(take_gradients) for stage in self._make_stages()]
+        self._take = take_gradients
+        stages = self._make_stages()
         self._schedule = make_schedule(config.parallel, stages, micro_batches, self._scaled)
         self._evaluations: dict[int, _PipelineScheduleRuntime] = {}
 
@@ -101,9 +107,12 @@ class Pipeline:
             group = every[first : first + size]
             losses: list[Tensor] = []
             arguments, labels = self._inputs(group)
-            self._forward_schedule(len(group)).eval(*arguments, **labels, losses=losses, return_outputs=False)
+            schedule = self._forward_schedule(len(group))
+            schedule.eval(*arguments, **labels, losses=losses, return_outputs=False)
             for loss in losses:
                 total += loss
+            for stage in schedule._stages:
+                stage.clear_runtime_states()
         return total
 
     def _inputs(self, batches: list[MicroBatch]) -> tuple[list[Tensor], dict[str, Any]]:
@@ -159,24 +168,80 @@ class Pipeline:
                 input_args=tokens if index == 0 else hidden(),
                 output_args=loss if index == count - 1 else hidden(),
                 group=self._mesh.pp.group,
-            )
+            ).attached(self._chunks.seam.part, self._take)
             for index, model in zip(self._chunks.indices, self._chunks.models, strict=True)
         ]
 
 
 class Stage(PipelineStage):
-    """A stage that says when it has computed weight gradients apart from the rest of a backward.
+    """torch's stage, with three things mended.
 
-    Such gradients are written into `grad` by torch itself, past the hooks in which ZeRO takes them: left there, bf16
-    training would lose them silently or add them up in bf16.
+    - Weight gradients of a split backward are written into `grad` by torch itself, past the hooks in which ZeRO takes
+      them: left there, bf16 training would lose them silently or add them up in bf16. This one hands them over.
+    - A split backward runs autograd functions and recomputation more often than it has to.
+    - What is received from other stages lies in memory while it is needed, and not from the first step to the last,
+      a buffer for each micro-batch of a step.
     """
 
+    _part: BackwardPart
     _take: Callable[[nn.Module], None]
 
-    def taking(self, take: Callable[[nn.Module], None]) -> Stage:
-        self._take = take
+    def attached(self, part: BackwardPart, take: Callable[[nn.Module], None]) -> Stage:
+        """This stage, whose layers look at `part`, and whose weight gradients go to `take`."""
+        self._part, self._take = part, take
         return self
 
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        _free(self.args_recv_info[fwd_chunk_id])
+        return output
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        with nullcontext() if full_backward else self._part.only("inputs"):
+            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        _free(self.grad_recv_info[bwd_chunk_id])
+
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
+        # torch leaves the whole backward of the first stage to this part. It goes through the weights one by one: a
+        # layer that is recomputed would be so for each of them.
+        with nullcontext() if self.is_first else self._part.only("weights"), GraphExecGroup():
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
         self._take(self.submod)
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        _allocate(self.args_recv_info[fwd_chunk_id], self.device)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        _allocate(self.grad_recv_info.get(bwd_chunk_id, ()), self.device)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
+        with self._without_memory():
+            super()._setup_forward_recv_info(num_microbatches, has_backward)
+
+    def _create_grad_recv_info(self, act_send_info: dict[int, Any]) -> tuple[_RecvInfo, ...]:
+        with self._without_memory():
+            return super()._create_grad_recv_info(act_send_info)
+
+    @contextmanager
+    def _without_memory(self) -> Iterator[None]:
+        device, self.device = self.device, torch.device("meta")
+        try:
+            yield
+        finally:
+            self.device = device
+
+
+def _allocate(received: Iterable[_RecvInfo], device: torch.device) -> None:
+    for info in received:
+        if info.buffer is not None:
+            info.buffer = torch.empty_like(info.buffer, device=device)
+
+
+def _free(received: Iterable[_RecvInfo]) -> None:
+    for info in received:
+        if info.buffer is not None:
+            info.buffer = torch.empty_like(info.buffer, device="meta")

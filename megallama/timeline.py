@@ -92,16 +92,22 @@ def bubble(spans: list[list[Span]]) -> float:
 def relative_seconds(config: RunConfig) -> dict[tuple[Kind, int], float]:
     """How long each action of each stage takes, where a layer's forward takes 1: its backward 2, half for the weights.
 
-    The first stage computes nothing for its input: torch leaves all of its backward to the weights' part.
+    The output head computes its gradients with the loss, in forward: three times what one pass of its FLOPs takes. The
+    first stage computes nothing for its input: torch leaves all of its backward to the weights' part.
     """
     head = head_in_layers(config.model, config.data.sequence_length)
     every = stages(config)
     found: dict[tuple[Kind, int], float] = {}
     for stage in every:
-        cost = len(stage.layers) + (head if stage == every[-1] else 0.0)
-        first = stage.index == 0
-        parts: dict[Kind, float] = {"F": 1, "B": 2, "I": 0 if first else 1, "W": 2 if first else 1}
-        found |= {(kind, stage.index): times * cost for kind, times in parts.items()}
+        layers, first = len(stage.layers), stage.index == 0
+        forward = layers + (3 * head if stage == every[-1] else 0.0)
+        parts: dict[Kind, float] = {
+            "F": forward,
+            "B": 2 * layers,
+            "I": 0 if first else layers,
+            "W": 2 * layers if first else layers,
+        }
+        found |= {(kind, stage.index): seconds for kind, seconds in parts.items()}
     return found
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from megallama.cli import app
 from megallama.config.load import load_config
 from megallama.config.schema import ParallelConfig, RunConfig, Schedule
+from megallama.model.llama import Seam
 from megallama.parallel.mesh import Launch, build_mesh
 from megallama.parallel.spawn import run_ranks
 from megallama.parallel.topology import Topology
@@ -22,7 +23,7 @@ from megallama.pipeline import Pipeline, Stage
 from megallama.plan.stages import stage_ranks
 from megallama.timeline import Action, Kind, Span, action_lists, bubble, draw, makespan, simulate
 
-UNIT = 0.3
+UNIT = 0.4
 """Seconds of one part of the work of all stages of a rank: so long that what Python and gloo add is small beside it."""
 
 SCHEDULES: list[Schedule] = ["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"]
@@ -96,6 +97,7 @@ class SleepingChunks(nn.Module):
 
     def __init__(self, config: RunConfig, rank: int) -> None:
         super().__init__()
+        self.seam = Seam()
         ranks = stage_ranks(config.parallel)
         self.indices = [stage for stage, holder in enumerate(ranks) if holder == rank]
         part = UNIT * config.parallel.pipeline / len(ranks)
@@ -159,8 +161,7 @@ def test_stages_of_known_times_wait_as_long_as_simulated_and_run_in_its_order() 
         waiting = 1 - sum(span.end - span.start for rank in spans for span in rank) / (taken[schedule] * pp)
         print(f"{schedule}: waiting {waiting:.1%}, simulated {bubble(spans):.1%}")
         assert taken[schedule] == pytest.approx(makespan(spans), rel=0.1), schedule
-        # A V waits so little that what messages take, about a hundredth of the step, counts.
-        assert waiting == pytest.approx(bubble(spans), rel=0.1, abs=0.01), schedule
+        assert waiting == pytest.approx(bubble(spans), rel=0.1), schedule
     assert taken["1f1b"] > taken["interleaved1f1b"] > max(taken["dualpipev"], taken["zbvzerobubble"])
 
 

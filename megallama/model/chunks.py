@@ -23,7 +23,7 @@ class Chunks(nn.Module):
         recompute: Recompute = "none",
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.seam = config, seam
         self.stages = nn.ModuleDict(
             {str(index): Llama(config, seam, recompute=recompute, layers=layers) for index, layers in stages.items()}
         )

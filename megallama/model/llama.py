@@ -7,7 +7,7 @@ of a pipeline is the same module with fewer layers and without embedding or head
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -20,6 +20,7 @@ from megallama.model.rotary import rotary_frequencies, rotate, rotation
 from megallama.parallel.collectives import all_gather, copy_to, gather
 from megallama.parallel.layers import (
     SEQUENCE,
+    BackwardPart,
     ColumnParallelLinear,
     RMSNorm,
     RowParallelLinear,
@@ -39,6 +40,7 @@ class Seam:
 
     tp: Axis = ALONE
     sequence_parallel: bool = False
+    part: BackwardPart = field(default_factory=BackwardPart)
 
 
 class Attention(nn.Module):
@@ -51,7 +53,7 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = config.num_attention_heads, config.kv_heads
         kv_width = self.kv_heads * self.head_dim
         widths = {"q_proj": self.heads * self.head_dim, "k_proj": kv_width, "v_proj": kv_width}
-        self.qkv_proj = ColumnParallelLinear(config.hidden_size, widths, tp, seam.sequence_parallel)
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, widths, tp, seam.sequence_parallel, seam.part)
         self.o_proj = RowParallelLinear("o_proj", widths["q_proj"], config.hidden_size, tp, seam.sequence_parallel)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ class MLP(nn.Module):
         super().__init__()
         width, hidden = config.intermediate_size, config.hidden_size
         outputs = {"gate_proj": width, "up_proj": width}
-        self.gate_up_proj = ColumnParallelLinear(hidden, outputs, seam.tp, seam.sequence_parallel)
+        self.gate_up_proj = ColumnParallelLinear(hidden, outputs, seam.tp, seam.sequence_parallel, seam.part)
         self.down_proj = DownProjection("down_proj", width, hidden, seam.tp, seam.sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,12 +165,13 @@ class Llama(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        seam: Seam = Seam(),  # frozen
+        seam: Seam | None = None,
         *,
         recompute: Recompute = "none",
         layers: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        seam = seam or Seam()
         layers = range(config.num_hidden_layers) if layers is None else layers
         self.config, self.seam = config, seam
         self.embed_tokens = _embedding(config, seam) if layers[0] == 0 else None

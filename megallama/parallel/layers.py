@@ -7,7 +7,9 @@ are [batch, sequence, hidden] throughout; `SEQUENCE` is their sequence dim. Weig
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,26 @@ SEQUENCE = 1
 VOCABULARY_MULTIPLE = 128
 
 
+class BackwardPart:
+    """Which gradients a backward is after, where a pipeline schedule runs that of the inputs apart from the weights'.
+
+    torch's own operations are told which of their gradients are asked for. A function in Python is not, and would
+    compute both in each part: it looks here.
+    """
+
+    def __init__(self) -> None:
+        self.inputs = self.weights = True
+
+    @contextmanager
+    def only(self, which: Literal["inputs", "weights"]) -> Iterator[None]:
+        """Inside, backward computes the gradients of `which` alone."""
+        self.inputs, self.weights = which == "inputs", which == "weights"
+        try:
+            yield
+        finally:
+            self.inputs = self.weights = True
+
+
 class ColumnParallelLinear(nn.Module):
     """Linear layers over one input, cut along their outputs and fused: one matmul for all of `outputs`.
 
@@ -28,10 +50,13 @@ class ColumnParallelLinear(nn.Module):
     maps each logical layer to its out_features; tp must divide each.
     """
 
-    def __init__(self, in_features: int, outputs: dict[str, int], tp: Axis, sequence_parallel: bool) -> None:
+    def __init__(
+        self, in_features: int, outputs: dict[str, int], tp: Axis, sequence_parallel: bool, part: BackwardPart
+    ) -> None:
         super().__init__()
         assert all(width % tp.size == 0 for width in outputs.values())
         self.in_features, self.outputs, self.tp, self.sequence_parallel = in_features, outputs, tp, sequence_parallel
+        self.part = part
         self.weight = _weight(sum(self.widths), in_features)
 
     @property
@@ -41,7 +66,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.sequence_parallel:
-            result: Tensor = _GatherLinear.apply(x, self.weight, self.tp)  # type: ignore[no-untyped-call]
+            result: Tensor = _GatherLinear.apply(x, self.weight, self.tp, self.part)  # type: ignore[no-untyped-call]
             return result
         return F.linear(copy_to(x, self.tp), self.weight)
 
@@ -164,18 +189,20 @@ class _GatherLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: Axis) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: Axis, part: BackwardPart) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.tp = tp
+        ctx.tp, ctx.part = tp, part
         return F.linear(all_gather(x, SEQUENCE, tp), weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        grad = grads[0]
-        whole = all_gather(x, SEQUENCE, ctx.tp)
-        grad_weight = grad.flatten(0, 1).t() @ whole.flatten(0, 1)
-        return sum_scatter(grad @ weight, SEQUENCE, ctx.tp), grad_weight, None
+        grad, grad_x, grad_weight = grads[0], None, None
+        if ctx.part.weights:
+            grad_weight = grad.flatten(0, 1).t() @ all_gather(x, SEQUENCE, ctx.tp).flatten(0, 1)
+        if ctx.part.inputs:
+            grad_x = sum_scatter(grad @ weight, SEQUENCE, ctx.tp)
+        return grad_x, grad_weight, None, None
 
 
 def _weight(rows: int, columns: int) -> nn.Parameter:

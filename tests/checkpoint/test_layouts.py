@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
+import zlib
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import megallama.train
 from megallama.checkpoint.store import DataIdentity, complete_checkpoints, load, save
 from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
+from megallama.data.loader import Loader
 from megallama.parallel.mesh import Launch, build_mesh
 from megallama.parallel.spawn import run_ranks
 from megallama.parallel.topology import Topology
@@ -63,8 +69,49 @@ def run(folder: Path, dataset: Path, layout: str, dtype: str = "fp32", **train: 
     return RunConfig.model_validate(tree)
 
 
-def train(config: RunConfig, layout: str) -> None:
-    run_ranks(train_rank, parse_layout(layout).world_size, config, None)
+Rows = dict[int, int]
+"""A checksum of the tokens of each sample of the run, by its number."""
+
+
+def train(config: RunConfig, layout: str) -> Rows:
+    """What was read, over all ranks."""
+    return merged(run_ranks(train_recorded, parse_layout(layout).world_size, config))
+
+
+def merged(ranks: list[Rows]) -> Rows:
+    """Ranks that read the same sample must have read the same tokens."""
+    every: Rows = {}
+    for rows in ranks:
+        assert all(every.setdefault(sample, row) == row for sample, row in rows.items())
+    return every
+
+
+def train_recorded(launch: Launch, config: RunConfig) -> Rows:
+    """One rank of a run. Its loop draws no random number: that is why a checkpoint holds no generator."""
+    rows: Rows = {}
+    read, loop = Loader._row, megallama.train.loop
+
+    def recorded(loader: Loader, sample: int) -> Any:
+        row = read(loader, sample)
+        if loader._sampler is not None:
+            rows[sample] = zlib.crc32(row.tobytes())
+        return row
+
+    def undisturbed(*arguments: Any) -> None:
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()
+        loop(*arguments)
+        after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()
+        assert torch.equal(before[0], after[0])
+        assert before[1:] == after[1:]
+
+    Loader._row, megallama.train.loop = recorded, undisturbed  # type: ignore[method-assign]
+    train_rank(launch, config, None)
+    return rows
+
+
+def of_steps(rows: Rows, first: int, last: int) -> Rows:
+    """The samples of steps first ... last, counted from 1."""
+    return {sample: rows[sample] for sample in range((first - 1) * BATCH, last * BATCH)}
 
 
 def events(folder: Path) -> list[dict[str, float]]:
@@ -79,9 +126,10 @@ def hashes(checkpoint: Path) -> dict[str, str]:
 
 def assert_resumes_bitwise(layout: str, dtype: str, dataset: Path, folder: Path) -> None:
     straight, broken = folder / "straight", folder / "broken"
-    train(run(straight, dataset, layout, dtype), layout)
+    expected_rows = train(run(straight, dataset, layout, dtype), layout)
     train(run(broken, dataset, layout, dtype, stop_after=INTERRUPTED), layout)
-    train(run(broken, dataset, layout, dtype), layout)
+    rows = train(run(broken, dataset, layout, dtype), layout)
+    assert of_steps(rows, INTERRUPTED + 1, STEPS) == of_steps(expected_rows, INTERRUPTED + 1, STEPS)
     for key in ("loss", "grad_norm", "samples"):
         expected, found = ([float(event[key]).hex() for event in events(where)] for where in (straight, broken))
         assert expected == found, key
@@ -103,31 +151,36 @@ def test_every_layout_goes_on_as_if_nothing_had_happened(
 
 
 @pytest.fixture(scope="module")
-def saved(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of each layout, saved after every step."""
+def saved(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Rows]:
+    """A run of each layout, saved after every step, and what each of them read."""
     folder = tmp_path_factory.mktemp("saved")
-    for layout in LAYOUTS:
-        train(run(folder / layout, dataset, layout), layout)
-    return folder
+    rows = [of_steps(train(run(folder / layout, dataset, layout), layout), 1, STEPS) for layout in LAYOUTS]
+    assert all(other == rows[0] for other in rows)
+    assert len(set(rows[0].values())) == STEPS * BATCH, "every sample is another"
+    return folder, rows[0]
 
 
 @pytest.mark.layouts
 @pytest.mark.parametrize(("here", "there"), list(permutations(LAYOUTS, 2)))
-def test_saved_here_resumed_there(here: str, there: str, saved: Path, dataset: Path, tmp_path: Path) -> None:
-    """What is read is what was written, to the bit, and the next three losses are those of the undisturbed run."""
+def test_saved_here_resumed_there(
+    here: str, there: str, saved: tuple[Path, Rows], dataset: Path, tmp_path: Path
+) -> None:
+    """What is read is what was written, to the bit; the next three losses and samples are the undisturbed run's."""
+    folder, expected_rows = saved
     name = f"step_{INTERRUPTED:08d}"
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / name).symlink_to(saved / here / "checkpoints" / name)
+    (tmp_path / "checkpoints" / name).symlink_to(folder / here / "checkpoints" / name)
     config = run(tmp_path, dataset, there)
-    run_ranks(copy_then_train, parse_layout(there).world_size, config, tmp_path / "copy")
-    assert hashes(tmp_path / "copy" / name) == hashes(saved / here / "checkpoints" / name)
-    expected = events(saved / here)[INTERRUPTED:]
+    rows = merged(run_ranks(copy_then_train, parse_layout(there).world_size, config, tmp_path / "copy"))
+    assert of_steps(rows, INTERRUPTED + 1, STEPS) == of_steps(expected_rows, INTERRUPTED + 1, STEPS)
+    assert hashes(tmp_path / "copy" / name) == hashes(folder / here / "checkpoints" / name)
+    expected = events(folder / here)[INTERRUPTED:]
     found = events(tmp_path)
     assert [event["samples"] for event in found] == [event["samples"] for event in expected]
     assert [event["loss"] for event in found] == pytest.approx([event["loss"] for event in expected], rel=1e-6)
 
 
-def copy_then_train(launch: Launch, config: RunConfig, copy: Path) -> None:
+def copy_then_train(launch: Launch, config: RunConfig, copy: Path) -> Rows:
     """Load the newest checkpoint and save it again at once; then resume it in the ordinary way."""
     device = torch.device("cpu")
     launch.prepare(device)
@@ -136,4 +189,4 @@ def copy_then_train(launch: Launch, config: RunConfig, copy: Path) -> None:
     model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
     state = load(complete_checkpoints(Path(config.run.dir) / "checkpoints")[0], engine, model)
     save(copy, engine, model, mesh, state, DataIdentity("", 0), keep=1)
-    train_rank(launch, config, None)
+    return train_recorded(launch, config)

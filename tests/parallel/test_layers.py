@@ -13,6 +13,7 @@ from megallama.labels import IGNORED
 from megallama.model.llama import Llama, Recompute, Seam
 from megallama.parallel.init import initialise
 from megallama.parallel.layers import (
+    BackwardPart,
     ColumnParallelLinear,
     RMSNorm,
     RowParallelLinear,
@@ -64,7 +65,7 @@ def column_then_row(launch: Launch, sequence_parallel: bool) -> None:
     dense_out = F.linear(torch.tanh(F.linear(dense_x, dense["a"])) * F.linear(dense_x, dense["b"]), dense["down"])
     (dense_out * target).sum().backward()
 
-    column = ColumnParallelLinear(12, {"a": 16, "b": 16}, tp, sequence_parallel)
+    column = ColumnParallelLinear(12, {"a": 16, "b": 16}, tp, sequence_parallel, BackwardPart())
     row = RowParallelLinear("down", 16, 12, tp, sequence_parallel)
     fill(column, column.pieces(), whole)
     fill(row, row.pieces(), whole)
