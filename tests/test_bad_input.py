@@ -122,6 +122,14 @@ def test_a_checkpoint_of_another_model_is_refused(
     assert tree(short_run) == before
 
 
+def test_weights_of_another_model_are_refused(byte_dataset: str, short_run: Path, tmp_path: Path) -> None:
+    weights = short_run / "checkpoints" / "step_00000040"
+    more = [f"checkpoint.init_from={weights}", "model.hidden_size=64"]
+    words = [str(weights), "model.hidden_size=64", "use model.hidden_size=32, or another checkpoint.init_from"]
+    assert_refused_by_all(1, arguments(byte_dataset, tmp_path / "run", *more), words)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_saying_what_null_stands_for_is_the_same_model(byte_dataset: str, short_run: Path, tmp_path: Path) -> None:
     shutil.copytree(short_run, tmp_path / "run")
     more = ["train.steps=40", "checkpoint.resume=must", "model.num_key_value_heads=2", "model.head_dim=8"]
