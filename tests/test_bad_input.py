@@ -47,6 +47,21 @@ KEYS: dict[str, tuple[list[str], int, list[str]]] = {
         2,
         ["num_hidden_layers=2", "2 * 2 = 4 stages", "parallel.pipeline=1"],
     ),
+    "stages without a pipeline": (
+        ["parallel.layers_per_stage=[1, 1]"],
+        1,
+        ["parallel.layers_per_stage=[1, 1]", "1 * 1 = 1", "for example [2]"],
+    ),
+    "more layers than there are": (
+        ["parallel.layers_per_stage=[5]"],
+        1,
+        ["parallel.layers_per_stage=[5]", "num_hidden_layers=2", "for example [2]"],
+    ),
+    "misspelt split": (
+        ["parallel.layers_per_stage=balancd"],
+        1,
+        ["parallel.layers_per_stage=balancd", "[8, 9, 9, 6]", "did you mean balanced?"],
+    ),
     "too few micro-batches": (
         ["parallel.pipeline=2", "parallel.schedule=dualpipev", "model.num_hidden_layers=4"],
         2,
