@@ -130,7 +130,7 @@ class Pipeline:
     def _forward_schedule(self, micro_batches: int) -> _PipelineScheduleRuntime:
         """Each rank runs its forwards in the order of one clock, so none waits in a circle.
 
-        torch's own `eval()` runs backward under DualPipeV, where one rank raises and the others hang.
+        Over torch's own list for DualPipeV `eval()` runs a backward, in which one rank raises and the others hang.
         """
         if micro_batches not in self._evaluations:
             stages, ranks = self._make_stages(), dict(enumerate(self._ranks))

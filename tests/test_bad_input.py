@@ -47,6 +47,21 @@ KEYS: dict[str, tuple[list[str], int, list[str]]] = {
         2,
         ["num_hidden_layers=2", "2 * 2 = 4 stages", "parallel.pipeline=1"],
     ),
+    "stages without a pipeline": (
+        ["parallel.layers_per_stage=[1, 1]"],
+        1,
+        ["parallel.layers_per_stage=[1, 1]", "1 * 1 = 1", "for example [2]"],
+    ),
+    "more layers than there are": (
+        ["parallel.layers_per_stage=[5]"],
+        1,
+        ["parallel.layers_per_stage=[5]", "num_hidden_layers=2", "for example [2]"],
+    ),
+    "misspelt split": (
+        ["parallel.layers_per_stage=balancd"],
+        1,
+        ["parallel.layers_per_stage=balancd", "[8, 9, 9, 6]", "did you mean balanced?"],
+    ),
     "too few micro-batches": (
         ["parallel.pipeline=2", "parallel.schedule=dualpipev", "model.num_hidden_layers=4"],
         2,
@@ -120,6 +135,14 @@ def test_a_checkpoint_of_another_model_is_refused(
     before = tree(short_run)
     assert_refused_by_all(1, arguments(byte_dataset, short_run, "train.steps=50", *overrides), words)
     assert tree(short_run) == before
+
+
+def test_weights_of_another_model_are_refused(byte_dataset: str, short_run: Path, tmp_path: Path) -> None:
+    weights = short_run / "checkpoints" / "step_00000040"
+    more = [f"checkpoint.init_from={weights}", "model.hidden_size=64"]
+    words = [str(weights), "model.hidden_size=64", "use model.hidden_size=32, or another checkpoint.init_from"]
+    assert_refused_by_all(1, arguments(byte_dataset, tmp_path / "run", *more), words)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_saying_what_null_stands_for_is_the_same_model(byte_dataset: str, short_run: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from typer.testing import CliRunner
 from megallama.cli import app
 from megallama.config.load import load_config
 from megallama.config.schema import ParallelConfig, RunConfig, Schedule
+from megallama.errors import UserError
 from megallama.model.llama import Seam
 from megallama.parallel.mesh import Launch, build_mesh
 from megallama.parallel.spawn import run_ranks
@@ -180,9 +180,15 @@ def test_plan_draws_the_timeline() -> None:
     assert "waiting: 19.4% of all ranks' time" in result.stdout
 
 
-def test_plan_refuses_a_timeline_of_nothing(tmp_path: Path) -> None:
-    from megallama.errors import UserError
+@pytest.mark.parametrize("other", [["--json"], ["--flops=1e21"], ["--params=7B"], ["--tokens=2T"]])
+def test_plan_refuses_a_timeline_beside_anything_else(other: list[str]) -> None:
+    result = CliRunner().invoke(app, ["plan", "configs/7b.yaml", "--timeline", *other])
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception) == f"--timeline does not go with {other[0]}; leave one of them out"
+    assert result.stdout == ""
 
+
+def test_plan_refuses_a_timeline_of_nothing() -> None:
     result = CliRunner().invoke(app, ["plan", "configs/debug.yaml", "--timeline"])
     assert isinstance(result.exception, UserError)
     assert "parallel.pipeline=1 has no timeline" in str(result.exception)

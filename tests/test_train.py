@@ -8,9 +8,12 @@ import math
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +240,28 @@ def assert_evaluation_touches_nothing(overrides: list[str], dataset: str, folder
             assert [before == after for before, after in hashes] == [True] * len(hashes)
     assert losses(runs[0]) == losses(runs[1])
     assert_same_tensors(runs[0], runs[1])
+
+
+@pytest.mark.layouts
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None or not Path(sysconfig.get_path("include"), "Python.h").is_file(),
+    reason="torch.compile needs a C++ compiler, g++ or what CXX names, and the headers of Python",
+)
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved1f1b"])
+def test_a_compiled_pipeline_trains_as_one_that_is_not(schedule: str, byte_dataset: str, tmp_path: Path) -> None:
+    pipeline = ["parallel.pipeline=2", f"parallel.schedule={schedule}", "model.num_hidden_layers=4"]
+    plain, compiled, cache = tmp_path / "plain", tmp_path / "compiled", tmp_path / "cache"
+    assert pretrain(2, arguments(byte_dataset, plain, *pipeline)) == [(0, "")] * 2
+    words = arguments(byte_dataset, compiled, *pipeline, "train.compile=true")
+    assert pretrain(2, words, plant=partial(compile_into, str(cache))) == [(0, "")] * 2
+    assert list(cache.rglob("*.so")), "nothing was compiled"
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-6)
+    evaluated = [[event["loss"] for event in events(run_dir, "eval")] for run_dir in (compiled, plain)]
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-6)
+
+
+def compile_into(folder: str) -> None:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
 
 
 @pytest.fixture(scope="module")

@@ -122,7 +122,7 @@ def load(path: Path, engine: Engine, model: Chunks) -> TrainState:
 
 def load_initial_weights(path: Path, engine: Engine, model: Chunks) -> None:
     """Overwrite the weights alone with those of `path`: a new run from old weights. Every rank must call it."""
-    _check_same_model(path, model.config)
+    _check_same_model(path, model.config, "checkpoint.init_from")
     state = logical_state(engine.fragments(), model.logical_pieces())
     weights = {name: tensor for name, tensor in state.items() if not name.startswith("optimizer.")}
     dcp.load(dict(weights), storage_reader=JsonMetadataReader(path))
@@ -167,7 +167,7 @@ def pick_start(config: RunConfig, data: DataIdentity) -> Start:
     settings, folder = config.checkpoint, Path(config.run.dir) / "checkpoints"
     found = complete_checkpoints(folder) if settings.resume != "never" else []
     if found:
-        _check_same_model(found[0], config.model)
+        _check_same_model(found[0], config.model, "run.dir")
         _check_same_data(found[0], data)
         return Start(resume=found[0])
     if settings.resume == "must":
@@ -181,19 +181,19 @@ def pick_start(config: RunConfig, data: DataIdentity) -> Start:
         near = complete_checkpoints(weights / "checkpoints") or complete_checkpoints(weights.parent)
         fix = f"checkpoint.init_from={near[0]}" if near else "a folder such as runs/NAME/checkpoints/step_00001000"
         raise UserError(f"checkpoint.init_from={weights} is not a complete checkpoint; use {fix}")
-    _check_same_model(weights, config.model)
+    _check_same_model(weights, config.model, "checkpoint.init_from")
     return Start(weights=weights)
 
 
-def _check_same_model(path: Path, model: ModelConfig) -> None:
-    """UserError when the checkpoint is of another model than the run."""
+def _check_same_model(path: Path, model: ModelConfig, named_by: str) -> None:
+    """UserError when the checkpoint, which the key `named_by` leads to, is of another model than the run."""
     saved, wanted = _resolved(read_model(path)), _resolved(model)
     for key, value in wanted.items():
         if saved[key] != value:
             theirs, ours = json.dumps(saved[key]), json.dumps(value)
             raise UserError(
                 f"model.{key}={ours} differs from {theirs} in the checkpoint {path}; "
-                f"use model.{key}={theirs}, or another run.dir"
+                f"use model.{key}={theirs}, or another {named_by}"
             )
 
 

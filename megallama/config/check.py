@@ -27,7 +27,7 @@ class Batching:
 def check_config(config: RunConfig, world_size: int) -> Batching:
     """The batching of a run that is legal on `world_size` ranks; UserError for the first thing that is not."""
     check_model(config.model)
-    check_layout(config)
+    check_layout(config, world_size)
     check_steps(config)
     dp = dp_size(config, world_size)
     accumulation = gradient_accumulation_steps(config, dp)
@@ -106,10 +106,12 @@ def check_model(model: ModelConfig) -> None:
         )
 
 
-def check_layout(config: RunConfig) -> None:
+def check_layout(config: RunConfig, world_size: int) -> None:
     """Refuse layouts that this model cannot be cut into, and pairs of parallelism that do not go together."""
     _check_tensor(config)
-    _check_pipeline(config)
+    _check_stages(config, world_size)
+    if config.parallel.pipeline > 1:
+        _check_pipeline(config)
     if config.parallel.context > 1:
         raise UserError(f"parallel.context={config.parallel.context} is not available yet; use parallel.context=1")
     if config.zero.stage == 0:
@@ -140,23 +142,19 @@ def _check_tensor(config: RunConfig) -> None:
             raise UserError(f"parallel.tensor={parallel.tensor} does not divide {words}; nearest legal: {_or(nearest)}")
 
 
-def _check_pipeline(config: RunConfig) -> None:
+def _check_stages(config: RunConfig, world_size: int) -> None:
+    """Refuse stages without a layer, or a list that is not of these stages and layers; also without a pipeline."""
     model, parallel = config.model, config.parallel
-    if parallel.pipeline == 1:
-        return
-    if config.zero.stage > 1:
-        raise UserError(
-            f"zero.stage={config.zero.stage} does not go with parallel.pipeline={parallel.pipeline}; "
-            f"use zero.stage=1, or parallel.pipeline=1"
-        )
     per_rank = chunks(parallel)
     stages = parallel.pipeline * per_rank
     words = f"parallel.pipeline * chunks of {parallel.schedule} = {parallel.pipeline} * {per_rank} = {stages}"
     if model.num_hidden_layers < stages:
-        legal = max(1, model.num_hidden_layers // per_rank)
+        fitting = range(1, max(1, model.num_hidden_layers // per_rank) + 1)
+        # Where parallel.tensor alone does not divide the world none does, and the world size is refused next anyway.
+        dividing = [n for n in fitting if world_size % (parallel.tensor * parallel.context * n) == 0]
         raise UserError(
             f"model.num_hidden_layers={model.num_hidden_layers} is fewer than {words} stages; "
-            f"nearest legal: parallel.pipeline={legal}"
+            f"nearest legal for a world size of {world_size}: parallel.pipeline={max(dividing or fitting)}"
         )
     split = parallel.layers_per_stage
     if isinstance(split, tuple) and (len(split) != stages or sum(split) != model.num_hidden_layers):
@@ -164,6 +162,16 @@ def _check_pipeline(config: RunConfig) -> None:
         raise UserError(
             f"parallel.layers_per_stage={list(split)} has {len(split)} stages and {sum(split)} layers; {words} and "
             f"model.num_hidden_layers={model.num_hidden_layers}, so use for example [{even}]"
+        )
+
+
+def _check_pipeline(config: RunConfig) -> None:
+    """Refuse what does not go with a pipeline."""
+    model, parallel = config.model, config.parallel
+    if config.zero.stage > 1:
+        raise UserError(
+            f"zero.stage={config.zero.stage} does not go with parallel.pipeline={parallel.pipeline}; "
+            f"use zero.stage=1, or parallel.pipeline=1"
         )
     if config.train.compile and parallel.schedule in V_SHAPED:
         raise UserError(

@@ -122,10 +122,10 @@ _KINDS = {
     "bool_type": "true or false",
     "model_type": "a mapping of keys",
     "model_attributes_type": "a mapping of keys",
-    "tuple_type": "a list of two numbers such as [0.9, 0.95]",
-    "too_long": "a list of two numbers such as [0.9, 0.95]",
-    # Only an element of a list is reported so; a missing key has its own sentence.
-    "missing": "a list of two numbers such as [0.9, 0.95]",
+}
+_LISTS = {
+    "optimizer.betas": "a list of two numbers such as [0.9, 0.95]",
+    "parallel.layers_per_stage": "a list of whole numbers such as [8, 9, 9, 6]",
 }
 _BOUNDS = {
     "greater_than_equal": ("at least", "ge"),
@@ -142,6 +142,9 @@ def _expectation(detail: ErrorDetails) -> str:
         return f"{words} {detail['ctx'][bound]:g}"
     if kind == "literal_error":
         return str(detail["ctx"]["expected"]).replace("'", "")
+    # Of "missing" this is an element of a list; a missing key has its own sentence.
+    if kind in ("tuple_type", "too_long", "missing"):
+        return _LISTS.get(_key_of(detail), detail["msg"])
     return _KINDS.get(kind, detail["msg"])
 
 

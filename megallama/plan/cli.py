@@ -37,6 +37,10 @@ def plan(
     Examples: megallama plan configs/7b.yaml --gpus 128; megallama plan --flops 1e21; megallama plan --params 7B
     """
     compute, size, data = _quantity("--flops", flops), _quantity("--params", params), _quantity("--tokens", tokens)
+    options = (("--flops", flops), ("--params", params), ("--tokens", tokens))
+    others = [f"{option}={text}" for option, text in options if text] + (["--json"] if as_json else [])
+    if timeline and others:
+        raise UserError(f"--timeline does not go with {others[0]}; leave one of them out")
     parts = []
     if config_path is not None:
         if size is not None:

@@ -21,6 +21,8 @@ class Layout:
     pp: int = 1
     dp: int = 1
     schedule: Schedule = "1f1b"
+    chunks: int = 0
+    """Stages of each rank under interleaved1f1b; 0 for 2, the default."""
     split: tuple[int, ...] = ()
     """Decoder layers of each stage; empty for the balanced split."""
     zero: int = 1
@@ -40,6 +42,7 @@ class Layout:
         words = [f"tp{self.tp}"] if self.tp > 1 else []
         words += [f"pp{self.pp}"] if self.pp > 1 else []
         words += [self.schedule] if self.schedule != "1f1b" else []
+        words += [f"chunks{self.chunks}"] if self.chunks > 2 else []
         words += ["split" + "+".join(map(str, self.split))] if self.split else []
         words += [f"dp{self.dp}"] if self.dp > 1 else []
         words += [f"zero{self.zero}"]
@@ -56,6 +59,7 @@ class Layout:
             pipeline=self.pp,
             sequence=self.sequence,
             schedule=self.schedule,
+            chunks=self.chunks or 2,
             layers_per_stage=self.split or "balanced",
         )
 
@@ -83,6 +87,7 @@ _WORDS: dict[str, Callable[[Layout, str], Layout]] = {
     r"tp([1-9]\d*)": lambda layout, n: replace(layout, tp=int(n)),
     r"pp([1-9]\d*)": lambda layout, n: replace(layout, pp=int(n)),
     r"(interleaved1f1b|dualpipev|zbvzerobubble)": lambda layout, word: replace(layout, schedule=cast(Schedule, word)),
+    r"chunks([2-9]|[1-9]\d+)": lambda layout, n: replace(layout, chunks=int(n)),
     r"split([1-9]\d*(?:\+[1-9]\d*)*)": lambda layout, n: replace(layout, split=tuple(map(int, n.split("+")))),
     r"dp([1-9]\d*)": lambda layout, n: replace(layout, dp=int(n)),
     r"zero([1-3])": lambda layout, n: replace(layout, zero=int(n)),
@@ -93,7 +98,7 @@ _WORDS: dict[str, Callable[[Layout, str], Layout]] = {
 
 
 def parse_layout(name: str) -> Layout:
-    """The layout of that name; UserError for a word that is none."""
+    """The layout of that name; UserError for a word that is none, or that the schedule has no use for."""
     layout = ONE_PROCESS
     for word in name.split("-"):
         for pattern, apply in _WORDS.items():
@@ -103,9 +108,14 @@ def parse_layout(name: str) -> Layout:
         else:
             raise UserError(
                 f"unknown word {word!r} in layout {name!r}; a layout is made of tpN, ppN, dpN and accN with N from 1, "
-                "zeroN with N from 1 to 3, interleaved1f1b, dualpipev, zbvzerobubble, splitN+N+..., nosp, "
-                "selective and full, as tp2-dp2-zero3 or pp2-dualpipev"
+                "zeroN with N from 1 to 3, interleaved1f1b, dualpipev, zbvzerobubble, chunksN with N from 2, "
+                "splitN+N+..., nosp, selective and full, as tp2-dp2-zero3 or pp2-dualpipev"
             )
+    if layout.chunks and layout.schedule != "interleaved1f1b":
+        raise UserError(
+            f"chunks{layout.chunks} in layout {name!r} goes with interleaved1f1b only, and its schedule is "
+            f"{layout.schedule}; use {replace(layout, schedule='interleaved1f1b').name}, or leave it out"
+        )
     return layout
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -175,7 +176,7 @@ def test_code_planted_in_a_checkpoint_does_not_run(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    path = complete_checkpoints(finished / "checkpoints")[0]
+    path = shutil.copytree(complete_checkpoints(finished / "checkpoints")[0], tmp_path / "step_00000005")
     (path / ".metadata").write_bytes(pickle.dumps(Bomb()))
     load_weights(path)
     data = path / "__0_0.distcp"

@@ -76,10 +76,24 @@ REFUSED: list[tuple[list[str], int, str, list[tuple[list[str], int]]]] = [
     (["zero.stage=3", "parallel.pipeline=2"], 2, "zero.stage=3 does not go with parallel.pipeline=2",
      [(["zero.stage=1", "parallel.pipeline=2"], 2)]),
     (["parallel.pipeline=8"], 8, "model.num_hidden_layers=4 is fewer than parallel.pipeline * chunks of 1f1b = "
-     "8 * 1 = 8 stages; nearest legal: parallel.pipeline=4", [(["parallel.pipeline=4"], 8)]),
+     "8 * 1 = 8 stages; nearest legal for a world size of 8: parallel.pipeline=4", [(["parallel.pipeline=4"], 8)]),
+    # Seven layers would fit 7 stages, but 8 and 12 ranks are no multiple of 7.
+    (["model.num_hidden_layers=7", "parallel.pipeline=8"], 8, "nearest legal for a world size of 8: "
+     "parallel.pipeline=4", [(["model.num_hidden_layers=7", "parallel.pipeline=4"], 8)]),
+    (["model.num_hidden_layers=7", "parallel.pipeline=12"], 12, "nearest legal for a world size of 12: "
+     "parallel.pipeline=6",
+     # 6 stages and the dp of 2 ask for another batch as well.
+     [(["model.num_hidden_layers=7", "parallel.pipeline=6", "train.global_batch_size=24"], 12)]),
+    (["model.num_hidden_layers=7", "parallel.tensor=4", "parallel.pipeline=9"], 36,
+     "nearest legal for a world size of 36: parallel.pipeline=3",
+     # At pipeline 3 the dp of 3 asks for another batch as well.
+     [(["model.num_hidden_layers=7", "parallel.tensor=4", "parallel.pipeline=3", "train.global_batch_size=18"], 36)]),
+    (["model.num_hidden_layers=1", "parallel.pipeline=3", "parallel.schedule=dualpipev"], 3,
+     "nearest legal for a world size of 3: parallel.pipeline=1",
+     [(["model.num_hidden_layers=1", "parallel.schedule=dualpipev", "train.global_batch_size=18"], 3)]),
     (["parallel.pipeline=4", "parallel.schedule=dualpipev"], 4,
      "model.num_hidden_layers=4 is fewer than parallel.pipeline * chunks of dualpipev = 4 * 2 = 8 stages; "
-     "nearest legal: parallel.pipeline=2",
+     "nearest legal for a world size of 4: parallel.pipeline=2",
      [(["parallel.pipeline=2", "parallel.schedule=dualpipev"], 4)]),
     (["parallel.pipeline=2", "model.tie_word_embeddings=true"], 2,
      "model.tie_word_embeddings=true with parallel.pipeline=2 under 1f1b puts one weight on two ranks; "
@@ -114,6 +128,11 @@ REFUSED: list[tuple[list[str], int, str, list[tuple[list[str], int]]]] = [
      "parallel.layers_per_stage=[3, 2] has 2 stages and 5 layers; parallel.pipeline * chunks of 1f1b = 2 * 1 = 2 and "
      "model.num_hidden_layers=4, so use for example [2, 2]",
      [(["parallel.pipeline=2", "parallel.layers_per_stage=[2, 2]"], 2)]),
+    (["parallel.layers_per_stage=[2, 2]"], 1,
+     "parallel.layers_per_stage=[2, 2] has 2 stages and 4 layers; parallel.pipeline * chunks of 1f1b = 1 * 1 = 1 and "
+     "model.num_hidden_layers=4, so use for example [4]", [(["parallel.layers_per_stage=[4]"], 1)]),
+    (["parallel.layers_per_stage=[5]"], 1, "parallel.layers_per_stage=[5] has 1 stages and 5 layers; ",
+     [(["parallel.layers_per_stage=[4]"], 1)]),
     (["parallel.pipeline=2", "parallel.schedule=interleaved1f1b", "model.tie_word_embeddings=true"], 2,
      "under interleaved1f1b puts one weight on two ranks", [(["parallel.pipeline=2"], 2)]),
     (["parallel.context=2"], 2, "parallel.context=2 is not available yet; use parallel.context=1",

@@ -119,6 +119,10 @@ BAD_OVERRIDES = [
     ("optimizer.betas=[1, 2, 3]", "expected a list of two numbers", "optimizer.betas=[0.9, 0.95]"),
     ("optimizer.betas=[0.9, 1.5]", "optimizer.betas=1.5 is not legal; expected less than 1",
      "optimizer.betas=[0.9, 0.95]"),
+    ("parallel.layers_per_stage=balancd", "parallel.layers_per_stage=balancd is not legal; expected a list of whole "
+     "numbers such as [8, 9, 9, 6] or balanced or even; did you mean balanced?", "parallel.layers_per_stage=balanced"),
+    ("parallel.layers_per_stage=8", "parallel.layers_per_stage=8 is not legal; expected a list of whole numbers such "
+     "as [8, 9, 9, 6] or balanced or even", "parallel.layers_per_stage=[8, 9, 9, 6]"),
     ("train=5", "train=5 is not legal; expected a mapping of keys", "train={steps: 5}"),
     ("model.rope_scaling.factor=4", "model.rope_scaling.rope_type is missing; ",
      "model.rope_scaling={rope_type: linear, factor: 4}"),

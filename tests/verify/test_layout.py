@@ -21,6 +21,10 @@ MISTAKES = {
     "tp16": "layout tp16-zero1, of the shrunk run: parallel.tensor=16 does not divide model.num_attention_heads=8",
     "pp2-zero2": "layout pp2-zero2, of the shrunk run: zero.stage=2 does not go with parallel.pipeline=2",
     "pp2-dualpipev-acc3": "layout pp2-dualpipev-zero1-acc3, of the shrunk run: train.global_batch_size / ",
+    "pp2-interleaved1f1b-chunks1": "unknown word 'chunks1'",
+    "pp2-chunks3": "chunks3 in layout 'pp2-chunks3' goes with interleaved1f1b only, and its schedule is 1f1b; "
+    "use pp2-interleaved1f1b-chunks3-zero1, or leave it out",
+    "pp2-chunks2-dualpipev": "chunks2 in layout 'pp2-chunks2-dualpipev' goes with interleaved1f1b only",
     "pp2-split1+1+1": "layout pp2-split1+1+1-zero1, of the shrunk run: parallel.layers_per_stage=[1, 1, 1] has 3 ",
 }
 
@@ -33,6 +37,11 @@ def test_a_layout_that_cannot_run_is_refused_before_anything_trains(name: str) -
     assert MISTAKES[name] in str(refused.value)
     assert "\n" not in str(refused.value)
     assert trained == []
+
+
+def test_chunks_stand_in_the_name_where_they_are_not_two() -> None:
+    assert parse_layout("pp2-chunks3-interleaved1f1b").name == "pp2-interleaved1f1b-chunks3-zero1"
+    assert parse_layout("pp2-interleaved1f1b-chunks2").name == "pp2-interleaved1f1b-zero1"
 
 
 def test_a_layout_given_twice_is_trained_once() -> None:

@@ -21,6 +21,7 @@ MIXED = [
     "tp2-pp2-interleaved1f1b-full",
     "tp2-pp2-zbvzerobubble-full",
     "tp2-pp2-dualpipev",
+    "pp2-interleaved1f1b-chunks3-acc4",
     "pp2-split1+3",
     "pp2-zbvzerobubble-split1+4+2+1",
 ]
@@ -35,8 +36,8 @@ IN_EVERY_RUN = [
 ]
 
 
-def check(layout: str, dtype: str, *overrides: str) -> None:
-    assert_all_equal(verify(debug_config(*overrides), [parse_layout(layout)], dtype=dtype))
+def check(layout: str, dtype: str, *overrides: str, resume: bool = False) -> None:
+    assert_all_equal(verify(debug_config(*overrides), [parse_layout(layout)], dtype=dtype, resume=resume))
 
 
 @pytest.mark.parametrize(("layout", "dtype"), IN_EVERY_RUN)
@@ -53,3 +54,13 @@ def test_every_pipeline_gives_the_answer_of_one_process(layout: str, dtype: str)
 @pytest.mark.parametrize("schedule", ["dualpipev", "zbvzerobubble"])
 def test_a_v_ties_its_ends(schedule: str) -> None:
     check(f"pp2-{schedule}", "fp32", TIED)
+
+
+@pytest.mark.layouts
+def test_a_v_ties_its_ends_in_bf16() -> None:
+    check("pp2-dualpipev", "bf16", TIED)
+
+
+@pytest.mark.layouts
+def test_a_tied_v_whose_ends_are_cut_goes_on_where_one_process_stopped_and_the_other_way() -> None:
+    check("tp2-pp2-zbvzerobubble", "fp32", TIED, resume=True)
