@@ -1,86 +1,118 @@
-"""`torch.distributed.checkpoint` on a file system, with its metadata as JSON.
+"""The tensors of a checkpoint: plain fp32 numbers in files, at the places that tensors.json names. Nothing to unpickle.
 
-torch pickles the metadata and unpickles whatever it finds; ours is data that cannot run. Tensors are read with
-`weights_only=True`.
+Read whole and alone (`Stored`), or in part, by many ranks at any layout (`ShardReader`).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from numpy.typing import NDArray
+from torch.distributed.checkpoint import LoadPlan, LoadPlanner, StorageReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
-METADATA = "metadata.json"
+from megallama.checkpoint.format import TENSORS, TornCheckpointError, read_manifest
 
-
-class JsonMetadataWriter(FileSystemWriter):
-    """Writes tensors as torch does, and their places into metadata.json."""
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        places = {result.index: result.storage_data for rank in results for result in rank}
-        tensors = {}
-        for name, tensor in metadata.state_dict_metadata.items():
-            assert isinstance(tensor, TensorStorageMetadata)
-            chunks = []
-            for chunk in tensor.chunks:
-                place = places[MetadataIndex(name, chunk.offsets)]
-                chunks.append([list(chunk.offsets), list(chunk.sizes), place.relative_path, place.offset, place.length])
-            tensors[name] = {"shape": list(tensor.size), "chunks": chunks}
-        write_json(Path(self.path) / METADATA, {"dtype": "float32", "tensors": tensors})
+Array = NDArray[np.float32]
 
 
-class JsonMetadataReader(FileSystemReader):
-    """Reads what JsonMetadataWriter wrote."""
+class Stored:
+    """The tensors of the checkpoint at `path` by name. TornCheckpointError if it is not a whole one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._manifest = path, read_manifest(path)
+        self._tensors: dict[str, Any] = json.loads((path / TENSORS).read_text())["tensors"]
+        self._files: dict[str, Array] = {}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor."""
+        return {name: tuple(tensor["shape"]) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> Array:
+        """One tensor, whole."""
+        whole = np.full(self.shapes[name], np.nan, dtype=np.float32)
+        for offset, chunk in self.chunks(name):
+            whole[tuple(slice(o, o + n) for o, n in zip(offset, chunk.shape, strict=True))] = chunk
+        return whole
+
+    def places(self, name: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Where each part of one tensor begins, and its shape."""
+        return [(tuple(chunk["offset"]), tuple(chunk["shape"])) for chunk in self._tensors[name]["chunks"]]
+
+    def chunks(self, name: str) -> Iterator[tuple[tuple[int, ...], Array]]:
+        """The parts of one tensor: where each begins, and its numbers, mapped from the file."""
+        for chunk in self._tensors[name]["chunks"]:
+            start, shape = chunk["start"] // 4, tuple(chunk["shape"])
+            flat = self._map(chunk["file"])[start : start + math.prod(shape)]
+            if flat.size != math.prod(shape):
+                raise TornCheckpointError(f"{TENSORS} names a place beyond the end of {chunk['file']}")
+            yield tuple(chunk["offset"]), flat.reshape(shape)
+
+    def _map(self, file: str) -> Array:
+        if file not in self._manifest.files:
+            raise TornCheckpointError(f"{TENSORS} names the file {file!r}, which is not in the manifest")
+        if file not in self._files:
+            # Private and writable: torch takes no memory that is read-only, and nothing reaches the file.
+            self._files[file] = np.memmap(self._path / file, dtype=np.float32, mode="c")
+        return self._files[file]
+
+
+class ShardReader(StorageReader):
+    """Gives `torch.distributed.checkpoint` what each rank asks for, in whatever parts it was stored."""
+
+    def __init__(self, path: Path) -> None:
+        self._stored = Stored(path)
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        pass
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        tensors = json.loads((Path(self.path) / METADATA).read_text())["tensors"]
         described: dict[str, Any] = {}
-        places: dict[MetadataIndex, _StorageInfo] = {}
-        for name, tensor in tensors.items():
-            chunks = []
-            for offset, size, file, start, length in tensor["chunks"]:
-                if Path(file).name != file:
-                    raise ValueError(f"{METADATA} of {self.path} names the file {file!r} outside its folder")
-                chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(size)))
-                places[MetadataIndex(name, offset)] = _StorageInfo(file, start, length)
+        for name, shape in self._stored.shapes.items():
+            places = self._stored.places(name)
+            chunks = [ChunkStorageMetadata(torch.Size(offset), torch.Size(extent)) for offset, extent in places]
             properties = TensorProperties(dtype=torch.float32)
-            described[name] = TensorStorageMetadata(properties, torch.Size(tensor["shape"]), chunks)
-        return Metadata(described, storage_data=places, storage_meta=StorageMeta(load_id=self.load_id))
+            described[name] = TensorStorageMetadata(properties, torch.Size(shape), chunks)
+        return Metadata(described)
 
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
 
-def read_alone(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill whole `tensors` by name from the checkpoint at `path`, in this process alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        dcp.load(dict(tensors), storage_reader=JsonMetadataReader(path), no_dist=True)
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
 
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
 
-def stored_shapes(path: Path) -> dict[str, torch.Size]:
-    """The shape of every tensor of the checkpoint at `path`."""
-    described = JsonMetadataReader(path).read_metadata().state_dict_metadata
-    return {name: tensor.size for name, tensor in described.items() if isinstance(tensor, TensorStorageMetadata)}
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        found: dict[MetadataIndex, Array] = {}
+        for name in {item.storage_index.fqn for item in plan.items}:
+            for offset, chunk in self._stored.chunks(name):
+                found[MetadataIndex(name, offset)] = chunk
+        for item in plan.items:
+            here = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
+            target = planner.resolve_tensor(item)
+            target.copy_(torch.from_numpy(found[item.storage_index][here]))
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
-
-def write_json(path: Path, value: object) -> None:
-    """Write, and reach the disk before returning."""
-    with path.open("w") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True

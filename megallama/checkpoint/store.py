@@ -1,34 +1,31 @@
-"""The checkpoints of a run directory: save, find, load.
-
-A checkpoint is a folder `checkpoints/step_00001000` with the tensors of `checkpoint.logical`, metadata.json and
-state.json. It is written under another name and renamed when whole, so a folder of that name is always complete.
-"""
+"""What a run takes from checkpoints: where it starts, and the state it starts with."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from megallama.checkpoint.logical import logical_state
-from megallama.checkpoint.storage import (
-    METADATA,
-    JsonMetadataReader,
-    JsonMetadataWriter,
-    read_alone,
-    stored_shapes,
-    write_json,
+from megallama.checkpoint.commit import set_aside
+from megallama.checkpoint.format import (
+    LATEST,
+    STATE,
+    TornCheckpointError,
+    complete_checkpoints,
+    damaged_files,
+    named_checkpoints,
+    read_manifest,
+    why_torn,
 )
+from megallama.checkpoint.logical import logical_state
+from megallama.checkpoint.storage import ShardReader, Stored
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.errors import UserError
 from megallama.model.chunks import Chunks
@@ -36,11 +33,6 @@ from megallama.parallel.mesh import ParallelMesh
 
 if TYPE_CHECKING:
     from megallama.engine import Engine
-
-STATE = "state.json"
-LATEST = "latest"
-BEST = "best"
-_NAME = re.compile(r"step_(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -77,45 +69,10 @@ class Start:
     weights: Path | None = None
 
 
-def save(
-    folder: Path,
-    engine: Engine,
-    model: Chunks,
-    mesh: ParallelMesh,
-    state: TrainState,
-    data: DataIdentity,
-    keep: int,
-) -> Path:
-    """Write a checkpoint of `state` under `folder`; every rank must call it.
-
-    Of the older ones the newest `keep` stay, and the one of the best validation loss.
-    """
-    final = folder / f"step_{state.step:08d}"
-    partial = folder / f".{final.name}.partial"
-    if mesh.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier(mesh.world.group)
-    held = model.logical_pieces()
-    if mesh.tp.rank > 0:
-        # A piece that is the whole tensor is on every tp rank, bit for bit: the first writes it.
-        held = {name: tuple(p for p in pieces if p.size != p.shape) for name, pieces in held.items()}
-    dcp.save(logical_state(engine.fragments(), held), storage_writer=JsonMetadataWriter(partial))
-    if mesh.rank == 0:
-        content = {"state": asdict(state), "data": asdict(data), "model": model.config.model_dump(mode="json")}
-        write_json(partial / STATE, content)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        _replace_text(folder / LATEST, final.name)
-        _drop_old(folder, keep)
-    dist.barrier(mesh.world.group)
-    return final
-
-
 def load(path: Path, engine: Engine, model: Chunks) -> TrainState:
     """Overwrite weights, moments and position with those of `path`; every rank must call it."""
     state = read_state(path)
-    dcp.load(dict(logical_state(engine.fragments(), model.logical_pieces())), storage_reader=JsonMetadataReader(path))
+    dcp.load(dict(logical_state(engine.fragments(), model.logical_pieces())), storage_reader=ShardReader(path))
     engine.state_was_loaded(state.updates)
     return state
 
@@ -125,15 +82,15 @@ def load_initial_weights(path: Path, engine: Engine, model: Chunks) -> None:
     _check_same_model(path, model.config, "checkpoint.init_from")
     state = logical_state(engine.fragments(), model.logical_pieces())
     weights = {name: tensor for name, tensor in state.items() if not name.startswith("optimizer.")}
-    dcp.load(dict(weights), storage_reader=JsonMetadataReader(path))
+    dcp.load(dict(weights), storage_reader=ShardReader(path))
     engine.state_was_loaded(0)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """The fp32 weights of a checkpoint by Hugging Face name, whole, in this process alone."""
-    weights = {n: torch.empty(shape) for n, shape in stored_shapes(path).items() if not n.startswith("optimizer.")}
-    read_alone(path, weights)
-    return weights
+    stored = Stored(path)
+    names = [name for name in stored.shapes if not name.startswith("optimizer.")]
+    return {name: torch.from_numpy(stored.read(name)) for name in names}
 
 
 def read_state(path: Path) -> TrainState:
@@ -146,14 +103,20 @@ def read_model(path: Path) -> ModelConfig:
     return ModelConfig.model_validate(json.loads((path / STATE).read_text())["model"])
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints under `folder`, newest first."""
-    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)]
-    whole = [path for path in found if (path / METADATA).is_file() and (path / STATE).is_file()]
-    return sorted(whole, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+def state_document(
+    state: TrainState, loss: float, data: DataIdentity, model: ModelConfig, layout: dict[str, object]
+) -> dict[str, object]:
+    """What state.json holds: the above, and for people the training loss of the step and the layout that saved it."""
+    return {
+        "state": asdict(state),
+        "loss": loss,
+        "data": asdict(data),
+        "model": model.model_dump(mode="json"),
+        "layout": layout,
+    }
 
 
-def set_aside(run_dir: Path) -> None:
+def put_aside(run_dir: Path) -> None:
     """Rename what an earlier run left in `run_dir`: a run that starts over neither mixes with it nor drops it."""
     names = ("checkpoints", "metrics.jsonl")
     free = next(n for n in count(1) if not any((run_dir / f"{name}.{n}").exists() for name in names))
@@ -163,13 +126,22 @@ def set_aside(run_dir: Path) -> None:
 
 
 def pick_start(config: RunConfig, data: DataIdentity) -> Start:
-    """Where the run begins. UserError where `checkpoint.resume` forbids it or a checkpoint is of something else."""
+    """Where the run begins, by what folders and manifests say; `confirm` reads the files.
+
+    UserError where `checkpoint.resume` forbids it, a checkpoint is of something else, or there were checkpoints and
+    none is whole.
+    """
     settings, folder = config.checkpoint, Path(config.run.dir) / "checkpoints"
-    found = complete_checkpoints(folder) if settings.resume != "never" else []
-    if found:
-        _check_same_model(found[0], config.model, "run.dir")
-        _check_same_data(found[0], data)
-        return Start(resume=found[0])
+    if settings.resume != "never":
+        found = complete_checkpoints(folder)
+        if found:
+            _check_same_model(found[0], config.model, "run.dir")
+            _check_same_data(found[0], data)
+            return Start(resume=found[0])
+        if torn := named_checkpoints(folder):
+            _refuse_to_start_over(folder, [f"{path.name}: {why_torn(path)}" for path in torn])
+        if (folder / LATEST).exists():
+            _refuse_to_start_over(folder, [f"{LATEST} names {(folder / LATEST).read_text()!r}, which is not there"])
     if settings.resume == "must":
         raise UserError(f"checkpoint.resume=must, but {folder} holds no checkpoint; use checkpoint.resume=auto")
     if settings.init_from is None:
@@ -183,6 +155,49 @@ def pick_start(config: RunConfig, data: DataIdentity) -> Start:
         raise UserError(f"checkpoint.init_from={weights} is not a complete checkpoint; use {fix}")
     _check_same_model(weights, config.model, "checkpoint.init_from")
     return Start(weights=weights)
+
+
+def confirm(start: Start, mesh: ParallelMesh) -> tuple[Start, list[str]]:
+    """Where the run begins after every byte was read and held against its hash, and what was passed over and why.
+
+    Ranks share the reading. A damaged checkpoint is set aside, and the one before it is next. UserError if none is
+    left, or if the weights to begin from are damaged. Every rank must call it.
+    """
+    passed: list[str] = []
+    # Rank 0's view: another node may still see the folder of a moment ago.
+    box = [(start, complete_checkpoints(start.resume.parent) if start.resume is not None else [])]
+    dist.broadcast_object_list(box, group=mesh.world.group, device=mesh.device)
+    start, candidates = box[0]
+    if start.weights is not None and (reasons := _damage(start.weights, mesh)):
+        raise UserError(f"checkpoint.init_from={start.weights} is damaged ({reasons[0]}); use another checkpoint")
+    if start.resume is None:
+        return start, passed
+    for path in candidates:
+        reasons = _damage(path, mesh)
+        if not reasons:
+            return Start(resume=path), passed
+        aside = [set_aside(path).name] if mesh.rank == 0 else []
+        passed.append(f"{path.name}: {'; '.join(reasons)}" + "".join(f"; set aside as {name}" for name in aside))
+    _refuse_to_start_over(start.resume.parent, passed)
+
+
+def _damage(path: Path, mesh: ParallelMesh) -> list[str]:
+    """What is wrong with the files of `path`, the same list on every rank."""
+    try:
+        manifest = read_manifest(path)
+        mine = damaged_files(path, manifest, sorted(manifest.files)[mesh.rank :: mesh.world.size])
+    except TornCheckpointError as error:
+        mine = [str(error)]
+    every: list[list[str]] = [[] for _ in range(mesh.world.size)]
+    dist.all_gather_object(every, mine, group=mesh.world.group)
+    return sorted({reason for reasons in every for reason in reasons})
+
+
+def _refuse_to_start_over(folder: Path, reasons: list[str]) -> NoReturn:
+    raise UserError(
+        f"{folder} has held checkpoints and none is whole now ({'; '.join(reasons)}); put one back, or start over with "
+        "checkpoint.resume=never, which deletes nothing"
+    )
 
 
 def _check_same_model(path: Path, model: ModelConfig, named_by: str) -> None:
@@ -216,24 +231,3 @@ def _check_same_data(path: Path, data: DataIdentity) -> None:
             f"the data of the run (data.path, data.sequence_length or the split) is not that of the checkpoint {path}; "
             f"use the same data, or another run.dir with checkpoint.init_from={path}"
         )
-
-
-def _drop_old(folder: Path, keep: int) -> None:
-    found = complete_checkpoints(folder)
-    losses = {path: read_state(path).validation_loss for path in found}
-    evaluated = {path: loss for path, loss in losses.items() if loss is not None}
-    best = min(evaluated, key=lambda path: evaluated[path], default=None)
-    if best is not None:
-        _replace_text(folder / BEST, best.name)
-    for old in found[keep:]:
-        if old != best:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -170,6 +170,10 @@ class TrainConfig(Section):
     """Fixes initialisation and sample order at every layout."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in backward: none, the SwiGLU product, or whole layers."""
+    max_minutes: float | None = Field(default=None, gt=0)
+    """Save and leave, to be started again, in time for the save to end this long after the start."""
+    max_skipped: int = Field(default=100, ge=1)
+    """Steps in a row whose gradient is not finite, after which the run has failed."""
     compile: bool = False
     """Run each layer through torch.compile; needs a compiler on the machine."""
 
@@ -217,11 +221,28 @@ class CheckpointConfig(Section):
     every: int = Field(default=0, ge=0)
     """Steps between saves; 0 saves at the end only."""
     keep: int = Field(default=2, ge=1)
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept; the one with the lowest validation loss is kept beside them."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints of steps that are multiples of this are kept for ever; 0 for none."""
+    asynchronous: bool = True
+    """Train on while a process of its own writes; false waits for it."""
+    max_failures: int = Field(default=3, ge=1)
+    """Saves in a row that could not be written, after which the run has failed."""
     resume: Literal["auto", "must", "never"] = "auto"
     """auto continues the newest checkpoint or starts fresh; must refuses that; never sets it aside and starts fresh."""
     init_from: str | None = None
     """Checkpoint whose weights start a new run; moments and position start from zero."""
+
+
+class WatchdogConfig(Section):
+    """When a step, an evaluation or a save counts as hung: each rank writes its stacks and the run ends."""
+
+    factor: float = Field(default=10.0, gt=1)
+    """Times the recent median of its kind that it may take."""
+    least_seconds: float = Field(default=300.0, gt=0)
+    """That it may take in any case."""
+    first_seconds: float = Field(default=1800.0, gt=0)
+    """That the first of its kind may take."""
 
 
 class WandbConfig(Section):

@@ -1,0 +1,131 @@
+"""From files in a partial folder to a checkpoint that exists, and which older ones go. Rank 0's writer runs this.
+
+A checkpoint exists from the rename of its folder on: everything in it, the manifest last, has reached the disk before.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megallama.checkpoint.format import (
+    BEST,
+    LATEST,
+    STATE,
+    File,
+    Manifest,
+    complete_checkpoints,
+    named_checkpoints,
+    step_of,
+    sync_folder,
+    why_torn,
+    write_bytes,
+    write_json,
+    write_manifest,
+)
+
+PARTIAL, DROPPED, TORN = "partial", "dropped", "torn"
+"""What follows a checkpoint's name and a dot: being written, being deleted, set aside."""
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest `keep`, every one at a multiple of `keep_every` steps, and the best."""
+
+    keep: int
+    keep_every: int = 0
+    """0 for none."""
+
+
+def commit(
+    partial: Path,
+    final: Path,
+    written: Mapping[str, File],
+    documents: Mapping[str, object],
+    saved: float,
+    versions: dict[str, str],
+) -> None:
+    """Make the files `written` into `partial`, and JSON files of `documents`, the checkpoint `final`. OSError if not.
+
+    An earlier folder of that name, if it is not empty, is an error: nothing is overwritten.
+    """
+    files = dict(written) | {name: write_json(partial / name, value) for name, value in documents.items()}
+    write_manifest(partial, Manifest(step_of(final), saved, versions, files))
+    sync_folder(partial)
+    partial.rename(final)
+    sync_folder(final.parent)
+
+
+def point(pointer: Path, name: str) -> None:
+    """Write the name of a checkpoint into a file, which holds the old name or the new one at every moment."""
+    partial = pointer.with_name(f".{pointer.name}.{PARTIAL}")
+    write_bytes(partial, name.encode())
+    partial.replace(pointer)
+    sync_folder(pointer.parent)
+
+
+def tend(folder: Path, retention: Retention) -> list[str]:
+    """Point at the newest checkpoint and the best, and delete what `retention` does not keep.
+
+    Returns what could not be done, a reason each: none of it harms a checkpoint. The newest stays whatever is asked.
+    """
+    found = complete_checkpoints(folder)
+    best = best_of(found)
+    failures = []
+    for pointer, path in ((LATEST, found[0]), (BEST, best)):
+        if path is not None:
+            failures += _tried(lambda pointer=pointer, path=path: point(folder / pointer, path.name))
+    for old in found[max(1, retention.keep) :]:
+        permanent = retention.keep_every > 0 and step_of(old) % retention.keep_every == 0
+        if not permanent and old != best:
+            failures += _tried(lambda old=old: delete(old))
+    return failures
+
+
+def delete(path: Path) -> None:
+    """Delete a checkpoint. It has another name from the first moment on: half of one is never taken for a whole."""
+    doomed = path.with_name(f"{path.name}.{DROPPED}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _tried(action: Callable[[], None]) -> list[str]:
+    try:
+        action()
+    except OSError as error:
+        return [f"{error.filename}: {error.strerror}"]
+    return []
+
+
+def best_of(checkpoints: list[Path]) -> Path | None:
+    """The one of the lowest validation loss, of those that know theirs."""
+    losses = {path: json.loads((path / STATE).read_text())["state"]["validation_loss"] for path in checkpoints}
+    known = [path for path, loss in losses.items() if loss is not None]
+    return min(known, key=lambda path: losses[path], default=None)
+
+
+def tidy(folder: Path) -> Iterator[str]:
+    """After a run that ended anyhow: set aside what it was writing and what is torn, finish what it was deleting.
+
+    Says what it did, a sentence each.
+    """
+    for path in sorted(folder.glob(f"step_*.{PARTIAL}-*")):
+        yield f"{path.name} was never finished; set aside as {set_aside(path).name}"
+    for path in named_checkpoints(folder):
+        if (reason := why_torn(path)) is not None:
+            yield f"{path.name} is not whole: {reason}; set aside as {set_aside(path).name}"
+    for path in sorted(folder.glob(f"step_*.{DROPPED}")):
+        shutil.rmtree(path, ignore_errors=True)
+        yield f"{path.name} is deleted now"
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a folder that is not a whole checkpoint, so that nothing takes it for one or collides with it."""
+    name, number = path.name.split(".")[0], 1
+    while (aside := path.with_name(f"{name}.{TORN}-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside

@@ -1,0 +1,157 @@
+"""Saves that training waits for only while its state is copied.
+
+Each rank's process writes its own file; when all have reached the disk, rank 0's makes them a checkpoint. If one rank
+could not write, all drop that save, and training goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch.distributed as dist
+
+from megallama.checkpoint.commit import PARTIAL, Retention
+from megallama.checkpoint.format import STATE, TENSORS, folder_name
+from megallama.checkpoint.logical import logical_state
+from megallama.checkpoint.snapshot import Snapshot
+from megallama.checkpoint.writer import Answer, Writer
+from megallama.engine import Engine
+from megallama.model.chunks import Chunks
+from megallama.parallel.mesh import ParallelMesh
+
+_DISK_TIMEOUT = timedelta(hours=2)
+"""Longest that ranks wait for the slowest one's disk."""
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """What became of a save."""
+
+    step: int
+    path: Path
+    error: str | None
+    """Why it was dropped, or None if the checkpoint exists."""
+    blocked_seconds: float
+    """That training waited for it."""
+    seconds: float
+    """From the request to the end."""
+    cpu_seconds: float
+    """Of the processes that wrote, together."""
+    bytes: int
+    """Of tensors, over all ranks."""
+    warnings: Sequence[str] = ()
+    """What else could not be done, as deleting an old checkpoint."""
+
+
+class Saver:
+    """Saves of one run into `folder`, one at a time. Every rank makes one, and calls every method at the same step."""
+
+    def __init__(self, folder: Path, engine: Engine, model: Chunks, mesh: ParallelMesh, retention: Retention) -> None:
+        self._folder, self._rank, self._retention = folder.absolute(), mesh.rank, retention
+        # Of its own: the thread talks while training uses the other groups. Lives without the launcher's store.
+        self._group = dist.new_group(backend="gloo", timeout=_DISK_TIMEOUT)
+        held = model.logical_pieces()
+        if mesh.tp.rank > 0:
+            # A piece that is the whole tensor is on every tp rank, bit for bit: the first writes it.
+            held = {name: tuple(p for p in pieces if p.size != p.shape) for name, pieces in held.items()}
+        self._snapshot = Snapshot(logical_state(engine.fragments(), held), mesh.rank, self._group)
+        self._writer = Writer(self._snapshot.descriptor, self._snapshot.size)
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._pending: Future[SaveResult] | None = None
+        self._results: list[SaveResult] = []
+        attempt = [uuid4().hex[:8]]
+        dist.broadcast_object_list(attempt, group=self._group)
+        self._attempt = attempt[0]
+
+    @property
+    def bytes(self) -> int:
+        """That this rank writes in each save."""
+        return self._snapshot.size
+
+    @property
+    def writer_pid(self) -> int:
+        """The process that writes for this rank."""
+        return self._writer.pid
+
+    def save(self, step: int, state: dict[str, object]) -> None:
+        """Begin to save after `step`; `state` is what state.json will hold. Waits for the save before, if need be."""
+        began = time.perf_counter()
+        self.wait()
+        self._snapshot.take()
+        blocked = time.perf_counter() - began
+        self._pending = self._thread.submit(self._save, step, state, began, blocked)
+
+    def wait(self) -> None:
+        """Until no save is in flight on any rank."""
+        if self._pending is not None:
+            self._results.append(self._pending.result())
+            self._pending = None
+
+    def take_results(self) -> list[SaveResult]:
+        """What became of the saves that ended since the last call, on this rank's clock; does not wait."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+        taken, self._results = self._results, []
+        return taken
+
+    def close(self) -> None:
+        """Wait for the save in flight and end the writing process."""
+        self.wait()
+        self._thread.shutdown()
+        self._writer.close()
+
+    def _save(self, step: int, state: dict[str, object], began: float, blocked: float) -> SaveResult:
+        final = self._folder / folder_name(step)
+        partial = final.with_name(f"{final.name}.{PARTIAL}-{self._attempt}")
+        path = partial / self._snapshot.file
+        answers = self._exchange(self._writer.order("write", path=str(path), bytes=self._snapshot.size))
+        outcome = [self._finish(answers, partial, final, state) if self._rank == 0 else {}]
+        dist.broadcast_object_list(outcome, group=self._group)
+        return SaveResult(
+            step=step,
+            path=final,
+            error=outcome[0].get("error"),
+            blocked_seconds=blocked,
+            seconds=time.perf_counter() - began,
+            cpu_seconds=sum(answer.get("cpu_seconds", 0.0) for answer in [*answers, outcome[0]]),
+            bytes=sum(answer.get("bytes", 0) for answer in answers),
+            warnings=outcome[0].get("warnings", ()),
+        )
+
+    def _exchange(self, answer: Answer) -> list[Answer]:
+        answers: list[Answer] = [{}] * dist.get_world_size(self._group)
+        dist.all_gather_object(answers, answer, group=self._group)
+        return answers
+
+    def _finish(self, answers: list[Answer], partial: Path, final: Path, state: dict[str, object]) -> Answer:
+        """Commit if every rank has written, else drop what there is."""
+        errors = [f"rank {rank}: {answer['error']}" for rank, answer in enumerate(answers) if "error" in answer]
+        if errors:
+            self._writer.order("drop", path=str(partial))
+            return {"error": "; ".join(errors)}
+        written = {
+            f"rank_{rank:05d}.bin": {key: answer[key] for key in ("bytes", "sha256")}
+            for rank, answer in enumerate(answers)
+        }
+        documents = {TENSORS: {"dtype": "float32", "tensors": self._snapshot.tensors}, STATE: state}
+        outcome = self._writer.order(
+            "commit",
+            partial=str(partial),
+            final=str(final),
+            written=written,
+            documents=documents,
+            saved=time.time(),
+            versions={package: version(package) for package in ("megallama", "torch", "deepspeed")},
+            retention=asdict(self._retention),
+        )
+        if "error" in outcome:
+            self._writer.order("drop", path=str(partial))
+        return outcome

@@ -1,0 +1,125 @@
+"""A process that writes what is in shared memory to the disk.
+
+A thread would slow training down through the interpreter's lock. It imports no torch, so it starts at once and takes
+few megabytes. It takes orders as lines of JSON on its input, answers each with one line, and ends with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megallama.checkpoint.commit import Retention, commit, tend
+from megallama.checkpoint.format import File, write_bytes
+
+Answer = dict[str, Any]
+_SET_PARENT_DEATH_SIGNAL = 1
+_NICE = 19
+_IDLE_CLASS = 3 << 13
+_IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
+
+
+class Writer:
+    """The process, as the one that gives it orders sees it. It reads the memory behind `descriptor`."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "megallama.checkpoint.writer", str(descriptor), str(size), str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[descriptor],
+            text=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    def order(self, what: str, **arguments: Any) -> Answer:
+        """Give an order and wait for the answer, which has an `error` where the order could not be carried out."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"what": what, **arguments}) + "\n")
+            self._process.stdin.flush()
+            answer: Answer = json.loads(self._process.stdout.readline())
+        except (OSError, ValueError):
+            return {"error": f"the writing process is gone (exit code {self._process.wait()})"}
+        return answer
+
+    def close(self) -> None:
+        """End the process, which is between orders."""
+        self._process.communicate()
+
+
+def main(descriptor: int, size: int, parent: int) -> None:
+    """Carry out orders until the input ends."""
+    _stay_behind(parent)
+    with mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) as memory, memoryview(memory) as view:
+        orders: dict[str, Callable[..., Answer]] = {
+            "write": lambda path, bytes: _write(Path(path), view[:bytes]),
+            "commit": _commit,
+            "drop": _drop,
+        }
+        for line in sys.stdin:
+            order = json.loads(line)
+            began = time.process_time()
+            try:
+                answer = orders[order.pop("what")](**order)
+            except OSError as error:
+                answer = {"error": f"{error.filename or order.get('path') or 'write'}: {error.strerror}"}
+            print(json.dumps(answer | {"cpu_seconds": time.process_time() - began}), flush=True)
+
+
+def _write(path: Path, content: memoryview) -> Answer:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return asdict(write_bytes(path, content))
+
+
+def _commit(
+    partial: str,
+    final: str,
+    written: dict[str, dict[str, Any]],
+    documents: dict[str, object],
+    saved: float,
+    versions: dict[str, str],
+    retention: dict[str, int],
+) -> Answer:
+    files = {name: File(**file) for name, file in written.items()}
+    commit(Path(partial), Path(final), files, documents, saved, versions)
+    return {"warnings": tend(Path(final).parent, Retention(**retention))}
+
+
+def _drop(path: str) -> Answer:
+    shutil.rmtree(path, ignore_errors=True)
+    return {}
+
+
+def _stay_behind(parent: int) -> None:
+    """Give way to training, end with the parent and by nothing else."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # Slurm signals every process of a job: a save must not end half way
+    libc = ctypes.CDLL(None)
+    libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    os.nice(_NICE)
+    number = _IOPRIO_SET.get(os.uname().machine)
+    if number is not None:
+        libc.syscall(number, 1, 0, _IDLE_CLASS)
+    if os.getppid() != parent:  # it went before the kernel was told
+        sys.exit()
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,64 @@
+"""One run directory, one writer: a lock that the kernel takes back when its holder dies, however it dies."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+
+from megallama.errors import UserError
+
+LOCK = "lock"
+_HANDOVER_SECONDS = 10.0
+"""A killed holder may take a moment to be gone, and a job that is requeued comes at once."""
+
+
+class RunLock:
+    """Held from creation to `release` or the end of the process. UserError if another process holds it.
+
+    On a file system that several nodes share it must carry locks between them: NFS 4, GPFS, Lustre with `flock` do.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        path = run_dir / LOCK
+        self._file = path.open("a+")
+        deadline = time.monotonic() + _HANDOVER_SECONDS
+        while not _taken(self._file.fileno()):
+            if time.monotonic() > deadline:
+                self._file.seek(0)
+                raise UserError(
+                    f"run.dir={run_dir} is in use by {_holder(self._file.read())}; stop that run (touch "
+                    f"{run_dir / 'STOP'}), or use another run.dir"
+                )
+            time.sleep(0.2)
+        self._file.truncate(0)
+        facts = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+        self._file.write(json.dumps(facts))
+        self._file.flush()
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
+
+
+def _taken(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _holder(content: str) -> str:
+    try:
+        facts = json.loads(content)
+    except ValueError:
+        return "another process"
+    job = f", job {facts['job']}" if facts["job"] else ""
+    return f"process {facts['pid']} on {facts['host']}{job}"

@@ -1,0 +1,48 @@
+"""How a start of a run ended, as a file that scripts read: launchers change exit codes, torchrun makes each 1."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Literal
+
+from megallama.checkpoint.format import write_json
+
+OUTCOME = "outcome.json"
+REQUEUE_CODE = 75
+"""Exit code after a complete save that waits to be started again (EX_TEMPFAIL of sysexits.h)."""
+
+Status = Literal["running", "done", "stopped", "requeue", "failed"]
+"""stopped is by train.stop_after; running, where no process holds the lock, is a run that was killed."""
+
+
+def write_outcome(run_dir: Path, status: Status, step: int, reason: str) -> None:
+    """Replace the outcome of the run."""
+    content = {
+        "status": status,
+        "step": step,
+        "reason": reason,
+        "time": time.time(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+    }
+    partial = run_dir / f".{OUTCOME}.{os.getpid()}"
+    write_json(partial, content)
+    partial.replace(run_dir / OUTCOME)
+
+
+def write_failure(run_dir: Path, reason: str) -> None:
+    """Record what ended a run that was running; of several ranks that fail, the first one's reason stays."""
+    try:
+        found = json.loads((run_dir / OUTCOME).read_text())
+    except (OSError, ValueError):
+        return
+    if found["status"] == "running":
+        write_outcome(run_dir, "failed", found["step"], reason)
+
+
+def exit_code(status: Status, launcher_ends_others: bool) -> int:
+    """What a rank leaves with. torchrun would make 75 a failure of the rank, so there it is 0."""
+    return REQUEUE_CODE if status == "requeue" and not launcher_ends_others else 0

@@ -1,0 +1,82 @@
+"""What people, launchers and the clock ask of a run, and how its ranks agree on the step at which they follow.
+
+A signal sets a flag and nothing else; files are looked for by rank 0; after each step all ranks take the union.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from megallama.launcher import Ancestors
+from megallama.parallel.mesh import ParallelMesh
+
+STOP_FILE, SAVE_FILE = "STOP", "SAVE"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_REASONS = ("a signal", "the end of the launcher", f"the file {STOP_FILE}", "train.max_minutes")
+_UNMEASURED_BYTES_PER_SECOND = 1e8
+"""What a disk is taken to write until a save has shown better."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What all ranks do now."""
+
+    stop: str | None = None
+    """The reason to save and leave, or None to go on."""
+    save: bool = False
+
+
+class Requests:
+    """Made once by each rank, in its main thread: it takes over the signals of the process."""
+
+    def __init__(self, run_dir: Path, mesh: ParallelMesh, max_minutes: float | None, save_bytes: int) -> None:
+        self._dir, self._mesh = run_dir, mesh
+        self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self._save_seconds = save_bytes / _UNMEASURED_BYTES_PER_SECOND
+        self._signalled = False
+        self._launcher = Ancestors()
+        if mesh.rank == 0:  # what an earlier start was asked was meant for it
+            for name in (STOP_FILE, SAVE_FILE):
+                (run_dir / name).unlink(missing_ok=True)
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def save_took(self, seconds: float) -> None:
+        """A save took that long: train.max_minutes leaves time for the longest so far."""
+        self._save_seconds = max(self._save_seconds, seconds)
+
+    def agree(self, step_seconds: float) -> Wishes:
+        """The wishes of all ranks, the same on each; every rank must call it after each step of that many seconds."""
+        first = self._mesh.rank == 0
+        late = self._deadline is not None and time.monotonic() + self._save_seconds + 2 * step_seconds > self._deadline
+        mine = [
+            self._signalled,
+            self._launcher.gone(),
+            first and (self._dir / STOP_FILE).exists(),
+            first and late,
+            first and (self._dir / SAVE_FILE).exists(),
+        ]
+        *stops, save = _union(mine, self._mesh)
+        if first and stops[2]:
+            (self._dir / STOP_FILE).unlink(missing_ok=True)
+        if first and save:
+            (self._dir / SAVE_FILE).unlink(missing_ok=True)
+        return Wishes(next((reason for reason, true in zip(_REASONS, stops, strict=True) if true), None), save)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+
+
+def _union(flags: list[bool], mesh: ParallelMesh) -> list[bool]:
+    if mesh.world.size == 1:
+        return flags
+    raised = torch.tensor(flags, dtype=torch.int32, device=mesh.device)
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=mesh.world.group)
+    return [bool(flag) for flag in raised.tolist()]
