@@ -18,8 +18,8 @@ from megallama.errors import UserError
 FIRST_SPEAKS_SECONDS = 10
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Train as one rank of the job; UserError for what the user can mend."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as one rank of the job and return its exit code; UserError for what the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument(
@@ -28,20 +28,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that win over the file")
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)
+    from megallama.outcome import exit_code
     from megallama.parallel.mesh import Launch
     from megallama.start import start
 
-    start(config, Launch.from_environment())
+    launch = Launch.from_environment()
+    return exit_code(start(config, launch).status, elastic=launch.elastic)
 
 
 def run() -> None:
-    """Run `main` and leave: 2 after one sentence of the user's mistake, 1 after a failure.
+    """Run `main` and leave: 0 when done, 75 to be started again, 2 after one sentence of the user's mistake, 1 else.
 
-    Both leave at once: in order would wait for the other ranks, which wait for this one.
+    2 and 1 leave at once: in order would wait for the other ranks, which wait for this one.
     """
     rank = os.environ.get("RANK", "0")
     try:
-        main()
+        code = main()
     except UserError as error:
         if rank != "0":
             # What every rank finds the first says, and a launcher ends the others when it leaves.
@@ -51,6 +53,7 @@ def run() -> None:
     except Exception:
         print(f"megallama: rank {rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         os._exit(1)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -33,10 +34,21 @@ class JsonLines:
     def write(self, event: Event) -> None:
         # JSON knows no infinity: a number that is not finite is null.
         legal = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in event.items()}
-        self._file.write(json.dumps(legal) + "\n")
+        with _unharmed_by_the_disk():
+            self._file.write(json.dumps(legal) + "\n")
 
     def close(self) -> None:
-        self._file.close()
+        with _unharmed_by_the_disk():
+            self._file.close()
+
+
+@contextmanager
+def _unharmed_by_the_disk() -> Iterator[None]:
+    """A full disk ends no run: the lines wait in memory until there is room."""
+    try:
+        yield
+    except OSError as error:
+        print(f"megallama: metrics cannot be written ({error.strerror})", file=sys.stderr)
 
 
 class Terminal:
@@ -77,6 +89,8 @@ class WandbSink:
         )
 
     def write(self, event: Event) -> None:
+        if "step" not in event:
+            return
         prefix = event["event"] if event["event"] != "eval" else f"eval/{event['split']}"
         numbers = {f"{prefix}/{key}": value for key, value in event.items() if isinstance(value, int | float)}
         self._run.log(numbers, step=event["step"])
@@ -148,7 +162,11 @@ def _duration(seconds: float) -> str:
 _LINES: dict[str, Callable[[Event, int], str]] = {
     "train": _train_line,
     "eval": lambda e, _: f"step {e['step']}  {e['split']} loss {e['loss']:.4f}  perplexity {e['perplexity']:.2f}",
-    "checkpoint": lambda e, _: f"step {e['step']}  saved {e['path']} in {e['seconds']:.1f} s",
+    "checkpoint": lambda e, _: (
+        f"step {e['step']}  saved {e['path']} in {e['seconds']:.1f} s, {e['blocked_seconds']:.2f} s of them waited for"
+    ),
+    "checkpoint_failed": lambda e, _: f"step {e['step']}  could not be saved, going on: {e['reason']}",
+    "notice": lambda e, _: e["text"],
     "resume": lambda e, _: f"step {e['step']}  continues {e['path']}",
     "skip": lambda e, _: f"step {e['step']}  gradient not finite: update skipped on every rank",
     "stop": lambda e, _: f"step {e['step']}  {e['reason']}",

@@ -37,12 +37,14 @@ def write_failure(run_dir: Path, reason: str) -> None:
     """Record what ended a run that was running; of several ranks that fail, the first one's reason stays."""
     try:
         found = json.loads((run_dir / OUTCOME).read_text())
+        if found["status"] == "running":
+            write_outcome(run_dir, "failed", found["step"], reason)
     except (OSError, ValueError):
-        return
-    if found["status"] == "running":
-        write_outcome(run_dir, "failed", found["step"], reason)
+        return  # nothing was running, or the disk is what failed: the sentence on stderr is all there is
 
 
-def exit_code(status: Status, launcher_ends_others: bool) -> int:
+def exit_code(status: Status, *, elastic: bool) -> int:
     """What a rank leaves with. torchrun would make 75 a failure of the rank, so there it is 0."""
-    return REQUEUE_CODE if status == "requeue" and not launcher_ends_others else 0
+    if status == "failed":
+        return 1
+    return REQUEUE_CODE if status == "requeue" and not elastic else 0

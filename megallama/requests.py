@@ -19,7 +19,7 @@ from megallama.parallel.mesh import ParallelMesh
 
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_REASONS = ("a signal", "the end of the launcher", f"the file {STOP_FILE}", "train.max_minutes")
+REASONS = ("a signal", "the end of the launcher", f"the file {STOP_FILE}", "train.max_minutes")
 _UNMEASURED_BYTES_PER_SECOND = 1e8
 """What a disk is taken to write until a save has shown better."""
 
@@ -31,6 +31,8 @@ class Wishes:
     stop: str | None = None
     """The reason to save and leave, or None to go on."""
     save: bool = False
+    give_up: bool = False
+    """A rank saw that going on is of no use."""
 
 
 class Requests:
@@ -52,7 +54,7 @@ class Requests:
         """A save took that long: train.max_minutes leaves time for the longest so far."""
         self._save_seconds = max(self._save_seconds, seconds)
 
-    def agree(self, step_seconds: float) -> Wishes:
+    def agree(self, step_seconds: float, *, give_up: bool) -> Wishes:
         """The wishes of all ranks, the same on each; every rank must call it after each step of that many seconds."""
         first = self._mesh.rank == 0
         late = self._deadline is not None and time.monotonic() + self._save_seconds + 2 * step_seconds > self._deadline
@@ -62,13 +64,15 @@ class Requests:
             first and (self._dir / STOP_FILE).exists(),
             first and late,
             first and (self._dir / SAVE_FILE).exists(),
+            give_up,
         ]
-        *stops, save = _union(mine, self._mesh)
+        *stops, save, give_up = _union(mine, self._mesh)
         if first and stops[2]:
             (self._dir / STOP_FILE).unlink(missing_ok=True)
         if first and save:
             (self._dir / SAVE_FILE).unlink(missing_ok=True)
-        return Wishes(next((reason for reason, true in zip(_REASONS, stops, strict=True) if true), None), save)
+        reason = next((reason for reason, asked in zip(REASONS, stops, strict=True) if asked), None)
+        return Wishes(reason, save, give_up)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True

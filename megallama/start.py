@@ -10,11 +10,11 @@ from megallama.config.schema import RunConfig
 from megallama.parallel.mesh import Launch, pick_device
 
 if TYPE_CHECKING:
-    from megallama.model.chunks import Chunks
+    from megallama.train import Finished
 
 
-def start(config: RunConfig, launch: Launch) -> Chunks:
-    """Train `config` as the rank that `launch` says; return this rank's part of the model when the run has ended.
+def start(config: RunConfig, launch: Launch) -> Finished:
+    """Train `config` as the rank that `launch` says, until the run or this start of it has ended.
 
     UserError, raised by every rank alike and before anything is written, for what a user can mend.
     """

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,15 +19,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megallama.checkpoint.commit import Retention, tidy
+from megallama.checkpoint.saver import Saver
 from megallama.checkpoint.store import (
     DataIdentity,
     Start,
     TrainState,
+    confirm,
     load,
     load_initial_weights,
     pick_start,
-    save,
-    set_aside,
+    put_aside,
+    state_document,
 )
 from megallama.config.check import check_config
 from megallama.config.load import dump_config
@@ -36,17 +41,25 @@ from megallama.engine import Engine, StepResult
 from megallama.errors import UserError
 from megallama.evaluate import evaluate
 from megallama.labels import IGNORED
+from megallama.lock import RunLock
 from megallama.metrics import Metrics, check_sinks, environment, open_metrics
 from megallama.model.chunks import Chunks
 from megallama.model.llama import Seam
+from megallama.outcome import Status, write_failure, write_outcome
 from megallama.parallel.init import initialise
 from megallama.parallel.mesh import Launch, ParallelMesh, build_mesh, sum_losses
 from megallama.parallel.topology import Topology
 from megallama.peak import Peak, device_peak, peak_memory_bytes
 from megallama.plan.budget import total_steps
 from megallama.plan.flops import flops_per_token
+from megallama.plan.params import count_parameters
 from megallama.plan.stages import stages
+from megallama.requests import Requests, Wishes
 from megallama.schedule import learning_rate
+from megallama.watchdog import Watchdog
+
+CHECKPOINT_BYTES = 12
+"""Per parameter: weight and two moments in fp32."""
 
 
 class Pace:
@@ -54,18 +67,38 @@ class Pace:
 
     def __init__(self) -> None:
         self._spent, self._steps, self._began = 0.0, 0, 0.0
+        self.last = 0.0
+        """Seconds of the last step."""
 
     def __enter__(self) -> None:
         self._began = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self._spent += time.perf_counter() - self._began
+        self.last = time.perf_counter() - self._began
+        self._spent += self.last
         self._steps += 1
 
     def take(self) -> float:
         """Mean seconds per step since the last call."""
         mean, self._spent, self._steps = self._spent / self._steps, 0.0, 0
         return mean
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a start of a run ends."""
+
+    status: Status
+    reason: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What is left of a run in this process."""
+
+    model: Chunks
+    """This rank's part of the trained model."""
+    status: Status
 
 
 @dataclass(frozen=True)
@@ -79,6 +112,9 @@ class Run:
     train_data: Loader
     validation_data: Loader | None
     metrics: Metrics
+    saver: Saver
+    requests: Requests
+    watchdog: Watchdog
     total_steps: int
     peak: Peak
 
@@ -88,23 +124,18 @@ class Run:
         return Path(self.config.run.dir)
 
     @property
-    def checkpoints(self) -> Path:
-        """Where checkpoints are."""
-        return self.dir / "checkpoints"
-
-    @property
     def last_step(self) -> int:
         """The step after which this start ends."""
         return min(self.total_steps, self.config.train.stop_after or self.total_steps)
 
 
-def train(config: RunConfig, launch: Launch, device: torch.device) -> Chunks:
-    """Train `config` as one rank of the job and return this rank's part of the trained model.
+def train(config: RunConfig, launch: Launch, device: torch.device) -> Finished:
+    """Train `config` as one rank of the job.
 
     UserError, on every rank alike, for what a user can mend.
     """
     batching = check_config(config, launch.world_size)
-    check_run_dir(Path(config.run.dir))
+    check_run_dir(config)
     if launch.rank == 0:
         check_sinks(config)
     topology = Topology(pp=config.parallel.pipeline, dp=batching.dp_size, tp=config.parallel.tensor)
@@ -113,14 +144,22 @@ def train(config: RunConfig, launch: Launch, device: torch.device) -> Chunks:
     start = pick_start(config, data_identity(config, train_data))
 
     mesh = build_mesh(topology, launch, device)
-    model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
     steps = total_steps(config)
     peak = device_peak(device, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
-    with open_run_dir(config, mesh, tokenizer, steps, peak) as metrics:
-        run = Run(config, mesh, model, engine, train_data, validation_data, metrics, steps, peak)
-        loop(run, start_state(run, start))
+    with open_run_dir(config, mesh, tokenizer, steps, peak) as metrics, watched(config, mesh) as watchdog:
+        requests = Requests(Path(config.run.dir), mesh, config.train.max_minutes, checkpoint_bytes(config))
+        start = confirmed(start, mesh, metrics)
+        model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
+        retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every)
+        saver = Saver(Path(config.run.dir) / "checkpoints", engine, model, mesh, retention)
+        run = Run(
+            config, mesh, model, engine, train_data, validation_data, metrics, saver, requests, watchdog, steps, peak
+        )
+        ending = loop(run, start_state(run, start))
+        saver.close()
+        dist.barrier(mesh.world.group)  # rank 0 has recorded the outcome: a launcher ends all when the first leaves
     dist.destroy_process_group()
-    return model
+    return Finished(model, ending.status)
 
 
 def open_data(config: RunConfig, topology: Topology, rank: int) -> tuple[Loader, Loader | None]:
@@ -161,13 +200,25 @@ def build_model(config: RunConfig, mesh: ParallelMesh, micro_batches: int) -> tu
     return model, Engine(model, config, mesh, micro_batches)
 
 
-def check_run_dir(folder: Path) -> None:
-    """UserError where `folder` cannot be made or written to."""
+def check_run_dir(config: RunConfig) -> None:
+    """UserError where the run directory cannot be made or written to, or has no room for a checkpoint."""
+    folder = Path(config.run.dir)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"run.dir={folder} cannot be made: {there} is not a folder; use another run.dir")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"run.dir={folder} cannot be written: {there} is read-only for this user; use another run.dir")
+    free, needed = shutil.disk_usage(there).free, checkpoint_bytes(config)
+    if free < needed:
+        raise UserError(
+            f"run.dir={folder} has {free / 1e9:.2f} GB of free disk, and a checkpoint takes {needed / 1e9:.2f} GB; "
+            "free some, or use another run.dir"
+        )
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """What one checkpoint takes, names and places of tensors left out."""
+    return CHECKPOINT_BYTES * count_parameters(config.model).total
 
 
 def data_identity(config: RunConfig, data: Loader) -> DataIdentity:
@@ -175,20 +226,61 @@ def data_identity(config: RunConfig, data: Loader) -> DataIdentity:
     return DataIdentity(data.fingerprint, config.train.seed)
 
 
-def open_run_dir(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, steps: int, peak: Peak) -> Metrics:
-    """Make the run directory and record what runs; metrics go nowhere on ranks other than 0."""
-    if mesh.rank != 0:
-        return Metrics([])
+@contextmanager
+def open_run_dir(
+    config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, steps: int, peak: Peak
+) -> Iterator[Metrics]:
+    """Make the run directory this run's alone and record what runs, and how it fails if it does.
+
+    Metrics go nowhere on ranks other than 0. UserError where another run holds the directory.
+    """
     folder = Path(config.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if config.checkpoint.resume == "never":
-        set_aside(folder)
-    (folder / "config.yaml").write_text(dump_config(config))
-    tokenizer.save(folder / "tokenizer")
-    device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
-    facts = environment(device=device, topology=asdict(mesh.topology), peak=asdict(peak))
-    (folder / "environment.json").write_text(json.dumps(facts, indent=2))
-    return open_metrics(config, folder, steps)
+    with ExitStack() as stack:
+        metrics = Metrics([])
+        if mesh.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(RunLock(folder))
+            if config.checkpoint.resume == "never":
+                put_aside(folder)
+            (folder / "config.yaml").write_text(dump_config(config))
+            tokenizer.save(folder / "tokenizer")
+            device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
+            facts = environment(device=device, topology=asdict(mesh.topology), peak=asdict(peak))
+            (folder / "environment.json").write_text(json.dumps(facts, indent=2))
+            write_outcome(folder, "running", 0, "")
+            metrics = stack.enter_context(open_metrics(config, folder, steps))
+            for notice in tidy(folder / "checkpoints"):
+                metrics.write("notice", text=notice)
+        try:
+            yield metrics
+        except BaseException as error:
+            write_failure(folder, f"rank {mesh.rank}: {type(error).__name__}: {error}".splitlines()[0])
+            raise
+
+
+@contextmanager
+def watched(config: RunConfig, mesh: ParallelMesh) -> Iterator[Watchdog]:
+    """A watchdog over this rank."""
+    folder, settings = Path(config.run.dir), config.watchdog
+    watchdog = Watchdog(
+        folder / "stacks" / f"rank_{mesh.rank:05d}.txt",
+        lambda sentence: write_failure(folder, f"rank {mesh.rank}: {sentence}"),
+        settings.factor,
+        settings.least_seconds,
+        settings.first_seconds,
+    )
+    try:
+        yield watchdog
+    finally:
+        watchdog.close()
+
+
+def confirmed(start: Start, mesh: ParallelMesh, metrics: Metrics) -> Start:
+    """The start, with checkpoints that turn out damaged passed over."""
+    start, passed = confirm(start, mesh)
+    for reason in passed:
+        metrics.write("notice", text=f"passed over {reason}")
+    return start
 
 
 def start_state(run: Run, start: Start) -> TrainState:
@@ -202,28 +294,63 @@ def start_state(run: Run, start: Start) -> TrainState:
     return TrainState()
 
 
-def loop(run: Run, state: TrainState) -> None:
-    """Steps until the last, with evaluations and saves between."""
+def loop(run: Run, state: TrainState) -> Ending:
+    """Steps until the last, or until something ends them, with evaluations and saves between."""
     every = run.config.evaluation.every, run.config.checkpoint.every, run.config.logging.every
     if state.step == 0:
         evaluate_splits(run, state)
     pace, batches = Pace(), prefetched(run.train_data, state.samples)
-    while state.step < run.last_step:
+    ending, loss, skipped = None, torch.zeros(()), 0
+    while ending is None and state.step < run.last_step:
         lr = learning_rate(state.step, run.total_steps, run.config.optimizer.lr, run.config.schedule)
-        with pace:
+        with pace, run.watchdog.watch("step"):
             loss, result = train_step(run, next(batches), lr)
         state = state.after(run.config.train.global_batch_size, applied=result.applied)
-        if not result.applied:
+        skipped = 0 if result.applied else skipped + 1
+        if skipped:
             run.metrics.write("skip", step=state.step, samples=state.samples)
+        report_saves(run)
+        wishes = run.requests.agree(pace.last, give_up=run.saver.failures >= run.config.checkpoint.max_failures)
+        ending = ending_after(run, skipped, wishes)
         evaluate_now, save_now, log_now = (due(n, state.step) or state.step == run.last_step for n in every)
-        if log_now:
+        if log_now or ending is not None:
             write_train_event(run, state, loss, result.grad_norm, lr, pace.take())
-        if evaluate_now:
-            state = evaluate_splits(run, state)
-        if save_now:
-            save_checkpoint(run, state)
-    whole = state.step >= run.total_steps
-    run.metrics.write("stop", step=state.step, reason="done" if whole else "stopped by train.stop_after")
+        if evaluate_now and ending is None:
+            with run.watchdog.watch("evaluation"):
+                state = evaluate_splits(run, state)
+        if save_now or wishes.save or wishes.stop is not None:
+            save_checkpoint(run, state, loss)
+    return finish(run, state, loss, ending)
+
+
+def ending_after(run: Run, skipped: int, wishes: Wishes) -> Ending | None:
+    """Why the run ends before its last step, the same on every rank, or None to go on."""
+    if skipped >= run.config.train.max_skipped:
+        reason = f"{skipped} steps in a row had a gradient that is not finite; try a lower optimizer.lr or other data"
+        return Ending("failed", reason)
+    if wishes.give_up:
+        return Ending("failed", f"{run.config.checkpoint.max_failures} saves in a row failed: {run.saver.last_error}")
+    return None if wishes.stop is None else Ending("requeue", f"stopped by {wishes.stop}")
+
+
+def finish(run: Run, state: TrainState, loss: Tensor, ending: Ending | None) -> Ending:
+    """Wait for the last save, repeat it where it failed and may, and record how the run ends."""
+    if ending is None:
+        done = state.step >= run.total_steps
+        ending = Ending("done", "done") if done else Ending("stopped", "stopped by train.stop_after")
+    run.saver.wait()
+    while ending.status != "failed" and run.saver.last_error is not None:
+        report_saves(run)
+        if run.saver.failures >= run.config.checkpoint.max_failures:
+            ending = Ending("failed", f"the last save failed: {run.saver.last_error}")
+            break
+        save_checkpoint(run, state, loss)
+        run.saver.wait()
+    report_saves(run)
+    run.metrics.write("stop", step=state.step, reason=ending.reason, status=ending.status)
+    if run.mesh.rank == 0:
+        write_outcome(run.dir, ending.status, state.step, ending.reason)
+    return ending
 
 
 def train_step(run: Run, batches: list[MicroBatch], lr: float) -> tuple[Tensor, StepResult]:
@@ -284,12 +411,37 @@ def evaluate_splits(run: Run, state: TrainState) -> TrainState:
     return state
 
 
-def save_checkpoint(run: Run, state: TrainState) -> None:
-    """Save everything that the run needs to go on; every rank must call it."""
-    began = time.perf_counter()
-    identity = data_identity(run.config, run.train_data)
-    path = save(run.checkpoints, run.engine, run.model, run.mesh, state, identity, run.config.checkpoint.keep)
-    run.metrics.write("checkpoint", step=state.step, path=str(path), seconds=time.perf_counter() - began)
+def save_checkpoint(run: Run, state: TrainState, loss: Tensor) -> None:
+    """Begin to save everything that the run needs to go on; every rank must call it."""
+    config, mesh = run.config, run.mesh
+    (total,) = sum_losses([float(loss)], mesh)
+    layout = {
+        "tensor": config.parallel.tensor,
+        "pipeline": config.parallel.pipeline,
+        "schedule": config.parallel.schedule,
+        "data": mesh.data.size,
+        "zero_stage": config.zero.stage,
+        "dtype": config.train.dtype,
+    }
+    identity = data_identity(config, run.train_data)
+    with run.watchdog.watch("save"):
+        run.saver.save(state.step, state_document(state, total / mesh.data.size, identity, config.model, layout))
+        if not config.checkpoint.asynchronous:
+            run.saver.wait()
+
+
+def report_saves(run: Run) -> None:
+    """Record the saves that ended since the last call."""
+    for result in run.saver.take_results():
+        run.requests.save_took(result.seconds)
+        seconds = {"seconds": result.seconds, "blocked_seconds": result.blocked_seconds}
+        if result.error is None:
+            run.metrics.write("checkpoint", step=result.step, path=str(result.path), bytes=result.bytes, **seconds)
+        else:
+            count = {"failures": run.saver.failures}
+            run.metrics.write("checkpoint_failed", step=result.step, reason=result.error, **seconds, **count)
+        for warning in result.warnings:
+            run.metrics.write("notice", text=warning)
 
 
 def due(every: int, step: int) -> bool:

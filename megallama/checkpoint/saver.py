@@ -67,6 +67,10 @@ class Saver:
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[SaveResult] | None = None
         self._results: list[SaveResult] = []
+        self.failures = 0
+        """Saves in a row, up to the last that ended, that were dropped."""
+        self.last_error: str | None = None
+        """Why the last save that ended was dropped, or None if it was not."""
         attempt = [uuid4().hex[:8]]
         dist.broadcast_object_list(attempt, group=self._group)
         self._attempt = attempt[0]
@@ -92,8 +96,10 @@ class Saver:
     def wait(self) -> None:
         """Until no save is in flight on any rank."""
         if self._pending is not None:
-            self._results.append(self._pending.result())
-            self._pending = None
+            result = self._pending.result()
+            self._pending, self.last_error = None, result.error
+            self.failures = 0 if result.error is None else self.failures + 1
+            self._results.append(result)
 
     def take_results(self) -> list[SaveResult]:
         """What became of the saves that ended since the last call, on this rank's clock; does not wait."""

@@ -170,7 +170,7 @@ class TrainConfig(Section):
     """Fixes initialisation and sample order at every layout."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in backward: none, the SwiGLU product, or whole layers."""
-    max_minutes: float | None = Field(default=None, gt=0)
+    max_minutes: Annotated[Real, Field(gt=0)] | None = None
     """Save and leave, to be started again, in time for the save to end this long after the start."""
     max_skipped: int = Field(default=100, ge=1)
     """Steps in a row whose gradient is not finite, after which the run has failed."""
@@ -237,11 +237,11 @@ class CheckpointConfig(Section):
 class WatchdogConfig(Section):
     """When a step, an evaluation or a save counts as hung: each rank writes its stacks and the run ends."""
 
-    factor: float = Field(default=10.0, gt=1)
+    factor: Real = Field(default=10.0, gt=1)
     """Times the recent median of its kind that it may take."""
-    least_seconds: float = Field(default=300.0, gt=0)
+    least_seconds: Real = Field(default=300.0, gt=0)
     """That it may take in any case."""
-    first_seconds: float = Field(default=1800.0, gt=0)
+    first_seconds: Real = Field(default=1800.0, gt=0)
     """That the first of its kind may take."""
 
 
@@ -278,6 +278,7 @@ class RunConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @property

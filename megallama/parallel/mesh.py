@@ -39,13 +39,16 @@ class Launch:
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
+    elastic: bool = False
+    """Under torchrun, which takes every exit code but 0 for a failure of the rank."""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Launch:
         """As torchrun and deepspeed set it; deepspeed says LOCAL_SIZE where torchrun says LOCAL_WORLD_SIZE."""
         world_size = int(environ.get("WORLD_SIZE", 1))
         local_size = int(environ.get("LOCAL_WORLD_SIZE", environ.get("LOCAL_SIZE", world_size)))
-        return cls(int(environ.get("RANK", 0)), int(environ.get("LOCAL_RANK", 0)), world_size, local_size)
+        elastic = "TORCHELASTIC_RUN_ID" in environ
+        return cls(int(environ.get("RANK", 0)), int(environ.get("LOCAL_RANK", 0)), world_size, local_size, elastic)
 
     def prepare(self, device: torch.device) -> None:
         """Set up this process for `device`; call it before deepspeed is imported, which looks for a device then."""

@@ -197,7 +197,7 @@ def train_rank(launch: Launch, config: RunConfig, plant: Plant | None) -> dict[s
     """One rank: train, and return a hash of each parameter it holds whole."""
     if plant is not None:
         plant()
-    model = start(config, launch)
+    model = start(config, launch).model
     held = model.logical_pieces()
     return {
         f"{'copy ' if all(p.size == p.shape for p in held[name]) else 'shard '}{name}": _hash(parameter)
