@@ -4,7 +4,8 @@ Random weights and moments, no dataset. The contenders take turns in the same pr
 saves into an empty folder, what it left unwritten is flushed, the state in memory is set to zero, it loads, and the
 state must be what was saved, to the bit. Then its files are removed.
 
-Not all of them reach the disk before they return. megallama syncs every file (`FileSystemWriter` does so). torch.save
+Not all of them reach the disk before they return. megallama waits for its writing process, which syncs every
+file. torch.save
 syncs nothing, so the benchmark syncs its file, inside its time. DeepSpeed syncs nothing and is left as it is: what it
 still owes the disk is timed apart, as "unwritten". Loads come from the page cache for all.
 
@@ -34,8 +35,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from megallama.checkpoint.commit import Retention
+from megallama.checkpoint.format import folder_name
 from megallama.checkpoint.logical import logical_state
-from megallama.checkpoint.store import DataIdentity, TrainState, load, save
+from megallama.checkpoint.saver import Saver
+from megallama.checkpoint.store import DataIdentity, TrainState, load, state_document
 from megallama.config.check import check_config
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
@@ -91,17 +95,17 @@ def measure(
     mesh = build_mesh(Topology(pp=parallel.pipeline, dp=batching.dp_size, tp=parallel.tensor), launch, device)
     model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
     fill_moments(engine, model)
-    found = contenders(engine, model, mesh)
+    found = contenders(engine, model, mesh, folder)
     turns: dict[str, list[Turn]] = {name: [] for name in found}
     for number in range(rounds):
         # Back and forth: a disk that slows down steadily favours no one.
         for name in list(found) if number % 2 == 0 else list(reversed(found)):
-            turns[name].append(take_turn(found[name], name, engine, model, mesh, folder / f"{name}-{number}"))
+            turns[name].append(take_turn(found[name], name, engine, model, mesh, folder / name))
     dist.destroy_process_group()
     return turns
 
 
-def contenders(engine: Engine, model: Chunks, mesh: ParallelMesh) -> dict[str, Contender]:
+def contenders(engine: Engine, model: Chunks, mesh: ParallelMesh, folder: Path) -> dict[str, Contender]:
     """By name, the one that the others are compared with first."""
 
     def save_file(folder: Path) -> None:
@@ -118,11 +122,15 @@ def contenders(engine: Engine, model: Chunks, mesh: ParallelMesh) -> dict[str, C
                 tensor.copy_(state[fragment.parameter][name])
         engine.state_was_loaded(STATE.updates)
 
-    def save_ours(folder: Path) -> None:
-        save(folder, engine, model, mesh, STATE, DataIdentity("", 0), keep=1)
+    # As a run does: its memory lies there from the start.
+    saver = Saver(folder / "megallama", engine, model, mesh, Retention(keep=1))
+
+    def save_ours(_: Path) -> None:
+        saver.save(STATE.step, state_document(STATE, 0.0, DataIdentity("", 0), model.config, {}))
+        saver.wait()
 
     def load_ours(folder: Path) -> None:
-        load(folder / f"step_{STATE.step:08d}", engine, model)
+        load(folder / folder_name(STATE.step), engine, model)
 
     deepspeed = engine._engine
     return {

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megallama.checkpoint.store import complete_checkpoints, load_weights, read_model
+from megallama.checkpoint.format import complete_checkpoints
+from megallama.checkpoint.store import load_weights, read_model
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.errors import UserError
 from megallama.model.llama import Llama

@@ -415,7 +415,7 @@ def save_checkpoint(run: Run, state: TrainState, loss: Tensor) -> None:
     """Begin to save everything that the run needs to go on; every rank must call it."""
     config, mesh = run.config, run.mesh
     (total,) = sum_losses([float(loss)], mesh)
-    layout = {
+    layout: dict[str, object] = {
         "tensor": config.parallel.tensor,
         "pipeline": config.parallel.pipeline,
         "schedule": config.parallel.schedule,

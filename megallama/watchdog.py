@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 
 _RECENT = 20
+_STDERR = 2
 _GRACE_SECONDS = 5.0
 """Between the stacks and the end: the end of one rank breaks the others out of where they hang."""
 _LOCKED_OUT_SECONDS = 60.0
@@ -57,7 +58,7 @@ class Watchdog:
         began = time.monotonic()
         self._watched = what, began, limit
         # To the log: a file would have to be open on every rank of every run.
-        faulthandler.dump_traceback_later(limit + _LOCKED_OUT_SECONDS, file=sys.__stderr__, exit=True)
+        faulthandler.dump_traceback_later(limit + _LOCKED_OUT_SECONDS, file=_STDERR, exit=True)
         try:
             yield
         finally:

@@ -111,7 +111,7 @@ def assert_trained(outcome: Outcome, run_dir: Path, num_ranks: int) -> None:
     assert [event["reason"] for event in events(run_dir, "stop")] == ["done"]
     assert len(losses(run_dir)) == 4
     (checkpoint,) = (run_dir / "checkpoints").glob("step_*")
-    assert len(list(checkpoint.glob("*.distcp"))) == num_ranks
+    assert len(list(checkpoint.glob("rank_*.bin"))) == num_ranks
 
 
 def free_port() -> int:

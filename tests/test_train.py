@@ -21,8 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megallama.checkpoint.format import complete_checkpoints
 from megallama.checkpoint.logical import EXP_AVG, moment_name
-from megallama.checkpoint.store import complete_checkpoints
 from megallama.config.load import load_config
 from megallama.data.tokenizer import load_tokenizer
 from megallama.parallel.mesh import Launch
@@ -152,7 +152,12 @@ def test_a_run_stopped_after_step_2_goes_on_as_if_it_had_not(layout: str, byte_d
     whole = train("whole")
     parts = train("parts", "train.stop_after=2")
     assert [event["step"] for event in events(parts, "train")] == [1, 2]
-    assert events(parts)[-1] == {"event": "stop", "step": 2, "reason": "stopped by train.stop_after"}
+    assert events(parts)[-1] == {
+        "event": "stop",
+        "step": 2,
+        "reason": "stopped by train.stop_after",
+        "status": "stopped",
+    }
     train("parts")
     assert [(event["step"], event["samples"]) for event in events(parts, "resume")] == [(2, 8)]
     for key in ("step", "samples", "loss", "grad_norm", "lr"):

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megallama.checkpoint.format import (
@@ -41,29 +42,29 @@ class Retention:
 
 
 def commit(
-    partial: Path,
+    unfinished: Path,
     final: Path,
     written: Mapping[str, File],
     documents: Mapping[str, object],
     saved: float,
     versions: dict[str, str],
 ) -> None:
-    """Make the files `written` into `partial`, and JSON files of `documents`, the checkpoint `final`. OSError if not.
+    """Make the files `written` into `unfinished`, and JSON files of `documents`, the checkpoint `final`.
 
-    An earlier folder of that name, if it is not empty, is an error: nothing is overwritten.
+    OSError if that fails, or if there is a folder of that name that is not empty: nothing is overwritten.
     """
-    files = dict(written) | {name: write_json(partial / name, value) for name, value in documents.items()}
-    write_manifest(partial, Manifest(step_of(final), saved, versions, files))
-    sync_folder(partial)
-    partial.rename(final)
+    files = dict(written) | {name: write_json(unfinished / name, value) for name, value in documents.items()}
+    write_manifest(unfinished, Manifest(step_of(final), saved, versions, files))
+    sync_folder(unfinished)
+    unfinished.rename(final)
     sync_folder(final.parent)
 
 
 def point(pointer: Path, name: str) -> None:
     """Write the name of a checkpoint into a file, which holds the old name or the new one at every moment."""
-    partial = pointer.with_name(f".{pointer.name}.{PARTIAL}")
-    write_bytes(partial, name.encode())
-    partial.replace(pointer)
+    new = pointer.with_name(f".{pointer.name}.{PARTIAL}")
+    write_bytes(new, name.encode())
+    new.replace(pointer)
     sync_folder(pointer.parent)
 
 
@@ -77,11 +78,11 @@ def tend(folder: Path, retention: Retention) -> list[str]:
     failures = []
     for pointer, path in ((LATEST, found[0]), (BEST, best)):
         if path is not None:
-            failures += _tried(lambda pointer=pointer, path=path: point(folder / pointer, path.name))
+            failures += _tried(partial(point, folder / pointer, path.name))
     for old in found[max(1, retention.keep) :]:
         permanent = retention.keep_every > 0 and step_of(old) % retention.keep_every == 0
         if not permanent and old != best:
-            failures += _tried(lambda old=old: delete(old))
+            failures += _tried(partial(delete, old))
     return failures
 
 

@@ -13,14 +13,13 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import torch.distributed as dist
 
 from megallama.checkpoint.commit import PARTIAL, Retention
 from megallama.checkpoint.format import STATE, TENSORS, folder_name
-from megallama.checkpoint.logical import logical_state
+from megallama.checkpoint.logical import LogicalTensor, logical_state
 from megallama.checkpoint.snapshot import Snapshot
 from megallama.checkpoint.writer import Answer, Writer
 from megallama.engine import Engine
@@ -58,11 +57,11 @@ class Saver:
         self._folder, self._rank, self._retention = folder.absolute(), mesh.rank, retention
         # Of its own: the thread talks while training uses the other groups. Lives without the launcher's store.
         self._group = dist.new_group(backend="gloo", timeout=_DISK_TIMEOUT)
-        held = model.logical_pieces()
+        self._engine, self._held = engine, model.logical_pieces()
         if mesh.tp.rank > 0:
             # A piece that is the whole tensor is on every tp rank, bit for bit: the first writes it.
-            held = {name: tuple(p for p in pieces if p.size != p.shape) for name, pieces in held.items()}
-        self._snapshot = Snapshot(logical_state(engine.fragments(), held), mesh.rank, self._group)
+            self._held = {name: tuple(p for p in ps if p.size != p.shape) for name, ps in self._held.items()}
+        self._snapshot = Snapshot(self._state(), mesh.rank, self._group)
         self._writer = Writer(self._snapshot.descriptor, self._snapshot.size)
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[SaveResult] | None = None
@@ -89,7 +88,7 @@ class Saver:
         """Begin to save after `step`; `state` is what state.json will hold. Waits for the save before, if need be."""
         began = time.perf_counter()
         self.wait()
-        self._snapshot.take()
+        self._snapshot.take(self._state())
         blocked = time.perf_counter() - began
         self._pending = self._thread.submit(self._save, step, state, began, blocked)
 
@@ -113,6 +112,10 @@ class Saver:
         self.wait()
         self._thread.shutdown()
         self._writer.close()
+
+    def _state(self) -> dict[str, LogicalTensor]:
+        """What this rank writes, by reference."""
+        return logical_state(self._engine.fragments(), self._held)
 
     def _save(self, step: int, state: dict[str, object], began: float, blocked: float) -> SaveResult:
         final = self._folder / folder_name(step)

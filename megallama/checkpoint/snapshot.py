@@ -9,11 +9,9 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import SavePlan, SavePlanner, StorageWriter
@@ -48,18 +46,19 @@ class Snapshot:
         # Touched now, so that no save waits for the kernel to find and clear the pages.
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
         self._memory = mmap.mmap(self.descriptor, max(self.size, 1), flags=flags)
-        image = torch.frombuffer(self._memory, dtype=torch.float32, count=plan.elements) if self.size else torch.empty(0)
-        self._copies = [(image[start : start + c.numel()].view(c.shape), c) for start, c in plan.chunks]
-        self._device = next((chunk.device for _, chunk in plan.chunks), torch.device("cpu"))
-        if self._device.type == "cuda":
+        image = (
+            torch.frombuffer(self._memory, dtype=torch.float32, count=plan.elements) if self.size else torch.empty(0)
+        )
+        self._copies = {index: image[start : start + shape.numel()].view(shape) for index, start, shape in plan.chunks}
+        if plan.device.type == "cuda":
             _pin(image)
 
-    def take(self) -> None:
-        """Copy the state as it is now."""
-        for copy, chunk in self._copies:
-            copy.copy_(chunk, non_blocking=True)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+    def take(self, state: Mapping[str, LogicalTensor]) -> None:
+        """Copy `state`, whose tensors are cut as they were at first."""
+        for index, copy in self._copies.items():
+            copy.copy_(state[index.fqn].__get_tensor_shard__(index), non_blocking=True)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
 
 
 class _Places(StorageWriter):
@@ -68,8 +67,9 @@ class _Places(StorageWriter):
     def __init__(self, file: str) -> None:
         self._file = file
         self.elements = 0
-        self.chunks: list[tuple[int, Tensor]] = []
-        """First element in the file, and the chunk itself, by reference."""
+        self.chunks: list[tuple[MetadataIndex, int, torch.Size]] = []
+        """Which part of which tensor, its first element in the file, its shape."""
+        self.device = torch.device("cpu")
         self.tensors: dict[str, Any] = {}
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -91,8 +91,8 @@ class _Places(StorageWriter):
             assert isinstance(chunk, Tensor)
             place = {"file": self._file, "start": _ELEMENT * self.elements}
             results.append(WriteResult(item.index, _ELEMENT * chunk.numel(), place))
-            self.chunks.append((self.elements, chunk))
-            self.elements += chunk.numel()
+            self.chunks.append((item.index, self.elements, chunk.shape))
+            self.elements, self.device = self.elements + chunk.numel(), chunk.device
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -115,4 +115,4 @@ class _Places(StorageWriter):
 def _pin(image: Tensor) -> None:
     """Let the GPU copy into `image` at the speed of the bus, beside the processor."""
     size = image.numel() * image.element_size()
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(image.data_ptr(), size, 0))  # type: ignore[attr-defined]
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(image.data_ptr(), size, 0))

@@ -19,6 +19,7 @@ from megallama.checkpoint.format import (
     STATE,
     TornCheckpointError,
     complete_checkpoints,
+    damage,
     damaged_files,
     named_checkpoints,
     read_manifest,
@@ -87,7 +88,9 @@ def load_initial_weights(path: Path, engine: Engine, model: Chunks) -> None:
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """The fp32 weights of a checkpoint by Hugging Face name, whole, in this process alone."""
+    """The fp32 weights of a checkpoint by Hugging Face name, in this process alone. UserError if it is damaged."""
+    if reasons := damage(path):
+        raise UserError(f"the checkpoint {path} is damaged ({'; '.join(reasons)}); use another")
     stored = Stored(path)
     names = [name for name in stored.shapes if not name.startswith("optimizer.")]
     return {name: torch.from_numpy(stored.read(name)) for name in names}

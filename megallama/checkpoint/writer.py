@@ -114,9 +114,9 @@ def _stay_behind(parent: int) -> None:
     libc = ctypes.CDLL(None)
     libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     os.nice(_NICE)
-    number = _IOPRIO_SET.get(os.uname().machine)
-    if number is not None:
-        libc.syscall(number, 1, 0, _IDLE_CLASS)
+    ioprio_set = _IOPRIO_SET.get(os.uname().machine)
+    if ioprio_set is not None:
+        libc.syscall(ioprio_set, 1, 0, _IDLE_CLASS)
     if os.getppid() != parent:  # it went before the kernel was told
         sys.exit()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megallama.checkpoint.logical import EXP_AVG, moment_name
-from megallama.checkpoint.storage import read_alone, stored_shapes
+from megallama.checkpoint.storage import Stored
 from megallama.config.schema import RunConfig
 
 
@@ -98,9 +98,8 @@ def train_losses(run_dir: Path) -> list[float]:
 
 def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, whole."""
-    tensors = {name: torch.empty(shape) for name, shape in stored_shapes(checkpoint).items()}
-    read_alone(checkpoint, tensors)
-    return tensors
+    stored = Stored(checkpoint)
+    return {name: torch.from_numpy(stored.read(name)) for name in stored.shapes}
 
 
 def compare(trace: Trace, reference: Trace, start: Mapping[str, Tensor]) -> Difference:

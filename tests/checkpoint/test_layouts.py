@@ -15,7 +15,10 @@ import pytest
 import torch
 
 import megallama.train
-from megallama.checkpoint.store import DataIdentity, complete_checkpoints, load, save
+from megallama.checkpoint.commit import Retention
+from megallama.checkpoint.format import complete_checkpoints
+from megallama.checkpoint.saver import Saver
+from megallama.checkpoint.store import DataIdentity, load, state_document
 from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
 from megallama.data.loader import Loader
@@ -97,12 +100,13 @@ def train_recorded(launch: Launch, config: RunConfig) -> Rows:
             rows[sample] = zlib.crc32(row.tobytes())
         return row
 
-    def undisturbed(*arguments: Any) -> None:
+    def undisturbed(*arguments: Any) -> Any:
         before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()
-        loop(*arguments)
+        ending = loop(*arguments)
         after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()
         assert torch.equal(before[0], after[0])
         assert before[1:] == after[1:]
+        return ending
 
     Loader._row, megallama.train.loop = recorded, undisturbed  # type: ignore[method-assign]
     train_rank(launch, config, None)
@@ -188,5 +192,7 @@ def copy_then_train(launch: Launch, config: RunConfig, copy: Path) -> Rows:
     mesh = build_mesh(Topology(pp=parallel.pipeline, dp=batching.dp_size, tp=parallel.tensor), launch, device)
     model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
     state = load(complete_checkpoints(Path(config.run.dir) / "checkpoints")[0], engine, model)
-    save(copy, engine, model, mesh, state, DataIdentity("", 0), keep=1)
+    saver = Saver(copy, engine, model, mesh, Retention(keep=1))
+    saver.save(state.step, state_document(state, 0.0, DataIdentity("", 0), config.model, {}))
+    saver.close()
     return train_recorded(launch, config)

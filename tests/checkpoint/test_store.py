@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 
-from megallama.checkpoint.storage import METADATA, stored_shapes
-from megallama.checkpoint.store import BEST, LATEST, STATE, complete_checkpoints, load_weights, read_state
+from megallama.checkpoint.format import BEST, LATEST, MANIFEST, STATE, TENSORS, complete_checkpoints
+from megallama.checkpoint.storage import Stored
+from megallama.checkpoint.store import load_weights, read_state
 from megallama.config.schema import RunConfig
+from megallama.errors import UserError
 from megallama.parallel.spawn import RankFailedError, run_ranks
 from megallama.verify.compare import read_tensors
 from megallama.verify.layout import parse_layout
@@ -73,8 +74,8 @@ def test_an_interrupted_run_repeats_the_straight_run_bitwise(
 
 
 def test_names_are_those_of_hugging_face_and_shapes_are_whole(finished: Path) -> None:
-    shapes = stored_shapes(complete_checkpoints(finished / "checkpoints")[0])
-    weights = {name: tuple(shape) for name, shape in shapes.items() if not name.startswith("optimizer.")}
+    shapes = Stored(complete_checkpoints(finished / "checkpoints")[0]).shapes
+    weights = {name: shape for name, shape in shapes.items() if not name.startswith("optimizer.")}
     assert weights["model.embed_tokens.weight"] == (257, 64)
     assert weights["model.layers.1.self_attn.k_proj.weight"] == (32, 64)
     assert weights["model.layers.0.mlp.down_proj.weight"] == (64, 160)
@@ -82,10 +83,10 @@ def test_names_are_those_of_hugging_face_and_shapes_are_whole(finished: Path) ->
     assert len(shapes) == 3 * len(weights) == 3 * (2 * 9 + 3)
 
 
-def test_a_checkpoint_without_metadata_or_state_does_not_exist(finished: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_manifest_or_state_does_not_exist(finished: Path, dataset: Path, tmp_path: Path) -> None:
     run_ranks(train_rank, 1, stopped_after(settings(tmp_path, dataset, "zero1"), 3), None)
     newest, second, *_ = complete_checkpoints(tmp_path / "checkpoints")
-    (newest / METADATA).unlink()
+    (newest / MANIFEST).unlink()
     assert complete_checkpoints(tmp_path / "checkpoints")[0] == second
     (second / STATE).unlink()
     assert second not in complete_checkpoints(tmp_path / "checkpoints")
@@ -177,10 +178,14 @@ def test_code_planted_in_a_checkpoint_does_not_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = shutil.copytree(complete_checkpoints(finished / "checkpoints")[0], tmp_path / "step_00000005")
-    (path / ".metadata").write_bytes(pickle.dumps(Bomb()))
+    bomb = pickle.dumps(Bomb())
+    (path / ".metadata").write_bytes(bomb)  # what torch.distributed.checkpoint would unpickle
     load_weights(path)
-    data = path / "__0_0.distcp"
-    data.write_bytes(pickle.dumps(Bomb()).ljust(data.stat().st_size, b"."))
-    with pytest.raises(CheckpointException):
-        load_weights(path)
+    for name in ("rank_00000.bin", TENSORS, STATE, MANIFEST):
+        sound = (path / name).read_bytes()
+        (path / name).write_bytes(bomb.ljust(len(sound), b"."))
+        with pytest.raises(UserError, match=f"damaged .*{name}"):
+            load_weights(path)
+        (path / name).write_bytes(sound)
+    load_weights(path)
     assert not (tmp_path / "exploded").exists()
