@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import torch.distributed as dist
@@ -22,9 +23,11 @@ from megallama.checkpoint.format import STATE, TENSORS, folder_name
 from megallama.checkpoint.logical import LogicalTensor, logical_state
 from megallama.checkpoint.snapshot import Snapshot
 from megallama.checkpoint.writer import Answer, Writer
-from megallama.engine import Engine
 from megallama.model.chunks import Chunks
 from megallama.parallel.mesh import ParallelMesh
+
+if TYPE_CHECKING:
+    from megallama.engine import Engine
 
 _DISK_TIMEOUT = timedelta(hours=2)
 """Longest that ranks wait for the slowest one's disk."""
