@@ -50,6 +50,8 @@ def run() -> None:
             time.sleep(FIRST_SPEAKS_SECONDS)
         print(f"megallama: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
         os._exit(2)
+    except KeyboardInterrupt:
+        os._exit(130)
     except Exception:
         print(f"megallama: rank {rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         os._exit(1)
