@@ -298,12 +298,14 @@ def loop(run: Run, state: TrainState) -> Ending:
     """Steps until the last, or until something ends them, with evaluations and saves between."""
     every = run.config.evaluation.every, run.config.checkpoint.every, run.config.logging.every
     if state.step == 0:
+        run.watchdog.now("evaluation")
         evaluate_splits(run, state)
     pace, batches = Pace(), prefetched(run.train_data, state.samples)
     ending, loss, skipped = None, torch.zeros(()), 0
     while ending is None and state.step < run.last_step:
+        run.watchdog.now("step")
         lr = learning_rate(state.step, run.total_steps, run.config.optimizer.lr, run.config.schedule)
-        with pace, run.watchdog.watch("step"):
+        with pace:
             loss, result = train_step(run, next(batches), lr)
         state = state.after(run.config.train.global_batch_size, applied=result.applied)
         skipped = 0 if result.applied else skipped + 1
@@ -311,15 +313,17 @@ def loop(run: Run, state: TrainState) -> Ending:
             run.metrics.write("skip", step=state.step, samples=state.samples)
         report_saves(run)
         wishes = run.requests.agree(pace.last, give_up=run.saver.failures >= run.config.checkpoint.max_failures)
-        ending = ending_after(run, skipped, wishes)
+        ending = ending_after(run, skipped, wishes) if state.step < run.last_step else None
         evaluate_now, save_now, log_now = (due(n, state.step) or state.step == run.last_step for n in every)
         if log_now or ending is not None:
             write_train_event(run, state, loss, result.grad_norm, lr, pace.take())
         if evaluate_now and ending is None:
-            with run.watchdog.watch("evaluation"):
-                state = evaluate_splits(run, state)
+            run.watchdog.now("evaluation")
+            state = evaluate_splits(run, state)
         if save_now or wishes.save or wishes.stop is not None:
+            run.watchdog.now("save", patient=True)
             save_checkpoint(run, state, loss)
+    run.watchdog.now("end", patient=True)
     return finish(run, state, loss, ending)
 
 
@@ -424,10 +428,9 @@ def save_checkpoint(run: Run, state: TrainState, loss: Tensor) -> None:
         "dtype": config.train.dtype,
     }
     identity = data_identity(config, run.train_data)
-    with run.watchdog.watch("save"):
-        run.saver.save(state.step, state_document(state, total / mesh.data.size, identity, config.model, layout))
-        if not config.checkpoint.asynchronous:
-            run.saver.wait()
+    run.saver.save(state.step, state_document(state, total / mesh.data.size, identity, config.model, layout))
+    if not config.checkpoint.asynchronous:
+        run.saver.wait()
 
 
 def report_saves(run: Run) -> None:

@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -26,11 +26,22 @@ _LOCKED_OUT_SECONDS = 60.0
 """After which the thread is taken to be kept from running."""
 
 
-class Watchdog:
-    """Watches one rank from `start` to `close`.
+@dataclass(frozen=True)
+class Phase:
+    """What a rank does now."""
 
-    What is watched may take `factor` times its recent median, at least `least_seconds`, and `first_seconds` while there
-    is nothing to compare with. `hung` is called before the end, with what hung and for how long.
+    kind: str
+    began: float
+    limit: float
+    """Seconds that it may take."""
+
+
+class Watchdog:
+    """Watches one rank from the first `now` to `close`.
+
+    A phase may take `factor` times the recent median of its kind, and at least `least_seconds`; while there is nothing
+    to compare with, and where it waits for a disk, at least `first_seconds`. `hung` is called before the end, with what
+    hung and for how long.
     """
 
     def __init__(
@@ -44,41 +55,37 @@ class Watchdog:
         self._path, self._hung = stacks, hung
         self._factor, self._least, self._first = factor, least_seconds, first_seconds
         self._taken: dict[str, deque[float]] = {}
-        self._watched: tuple[str, float, float] | None = None
-        """What runs, since when, and for how long it may."""
+        self._phase: Phase | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    @contextmanager
-    def watch(self, what: str) -> Iterator[None]:
-        """Watch what happens inside: "step", "evaluation" or "save", each compared with its own kind."""
-        before = self._taken.setdefault(what, deque(maxlen=_RECENT))
-        limit = max(self._least, self._factor * median(before)) if before else self._first
-        began = time.monotonic()
-        self._watched = what, began, limit
+    def now(self, kind: str, *, patient: bool = False) -> None:
+        """End the phase before and begin another, as "step"; with `patient`, one that waits for a disk."""
+        at, before = time.monotonic(), self._phase
+        if before is not None:
+            self._taken.setdefault(before.kind, deque(maxlen=_RECENT)).append(at - before.began)
+        recent = self._taken.get(kind)
+        least = self._least if recent and not patient else self._first
+        self._phase = Phase(kind, at, max(least, self._factor * median(recent)) if recent else least)
         # To the log: a file would have to be open on every rank of every run.
-        faulthandler.dump_traceback_later(limit + _LOCKED_OUT_SECONDS, file=_STDERR, exit=True)
-        try:
-            yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-            self._watched = None
-        before.append(time.monotonic() - began)
+        faulthandler.dump_traceback_later(self._phase.limit + _LOCKED_OUT_SECONDS, file=_STDERR, exit=True)
 
     def close(self) -> None:
         """Watch no more."""
+        faulthandler.cancel_dump_traceback_later()
         self._closed.set()
         self._thread.join()
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self._least / 10)):
-            watched = self._watched
-            if watched is not None and time.monotonic() - watched[1] > watched[2]:
-                self._end(*watched)
+            phase = self._phase
+            if phase is not None and time.monotonic() - phase.began > phase.limit:
+                self._end(phase)
 
-    def _end(self, what: str, began: float, limit: float) -> None:
-        sentence = f"{what} hangs: {time.monotonic() - began:.0f} s, where {limit:.0f} s is the most it may take"
+    def _end(self, phase: Phase) -> None:
+        taken = time.monotonic() - phase.began
+        sentence = f"{phase.kind} hangs: {taken:.0f} s, where {phase.limit:.0f} s is the most it may take"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("w") as stacks:
             print(sentence, file=stacks, flush=True)
