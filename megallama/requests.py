@@ -41,7 +41,7 @@ class Requests:
     def __init__(self, run_dir: Path, mesh: ParallelMesh, max_minutes: float | None, save_bytes: int) -> None:
         self._dir, self._mesh = run_dir, mesh
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
-        self._save_seconds = save_bytes / _UNMEASURED_BYTES_PER_SECOND
+        self._save_seconds, self._measured = save_bytes / _UNMEASURED_BYTES_PER_SECOND, False
         self._signalled = False
         self._launcher = Ancestors()
         if mesh.rank == 0:  # what an earlier start was asked was meant for it
@@ -52,7 +52,8 @@ class Requests:
 
     def save_took(self, seconds: float) -> None:
         """A save took that long: train.max_minutes leaves time for the longest so far."""
-        self._save_seconds = max(self._save_seconds, seconds)
+        self._save_seconds = max(self._save_seconds, seconds) if self._measured else seconds
+        self._measured = True
 
     def agree(self, step_seconds: float, *, give_up: bool) -> Wishes:
         """The wishes of all ranks, the same on each; every rank must call it after each step of that many seconds."""
