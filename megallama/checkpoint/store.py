@@ -26,7 +26,8 @@ from megallama.checkpoint.format import (
     why_torn,
 )
 from megallama.checkpoint.logical import logical_state
-from megallama.checkpoint.storage import ShardReader, Stored
+from megallama.checkpoint.storage import ShardReader
+from megallama.checkpoint.tensors import Stored
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.errors import UserError
 from megallama.model.chunks import Chunks
