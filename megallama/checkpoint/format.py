@@ -123,6 +123,19 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_json(folder / MANIFEST, {"format": FORMAT, "content": content, "sha256": _hash_of(content)})
 
 
+def read_document(path: Path) -> dict[str, Any]:
+    """What the state.json of a checkpoint holds. TornCheckpointError if it is no JSON object."""
+    try:
+        document = json.loads((path / STATE).read_bytes())
+    except OSError as error:
+        raise TornCheckpointError(f"{STATE} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise TornCheckpointError(f"{STATE} is damaged") from None
+    if not isinstance(document, dict):
+        raise TornCheckpointError(f"{STATE} is damaged")
+    return document
+
+
 def damaged_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
     """Those of the files `names` whose content is not what was written: a reason each. Reads them whole."""
     return [f"{name} is damaged" for name in names if hash_file(path / name) != manifest.files[name].sha256]
