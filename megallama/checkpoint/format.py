@@ -106,6 +106,9 @@ def read_manifest(path: Path) -> Manifest:
     if number != FORMAT or sha256 != _hash_of(content):
         raise TornCheckpointError(f"{MANIFEST} is damaged")
     files = {name: File(**file) for name, file in content["files"].items()}
+    for name in (TENSORS, STATE):
+        if name not in files:
+            raise TornCheckpointError(f"{MANIFEST} names no {name}")
     for name, file in files.items():
         if Path(name).name != name:
             raise TornCheckpointError(f"{MANIFEST} names the file {name!r} outside the folder")

@@ -21,6 +21,7 @@ from megallama.checkpoint.format import (
     MANIFEST,
     STATE,
     TENSORS,
+    File,
     Manifest,
     TornCheckpointError,
     read_document,
@@ -67,17 +68,20 @@ def put(*numbers: float) -> Harm:
     return harm
 
 
-def rename_in_manifest(name: str) -> Harm:
-    """Say `name` in the manifest for the file rank_00000.bin, with the right hash of it and of the manifest."""
+def change_manifest(change: Callable[[dict[str, File]], object]) -> Harm:
+    """Change the files that the manifest names, in place, and its own hash."""
 
     def harm(path: Path) -> None:
         manifest = read_manifest(path)
         files = dict(manifest.files)
-        files[name] = files.pop("rank_00000.bin")
-        shutil.copy(path / "rank_00000.bin", path / name)
+        change(files)
         write_manifest(path, Manifest(manifest.step, manifest.saved, manifest.versions, files))
 
     return harm
+
+
+def outside(files: dict[str, File]) -> None:
+    files["../outside.bin"] = files["rank_00000.bin"]
 
 
 FILES: dict[str, tuple[Harm, str]] = {
@@ -103,8 +107,9 @@ FILES: dict[str, tuple[Harm, str]] = {
         lambda path: ((path / MANIFEST).unlink(), (path / MANIFEST).mkdir()),
         r"manifest.json cannot be read: Is a directory",
     ),
+    "no state in the manifest": (change_manifest(lambda files: files.pop(STATE)), r"manifest.json names no state.json"),
     "a file above, in the manifest": (
-        rename_in_manifest("../outside.bin"),
+        change_manifest(outside),
         r"manifest.json names the file '../outside.bin' outside the folder",
     ),
     "pickle for numbers": (lambda path: bomb(path / "rank_00000.bin"), r"rank_00000.bin is damaged"),
