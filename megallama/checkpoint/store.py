@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -113,7 +114,7 @@ def state_document(
     """What state.json holds: the above, and for people the training loss of the step and the layout that saved it."""
     return {
         "state": asdict(state),
-        "loss": loss,
+        "loss": loss if math.isfinite(loss) else None,  # JSON knows no NaN
         "data": asdict(data),
         "model": model.model_dump(mode="json"),
         "layout": layout,

@@ -11,6 +11,7 @@ import pytest
 
 from megallama.checkpoint.commit import best_of
 from megallama.checkpoint.format import LATEST, MANIFEST, STATE, TENSORS, complete_checkpoints
+from megallama.checkpoint.store import DataIdentity, TrainState, read_model, state_document
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.generate import load_run
@@ -201,3 +202,10 @@ def test_a_damaged_checkpoint_is_never_the_best_and_ends_no_save(tmp_path: Path)
     assert best_of(paths) == paths[0]
     truncate(paths[0] / STATE)
     assert best_of(paths) is None
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_null_in_the_state(loss: float) -> None:
+    model = read_model(CHECKPOINT)
+    assert state_document(TrainState(), loss, DataIdentity("", 0), model, {})["loss"] is None
+    assert state_document(TrainState(), 1.5, DataIdentity("", 0), model, {})["loss"] == 1.5
