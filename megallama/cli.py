@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from megallama.checkpoint.cli import checkpoint_app
 from megallama.config.cli import config
 from megallama.config.load import load_config
 from megallama.data.cli import data_app, tokenizer_app
@@ -24,6 +25,7 @@ app.command()(plan)
 app.command()(config)
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 
 @app.command()

@@ -36,8 +36,8 @@ def load_run(run_dir: Path) -> tuple[Llama, Tokenizer, Path]:
     found = complete_checkpoints(run_dir / "checkpoints")
     if not found:
         raise UserError(f"{run_dir} holds no checkpoint yet; train until the first save")
+    weights = load_weights(found[0])  # first: it reads the files against their hashes
     model = Llama(read_model(found[0]))
-    weights = load_weights(found[0])
     with torch.no_grad():
         for name, pieces in model.logical_pieces().items():
             parameter = model.get_parameter(name).zero_()

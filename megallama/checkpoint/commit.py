@@ -5,7 +5,6 @@ A checkpoint exists from the rename of its folder on: everything in it, the mani
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,8 +17,12 @@ from megallama.checkpoint.format import (
     STATE,
     File,
     Manifest,
+    TornCheckpointError,
     complete_checkpoints,
+    damaged_files,
     named_checkpoints,
+    read_document,
+    read_manifest,
     step_of,
     sync_folder,
     why_torn,
@@ -102,10 +105,21 @@ def _tried(action: Callable[[], None]) -> list[str]:
 
 
 def best_of(checkpoints: list[Path]) -> Path | None:
-    """The one of the lowest validation loss, of those that know theirs."""
-    losses = {path: json.loads((path / STATE).read_text())["state"]["validation_loss"] for path in checkpoints}
-    known = [path for path, loss in losses.items() if loss is not None]
-    return min(known, key=lambda path: losses[path], default=None)
+    """The one of the lowest validation loss, of those that know theirs and whose state is not damaged."""
+    losses = {path: _validation_loss(path) for path in checkpoints}
+    known = {path: loss for path, loss in losses.items() if loss is not None}
+    return min(known, key=lambda path: known[path], default=None)
+
+
+def _validation_loss(path: Path) -> float | None:
+    # A damaged checkpoint of long ago must not end the saves of today, nor be the best of all by a flipped bit.
+    try:
+        if damaged_files(path, read_manifest(path), [STATE]):
+            return None
+        loss: float | None = read_document(path)["state"]["validation_loss"]
+    except TornCheckpointError:
+        return None
+    return loss
 
 
 def tidy(folder: Path) -> Iterator[str]:

@@ -106,6 +106,9 @@ def read_manifest(path: Path) -> Manifest:
     if number != FORMAT or sha256 != _hash_of(content):
         raise TornCheckpointError(f"{MANIFEST} is damaged")
     files = {name: File(**file) for name, file in content["files"].items()}
+    for name in (TENSORS, STATE):
+        if name not in files:
+            raise TornCheckpointError(f"{MANIFEST} names no {name}")
     for name, file in files.items():
         if Path(name).name != name:
             raise TornCheckpointError(f"{MANIFEST} names the file {name!r} outside the folder")
@@ -121,6 +124,19 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest` into `folder`, to the disk."""
     content = asdict(manifest)
     write_json(folder / MANIFEST, {"format": FORMAT, "content": content, "sha256": _hash_of(content)})
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """What the state.json of a checkpoint holds. TornCheckpointError if it is no JSON object."""
+    try:
+        document = json.loads((path / STATE).read_bytes())
+    except OSError as error:
+        raise TornCheckpointError(f"{STATE} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise TornCheckpointError(f"{STATE} is damaged") from None
+    if not isinstance(document, dict):
+        raise TornCheckpointError(f"{STATE} is damaged")
+    return document
 
 
 def damaged_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -26,7 +27,8 @@ from megallama.checkpoint.format import (
     why_torn,
 )
 from megallama.checkpoint.logical import logical_state
-from megallama.checkpoint.storage import ShardReader, Stored
+from megallama.checkpoint.storage import ShardReader
+from megallama.checkpoint.tensors import Stored
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.errors import UserError
 from megallama.model.chunks import Chunks
@@ -89,7 +91,7 @@ def load_initial_weights(path: Path, engine: Engine, model: Chunks) -> None:
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """The fp32 weights of a checkpoint by Hugging Face name, in this process alone. UserError if it is damaged."""
-    if reasons := damage(path):
+    if reasons := damage(path) or _misplaced(path):
         raise UserError(f"the checkpoint {path} is damaged ({'; '.join(reasons)}); use another")
     stored = Stored(path)
     names = [name for name in stored.shapes if not name.startswith("optimizer.")]
@@ -112,7 +114,7 @@ def state_document(
     """What state.json holds: the above, and for people the training loss of the step and the layout that saved it."""
     return {
         "state": asdict(state),
-        "loss": loss,
+        "loss": loss if math.isfinite(loss) else None,  # JSON knows no NaN
         "data": asdict(data),
         "model": model.model_dump(mode="json"),
         "layout": layout,
@@ -137,14 +139,18 @@ def pick_start(config: RunConfig, data: DataIdentity) -> Start:
     settings, folder = config.checkpoint, Path(config.run.dir) / "checkpoints"
     if settings.resume != "never":
         found = complete_checkpoints(folder)
+        # One whose state is damaged does not say what it is of. `confirm` passes it over.
+        known = next((path for path in found if not _state_damage(path)), None)
+        if known is not None:
+            _check_same_model(known, config.model, "run.dir")
+            _check_same_data(known, data)
         if found:
-            _check_same_model(found[0], config.model, "run.dir")
-            _check_same_data(found[0], data)
             return Start(resume=found[0])
         if torn := named_checkpoints(folder):
             _refuse_to_start_over(folder, [f"{path.name}: {why_torn(path)}" for path in torn])
         if (folder / LATEST).exists():
-            _refuse_to_start_over(folder, [f"{LATEST} names {(folder / LATEST).read_text()!r}, which is not there"])
+            named = (folder / LATEST).read_text(errors="replace")
+            _refuse_to_start_over(folder, [f"{LATEST} names {named!r}, which is not there"])
     if settings.resume == "must":
         raise UserError(f"checkpoint.resume=must, but {folder} holds no checkpoint; use checkpoint.resume=auto")
     if settings.init_from is None:
@@ -156,6 +162,7 @@ def pick_start(config: RunConfig, data: DataIdentity) -> Start:
         near = complete_checkpoints(weights / "checkpoints") or complete_checkpoints(weights.parent)
         fix = f"checkpoint.init_from={near[0]}" if near else "a folder such as runs/NAME/checkpoints/step_00001000"
         raise UserError(f"checkpoint.init_from={weights} is not a complete checkpoint; use {fix}")
+    _refuse_damaged_weights(weights, _state_damage(weights))
     _check_same_model(weights, config.model, "checkpoint.init_from")
     return Start(weights=weights)
 
@@ -163,29 +170,39 @@ def pick_start(config: RunConfig, data: DataIdentity) -> Start:
 def confirm(start: Start, mesh: ParallelMesh) -> tuple[Start, list[str]]:
     """Where the run begins after every byte was read and held against its hash, and what was passed over and why.
 
-    Ranks share the reading. A damaged checkpoint is set aside, and the one before it is next. UserError if none is
-    left, or if the weights to begin from are damaged. Every rank must call it.
+    Ranks share the reading. Damaged checkpoints are set aside where one before them is whole. UserError if none is, or
+    if the weights to begin from are damaged: the folder stays as it was found. Every rank must call it.
     """
-    passed: list[str] = []
+    damaged: dict[Path, str] = {}
     # Rank 0's view: another node may still see the folder of a moment ago.
     box = [(start, complete_checkpoints(start.resume.parent) if start.resume is not None else [])]
     dist.broadcast_object_list(box, group=mesh.world.group, device=mesh.device)
     start, candidates = box[0]
-    if start.weights is not None and (reasons := _damage(start.weights, mesh)):
-        raise UserError(f"checkpoint.init_from={start.weights} is damaged ({reasons[0]}); use another checkpoint")
+    if start.weights is not None:
+        _refuse_damaged_weights(start.weights, _damage(start.weights, mesh))
     if start.resume is None:
-        return start, passed
+        return start, []
     for path in candidates:
         reasons = _damage(path, mesh)
         if not reasons:
-            return Start(resume=path), passed
-        aside = [set_aside(path).name] if mesh.rank == 0 else []
-        passed.append(f"{path.name}: {'; '.join(reasons)}" + "".join(f"; set aside as {name}" for name in aside))
-    _refuse_to_start_over(start.resume.parent, passed)
+            return Start(resume=path), [_pass_over(bad, why, mesh) for bad, why in damaged.items()]
+        damaged[path] = "; ".join(reasons)
+    _refuse_to_start_over(start.resume.parent, [f"{path.name}: {why}" for path, why in damaged.items()])
+
+
+def _pass_over(path: Path, why: str, mesh: ParallelMesh) -> str:
+    """Set a damaged checkpoint aside, which rank 0 does for all, and say so."""
+    aside = f"; set aside as {set_aside(path).name}" if mesh.rank == 0 else ""
+    return f"{path.name}: {why}{aside}"
+
+
+def _state_damage(path: Path) -> list[str]:
+    """What is wrong with the state.json of `path`, whose manifest is sound."""
+    return damaged_files(path, read_manifest(path), [STATE])
 
 
 def _damage(path: Path, mesh: ParallelMesh) -> list[str]:
-    """What is wrong with the files of `path`, the same list on every rank."""
+    """What is wrong with the files of `path` or, if nothing is, with what they say; the same list on every rank."""
     try:
         manifest = read_manifest(path)
         mine = damaged_files(path, manifest, sorted(manifest.files)[mesh.rank :: mesh.world.size])
@@ -193,7 +210,21 @@ def _damage(path: Path, mesh: ParallelMesh) -> list[str]:
         mine = [str(error)]
     every: list[list[str]] = [[] for _ in range(mesh.world.size)]
     dist.all_gather_object(every, mine, group=mesh.world.group)
-    return sorted({reason for reasons in every for reason in reasons})
+    return sorted({reason for reasons in every for reason in reasons}) or _misplaced(path)
+
+
+def _misplaced(path: Path) -> list[str]:
+    """What is wrong with the places of tensors in the sound files of `path`."""
+    try:
+        Stored(path)
+    except TornCheckpointError as error:
+        return [str(error)]
+    return []
+
+
+def _refuse_damaged_weights(path: Path, reasons: list[str]) -> None:
+    if reasons:
+        raise UserError(f"checkpoint.init_from={path} is damaged ({reasons[0]}); use another checkpoint")
 
 
 def _refuse_to_start_over(folder: Path, reasons: list[str]) -> NoReturn:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megallama.checkpoint.logical import EXP_AVG, moment_name
-from megallama.checkpoint.storage import Stored
+from megallama.checkpoint.tensors import Stored
 from megallama.config.schema import RunConfig
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megallama.checkpoint.format import BEST, LATEST, MANIFEST, STATE, TENSORS, complete_checkpoints
-from megallama.checkpoint.storage import Stored
 from megallama.checkpoint.store import load_weights, read_state
+from megallama.checkpoint.tensors import Stored
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.parallel.spawn import RankFailedError, run_ranks

@@ -18,6 +18,7 @@ from megallama.parallel.mesh import Axis
 from megallama.plan.params import VOCAB_MULTIPLE, count_parameters
 from megallama.plan.ranks import rank_parameters
 from megallama.plan.stages import stages
+from megallama.plan.weights import weight_shapes
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -31,6 +32,16 @@ def test_the_total_is_that_of_the_logical_tensors(path: Path) -> None:
         llama = Llama(model)
     shapes = {piece.name: piece.shape for pieces in llama.logical_pieces().values() for piece in pieces}
     assert count_parameters(model).total == sum(prod(shape) for shape in shapes.values())
+
+
+@every_recipe
+@pytest.mark.parametrize("overrides", [[], ["model.tie_word_embeddings=true", "model.head_dim=6"]], ids=["", "tied"])
+def test_names_and_shapes_of_weights_are_those_of_the_logical_tensors(path: Path, overrides: list[str]) -> None:
+    model = load_config(path, overrides).model
+    with torch.device("meta"):
+        llama = Llama(model)
+    shapes = {piece.name: piece.shape for pieces in llama.logical_pieces().values() for piece in pieces}
+    assert weight_shapes(model) == shapes
 
 
 @every_recipe

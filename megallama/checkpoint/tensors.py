@@ -1,0 +1,158 @@
+"""The tensors of a checkpoint: plain fp32 numbers in files, at the places that tensors.json names. Nothing to unpickle.
+
+Read whole and alone, with numpy: what only looks at a checkpoint waits for no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megallama.checkpoint.format import TENSORS, File, TornCheckpointError, read_manifest
+
+Array = NDArray[np.float32]
+Shape = tuple[int, ...]
+_ELEMENT = 4
+"""Bytes of an fp32 number."""
+
+
+class Chunk(BaseModel):
+    """A rectangle of a tensor, in row-major order in a file."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    offset: tuple[Annotated[int, Field(ge=0)], ...]
+    """Where it begins in the tensor."""
+    shape: tuple[Annotated[int, Field(ge=1)], ...]
+    file: str
+    start: int = Field(ge=0, multiple_of=_ELEMENT)
+    """Its first byte in the file."""
+
+    @property
+    def bytes(self) -> int:
+        """That it takes in the file."""
+        return _ELEMENT * math.prod(self.shape)
+
+    @property
+    def here(self) -> tuple[slice, ...]:
+        """The part of the tensor that it is."""
+        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
+
+
+class Places(BaseModel):
+    """Where a tensor is: chunks that hold each of its elements once."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    shape: tuple[Annotated[int, Field(ge=1)], ...]
+    chunks: tuple[Chunk, ...]
+
+
+class _Document(BaseModel):
+    """What tensors.json holds."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    dtype: Literal["float32"]
+    tensors: dict[str, Places]
+
+
+class Stored:
+    """The tensors of the checkpoint at `path` by name.
+
+    TornCheckpointError if it is not a whole one, or tensors.json does not say of each element where it is, once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, files = path, read_manifest(path).files
+        self._tensors = read_places(path, files)
+        self._maps: dict[str, Array] = {}
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Of every tensor."""
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> Array:
+        """One tensor, whole."""
+        whole = np.full(self._tensors[name].shape, np.nan, dtype=np.float32)
+        for chunk in self._tensors[name].chunks:
+            whole[chunk.here] = self._read(chunk)
+        return whole
+
+    def places(self, name: str) -> list[tuple[Shape, Shape]]:
+        """Where each part of one tensor begins, and its shape."""
+        return [(chunk.offset, chunk.shape) for chunk in self._tensors[name].chunks]
+
+    def chunks(self, name: str) -> Iterator[tuple[Shape, Array]]:
+        """The parts of one tensor: where each begins, and its numbers, mapped from the file."""
+        return ((chunk.offset, self._read(chunk)) for chunk in self._tensors[name].chunks)
+
+    def _read(self, chunk: Chunk) -> Array:
+        if chunk.file not in self._maps:
+            # Private and writable: torch takes no memory that is read-only, and nothing reaches the file.
+            self._maps[chunk.file] = np.memmap(self._path / chunk.file, dtype=np.float32, mode="c")
+        begin, end = chunk.start // _ELEMENT, (chunk.start + chunk.bytes) // _ELEMENT
+        return self._maps[chunk.file][begin:end].reshape(chunk.shape)
+
+
+def read_places(path: Path, files: Mapping[str, File]) -> dict[str, Places]:
+    """Where every tensor of the checkpoint at `path` is in `files`, those of its manifest.
+
+    TornCheckpointError if tensors.json is malformed, names a place that is not there, or says of an element never or
+    twice where it is.
+    """
+    try:
+        tensors = _Document.model_validate_json((path / TENSORS).read_bytes()).tensors
+    except OSError as error:
+        raise TornCheckpointError(f"{TENSORS} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        found = f"{place} is {first['input']!r:.60}: " if place else ""
+        raise TornCheckpointError(f"{TENSORS} is malformed: {found}{first['msg']}") from None
+    for name, tensor in tensors.items():
+        for chunk in tensor.chunks:
+            _check_chunk(name, tensor, chunk, files)
+        _check_cover(name, tensor)
+    return tensors
+
+
+def _check_chunk(name: str, tensor: Places, chunk: Chunk, files: Mapping[str, File]) -> None:
+    """TornCheckpointError if there is no such place in the tensor, or in the files."""
+    if chunk.file not in files:
+        raise TornCheckpointError(f"{TENSORS} names the file {chunk.file!r}, which is not in the manifest")
+    if chunk.start + chunk.bytes > files[chunk.file].bytes:
+        raise TornCheckpointError(f"{TENSORS} has a chunk of {name} beyond the end of {chunk.file}")
+    ranks = len(tensor.shape), len(chunk.offset), len(chunk.shape)
+    ends = [o + n for o, n in zip(chunk.offset, chunk.shape, strict=False)]
+    if len(set(ranks)) > 1 or any(end > size for end, size in zip(ends, tensor.shape, strict=True)):
+        raise TornCheckpointError(
+            f"{TENSORS} has a chunk of {name} outside of it: {list(chunk.shape)} from {list(chunk.offset)} on, "
+            f"and the tensor is {list(tensor.shape)}"
+        )
+
+
+def _check_cover(name: str, tensor: Places) -> None:
+    """TornCheckpointError if an element is in no chunk, or in more than one."""
+    # Between neighbouring edges of chunks all elements are in the same chunks: one count stands for a block of them.
+    edges = [
+        np.unique([0, size, *(edge for c in tensor.chunks for edge in (c.here[dim].start, c.here[dim].stop))])
+        for dim, size in enumerate(tensor.shape)
+    ]
+    counts = np.zeros([len(edge) - 1 for edge in edges], dtype=np.int32)
+    for chunk in tensor.chunks:
+        blocks = (np.searchsorted(e, (part.start, part.stop)) for e, part in zip(edges, chunk.here, strict=True))
+        counts[tuple(slice(first, end) for first, end in blocks)] += 1
+    wrong = np.argwhere(counts != 1)
+    if len(wrong):
+        element = [int(edge[block]) for edge, block in zip(edges, wrong[0], strict=True)]
+        times = int(counts[tuple(wrong[0])])
+        found = f"{times} chunks" if times else "no chunk"
+        raise TornCheckpointError(f"{TENSORS} has element {element} of {name} in {found}")
