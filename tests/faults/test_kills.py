@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -43,8 +44,8 @@ COLD = {"python": (Layout(1), 3), "torchrun": (DP2, 4), "deepspeed": (DP2, 3)}
 SEEDS = {"dp2-zero2 fp32": 11, "tp2 bf16": 12, "pp2-dualpipev fp32": 13, "python": 21, "torchrun": 22, "deepspeed": 23}
 START_SECONDS = 3.0
 """In which a forked run loads and trains a few steps."""
-SAVE_SECONDS = 0.15
-"""About what a save takes."""
+SAVE_SECONDS = 0.1
+"""About what a save takes, or a little less."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Kill:
 
 
 def draw(random: Random, world_size: int, start_seconds: float) -> Kill:
-    """Two of three are meant for a save, and not all of them hit it."""
-    save = random.choice([1, 1, 2, 3]) if random.random() < 0.67 else None
+    """Three of four are meant for a save, and not all of them hit it."""
+    save = random.choice([1, 1, 2, 3]) if random.random() < 0.75 else None
     delay = random.uniform(0, start_seconds if save is None else SAVE_SECONDS)
     return Kill(save, delay, random.choice([None, *range(world_size)]))
 
@@ -126,7 +127,7 @@ def kill_runs(
         runs += 1
         home = folder / f"run-{runs}"
         home.mkdir()
-        hits += kill_again_and_again(lambda: start(home), layout, home, random, kills - len(hits), start_seconds)
+        hits += kill_again_and_again(partial(start, home), layout, home, random, kills - len(hits), start_seconds)
         assert_same_run(home / "run", straight)
         # keep is 2: what else is there was set aside, and nothing is left half written or half deleted.
         assert saved_steps(home / "run") == [STEPS - 1, STEPS]
