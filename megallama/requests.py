@@ -14,11 +14,10 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from megallama.launcher import Ancestors
+from megallama.launcher import STOP_SIGNALS, Ancestors, release_signals
 from megallama.parallel.mesh import ParallelMesh
 
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REASONS = ("a signal", "the end of the launcher", f"the file {STOP_FILE}", "train.max_minutes")
 _UNMEASURED_BYTES_PER_SECOND = 1e8
 """What a disk is taken to write until a save has shown better."""
@@ -47,8 +46,9 @@ class Requests:
         if mesh.rank == 0:  # what an earlier start was asked was meant for it
             for name in (STOP_FILE, SAVE_FILE):
                 (run_dir / name).unlink(missing_ok=True)
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._note)
+        release_signals()
 
     def save_took(self, seconds: float) -> None:
         """A save took that long: train.max_minutes leaves time for the longest so far."""

@@ -113,13 +113,13 @@ class Cold:
     """A command as a user types it, in processes that nothing was loaded into before."""
 
     def __init__(self, process: subprocess.Popen[bytes], home: Path, *, plain: bool) -> None:
-        self.process, self._home, self._plain = process, home, plain
+        self.process, self.home, self._plain = process, home, plain
 
     def ranks(self) -> dict[int, int]:
         if self._plain:
             return {0: self.process.pid}
         found = {}
-        for pid in processes_of(self._home):
+        for pid in processes_of(self.home):
             with suppress(OSError):
                 environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
                 rank = next((int(word[5:]) for word in environment if word.startswith(b"RANK=")), None)
@@ -132,7 +132,7 @@ class Cold:
 
     def errors(self) -> str:
         """What was printed to stderr so far."""
-        return (self._home / "err.log").read_text(errors="replace")
+        return (self.home / "err.log").read_text(errors="replace")
 
 
 @contextmanager
