@@ -236,26 +236,41 @@ def open_run_dir(
     """
     folder = Path(config.run.dir)
     with ExitStack() as stack:
-        metrics = Metrics([])
+        metrics, refusal = Metrics([]), [""]
         if mesh.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(RunLock(folder))
-            if config.checkpoint.resume == "never":
-                put_aside(folder)
-            (folder / "config.yaml").write_text(dump_config(config))
-            tokenizer.save(folder / "tokenizer")
-            device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
-            facts = environment(device=device, topology=asdict(mesh.topology), peak=asdict(peak))
-            (folder / "environment.json").write_text(json.dumps(facts, indent=2))
-            write_outcome(folder, "running", 0, "")
-            metrics = stack.enter_context(open_metrics(config, folder, steps))
-            for notice in tidy(folder / "checkpoints"):
-                metrics.write("notice", text=notice)
+            try:
+                stack.enter_context(RunLock(folder))
+            except UserError as error:
+                refusal = [str(error)]
+            else:
+                metrics = stack.enter_context(recording(config, mesh, tokenizer, steps, peak))
+        # Until it is this run's, no rank may touch it, not even to say that it has failed.
+        dist.broadcast_object_list(refusal, group=mesh.world.group, device=mesh.device)
+        if refusal[0]:
+            raise UserError(refusal[0])
         try:
             yield metrics
         except BaseException as error:
             write_failure(folder, f"rank {mesh.rank}: {type(error).__name__}: {error}".splitlines()[0])
             raise
+
+
+def recording(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, steps: int, peak: Peak) -> Metrics:
+    """Write down what runs, in the run directory, and put it in order."""
+    folder = Path(config.run.dir)
+    if config.checkpoint.resume == "never":
+        put_aside(folder)
+    (folder / "config.yaml").write_text(dump_config(config))
+    tokenizer.save(folder / "tokenizer")
+    device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
+    facts = environment(device=device, topology=asdict(mesh.topology), peak=asdict(peak))
+    (folder / "environment.json").write_text(json.dumps(facts, indent=2))
+    write_outcome(folder, "running", 0, "")
+    metrics = open_metrics(config, folder, steps)
+    for notice in tidy(folder / "checkpoints"):
+        metrics.write("notice", text=notice)
+    return metrics
 
 
 @contextmanager
