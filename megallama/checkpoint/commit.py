@@ -103,9 +103,18 @@ def _tried(action: Callable[[], None]) -> list[str]:
 
 def best_of(checkpoints: list[Path]) -> Path | None:
     """The one of the lowest validation loss, of those that know theirs."""
-    losses = {path: json.loads((path / STATE).read_text())["state"]["validation_loss"] for path in checkpoints}
-    known = [path for path, loss in losses.items() if loss is not None]
-    return min(known, key=lambda path: losses[path], default=None)
+    losses = {path: _validation_loss(path) for path in checkpoints}
+    known = {path: loss for path, loss in losses.items() if loss is not None}
+    return min(known, key=lambda path: known[path], default=None)
+
+
+def _validation_loss(checkpoint: Path) -> float | None:
+    """None also where a file of the right size is damaged: that must not keep newer ones from being saved."""
+    try:
+        loss: float | None = json.loads((checkpoint / STATE).read_text())["state"]["validation_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return loss
 
 
 def tidy(folder: Path) -> Iterator[str]:
