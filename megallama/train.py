@@ -156,8 +156,9 @@ def train(config: RunConfig, launch: Launch, device: torch.device) -> Finished:
             config, mesh, model, engine, train_data, validation_data, metrics, saver, requests, watchdog, steps, peak
         )
         ending = loop(run, start_state(run, start))
-        saver.close()
-        dist.barrier(mesh.world.group)  # rank 0 has recorded the outcome: a launcher ends all when the first leaves
+        with watchdog.watch("end"):
+            saver.close()
+            dist.barrier(mesh.world.group)  # rank 0 has recorded the outcome: a launcher ends all when the first leaves
     dist.destroy_process_group()
     return Finished(model, ending.status)
 
@@ -318,21 +319,21 @@ def loop(run: Run, state: TrainState) -> Ending:
     ending, loss, skipped = None, torch.zeros(()), 0
     while ending is None and state.step < run.last_step:
         lr = learning_rate(state.step, run.total_steps, run.config.optimizer.lr, run.config.schedule)
-        with pace, run.watchdog.watch("step"):
-            loss, result = train_step(run, next(batches), lr)
-        state = state.after(run.config.train.global_batch_size, applied=result.applied)
-        skipped = 0 if result.applied else skipped + 1
-        if skipped:
-            run.metrics.write("skip", step=state.step, samples=state.samples)
-        report_saves(run)
-        wishes = run.requests.agree(pace.last, give_up=run.saver.failures >= run.config.checkpoint.max_failures)
-        ending = ending_after(run, skipped, wishes)
-        evaluate_now, save_now, log_now = (due(n, state.step) or state.step == run.last_step for n in every)
-        if log_now or ending is not None:
-            write_train_event(run, state, loss, result.grad_norm, lr, pace.take())
+        with run.watchdog.watch("step"):
+            with pace:
+                loss, result = train_step(run, next(batches), lr)
+            state = state.after(run.config.train.global_batch_size, applied=result.applied)
+            skipped = 0 if result.applied else skipped + 1
+            if skipped:
+                run.metrics.write("skip", step=state.step, samples=state.samples)
+            report_saves(run)
+            wishes = run.requests.agree(pace.last, give_up=run.saver.failures >= run.config.checkpoint.max_failures)
+            ending = ending_after(run, skipped, wishes)
+            evaluate_now, save_now, log_now = (due(n, state.step) or state.step == run.last_step for n in every)
+            if log_now or ending is not None:
+                write_train_event(run, state, loss, result.grad_norm, lr, pace.take())
         if evaluate_now and ending is None:
-            with run.watchdog.watch("evaluation"):
-                state = evaluate_splits(run, state)
+            state = evaluate_splits(run, state)
         if save_now or wishes.save or wishes.stop is not None:
             save_checkpoint(run, state, loss)
     return finish(run, state, loss, ending)
@@ -353,19 +354,25 @@ def finish(run: Run, state: TrainState, loss: Tensor, ending: Ending | None) -> 
     if ending is None:
         done = state.step >= run.total_steps
         ending = Ending("done", "done") if done else Ending("stopped", "stopped by train.stop_after")
-    run.saver.wait()
+    wait_for_save(run)
     while ending.status != "failed" and run.saver.last_error is not None:
         report_saves(run)
         if run.saver.failures >= run.config.checkpoint.max_failures:
             ending = Ending("failed", f"the last save failed: {run.saver.last_error}")
             break
         save_checkpoint(run, state, loss)
-        run.saver.wait()
+        wait_for_save(run)
     report_saves(run)
     run.metrics.write("stop", step=state.step, reason=ending.reason, status=ending.status)
     if run.mesh.rank == 0:
         write_outcome(run.dir, ending.status, state.step, ending.reason)
     return ending
+
+
+def wait_for_save(run: Run) -> None:
+    """Until the save in flight has ended on every rank."""
+    with run.watchdog.watch("wait for the last save"):
+        run.saver.wait()
 
 
 def train_step(run: Run, batches: list[MicroBatch], lr: float) -> tuple[Tensor, StepResult]:
@@ -417,19 +424,20 @@ def write_train_event(run: Run, state: TrainState, loss: Tensor, grad_norm: floa
 
 def evaluate_splits(run: Run, state: TrainState) -> TrainState:
     """Loss and perplexity on train and validation data, the latter also in the state; every rank must call it."""
-    for split, data in (("train", run.train_data), ("validation", run.validation_data)):
-        if data is not None:
-            loss = evaluate(run.engine, data, run.config.evaluation.samples, run.mesh)
-            run.metrics.write("eval", step=state.step, split=split, loss=loss, perplexity=math.exp(min(loss, 700.0)))
-            if split == "validation" and math.isfinite(loss):
-                state = replace(state, validation_loss=loss)
+    with run.watchdog.watch("evaluation"):
+        for split, data in (("train", run.train_data), ("validation", run.validation_data)):
+            if data is not None:
+                loss = evaluate(run.engine, data, run.config.evaluation.samples, run.mesh)
+                perplexity = math.exp(min(loss, 700.0))
+                run.metrics.write("eval", step=state.step, split=split, loss=loss, perplexity=perplexity)
+                if split == "validation" and math.isfinite(loss):
+                    state = replace(state, validation_loss=loss)
     return state
 
 
 def save_checkpoint(run: Run, state: TrainState, loss: Tensor) -> None:
     """Begin to save everything that the run needs to go on; every rank must call it."""
     config, mesh = run.config, run.mesh
-    (total,) = sum_losses([float(loss)], mesh)
     layout: dict[str, object] = {
         "tensor": config.parallel.tensor,
         "pipeline": config.parallel.pipeline,
@@ -440,6 +448,7 @@ def save_checkpoint(run: Run, state: TrainState, loss: Tensor) -> None:
     }
     identity = data_identity(config, run.train_data)
     with run.watchdog.watch("save"):
+        (total,) = sum_losses([float(loss)], mesh)
         run.saver.save(state.step, state_document(state, total / mesh.data.size, identity, config.model, layout))
         if not config.checkpoint.asynchronous:
             run.saver.wait()

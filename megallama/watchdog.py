@@ -52,7 +52,7 @@ class Watchdog:
 
     @contextmanager
     def watch(self, what: str) -> Iterator[None]:
-        """Watch what happens inside: "step", "evaluation" or "save", each compared with its own kind."""
+        """Watch what happens inside: "step", "evaluation" or "save", each compared with its own kind. Not nested."""
         before = self._taken.setdefault(what, deque(maxlen=_RECENT))
         limit = max(self._least, self._factor * median(before)) if before else self._first
         began = time.monotonic()
