@@ -41,6 +41,8 @@ class Requests:
         self._dir, self._mesh = run_dir, mesh
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._save_seconds = save_bytes / _UNMEASURED_BYTES_PER_SECOND
+        self._agreed: float | None = None
+        self._longest_round = 0.0
         self._signalled = False
         self._launcher = Ancestors()
         if mesh.rank == 0:  # what an earlier start was asked was meant for it
@@ -54,10 +56,13 @@ class Requests:
         """A save took that long: train.max_minutes leaves time for the longest so far."""
         self._save_seconds = max(self._save_seconds, seconds)
 
-    def agree(self, step_seconds: float, *, give_up: bool) -> Wishes:
-        """The wishes of all ranks, the same on each; every rank must call it after each step of that many seconds."""
-        first = self._mesh.rank == 0
-        late = self._deadline is not None and time.monotonic() + self._save_seconds + 2 * step_seconds > self._deadline
+    def agree(self, *, give_up: bool) -> Wishes:
+        """The wishes of all ranks, the same on each; every rank must call it after each step."""
+        first, now = self._mesh.rank == 0, time.monotonic()
+        if self._agreed is not None:  # since then there was a step, and perhaps an evaluation and a copy for a save
+            self._longest_round = max(self._longest_round, now - self._agreed)
+        self._agreed = now
+        late = self._deadline is not None and now + self._longest_round + self._save_seconds > self._deadline
         mine = [
             self._signalled,
             self._launcher.gone(),

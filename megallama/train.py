@@ -67,15 +67,12 @@ class Pace:
 
     def __init__(self) -> None:
         self._spent, self._steps, self._began = 0.0, 0, 0.0
-        self.last = 0.0
-        """Seconds of the last step."""
 
     def __enter__(self) -> None:
         self._began = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self.last = time.perf_counter() - self._began
-        self._spent += self.last
+        self._spent += time.perf_counter() - self._began
         self._steps += 1
 
     def take(self) -> float:
@@ -327,7 +324,7 @@ def loop(run: Run, state: TrainState) -> Ending:
             if skipped:
                 run.metrics.write("skip", step=state.step, samples=state.samples)
             report_saves(run)
-            wishes = run.requests.agree(pace.last, give_up=run.saver.failures >= run.config.checkpoint.max_failures)
+            wishes = run.requests.agree(give_up=run.saver.failures >= run.config.checkpoint.max_failures)
             ending = ending_after(run, skipped, wishes)
             evaluate_now, save_now, log_now = (due(n, state.step) or state.step == run.last_step for n in every)
             if log_now or ending is not None:
