@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from megallama.config.load import load_config
 from megallama.errors import UserError
+from megallama.launcher import hold_signals
 
 FIRST_SPEAKS_SECONDS = 10
 
@@ -41,6 +42,7 @@ def run() -> None:
 
     2 and 1 leave at once: in order would wait for the other ranks, which wait for this one.
     """
+    hold_signals()
     rank = os.environ.get("RANK", "0")
     try:
         code = main()
@@ -55,6 +57,7 @@ def run() -> None:
     except Exception:
         print(f"megallama: rank {rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         os._exit(1)
+    hold_signals()
     sys.exit(code)
 
 

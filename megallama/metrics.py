@@ -29,6 +29,9 @@ class JsonLines:
     """One object per line, at full precision, flushed line by line so that a killed run loses none."""
 
     def __init__(self, path: Path) -> None:
+        content = path.read_bytes() if path.exists() else b""
+        if content and not content.endswith(b"\n"):  # a start that was killed in the middle of a line
+            os.truncate(path, content.rfind(b"\n") + 1)
         self._file = path.open("a", buffering=1)
 
     def write(self, event: Event) -> None:

@@ -14,11 +14,10 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from megallama.launcher import Ancestors
+from megallama.launcher import STOP_SIGNALS, Ancestors, release_signals
 from megallama.parallel.mesh import ParallelMesh
 
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REASONS = ("a signal", "the end of the launcher", f"the file {STOP_FILE}", "train.max_minutes")
 _UNMEASURED_BYTES_PER_SECOND = 1e8
 """What a disk is taken to write until a save has shown better."""
@@ -42,23 +41,29 @@ class Requests:
         self._dir, self._mesh = run_dir, mesh
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._save_seconds, self._measured = save_bytes / _UNMEASURED_BYTES_PER_SECOND, False
+        self._agreed: float | None = None
+        self._longest_round = 0.0
         self._signalled = False
         self._launcher = Ancestors()
         if mesh.rank == 0:  # what an earlier start was asked was meant for it
             for name in (STOP_FILE, SAVE_FILE):
                 (run_dir / name).unlink(missing_ok=True)
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._note)
+        release_signals()
 
     def save_took(self, seconds: float) -> None:
         """A save took that long: train.max_minutes leaves time for the longest so far."""
         self._save_seconds = max(self._save_seconds, seconds) if self._measured else seconds
         self._measured = True
 
-    def agree(self, step_seconds: float, *, give_up: bool) -> Wishes:
-        """The wishes of all ranks, the same on each; every rank must call it after each step of that many seconds."""
-        first = self._mesh.rank == 0
-        late = self._deadline is not None and time.monotonic() + self._save_seconds + 2 * step_seconds > self._deadline
+    def agree(self, *, give_up: bool) -> Wishes:
+        """The wishes of all ranks, the same on each; every rank must call it after each step."""
+        first, now = self._mesh.rank == 0, time.monotonic()
+        if self._agreed is not None:  # since then there was a step, and perhaps an evaluation and a copy for a save
+            self._longest_round = max(self._longest_round, now - self._agreed)
+        self._agreed = now
+        late = self._deadline is not None and now + self._longest_round + self._save_seconds > self._deadline
         mine = [
             self._signalled,
             self._launcher.gone(),

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -67,15 +68,12 @@ class Pace:
 
     def __init__(self) -> None:
         self._spent, self._steps, self._began = 0.0, 0, 0.0
-        self.last = 0.0
-        """Seconds of the last step."""
 
     def __enter__(self) -> None:
         self._began = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self.last = time.perf_counter() - self._began
-        self._spent += self.last
+        self._spent += time.perf_counter() - self._began
         self._steps += 1
 
     def take(self) -> float:
@@ -236,26 +234,41 @@ def open_run_dir(
     """
     folder = Path(config.run.dir)
     with ExitStack() as stack:
-        metrics = Metrics([])
+        metrics, refusal = Metrics([]), [""]
         if mesh.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(RunLock(folder))
-            if config.checkpoint.resume == "never":
-                put_aside(folder)
-            (folder / "config.yaml").write_text(dump_config(config))
-            tokenizer.save(folder / "tokenizer")
-            device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
-            facts = environment(device=device, topology=asdict(mesh.topology), peak=asdict(peak))
-            (folder / "environment.json").write_text(json.dumps(facts, indent=2))
-            write_outcome(folder, "running", 0, "")
-            metrics = stack.enter_context(open_metrics(config, folder, steps))
-            for notice in tidy(folder / "checkpoints"):
-                metrics.write("notice", text=notice)
+            try:
+                stack.enter_context(RunLock(folder))
+            except UserError as error:
+                refusal = [str(error)]
+            else:
+                metrics = stack.enter_context(recording(config, mesh, tokenizer, steps, peak))
+        # Until it is this run's, no rank may touch it, not even to say that it has failed.
+        dist.broadcast_object_list(refusal, group=mesh.world.group, device=mesh.device)
+        if refusal[0]:
+            raise UserError(refusal[0])
         try:
             yield metrics
         except BaseException as error:
             write_failure(folder, f"rank {mesh.rank}: {type(error).__name__}: {error}".splitlines()[0])
             raise
+
+
+def recording(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, steps: int, peak: Peak) -> Metrics:
+    """Write down what runs, in the run directory, and put it in order."""
+    folder = Path(config.run.dir)
+    if config.checkpoint.resume == "never":
+        put_aside(folder)
+    (folder / "config.yaml").write_text(dump_config(config))
+    tokenizer.save(folder / "tokenizer")
+    device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
+    facts = environment(device=device, topology=asdict(mesh.topology), peak=asdict(peak))
+    (folder / "environment.json").write_text(json.dumps(facts, indent=2))
+    write_outcome(folder, "running", 0, "")
+    metrics = open_metrics(config, folder, steps)
+    for notice in tidy(folder / "checkpoints"):
+        metrics.write("notice", text=notice)
+    return metrics
 
 
 @contextmanager
@@ -298,7 +311,6 @@ def loop(run: Run, state: TrainState) -> Ending:
     """Steps until the last, or until something ends them, with evaluations and saves between."""
     every = run.config.evaluation.every, run.config.checkpoint.every, run.config.logging.every
     if state.step == 0:
-        run.watchdog.now("evaluation")
         evaluate_splits(run, state)
     pace, batches = Pace(), prefetched(run.train_data, state.samples)
     ending, loss, skipped = None, torch.zeros(()), 0
@@ -312,18 +324,15 @@ def loop(run: Run, state: TrainState) -> Ending:
         if skipped:
             run.metrics.write("skip", step=state.step, samples=state.samples)
         report_saves(run)
-        wishes = run.requests.agree(pace.last, give_up=run.saver.failures >= run.config.checkpoint.max_failures)
+        wishes = run.requests.agree(give_up=run.saver.failures >= run.config.checkpoint.max_failures)
         ending = ending_after(run, skipped, wishes) if state.step < run.last_step else None
         evaluate_now, save_now, log_now = (due(n, state.step) or state.step == run.last_step for n in every)
         if log_now or ending is not None:
             write_train_event(run, state, loss, result.grad_norm, lr, pace.take())
         if evaluate_now and ending is None:
-            run.watchdog.now("evaluation")
             state = evaluate_splits(run, state)
         if save_now or wishes.save or wishes.stop is not None:
-            run.watchdog.now("save", patient=True)
             save_checkpoint(run, state, loss)
-    run.watchdog.now("end", patient=True)
     return finish(run, state, loss, ending)
 
 
@@ -342,6 +351,7 @@ def finish(run: Run, state: TrainState, loss: Tensor, ending: Ending | None) -> 
     if ending is None:
         done = state.step >= run.total_steps
         ending = Ending("done", "done") if done else Ending("stopped", "stopped by train.stop_after")
+    run.watchdog.now("end", patient=True)
     run.saver.wait()
     while ending.status != "failed" and run.saver.last_error is not None:
         report_saves(run)
@@ -353,7 +363,10 @@ def finish(run: Run, state: TrainState, loss: Tensor, ending: Ending | None) -> 
     report_saves(run)
     run.metrics.write("stop", step=state.step, reason=ending.reason, status=ending.status)
     if run.mesh.rank == 0:
-        write_outcome(run.dir, ending.status, state.step, ending.reason)
+        try:
+            write_outcome(run.dir, ending.status, state.step, ending.reason)
+        except OSError as error:  # the disk that is full may be what ended the run
+            print(f"megallama: outcome.json cannot be written ({error.strerror})", file=sys.stderr)
     return ending
 
 
@@ -406,6 +419,7 @@ def write_train_event(run: Run, state: TrainState, loss: Tensor, grad_norm: floa
 
 def evaluate_splits(run: Run, state: TrainState) -> TrainState:
     """Loss and perplexity on train and validation data, the latter also in the state; every rank must call it."""
+    run.watchdog.now("evaluation")
     for split, data in (("train", run.train_data), ("validation", run.validation_data)):
         if data is not None:
             loss = evaluate(run.engine, data, run.config.evaluation.samples, run.mesh)
@@ -417,6 +431,7 @@ def evaluate_splits(run: Run, state: TrainState) -> TrainState:
 
 def save_checkpoint(run: Run, state: TrainState, loss: Tensor) -> None:
     """Begin to save everything that the run needs to go on; every rank must call it."""
+    run.watchdog.now("save", patient=True)
     config, mesh = run.config, run.mesh
     (total,) = sum_losses([float(loss)], mesh)
     layout: dict[str, object] = {

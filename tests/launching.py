@@ -156,10 +156,10 @@ def pretrain_here(launch: Launch, words: list[str], plant: Plant | None) -> tupl
     stderr = io.StringIO()
     with redirect_stderr(stderr):
         try:
-            load_pretrain().main(words)
+            code = load_pretrain().main(words)
         except UserError as error:
             return 2, f"megallama: {error}\n"
-    return 0, stderr.getvalue()
+    return code, stderr.getvalue()
 
 
 def load_pretrain() -> Any:

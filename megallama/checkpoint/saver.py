@@ -113,8 +113,8 @@ class Saver:
     def close(self) -> None:
         """Wait for the save in flight and end the writing process."""
         self.wait()
+        self._writer.close()  # first: a process that the thread had to start again ends with the thread
         self._thread.shutdown()
-        self._writer.close()
 
     def _state(self) -> dict[str, LogicalTensor]:
         """What this rank writes, by reference."""

@@ -35,13 +35,8 @@ class Writer:
     """The process, as the one that gives it orders sees it. It reads the memory behind `descriptor`."""
 
     def __init__(self, descriptor: int, size: int) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "megallama.checkpoint.writer", str(descriptor), str(size), str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=[descriptor],
-            text=True,
-        )
+        self._descriptor, self._size = descriptor, size
+        self._process = self._start()
 
     @property
     def pid(self) -> int:
@@ -50,9 +45,12 @@ class Writer:
 
     def order(self, what: str, **arguments: Any) -> Answer:
         """Give an order and wait for the answer, which has an `error` where the order could not be carried out."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         try:
+            if self._process.poll() is not None:  # somebody killed it: the memory is still there for another
+                self.close()
+                self._process = self._start()
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
             self._process.stdin.write(json.dumps({"what": what, **arguments}) + "\n")
             self._process.stdin.flush()
             answer: Answer = json.loads(self._process.stdout.readline())
@@ -63,6 +61,16 @@ class Writer:
     def close(self) -> None:
         """End the process, which is between orders."""
         self._process.communicate()
+
+    def _start(self) -> subprocess.Popen[str]:
+        words = [str(self._descriptor), str(self._size), str(os.getpid())]
+        return subprocess.Popen(
+            [sys.executable, "-m", "megallama.checkpoint.writer", *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[self._descriptor],
+            text=True,
+        )
 
 
 def main(descriptor: int, size: int, parent: int) -> None:

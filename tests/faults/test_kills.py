@@ -1,0 +1,170 @@
+"""Killed at any instant and started again, nobody can tell from what was trained.
+
+100 random kill -9 of one rank or of all, at least half of them while a checkpoint is being written. A run is killed and
+started again until it has finished, then the next one begins, until all kills are spent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.faults.conftest import Undisturbed
+from tests.faults.runs import (
+    DP2,
+    PP2,
+    TP2_BF16,
+    Layout,
+    Running,
+    assert_nothing_left,
+    assert_same_run,
+    cold,
+    command,
+    forked,
+    kill,
+    partial_saves,
+    saved_steps,
+    wait_for,
+    words,
+)
+from tests.launching import events
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+
+STEPS = 24
+FORKED = {"dp2-zero2 fp32": (DP2, 40), "tp2 bf16": (TP2_BF16, 20), "pp2-dualpipev fp32": (PP2, 30)}
+COLD = {"python": (Layout(1), 3), "torchrun": (DP2, 4), "deepspeed": (DP2, 3)}
+SEEDS = {"dp2-zero2 fp32": 11, "tp2 bf16": 12, "pp2-dualpipev fp32": 13, "python": 21, "torchrun": 22, "deepspeed": 23}
+START_SECONDS = 3.0
+"""In which a forked run loads and trains a few steps."""
+SAVE_SECONDS = 0.1
+"""About what a save takes, or a little less."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When a start is killed, and which of its ranks."""
+
+    save: int | None
+    """While the n-th save of this start is written, or None for any time."""
+    delay: float
+    """Seconds after that save has begun, or after the start."""
+    victim: int | None
+    """A rank, or None for all."""
+
+
+def draw(random: Random, world_size: int, start_seconds: float) -> Kill:
+    """Three of four are meant for a save, and not all of them hit it."""
+    save = random.choice([1, 1, 2, 3]) if random.random() < 0.75 else None
+    delay = random.uniform(0, start_seconds if save is None else SAVE_SECONDS)
+    return Kill(save, delay, random.choice([None, *range(world_size)]))
+
+
+def carry_out(plan: Kill, running: Running, world_size: int, run_dir: Path) -> bool | None:
+    """Whether something was being saved when it was killed, or None if it was over before."""
+    wait_for(lambda: len(running.ranks()) == world_size, running)
+    seen: set[str] = set()
+    left_before = partial_saves(run_dir)
+
+    def saves() -> bool:
+        seen.update(partial_saves(run_dir) - left_before)
+        return len(seen) >= (plan.save or 0)
+
+    if not wait_for(saves, running):
+        return None
+    time.sleep(plan.delay)
+    saving = partial_saves(run_dir) - left_before
+    pids = running.ranks()
+    victims = list(pids.values()) if plan.victim is None else [pids[rank] for rank in pids if rank == plan.victim]
+    return bool(saving) if not running.over() and kill(victims) else None
+
+
+Start = Callable[[], AbstractContextManager[Running]]
+
+
+def kill_again_and_again(
+    start: Start, layout: Layout, home: Path, random: Random, kills: int, start_seconds: float
+) -> list[bool]:
+    """Start the run in home/run until it is done; of each kill, of which there are at most `kills`, what it hit."""
+    run_dir, hits = home / "run", list[bool]()
+    while True:
+        before = saved_steps(run_dir)
+        told = len(events(run_dir)) if run_dir.exists() else 0
+        with start() as running:
+            plan = draw(random, layout.world_size, start_seconds) if len(hits) < kills else None
+            hit = carry_out(plan, running, layout.world_size, run_dir) if plan else None
+            wait_for(running.over)
+        assert_nothing_left(home)
+        new = events(run_dir)[told:] if (run_dir / "metrics.jsonl").exists() else []
+        if any(event["event"] in ("resume", "eval", "train", "stop") for event in new):
+            # It went on from the newest whole checkpoint that the start before had left.
+            assert [event["step"] for event in new if event["event"] == "resume"] == before[-1:]
+        if hit is None:
+            assert new[-1]["event"] == "stop" and new[-1]["reason"] == "done"
+            return hits
+        hits.append(hit)
+
+
+def kill_runs(
+    start: Callable[[Path], AbstractContextManager[Running]],
+    layout: Layout,
+    straight: Path,
+    folder: Path,
+    seed: int,
+    kills: int,
+    start_seconds: float,
+) -> None:
+    """As many runs as it takes; each ends like `straight`."""
+    random, hits, runs = Random(seed), list[bool](), 0
+    while len(hits) < kills:
+        runs += 1
+        home = folder / f"run-{runs}"
+        home.mkdir()
+        hits += kill_again_and_again(partial(start, home), layout, home, random, kills - len(hits), start_seconds)
+        assert_same_run(home / "run", straight)
+        # keep is 2: what else is there was set aside, and nothing is left half written or half deleted.
+        assert saved_steps(home / "run") == [STEPS - 1, STEPS]
+        names = {path.name for path in (home / "run" / "checkpoints").iterdir()} - {"latest", "best"}
+        assert {name for name in names if "." in name and ".torn-" not in name} == set()
+    print(f"{len(hits)} kills in {runs} runs, {sum(hits)} of them during a save")
+    assert 2 * sum(hits) >= kills
+
+
+@pytest.mark.parametrize("name", FORKED)
+def test_a_run_killed_at_any_instant_ends_like_one_that_was_not(
+    name: str, byte_dataset: str, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    layout, kills = FORKED[name]
+
+    def start(home: Path) -> AbstractContextManager[Running]:
+        return forked(layout.world_size, words(byte_dataset, home / "run", layout, f"train.steps={STEPS}"), home)
+
+    straight = undisturbed(layout, STEPS)
+    kill_runs(start, layout, straight, tmp_path, SEEDS[name], kills, START_SECONDS)
+
+
+@pytest.mark.parametrize("launcher", COLD)
+def test_a_run_killed_under_a_launcher_ends_like_one_that_was_not(
+    launcher: str, byte_dataset: str, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    layout, kills = COLD[launcher]
+
+    def start(home: Path) -> AbstractContextManager[Running]:
+        arguments = words(byte_dataset, home / "run", layout, f"train.steps={STEPS}")
+        return cold([*command(launcher, layout.world_size), *arguments], home)
+
+    straight = undisturbed(layout, STEPS)
+    kill_runs(start, layout, straight, tmp_path, SEEDS[launcher], kills, 4 * START_SECONDS)
+
+
+def test_a_hundred_kills_are_planned_ten_of_them_cold() -> None:
+    cold_kills = sum(kills for _, kills in COLD.values())
+    assert cold_kills >= 10
+    assert sum(kills for _, kills in FORKED.values()) + cold_kills >= 100
