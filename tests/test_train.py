@@ -117,7 +117,7 @@ def test_without_a_terminal_each_event_is_a_plain_line(straight: Path) -> None:
     expected = [
         r"step 0  train loss \d\.\d{4}  perplexity [\d.]+",
         r"step 1/4  loss \d\.\d{4}  norm [\d.]+  lr 5.00e-04  [\d,]+ tok/s  mfu [\d.]+%  mem [\d.]+ GiB  eta [\d:]+",
-        r"step 4  saved .*step_00000004 in [\d.]+ s",
+        r"step 4  saved .*step_00000004 in [\d.]+ s, [\d.]+ s of them waited for",
         r"step 4  done",
     ]
     for pattern in expected:

@@ -78,11 +78,6 @@ class Saver:
         self._attempt = attempt[0]
 
     @property
-    def bytes(self) -> int:
-        """That this rank writes in each save."""
-        return self._snapshot.size
-
-    @property
     def writer_pid(self) -> int:
         """The process that writes for this rank."""
         return self._writer.pid
