@@ -121,6 +121,7 @@ def test_diff_ends_with_0_for_equal_and_1_for_different_checkpoints(run: Path) -
     assert (code, out.splitlines()[-1]) == (0, "90 of 90 tensors are equal to the bit")
     assert out.count("equal to the bit") == 91
     put(float("nan"))(b)
+    assert call("diff", a, b)[0] == 1
     edit(b / STATE, lambda content: content["layout"].update(data=4))
     code, out = call("diff", a, b)
     lines = [" ".join(line.split()) for line in out.splitlines()]

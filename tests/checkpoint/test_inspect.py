@@ -56,14 +56,14 @@ def model(**values: object) -> Harm:
     return lambda path: edit(path / STATE, lambda content: content["model"].update(values))
 
 
-def put(*numbers: float) -> Harm:
-    """Put numbers in the place of the first in row 256 of the embedding."""
+def put(*numbers: float, chunk: int = 1) -> Harm:
+    """Put numbers in the place of the first in a chunk of the embedding: that of row 256, or that of all others."""
 
     def harm(path: Path) -> None:
-        chunk = json.loads((path / TENSORS).read_bytes())["tensors"][EMBEDDING]["chunks"][1]
-        content = bytearray((path / chunk["file"]).read_bytes())
-        content[chunk["start"] : chunk["start"] + 4 * len(numbers)] = np.array(numbers, "<f4").tobytes()
-        rewrite(path / chunk["file"], bytes(content))
+        place = json.loads((path / TENSORS).read_bytes())["tensors"][EMBEDDING]["chunks"][chunk]
+        content = bytearray((path / place["file"]).read_bytes())
+        content[place["start"] : place["start"] + 4 * len(numbers)] = np.array(numbers, "<f4").tobytes()
+        rewrite(path / place["file"], bytes(content))
 
     return harm
 
@@ -304,6 +304,7 @@ def test_differences_of_a_tensor_are_its_largest_and_that_of_its_norm(
     piece: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(difference, "_PIECE", piece)
+    put(*[3.0] * 2048, chunk=0)(checkpoint)
     put(3.0, -4.0)(checkpoint)
     found = list(tensor_differences(Stored(CHECKPOINT), Stored(checkpoint), lambda _: None))
     (tensor,) = (tensor for tensor in found if not tensor.equal)
