@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megallama.checkpoint.commit import Retention, tidy
+from megallama.checkpoint.commit import Retention, tend, tidy
 from megallama.checkpoint.saver import Saver
 from megallama.checkpoint.store import (
     DataIdentity,
@@ -146,9 +146,9 @@ def train(config: RunConfig, launch: Launch, device: torch.device) -> Finished:
     peak = device_peak(device, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
     with open_run_dir(config, mesh, tokenizer, steps, peak) as metrics, watched(config, mesh) as watchdog:
         requests = Requests(Path(config.run.dir), mesh, config.train.max_minutes, checkpoint_bytes(config))
-        start = confirmed(start, mesh, metrics)
-        model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
         retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every)
+        start = confirmed(start, retention, mesh, metrics)
+        model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
         saver = Saver(Path(config.run.dir) / "checkpoints", engine, model, mesh, retention)
         run = Run(
             config, mesh, model, engine, train_data, validation_data, metrics, saver, requests, watchdog, steps, peak
@@ -288,11 +288,15 @@ def watched(config: RunConfig, mesh: ParallelMesh) -> Iterator[Watchdog]:
         watchdog.close()
 
 
-def confirmed(start: Start, mesh: ParallelMesh, metrics: Metrics) -> Start:
+def confirmed(start: Start, retention: Retention, mesh: ParallelMesh, metrics: Metrics) -> Start:
     """The start, with checkpoints that turn out damaged passed over."""
     start, passed = confirm(start, mesh)
-    for reason in passed:
-        metrics.write("notice", text=f"passed over {reason}")
+    notices = [f"passed over {reason}" for reason in passed]
+    if start.resume is not None and mesh.rank == 0:
+        # The start before may have been killed between a save and this, and this one may have none to save.
+        notices += tend(start.resume.parent, retention)
+    for notice in notices:
+        metrics.write("notice", text=notice)
     return start
 
 

@@ -351,6 +351,17 @@ def test_what_is_kept_is_the_newest_every_nth_and_the_best(byte_dataset: str, tm
     assert (run_dir / "checkpoints" / "best").read_text() == f"step_{best:08d}"
 
 
+def test_a_start_keeps_the_promise_that_a_killed_one_could_not(byte_dataset: str, tmp_path: Path) -> None:
+    """Killed behind its last save: what was to be deleted is there, `latest` names another, nothing is left to save."""
+    run_dir = tmp_path / "run"
+    arguments = words(byte_dataset, run_dir, ALONE, "train.steps=4")
+    assert pretrain(1, [*arguments, "checkpoint.keep=3"]) == [(0, "")]
+    (run_dir / "checkpoints" / "latest").write_text("step_00000003")
+    assert pretrain(1, [*arguments, "checkpoint.keep=1"]) == [(0, "")]
+    assert saved_steps(run_dir) == [4]
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000004"
+
+
 def test_a_checkpoint_that_cannot_be_deleted_is_said_and_the_run_goes_on(byte_dataset: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with forked(1, words(byte_dataset, run_dir, ALONE, *ENDLESS, "checkpoint.keep=1"), tmp_path) as run:
