@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megallama.checkpoint import difference
+from megallama.checkpoint import difference, listing
 from megallama.checkpoint.difference import compare, differing_fields, tensor_differences
 from megallama.checkpoint.format import (
     BEST,
@@ -304,6 +304,19 @@ def test_a_list_tells_whole_checkpoints_from_what_is_left_of_others(checkpoint: 
     assert whole.bytes == manifest.bytes + (CHECKPOINT / MANIFEST).stat().st_size
     assert (torn.loss, torn.layout, torn.saved) == (None, None, None)
     assert torn.bytes == whole.bytes - manifest.files["rank_00000.bin"].bytes
+
+
+def test_a_folder_that_goes_while_it_is_listed_is_left_out(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unfinished = shutil.copytree(checkpoint, checkpoint.with_name("step_00000004.partial-0123abcd"))
+
+    def rename_one(path: Path) -> Manifest:
+        if path == unfinished:
+            unfinished.rename(checkpoint.with_name("step_00000004"))
+        return read_manifest(path)
+
+    monkeypatch.setattr(listing, "read_manifest", rename_one)
+    assert checkpoint in [entry.path for entry in entries(checkpoint.parent)]
+    assert not unfinished.exists()
 
 
 @pytest.mark.parametrize(
