@@ -30,7 +30,7 @@ def inspect(path: Path, report: Report = lambda _: None) -> list[str]:
     """Everything that is wrong with the checkpoint at `path`, a reason each: empty if nothing is.
 
     Each file is held against its hash. If those agree, each tensor of the model must be there with both moments, of
-    the right shape, each element in one chunk, and finite. Reads everything, a chunk in memory at a time. UserError
+    the right shape, each element in one chunk, and finite. Reads everything, a tensor in memory at a time. UserError
     for a format that this version does not know.
     """
     try:
@@ -71,7 +71,7 @@ def _tensor_reasons(path: Path, report: Report) -> Iterator[str]:
         if shape != expected.get(name, shape):
             yield f"{name} has the shape {list(shape)}, and in the model {list(expected[name])}"
         report(f"{path.name}: {name}")
-        wrong = sum(chunk.size - int(np.isfinite(chunk).sum()) for _, chunk in stored.chunks(name))
+        wrong = math.prod(shape) - int(np.isfinite(stored.read(name)).sum())
         if wrong:
             yield f"{name} is not finite in {wrong} of {math.prod(shape)} elements"
 

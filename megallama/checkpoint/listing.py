@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,12 @@ def is_one(path: Path) -> bool:
 def entries(folder: Path) -> list[Entry]:
     """Everything in a folder of checkpoints, newest first."""
     marked = pointers(folder)
-    found = [_entry(path, marked) for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+    found = []
+    for path in folder.iterdir():
+        if path.is_dir() and _NAME.fullmatch(path.name):
+            # A run that is alive renames and deletes meanwhile.
+            with suppress(FileNotFoundError):
+                found.append(_entry(path, marked))
     return sorted(found, key=lambda entry: (-entry.step, entry.path.name))
 
 

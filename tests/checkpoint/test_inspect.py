@@ -8,12 +8,13 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megallama.checkpoint import difference
+from megallama.checkpoint import difference, listing
 from megallama.checkpoint.difference import compare, differing_fields, tensor_differences
 from megallama.checkpoint.format import (
     BEST,
@@ -30,7 +31,7 @@ from megallama.checkpoint.format import (
 )
 from megallama.checkpoint.inspect import inspect
 from megallama.checkpoint.listing import COMPLETE, checkpoints_at, checkpoints_folder, entries, layout_name
-from megallama.checkpoint.tensors import Stored
+from megallama.checkpoint.tensors import Stored, read_places
 from megallama.errors import UserError
 from tests.checkpoint.damaging import CHECKPOINT, bomb, edit, edit_manifest, flip, rewrite, truncate
 
@@ -212,6 +213,53 @@ def test_what_names_wrong_places_is_not_read_from(name: str, checkpoint: Path) -
         Stored(checkpoint)
 
 
+def test_exact_covers_are_told_from_others(checkpoint: Path) -> None:
+    """Of 300 random sets of rectangles, against counting each element; about half of them are exact."""
+    random = Random(0)
+    exact = 0
+    for _ in range(300):
+        shape, boxes = random_boxes(random)
+        times = np.zeros(shape, dtype=np.int64)
+        for offset, extent in boxes:
+            times[tuple(slice(o, o + n) for o, n in zip(offset, extent, strict=True))] += 1
+        chunks = [{"offset": o, "shape": n, "file": "rank_00000.bin", "start": 0} for o, n in boxes]
+        content = {"dtype": "float32", "tensors": {"x": {"shape": shape, "chunks": chunks}}}
+        (checkpoint / TENSORS).write_text(json.dumps(content))
+        if (times == 1).all():
+            assert read_places(checkpoint, read_manifest(CHECKPOINT).files)["x"].shape == tuple(shape)
+            exact += 1
+            continue
+        with pytest.raises(TornCheckpointError, match="of x in") as refused:
+            read_places(checkpoint, read_manifest(CHECKPOINT).files)
+        match = re.search(r"element \[(.*)\] of x in (no|\d+) chunk", str(refused.value))
+        assert match is not None
+        element = tuple(map(int, match[1].split(", ")))
+        assert times[element] == int(match[2].replace("no", "0"))
+    assert 75 < exact < 225
+
+
+def random_boxes(random: Random) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+    """A shape, and rectangles (offset, extent) that cover it, of which sometimes one is lost, there twice, or moved."""
+    shape = [random.randint(1, 4) for _ in range(random.choice((1, 2, 3)))]
+    boxes = [([0] * len(shape), shape)]
+    for _ in range(4):
+        (offset, extent), dim = boxes.pop(random.randrange(len(boxes))), random.randrange(len(shape))
+        cut = random.randint(0, extent[dim])
+        for begin, size in ((0, cut), (cut, extent[dim] - cut)):
+            if size:
+                moved = [*offset[:dim], offset[dim] + begin, *offset[dim + 1 :]]
+                boxes.append((moved, [*extent[:dim], size, *extent[dim + 1 :]]))
+    match random.choice(("leave", "leave", "leave", "lose", "repeat", "move")):
+        case "lose":
+            boxes.pop()
+        case "repeat":
+            boxes.append(boxes[0])
+        case "move":
+            begin = [random.randrange(size) for size in shape]
+            boxes[0] = (begin, [random.randint(1, size - first) for size, first in zip(shape, begin, strict=True)])
+    return shape, boxes
+
+
 def test_a_newer_format_is_refused_by_one_sentence(checkpoint: Path) -> None:
     edit_manifest(checkpoint, lambda tree: tree.update(format=2, content="another way to say it", sha256="?"))
     sentence = f"{checkpoint} is a checkpoint of format 2, and this megallama reads up to 1; use a newer megallama"
@@ -256,6 +304,19 @@ def test_a_list_tells_whole_checkpoints_from_what_is_left_of_others(checkpoint: 
     assert whole.bytes == manifest.bytes + (CHECKPOINT / MANIFEST).stat().st_size
     assert (torn.loss, torn.layout, torn.saved) == (None, None, None)
     assert torn.bytes == whole.bytes - manifest.files["rank_00000.bin"].bytes
+
+
+def test_a_folder_that_goes_while_it_is_listed_is_left_out(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unfinished = shutil.copytree(checkpoint, checkpoint.with_name("step_00000004.partial-0123abcd"))
+
+    def rename_one(path: Path) -> Manifest:
+        if path == unfinished:
+            unfinished.rename(checkpoint.with_name("step_00000004"))
+        return read_manifest(path)
+
+    monkeypatch.setattr(listing, "read_manifest", rename_one)
+    assert checkpoint in [entry.path for entry in entries(checkpoint.parent)]
+    assert not unfinished.exists()
 
 
 @pytest.mark.parametrize(
