@@ -36,8 +36,6 @@ from tests.launching import (
 )
 from tests.test_launchers import free_port
 
-POLL_SECONDS = 0.002
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -160,14 +158,16 @@ def command(launcher: str, num_ranks: int) -> list[str]:
     return [str(BIN / "deepspeed"), *local, PRETRAIN]
 
 
-def wait_for(what: Callable[[], Any], running: Running | None = None, timeout: float = 60.0) -> bool:
-    """Until `what()` is true; False if the run is over before. Fails after `timeout` seconds."""
+def wait_for(
+    what: Callable[[], Any], running: Running | None = None, timeout: float = 90.0, every: float = 0.002
+) -> bool:
+    """Until `what()`, asked every so many seconds, is true; False if the run is over before. Fails after `timeout`."""
     deadline = time.monotonic() + timeout
     while not what():
         if running is not None and running.over():
             return bool(what())
         assert time.monotonic() < deadline, f"waited {timeout:.0f} s in vain"
-        time.sleep(POLL_SECONDS)
+        time.sleep(every)
     return True
 
 

@@ -44,8 +44,8 @@ COLD = {"python": (Layout(1), 3), "torchrun": (DP2, 4), "deepspeed": (DP2, 3)}
 SEEDS = {"dp2-zero2 fp32": 11, "tp2 bf16": 12, "pp2-dualpipev fp32": 13, "python": 21, "torchrun": 22, "deepspeed": 23}
 START_SECONDS = 3.0
 """In which a forked run loads and trains a few steps."""
-SAVE_SECONDS = 0.06
-"""Less than what a save takes, most of the time."""
+SAVE_SECONDS = 0.1
+"""About what a save takes."""
 
 
 @dataclass(frozen=True)
@@ -56,31 +56,37 @@ class Kill:
     """While the n-th save of this start is written, or None for any time."""
     delay: float
     """Seconds after that save has begun, or after the start."""
+    late: bool
+    """Also where that save has ended by then: just behind it. Otherwise the next one is waited for."""
     victim: int | None
     """A rank, or None for all."""
 
 
-def draw(random: Random, world_size: int, start_seconds: float) -> Kill:
-    """Four of five are meant for a save, and not all of them hit it."""
-    save = random.choice([1, 1, 2, 3]) if random.random() < 0.8 else None
+def draw(random: Random, number: int, world_size: int, start_seconds: float) -> Kill:
+    """Of four kills in a row two are within a save, one in a save or just behind it, and one at any time."""
+    save = random.choice([1, 1, 2, 3]) if number % 4 < 3 else None
     delay = random.uniform(0, start_seconds if save is None else SAVE_SECONDS)
-    return Kill(save, delay, random.choice([None, *range(world_size)]))
+    return Kill(save, delay, number % 4 == 2, random.choice([None, *range(world_size)]))
 
 
 def carry_out(plan: Kill, running: Running, world_size: int, run_dir: Path) -> bool | None:
     """Whether something was being saved when it was killed, or None if it was over before."""
-    wait_for(lambda: len(running.ranks()) == world_size, running)
-    seen: set[str] = set()
-    left_before = partial_saves(run_dir)
+    wait_for(lambda: len(running.ranks()) == world_size, running, every=0.05)
+    left_before, seen = partial_saves(run_dir), set[str]()
 
-    def saves() -> bool:
+    def saves(number: int) -> bool:
         seen.update(partial_saves(run_dir) - left_before)
-        return len(seen) >= (plan.save or 0)
+        return len(seen) >= number
 
-    if not wait_for(saves, running):
-        return None
-    time.sleep(plan.delay)
-    saving = partial_saves(run_dir) - left_before
+    number, saving = plan.save or 0, set[str]()
+    while True:
+        if not wait_for(partial(saves, number), running):
+            return None
+        time.sleep(plan.delay)
+        saving = partial_saves(run_dir) - left_before
+        if saving or plan.late or plan.save is None:
+            break
+        number = len(seen) + 1
     pids = running.ranks()
     victims = list(pids.values()) if plan.victim is None else [pids[rank] for rank in pids if rank == plan.victim]
     return bool(saving) if not running.over() and kill(victims) else None
@@ -90,16 +96,16 @@ Start = Callable[[], AbstractContextManager[Running]]
 
 
 def kill_again_and_again(
-    start: Start, layout: Layout, home: Path, random: Random, kills: int, start_seconds: float
-) -> list[bool]:
-    """Start the run in home/run until it is done; of each kill, of which there are at most `kills`, what it hit."""
-    run_dir, hits, before = home / "run", list[bool](), list[int]()
+    start: Start, layout: Layout, home: Path, random: Random, kills: int, hits: list[bool], start_seconds: float
+) -> None:
+    """Start the run in home/run until it is done; add to `hits` whether each kill, up to that many, was in a save."""
+    run_dir, before = home / "run", list[int]()
     while True:
         before, earlier = saved_steps(run_dir), before
         assert before[-1:] >= earlier[-1:], "the newest is never deleted"
         told = len(events(run_dir)) if run_dir.exists() else 0
         with start() as running:
-            plan = draw(random, layout.world_size, start_seconds) if len(hits) < kills else None
+            plan = draw(random, len(hits), layout.world_size, start_seconds) if len(hits) < kills else None
             hit = carry_out(plan, running, layout.world_size, run_dir) if plan else None
             wait_for(running.over)
         assert_nothing_left(home)
@@ -109,7 +115,7 @@ def kill_again_and_again(
             assert [event["step"] for event in new if event["event"] == "resume"] == before[-1:]
         if hit is None:
             assert new[-1]["event"] == "stop" and new[-1]["reason"] == "done"
-            return hits
+            return
         hits.append(hit)
 
 
@@ -128,7 +134,7 @@ def kill_runs(
         runs += 1
         home = folder / f"run-{runs}"
         home.mkdir()
-        hits += kill_again_and_again(partial(start, home), layout, home, random, kills - len(hits), start_seconds)
+        kill_again_and_again(partial(start, home), layout, home, random, kills, hits, start_seconds)
         assert_same_run(home / "run", straight)
         # keep is 2: what else is there was set aside, and nothing is left half written or half deleted.
         assert saved_steps(home / "run") == [STEPS - 1, STEPS]
