@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megallama.config.check import check_config
 from megallama.config.schema import ModelConfig, RunConfig
-from megallama.data.loader import Loader, MicroBatch
+from megallama.data.loader import MicroBatch
 from megallama.metrics import Metrics
 from megallama.model.llama import Llama
 from megallama.parallel.init import initialise
@@ -71,8 +71,8 @@ def engine_step(config: RunConfig, device: torch.device) -> Step:
     batching = check_config(config, 1)
     mesh = build_mesh(Topology(), Launch(), device)
     model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
-    no_data = cast(Loader, None)  # a step is given its batches
-    run = Run(config, mesh, model, engine, no_data, None, Metrics([]), total_steps=1, peak=Peak(1.0, "not used"))
+    none: Any = None  # a step is given its batches, and saves and heeds nothing
+    run = Run(config, mesh, model, engine, none, none, Metrics([]), none, none, none, 1, Peak(1.0, "not used"))
     batches = random_batches(config)
     return lambda: train_step(run, next(batches), config.optimizer.lr)[0]
 

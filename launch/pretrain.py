@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from megallama.config.load import load_config
 from megallama.errors import UserError
-from megallama.launcher import hold_signals
+from megallama.launcher import end_by_signals, hold_signals
 
 FIRST_SPEAKS_SECONDS = 10
 
@@ -49,6 +49,7 @@ def run() -> None:
     except UserError as error:
         if rank != "0":
             # What every rank finds the first says, and a launcher ends the others when it leaves.
+            end_by_signals()
             time.sleep(FIRST_SPEAKS_SECONDS)
         print(f"megallama: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
         os._exit(2)
