@@ -6,6 +6,9 @@ started again until it has finished, then the next one begins, until all kills a
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -46,6 +49,8 @@ START_SECONDS = 3.0
 """In which a forked run loads and trains a few steps."""
 SAVE_SECONDS = 0.1
 """About what a save takes."""
+BEHIND_SECONDS = 0.01
+"""About what it takes to point at the new checkpoint and to delete an old one."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +60,19 @@ class Kill:
     save: int | None
     """While the n-th save of this start is written, or None for any time."""
     delay: float
-    """Seconds after that save has begun, or after the start."""
-    late: bool
-    """Also where that save has ended by then: just behind it. Otherwise the next one is waited for."""
+    """Seconds after that save has begun, or has become a checkpoint, or after the start."""
+    behind: bool
+    """As soon as that save is a checkpoint, when older ones are deleted. Otherwise within it, or the next."""
     victim: int | None
     """A rank, or None for all."""
 
 
 def draw(random: Random, number: int, world_size: int, start_seconds: float) -> Kill:
-    """Of four kills in a row two are within a save, one in a save or just behind it, and one at any time."""
+    """Of four kills in a row two are within a save, one is just behind it, and one at any time."""
     save = random.choice([1, 1, 2, 3]) if number % 4 < 3 else None
-    delay = random.uniform(0, start_seconds if save is None else SAVE_SECONDS)
-    return Kill(save, delay, number % 4 == 2, random.choice([None, *range(world_size)]))
+    behind = number % 4 == 2
+    longest = start_seconds if save is None else BEHIND_SECONDS if behind else SAVE_SECONDS
+    return Kill(save, random.uniform(0, longest), behind, random.choice([None, *range(world_size)]))
 
 
 def carry_out(plan: Kill, running: Running, world_size: int, run_dir: Path) -> bool | None:
@@ -82,9 +88,11 @@ def carry_out(plan: Kill, running: Running, world_size: int, run_dir: Path) -> b
     while True:
         if not wait_for(partial(saves, number), running):
             return None
+        if plan.behind:
+            wait_for(lambda: not partial_saves(run_dir) - left_before, running)
         time.sleep(plan.delay)
         saving = partial_saves(run_dir) - left_before
-        if saving or plan.late or plan.save is None:
+        if saving or plan.behind or plan.save is None:
             break
         number = len(seen) + 1
     pids = running.ranks()
@@ -170,6 +178,52 @@ def test_a_run_killed_under_a_launcher_ends_like_one_that_was_not(
 
     straight = undisturbed(layout, STEPS)
     kill_runs(start, layout, straight, tmp_path, SEEDS[launcher], kills, 4 * START_SECONDS)
+
+
+SAVES_KILLED_AT = """
+import os, signal, sys
+from pathlib import Path
+from megallama.checkpoint.commit import Retention, commit, tend
+from megallama.checkpoint.format import folder_name, write_bytes
+
+folder, left = Path(sys.argv[1]), int(sys.argv[2])
+
+def count(event, arguments):
+    global left
+    if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(count)
+for step in (1, 2, 3):
+    unfinished = folder / f"{folder_name(step)}.partial-x"
+    unfinished.mkdir()
+    files = {"rank_00000.bin": write_bytes(unfinished / "rank_00000.bin", bytes(1000))}
+    documents = {"tensors.json": {}, "state.json": {"state": {"validation_loss": 1 / step}}}
+    commit(unfinished, folder / folder_name(step), files, documents, 0.0, {})
+    tend(folder, Retention(1))
+"""
+
+
+def test_a_writer_killed_before_any_operation_on_the_disk_leaves_whole_checkpoints(tmp_path: Path) -> None:
+    """Each in turn, where chance would hardly hit the short ones: what is named as a checkpoint is one, always."""
+    newest, operations = 0, 0
+    while True:
+        folder = tmp_path / str(operations) / "checkpoints"
+        folder.mkdir(parents=True)
+        code = subprocess.run([sys.executable, "-c", SAVES_KILLED_AT, str(folder), str(operations)]).returncode
+        saved = saved_steps(folder.parent)
+        assert max(saved, default=0) in (newest, newest + 1)
+        newest = max(saved, default=0)
+        if (latest := folder / "latest").exists():
+            assert latest.read_text() in {path.name for path in folder.iterdir()}
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        operations += 1
+    assert saved == [3]
+    assert operations > 40
 
 
 def test_a_hundred_kills_are_planned_ten_of_them_cold() -> None:
