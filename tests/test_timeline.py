@@ -161,8 +161,7 @@ def test_stages_of_known_times_wait_as_long_as_simulated_and_run_in_its_order() 
         waiting = 1 - sum(span.end - span.start for rank in spans for span in rank) / (taken[schedule] * pp)
         print(f"{schedule}: waiting {waiting:.1%}, simulated {bubble(spans):.1%}")
         assert taken[schedule] == pytest.approx(makespan(spans), rel=0.1), schedule
-        # A V waits so little that messages count where other programs keep the machine busy.
-        assert waiting == pytest.approx(bubble(spans), rel=0.1, abs=0.008), schedule
+        assert waiting == pytest.approx(bubble(spans), rel=0.1), schedule
     assert taken["1f1b"] > taken["interleaved1f1b"] > max(taken["dualpipev"], taken["zbvzerobubble"])
 
 
