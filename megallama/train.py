@@ -5,22 +5,19 @@ Everything a user can get wrong is found before the process groups exist and bef
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megallama.checkpoint.commit import Retention, tend, tidy
+from megallama.checkpoint.commit import Retention, tend
 from megallama.checkpoint.saver import Saver
 from megallama.checkpoint.store import (
     DataIdentity,
@@ -30,20 +27,16 @@ from megallama.checkpoint.store import (
     load,
     load_initial_weights,
     pick_start,
-    put_aside,
     state_document,
 )
 from megallama.config.check import check_config
-from megallama.config.load import dump_config
 from megallama.config.schema import RunConfig
 from megallama.data.loader import Loader, MicroBatch, prefetched
-from megallama.data.tokenizer import Tokenizer, load_tokenizer
+from megallama.data.tokenizer import load_tokenizer
 from megallama.engine import Engine, StepResult
-from megallama.errors import UserError
 from megallama.evaluate import evaluate
 from megallama.labels import IGNORED
-from megallama.lock import RunLock
-from megallama.metrics import Metrics, check_sinks, environment, open_metrics
+from megallama.metrics import Metrics, check_sinks
 from megallama.model.chunks import Chunks
 from megallama.model.llama import Seam
 from megallama.outcome import Status, write_failure, write_outcome
@@ -53,14 +46,11 @@ from megallama.parallel.topology import Topology
 from megallama.peak import Peak, device_peak, peak_memory_bytes
 from megallama.plan.budget import total_steps
 from megallama.plan.flops import flops_per_token
-from megallama.plan.params import count_parameters
 from megallama.plan.stages import stages
 from megallama.requests import Requests, Wishes
+from megallama.run_dir import check_run_dir, checkpoint_bytes, open_run_dir
 from megallama.schedule import learning_rate
 from megallama.watchdog import Watchdog
-
-CHECKPOINT_BYTES = 12
-"""Per parameter: weight and two moments in fp32."""
 
 
 class Pace:
@@ -198,77 +188,9 @@ def build_model(config: RunConfig, mesh: ParallelMesh, micro_batches: int) -> tu
     return model, Engine(model, config, mesh, micro_batches)
 
 
-def check_run_dir(config: RunConfig) -> None:
-    """UserError where the run directory cannot be made or written to, or has no room for a checkpoint."""
-    folder = Path(config.run.dir)
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"run.dir={folder} cannot be made: {there} is not a folder; use another run.dir")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"run.dir={folder} cannot be written: {there} is read-only for this user; use another run.dir")
-    free, needed = shutil.disk_usage(there).free, checkpoint_bytes(config)
-    if free < needed:
-        raise UserError(
-            f"run.dir={folder} has {free / 1e9:.2f} GB of free disk, and a checkpoint takes {needed / 1e9:.2f} GB; "
-            "free some, or use another run.dir"
-        )
-
-
-def checkpoint_bytes(config: RunConfig) -> int:
-    """What one checkpoint takes, names and places of tensors left out."""
-    return CHECKPOINT_BYTES * count_parameters(config.model).total
-
-
 def data_identity(config: RunConfig, data: Loader) -> DataIdentity:
     """What the position of a checkpoint counts in."""
     return DataIdentity(data.fingerprint, config.train.seed)
-
-
-@contextmanager
-def open_run_dir(
-    config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, steps: int, peak: Peak
-) -> Iterator[Metrics]:
-    """Make the run directory this run's alone and record what runs, and how it fails if it does.
-
-    Metrics go nowhere on ranks other than 0. UserError where another run holds the directory.
-    """
-    folder = Path(config.run.dir)
-    with ExitStack() as stack:
-        metrics, refusal = Metrics([]), [""]
-        if mesh.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                stack.enter_context(RunLock(folder))
-            except UserError as error:
-                refusal = [str(error)]
-            else:
-                metrics = stack.enter_context(recording(config, mesh, tokenizer, steps, peak))
-        # Until it is this run's, no rank may touch it, not even to say that it has failed.
-        dist.broadcast_object_list(refusal, group=mesh.world.group, device=mesh.device)
-        if refusal[0]:
-            raise UserError(refusal[0])
-        try:
-            yield metrics
-        except BaseException as error:
-            write_failure(folder, f"rank {mesh.rank}: {type(error).__name__}: {error}".splitlines()[0])
-            raise
-
-
-def recording(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, steps: int, peak: Peak) -> Metrics:
-    """Write down what runs, in the run directory, and put it in order."""
-    folder = Path(config.run.dir)
-    if config.checkpoint.resume == "never":
-        put_aside(folder)
-    (folder / "config.yaml").write_text(dump_config(config))
-    tokenizer.save(folder / "tokenizer")
-    device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
-    facts = environment(device=device, topology=asdict(mesh.topology), peak=asdict(peak))
-    (folder / "environment.json").write_text(json.dumps(facts, indent=2))
-    write_outcome(folder, "running", 0, "")
-    metrics = open_metrics(config, folder, steps)
-    for notice in tidy(folder / "checkpoints"):
-        metrics.write("notice", text=notice)
-    return metrics
 
 
 @contextmanager

@@ -23,8 +23,8 @@ def test_the_hand_over_holds_least_and_is_as_near_to_fp32_as_any() -> None:
     done = run_accumulation(*layout, "train.global_batch_size=32", "train.micro_batch_size=1", "--json")
     assert done.returncode == 0, done.stderr
     taken, late, wide = json.loads(done.stdout).values()
-    # 4 of the sum, and 2 of the gradients of one of two stages until it has handed them over.
-    assert 4 < taken["bytes_per_parameter"] <= 5 < late["bytes_per_parameter"] < wide["bytes_per_parameter"] == 8
+    # 4 of the sum, and 2 of one of two stages, the one with the final norm, until it has handed its gradients over.
+    assert 4 < taken["bytes_per_parameter"] < 5.01 < late["bytes_per_parameter"] < wide["bytes_per_parameter"] == 8
     assert taken["mean_error"] < 1.05 * wide["mean_error"] < late["mean_error"]
 
 
