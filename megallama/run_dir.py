@@ -1,0 +1,98 @@
+"""The run directory: room for a checkpoint, one run at a time, and a record of what runs there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megallama.checkpoint.commit import tidy
+from megallama.checkpoint.store import put_aside
+from megallama.config.load import dump_config
+from megallama.config.schema import RunConfig
+from megallama.data.tokenizer import Tokenizer
+from megallama.errors import UserError
+from megallama.lock import RunLock
+from megallama.metrics import Metrics, environment, open_metrics
+from megallama.outcome import write_failure, write_outcome
+from megallama.parallel.mesh import ParallelMesh
+from megallama.peak import Peak
+from megallama.plan.params import count_parameters
+
+CHECKPOINT_BYTES = 12
+"""Per parameter: weight and two moments in fp32."""
+
+
+def check_run_dir(config: RunConfig) -> None:
+    """UserError where the run directory cannot be made or written to, or has no room for a checkpoint."""
+    folder = Path(config.run.dir)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"run.dir={folder} cannot be made: {there} is not a folder; use another run.dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"run.dir={folder} cannot be written: {there} is read-only for this user; use another run.dir")
+    free, needed = shutil.disk_usage(there).free, checkpoint_bytes(config)
+    if free < needed:
+        raise UserError(
+            f"run.dir={folder} has {free / 1e9:.2f} GB of free disk, and a checkpoint takes {needed / 1e9:.2f} GB; "
+            "free some, or use another run.dir"
+        )
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """What one checkpoint takes, names and places of tensors left out."""
+    return CHECKPOINT_BYTES * count_parameters(config.model).total
+
+
+@contextmanager
+def open_run_dir(
+    config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, steps: int, peak: Peak
+) -> Iterator[Metrics]:
+    """Make the run directory this run's alone and record what runs, and how it fails if it does.
+
+    Metrics go nowhere on ranks other than 0. UserError where another run holds the directory.
+    """
+    folder = Path(config.run.dir)
+    with ExitStack() as stack:
+        metrics, refusal = Metrics([]), [""]
+        if mesh.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(RunLock(folder))
+            except UserError as error:
+                refusal = [str(error)]
+            else:
+                metrics = stack.enter_context(_record(config, mesh, tokenizer, steps, peak))
+        # Until it is this run's, no rank may touch it, not even to say that it has failed.
+        dist.broadcast_object_list(refusal, group=mesh.world.group, device=mesh.device)
+        if refusal[0]:
+            raise UserError(refusal[0])
+        try:
+            yield metrics
+        except BaseException as error:
+            write_failure(folder, f"rank {mesh.rank}: {type(error).__name__}: {error}".splitlines()[0])
+            raise
+
+
+def _record(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, steps: int, peak: Peak) -> Metrics:
+    """Write down what runs, in the run directory, and put it in order."""
+    folder = Path(config.run.dir)
+    if config.checkpoint.resume == "never":
+        put_aside(folder)
+    (folder / "config.yaml").write_text(dump_config(config))
+    tokenizer.save(folder / "tokenizer")
+    device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
+    facts = environment(device=device, topology=asdict(mesh.topology), peak=asdict(peak))
+    (folder / "environment.json").write_text(json.dumps(facts, indent=2))
+    write_outcome(folder, "running", 0, "")
+    metrics = open_metrics(config, folder, steps)
+    for notice in tidy(folder / "checkpoints"):
+        metrics.write("notice", text=notice)
+    return metrics
