@@ -30,6 +30,7 @@ from megallama.checkpoint.format import (
     write_json,
     write_manifest,
 )
+from megallama.errors import UserError
 
 PARTIAL, DROPPED, TORN = "partial", "dropped", "torn"
 """What follows a checkpoint's name and a dot: being written, being deleted, set aside."""
@@ -76,7 +77,10 @@ def tend(folder: Path, retention: Retention) -> list[str]:
 
     Returns what could not be done, a reason each: none of it harms a checkpoint. The newest stays whatever is asked.
     """
-    found = complete_checkpoints(folder)
+    try:
+        found = complete_checkpoints(folder)
+    except UserError as error:  # one of a newer format: what may go is not known
+        return [str(error)]
     best = best_of(found)
     failures = []
     for pointer, path in ((LATEST, found[0]), (BEST, best)):

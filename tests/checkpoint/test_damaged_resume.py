@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megallama.checkpoint.commit import best_of
+from megallama.checkpoint.commit import Retention, best_of, tend
 from megallama.checkpoint.format import LATEST, MANIFEST, STATE, TENSORS, complete_checkpoints
 from megallama.checkpoint.store import DataIdentity, TrainState, read_model, state_document
 from megallama.config.schema import RunConfig
@@ -167,6 +167,14 @@ def test_a_newer_format_is_refused_by_one_sentence_and_left_alone(run: Path, dat
         f"{newest(run)} is a checkpoint of format 2, and this megallama reads up to 1; use a newer megallama"
     )
     assert tree(run) == before
+
+
+def test_a_newer_format_in_the_folder_ends_no_save_and_costs_no_checkpoint(tmp_path: Path) -> None:
+    paths = [shutil.copytree(CHECKPOINT, tmp_path / f"step_{step:08d}") for step in (1, 2, 3)]
+    edit_manifest(paths[1], lambda tree: tree.update(format=2))
+    (said,) = tend(tmp_path, Retention(keep=1))
+    assert said.startswith(f"{paths[1]} is a checkpoint of format 2, ")
+    assert all(path.is_dir() for path in paths)
 
 
 def test_damaged_weights_to_begin_with_are_refused(run: Path, dataset: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from megallama.verify.compare import read_tensors
 from megallama.verify.layout import parse_layout
 from megallama.verify.shrink import shrink
 from megallama.verify.verify import train_rank, write_dataset
+from tests.checkpoint.damaging import Bomb
 from tests.verify.test_parity import debug_config
 
 STEPS = 5
@@ -166,11 +167,6 @@ def test_a_checkpoint_of_something_else_is_refused(
         run_ranks(train_rank, 1, RunConfig.model_validate(tree), None)
     assert sentence in str(refused.value)
     assert (finished / "metrics.jsonl").read_bytes() == before
-
-
-class Bomb:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return (exec, ("import pathlib; pathlib.Path('exploded').write_text('')",))
 
 
 def test_code_planted_in_a_checkpoint_does_not_run(
