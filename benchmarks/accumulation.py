@@ -78,7 +78,7 @@ def measure(launch: Launch, config: RunConfig, way: Way) -> Found:
             engine._take_gradients(stage)
 
     for stage in engine._passes._schedule._stages:  # type: ignore[attr-defined]
-        stage.attached(model.seam.part, take)
+        stage._take = take
     engine.forward_backward(micro_batches(config, batching.gradient_accumulation_steps, mesh), torch.ones(()))
     return Found(sums(engine, model, way), max(*most, bytes_held(engine, model)))
 

@@ -14,13 +14,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     FORWARD,
     FULL_BACKWARD,
+    RECV_B,
+    SEND_F,
     _Action,
     _add_send_recv,
+    _batch_p2p,
     _PipelineScheduleRuntime,
+    _wait_batch_p2p,
     get_schedule_class,
 )
 from torch.distributed.pipelining.stage import _RecvInfo
@@ -88,6 +93,11 @@ class Pipeline:
         self._take = take_gradients
         stages = self._make_stages()
         self._schedule = make_schedule(config.parallel, stages, micro_batches, self._scaled)
+        for stage in stages:
+            if not stage.is_first:
+                before = stage.stage_index - 1
+                order = self._schedule.pipeline_order_with_comms[self._ranks[before]]
+                stage.arrived = arrived_gradients(order, before)
         self._evaluations: dict[int, _PipelineScheduleRuntime] = {}
 
     def forward_backward(self, batches: Iterable[MicroBatch], scale: Tensor) -> Tensor:
@@ -96,6 +106,8 @@ class Pipeline:
         losses: list[Tensor] = []
         arguments, labels = self._inputs(list(batches))
         self._schedule.step(*arguments, **labels, losses=losses, return_outputs=False)
+        for stage in self._schedule._stages:
+            stage.clear_runtime_states()
         return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self._mesh.device)
 
     @torch.no_grad()
@@ -168,46 +180,66 @@ class Pipeline:
                 input_args=tokens if index == 0 else hidden(),
                 output_args=loss if index == count - 1 else hidden(),
                 group=self._mesh.pp.group,
-            ).attached(self._chunks.seam.part, self._take)
+                part=self._chunks.seam.part,
+                take_gradients=self._take,
+            )
             for index, model in zip(self._chunks.indices, self._chunks.models, strict=True)
         ]
 
 
 class Stage(PipelineStage):
-    """torch's stage, with three things mended.
+    """torch's stage, with four things mended.
 
     - Weight gradients of a split backward are written into `grad` by torch itself, past the hooks in which ZeRO takes
       them: left there, bf16 training would lose them silently or add them up in bf16. This one hands them over.
     - A split backward runs autograd functions and recomputation more often than it has to.
     - What is received from other stages lies in memory while it is needed, and not from the first step to the last,
       a buffer for each micro-batch of a step.
+    - What is sent lies in memory until it must have arrived, and not until the end of the step.
     """
 
-    _part: BackwardPart
-    _take: Callable[[nn.Module], None]
+    def __init__(
+        self, *args: Any, part: BackwardPart, take_gradients: Callable[[nn.Module], None], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._part, self._take = part, take_gradients
+        # torch lets go of the graph between the two parts of a backward, before 2.13 too early for Python's functions.
+        self._graphs: dict[int, list[GradientEdge]] = {}
+        self.arrived: dict[int, list[int]] = {}
+        """By the micro-batch of an input: the sent gradients that must have arrived when it is here."""
+        self._sent_outputs: dict[int, list[dist.Work]] = {}
+        self._sent_gradients: dict[int, list[dist.Work]] = {}
 
-    def attached(self, part: BackwardPart, take: Callable[[nn.Module], None]) -> Stage:
-        """This stage, whose layers look at `part`, and whose weight gradients go to `take`."""
-        self._part, self._take = part, take
-        return self
+    def clear_runtime_states(self) -> None:
+        for sent in (self._sent_outputs, self._sent_gradients):
+            while sent:
+                _wait_batch_p2p(sent.popitem()[1])
+        super().clear_runtime_states()
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         _free(self.args_recv_info[fwd_chunk_id])
+        for gradient in self.arrived.get(fwd_chunk_id, ()):
+            _wait_batch_p2p(self._sent_gradients.pop(gradient))
         return output
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
+        if not full_backward:
+            outputs, _ = self.fwd_cache[bwd_chunk_id]
+            self._graphs[bwd_chunk_id] = [get_gradient_edge(output) for output in outputs]
         with nullcontext() if full_backward else self._part.only("inputs"):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         _free(self.grad_recv_info[bwd_chunk_id])
+        _wait_batch_p2p(self._sent_outputs.pop(bwd_chunk_id, []))  # its gradient is here
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         # torch leaves the whole backward of the first stage to this part. It goes through the weights one by one: a
         # layer that is recomputed would be so for each of them.
         with nullcontext() if self.is_first else self._part.only("weights"), GraphExecGroup():
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
+        del self._graphs[bwd_chunk_id]
         self._take(self.submod)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
@@ -218,9 +250,21 @@ class Stage(PipelineStage):
         _allocate(self.grad_recv_info.get(bwd_chunk_id, ()), self.device)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
-    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        self._sent_outputs[fwd_chunk_id] = _batch_p2p(super().get_fwd_send_ops(fwd_chunk_id))
+        return []
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        self._sent_gradients[bwd_chunk_id] = _batch_p2p(super().get_bwd_send_ops(bwd_chunk_id))
+        return []
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        # torch 2.11 greets the neighbours of each stage: in a V one is this rank itself, which gloo refuses.
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
         with self._without_memory():
-            super()._setup_forward_recv_info(num_microbatches, has_backward)
+            return super()._prepare_forward_infra(*args, **kwargs)
 
     def _create_grad_recv_info(self, act_send_info: dict[int, Any]) -> tuple[_RecvInfo, ...]:
         with self._without_memory():
@@ -235,13 +279,25 @@ class Stage(PipelineStage):
             self.device = device
 
 
-def _allocate(received: Iterable[_RecvInfo], device: torch.device) -> None:
-    for info in received:
-        if info.buffer is not None:
-            info.buffer = torch.empty_like(info.buffer, device=device)
+def arrived_gradients(order: Iterable[_Action], stage: int) -> dict[int, list[int]]:
+    """By each output that `stage` sends: the gradients that it has asked for since the output before."""
+    arrived: dict[int, list[int]] = {}
+    gradients: list[int] = []
+    for action in order:
+        if action.stage_index == stage and action.microbatch_index is not None:
+            if action.computation_type == RECV_B:
+                gradients.append(action.microbatch_index)
+            elif action.computation_type == SEND_F:
+                arrived[action.microbatch_index], gradients = gradients, []
+    return arrived
 
 
-def _free(received: Iterable[_RecvInfo]) -> None:
+def _allocate(received: Iterable[Any], device: torch.device) -> None:
     for info in received:
-        if info.buffer is not None:
-            info.buffer = torch.empty_like(info.buffer, device="meta")
+        info.buffer = torch.empty_like(info.buffer, device=device, requires_grad=info.buffer.requires_grad)
+
+
+def _free(received: Iterable[Any]) -> None:
+    for info in received:
+        if isinstance(info, _RecvInfo) and info.buffer is not None:  # else what the first stage is given
+            info.buffer = torch.empty_like(info.buffer, device="meta", requires_grad=info.buffer.requires_grad)

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -35,6 +37,12 @@ class Cost:
     """Messages in memory at once."""
     received_after: int
     """Messages in memory between steps, those of an evaluation included."""
+    sent_at_most: int
+    """Messages in memory at once."""
+    sent_after: int
+    """Messages in memory between steps, those of an evaluation included."""
+    sizes: set[int]
+    """Of messages, in elements."""
 
 
 class Work(TorchDispatchMode):
@@ -72,6 +80,18 @@ def cost(launch: Launch, config: RunConfig) -> Cost:
         seen.append(received(pipeline))
 
     megallama.pipeline._allocate = counted
+    sent: list[StorageWeakRef] = []
+    sent_alive: list[int] = []
+    sizes: set[int] = set()
+    batch = megallama.pipeline._batch_p2p
+
+    def watched(ops: list[dist.P2POp]) -> list[dist.Work]:
+        sent.extend(StorageWeakRef(op.tensor.untyped_storage()) for op in ops)
+        sent_alive.append(alive(sent))
+        sizes.update(op.tensor.numel() for op in ops)
+        return batch(ops)
+
+    megallama.pipeline._batch_p2p = watched
 
     def step() -> Tensor:
         return engine.forward_backward([(tokens, tokens)] * count, torch.ones(()))
@@ -80,7 +100,12 @@ def cost(launch: Launch, config: RunConfig) -> Cost:
     engine.evaluate([(tokens, tokens)] * 3)
     with Work() as work:
         step()
-    return Cost(work.flops, work.collectives, max(seen), received(pipeline))
+    return Cost(work.flops, work.collectives, max(seen), received(pipeline), max(sent_alive), alive(sent), sizes)
+
+
+def alive(storages: list[StorageWeakRef]) -> int:
+    """Those whose memory is not free."""
+    return sum(not storage.expired() for storage in storages)
 
 
 def received(pipeline: Pipeline) -> int:
@@ -90,7 +115,8 @@ def received(pipeline: Pipeline) -> int:
     every = [
         info for s in stages for infos in (s.args_recv_info, s.grad_recv_info) for i in infos.values() for info in i
     ]
-    return sum(info.buffer is not None and info.buffer.device.type != "meta" for info in every)
+    buffers = [getattr(info, "buffer", None) for info in every]  # the first stage has its inputs, not messages
+    return sum(buffer is not None and buffer.device.type != "meta" for buffer in buffers)
 
 
 def run(schedule: str, recompute: str = "none", tensor: int = 2) -> list[Cost]:
@@ -126,3 +152,12 @@ def test_messages_stay_in_memory_while_they_are_needed(schedule: str) -> None:
     for rank in run(schedule, tensor=1):
         assert rank.received_after == 0
         assert 0 < rank.received_at_most <= 4
+        assert rank.sent_after == 0
+        assert 0 < rank.sent_at_most <= 8
+
+
+def test_one_rank_of_a_tensor_parallel_group_sends_its_part_of_the_sequence_alone() -> None:
+    config = load_config("configs/debug.yaml")
+    whole = config.data.sequence_length * config.model.hidden_size
+    for tensor, size in ((1, whole), (2, whole // 2)):
+        assert [rank.sizes for rank in run("1f1b", tensor=tensor)] == [{size}] * PP * tensor
