@@ -11,10 +11,11 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megallama.config.load import load_config
 from megallama.errors import UserError
-from megallama.launcher import end_by_signals, hold_signals
+from megallama.launcher import Ancestors, end_by_signals, hold_signals
 
 FIRST_SPEAKS_SECONDS = 10
 
@@ -27,13 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--local_rank", help=argparse.SUPPRESS
     )  # the deepspeed launcher adds it; the environment counts
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that win over the file")
+    launcher = Ancestors()
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)
     from megallama.outcome import exit_code
     from megallama.parallel.mesh import Launch
     from megallama.start import start
 
-    launch = Launch.from_environment()
+    launch = replace(Launch.from_environment(), launcher=launcher)
     return exit_code(start(config, launch).status, elastic=launch.elastic)
 
 

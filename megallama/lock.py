@@ -25,7 +25,10 @@ class RunLock:
 
     def __init__(self, run_dir: Path) -> None:
         path = run_dir / LOCK
-        self._file = path.open("a+")
+        try:
+            self._file = path.open("a+")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}); use another run.dir") from None
         deadline = time.monotonic() + _HANDOVER_SECONDS
         while not _taken(self._file.fileno()):
             if time.monotonic() > deadline:
@@ -52,6 +55,10 @@ def _taken(descriptor: int) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise UserError(
+            f"run.dir is on a file system without locks ({error.strerror}); mount it with flock, or use another run.dir"
+        ) from None
     return True
 
 

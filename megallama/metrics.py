@@ -6,8 +6,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -32,26 +32,27 @@ class JsonLines:
         content = path.read_bytes() if path.exists() else b""
         if content and not content.endswith(b"\n"):  # a start that was killed in the middle of a line
             os.truncate(path, content.rfind(b"\n") + 1)
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("ab", buffering=0)
+        self._waiting = bytearray()
 
     def write(self, event: Event) -> None:
         # JSON knows no infinity: a number that is not finite is null.
         legal = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in event.items()}
-        with _unharmed_by_the_disk():
-            self._file.write(json.dumps(legal) + "\n")
+        self._waiting += (json.dumps(legal) + "\n").encode()
+        self._flush()
 
     def close(self) -> None:
-        with _unharmed_by_the_disk():
-            self._file.close()
+        self._flush()
+        self._file.close()
 
-
-@contextmanager
-def _unharmed_by_the_disk() -> Iterator[None]:
-    """A full disk ends no run: the lines wait in memory until there is room."""
-    try:
-        yield
-    except OSError as error:
-        print(f"megallama: metrics cannot be written ({error.strerror})", file=sys.stderr)
+    def _flush(self) -> None:
+        """A full disk ends no run: the lines wait in memory until there is room."""
+        try:
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+        except OSError as error:
+            with suppress(OSError):  # what is said may go to that disk as well
+                print(f"megallama: metrics cannot be written ({error.strerror})", file=sys.stderr)
 
 
 class Terminal:
@@ -66,13 +67,17 @@ class Terminal:
             return
         passing = self._live and event["event"] == "train"
         padding = " " * max(0, self._shown - len(line))
-        sys.stdout.write(("\r" if self._shown else "") + line + padding + ("" if passing else "\n"))
-        sys.stdout.flush()
+        with suppress(OSError):  # a log on a full disk, or nobody who reads any more: no reason to end the run
+            sys.stdout.write(("\r" if self._shown else "") + line + padding + ("" if passing else "\n"))
+            sys.stdout.flush()
         self._shown = len(line) if passing else 0
 
     def close(self) -> None:
-        if self._shown:
-            sys.stdout.write("\n")
+        try:
+            sys.stdout.write("\n" if self._shown else "")
+            sys.stdout.flush()
+        except OSError:  # Python would end with code 120 for what it cannot write when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class WandbSink:

@@ -25,8 +25,7 @@ def write_outcome(run_dir: Path, status: Status, step: int, reason: str) -> None
         "step": step,
         "reason": reason,
         "time": time.time(),
-        "job": os.environ.get("SLURM_JOB_ID"),
-        "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+        **_start(),
     }
     partial = run_dir / f".{OUTCOME}.{os.getpid()}"
     write_json(partial, content)
@@ -37,10 +36,16 @@ def write_failure(run_dir: Path, reason: str) -> None:
     """Record what ended a run that was running; of several ranks that fail, the first one's reason stays."""
     try:
         found = json.loads((run_dir / OUTCOME).read_text())
-        if found["status"] == "running":
+        # A rank of a job that was requeued may still be about to fail when the next start runs.
+        if found["status"] == "running" and found | _start() == found:
             write_outcome(run_dir, "failed", found["step"], reason)
     except (OSError, ValueError):
         return  # nothing was running, or the disk is what failed: the sentence on stderr is all there is
+
+
+def _start() -> dict[str, object]:
+    """Which start of a Slurm job this is."""
+    return {"job": os.environ.get("SLURM_JOB_ID"), "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0))}
 
 
 def exit_code(status: Status, *, elastic: bool) -> int:

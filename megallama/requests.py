@@ -5,6 +5,7 @@ A signal sets a flag and nothing else; files are looked for by rank 0; after eac
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from dataclasses import dataclass
@@ -37,14 +38,15 @@ class Wishes:
 class Requests:
     """Made once by each rank, in its main thread: it takes over the signals of the process."""
 
-    def __init__(self, run_dir: Path, mesh: ParallelMesh, max_minutes: float | None, save_bytes: int) -> None:
-        self._dir, self._mesh = run_dir, mesh
-        self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+    def __init__(
+        self, run_dir: Path, mesh: ParallelMesh, max_minutes: float | None, save_bytes: int, launcher: Ancestors
+    ) -> None:
+        self._dir, self._mesh, self._launcher = run_dir, mesh, launcher
+        self._deadline = None if max_minutes is None else time.monotonic() - _process_age() + 60 * max_minutes
         self._save_seconds, self._measured = save_bytes / _UNMEASURED_BYTES_PER_SECOND, False
         self._agreed: float | None = None
         self._longest_round = 0.0
         self._signalled = False
-        self._launcher = Ancestors()
         if mesh.rank == 0:  # what an earlier start was asked was meant for it
             for name in (STOP_FILE, SAVE_FILE):
                 (run_dir / name).unlink(missing_ok=True)
@@ -57,13 +59,17 @@ class Requests:
         self._save_seconds = max(self._save_seconds, seconds) if self._measured else seconds
         self._measured = True
 
-    def agree(self, *, give_up: bool) -> Wishes:
-        """The wishes of all ranks, the same on each; every rank must call it after each step."""
+    def agree(self, *, saving: bool, give_up: bool) -> Wishes:
+        """The wishes of all ranks, the same on each; every rank must call it after each step.
+
+        `saving`: a save is in flight, for which the last one would wait.
+        """
         first, now = self._mesh.rank == 0, time.monotonic()
         if self._agreed is not None:  # since then there was a step, and perhaps an evaluation and a copy for a save
             self._longest_round = max(self._longest_round, now - self._agreed)
         self._agreed = now
-        late = self._deadline is not None and now + self._longest_round + self._save_seconds > self._deadline
+        needed = self._longest_round + self._save_seconds * (2 if saving else 1)
+        late = self._deadline is not None and now + needed > self._deadline
         mine = [
             self._signalled,
             self._launcher.gone(),
@@ -82,6 +88,12 @@ class Requests:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
+
+
+def _process_age() -> float:
+    """Seconds since this process was started: importing and waiting for other ranks count."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _union(flags: list[bool], mesh: ParallelMesh) -> list[bool]:

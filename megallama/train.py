@@ -135,7 +135,9 @@ def train(config: RunConfig, launch: Launch, device: torch.device) -> Finished:
     steps = total_steps(config)
     peak = device_peak(device, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
     with open_run_dir(config, mesh, tokenizer, steps, peak) as metrics, watched(config, mesh) as watchdog:
-        requests = Requests(Path(config.run.dir), mesh, config.train.max_minutes, checkpoint_bytes(config))
+        requests = Requests(
+            Path(config.run.dir), mesh, config.train.max_minutes, checkpoint_bytes(config), launch.launcher
+        )
         retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every)
         start = confirmed(start, retention, mesh, metrics)
         model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
@@ -143,7 +145,12 @@ def train(config: RunConfig, launch: Launch, device: torch.device) -> Finished:
         run = Run(
             config, mesh, model, engine, train_data, validation_data, metrics, saver, requests, watchdog, steps, peak
         )
-        ending = loop(run, start_state(run, start))
+        try:
+            ending = loop(run, start_state(run, start))
+        except BaseException:
+            watchdog.now("end", patient=True)
+            saver.rescue()
+            raise
         saver.close()
         dist.barrier(mesh.world.group)  # rank 0 has recorded the outcome: a launcher ends all when the first leaves
     dist.destroy_process_group()
@@ -236,8 +243,10 @@ def start_state(run: Run, start: Start) -> TrainState:
 def loop(run: Run, state: TrainState) -> Ending:
     """Steps until the last, or until something ends them, with evaluations and saves between."""
     every = run.config.evaluation.every, run.config.checkpoint.every, run.config.logging.every
-    if state.step == 0:
-        evaluate_splits(run, state)
+    # A start that was stopped at a step to be evaluated leaves that to the next one.
+    missed = due(run.config.evaluation.every, state.step) and state.validation_loss is None
+    if state.step == 0 or (missed and state.step < run.last_step):
+        state = evaluate_splits(run, state)
     pace, batches = Pace(), prefetched(run.train_data, state.samples)
     ending, loss, skipped = None, torch.zeros(()), 0
     while ending is None and state.step < run.last_step:
@@ -250,7 +259,8 @@ def loop(run: Run, state: TrainState) -> Ending:
         if skipped:
             run.metrics.write("skip", step=state.step, samples=state.samples)
         report_saves(run)
-        wishes = run.requests.agree(give_up=run.saver.failures >= run.config.checkpoint.max_failures)
+        hopeless = run.saver.failures >= run.config.checkpoint.max_failures
+        wishes = run.requests.agree(saving=run.saver.busy, give_up=hopeless)
         ending = ending_after(run, skipped, wishes) if state.step < run.last_step else None
         evaluate_now, save_now, log_now = (due(n, state.step) or state.step == run.last_step for n in every)
         if log_now or ending is not None:
@@ -377,9 +387,9 @@ def save_checkpoint(run: Run, state: TrainState, loss: Tensor) -> None:
 def report_saves(run: Run) -> None:
     """Record the saves that ended since the last call."""
     for result in run.saver.take_results():
-        run.requests.save_took(result.seconds)
         seconds = {"seconds": result.seconds, "blocked_seconds": result.blocked_seconds}
         if result.error is None:
+            run.requests.save_took(result.seconds)
             run.metrics.write("checkpoint", step=result.step, path=str(result.path), bytes=result.bytes, **seconds)
         else:
             count = {"failures": run.saver.failures}

@@ -5,6 +5,8 @@ A checkpoint exists from the rename of its folder on: everything in it, the mani
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -55,8 +57,12 @@ def commit(
 ) -> None:
     """Make the files `written` into `unfinished`, and JSON files of `documents`, the checkpoint `final`.
 
-    OSError if that fails, or if there is a folder of that name that is not empty: nothing is overwritten.
+    OSError if that fails, if this node does not see what another has written, or if there is a folder of that name that
+    is not empty: nothing is overwritten.
     """
+    for name, file in written.items():
+        if (unfinished / name).stat().st_size != file.bytes:  # or it is not there: the nodes do not share the folder
+            raise OSError(errno.EIO, os.strerror(errno.EIO), unfinished / name)
     files = dict(written) | {name: write_json(unfinished / name, value) for name, value in documents.items()}
     write_manifest(unfinished, Manifest(step_of(final), saved, versions, files))
     sync_folder(unfinished)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from uuid import uuid4
 import torch.distributed as dist
 
 from megallama.checkpoint.commit import PARTIAL, Retention
-from megallama.checkpoint.format import STATE, TENSORS, folder_name
+from megallama.checkpoint.format import STATE, TENSORS, folder_name, why_torn
 from megallama.checkpoint.logical import LogicalTensor, logical_state
 from megallama.checkpoint.snapshot import Snapshot
 from megallama.checkpoint.writer import Answer, Writer
@@ -78,9 +79,9 @@ class Saver:
         self._attempt = attempt[0]
 
     @property
-    def writer_pid(self) -> int:
-        """The process that writes for this rank."""
-        return self._writer.pid
+    def busy(self) -> bool:
+        """Whether a save is in flight on this rank."""
+        return self._pending is not None and not self._pending.done()
 
     def save(self, step: int, state: dict[str, object]) -> None:
         """Begin to save after `step`; `state` is what state.json will hold. Waits for the save before, if need be."""
@@ -104,6 +105,11 @@ class Saver:
             self.wait()
         taken, self._results = self._results, []
         return taken
+
+    def rescue(self) -> None:
+        """Let the save in flight end before this rank does, if no other is gone."""
+        with suppress(Exception):
+            self.wait()
 
     def close(self) -> None:
         """Wait for the save in flight and end the writing process."""
@@ -157,8 +163,12 @@ class Saver:
             documents=documents,
             saved=time.time(),
             versions={package: version(package) for package in ("megallama", "torch", "deepspeed")},
-            retention=asdict(self._retention),
         )
-        if "error" in outcome:
+        if "error" in outcome and not (final.exists() and why_torn(final) is None):
             self._writer.order("drop", path=str(partial))
-        return outcome
+            return {"error": f"rank 0: {outcome['error']}"}
+        # From here on the checkpoint exists, whatever becomes of the rest.
+        tended = self._writer.order("tend", path=str(self._folder), retention=asdict(self._retention))
+        warnings = [answer["error"] for answer in (outcome, tended) if "error" in answer]
+        cpu_seconds = sum(answer.get("cpu_seconds", 0.0) for answer in (outcome, tended))
+        return {"warnings": [*warnings, *tended.get("warnings", ())], "cpu_seconds": cpu_seconds}

@@ -80,6 +80,7 @@ def main(descriptor: int, size: int, parent: int) -> None:
         orders: dict[str, Callable[..., Answer]] = {
             "write": lambda path, bytes: _write(Path(path), view[:bytes]),
             "commit": _commit,
+            "tend": _tend,
             "drop": _drop,
         }
         for line in sys.stdin:
@@ -104,11 +105,14 @@ def _commit(
     documents: dict[str, object],
     saved: float,
     versions: dict[str, str],
-    retention: dict[str, int],
 ) -> Answer:
     files = {name: File(**file) for name, file in written.items()}
     commit(Path(partial), Path(final), files, documents, saved, versions)
-    return {"warnings": tend(Path(final).parent, Retention(**retention))}
+    return {}
+
+
+def _tend(path: str, retention: dict[str, int]) -> Answer:
+    return {"warnings": tend(Path(path), Retention(**retention))}
 
 
 def _drop(path: str) -> Answer:

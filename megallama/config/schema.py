@@ -171,7 +171,7 @@ class TrainConfig(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in backward: none, the SwiGLU product, or whole layers."""
     max_minutes: Annotated[Real, Field(gt=0)] | None = None
-    """Save and leave, to be started again, in time for the save to end this long after the start."""
+    """Save and leave, to be started again, in time for the save to end this long after the process began."""
     max_skipped: int = Field(default=100, ge=1)
     """Steps in a row whose gradient is not finite, after which the run has failed."""
     compile: bool = False

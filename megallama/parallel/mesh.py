@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from megallama.errors import UserError
+from megallama.launcher import Ancestors
 from megallama.parallel.topology import AxisName, Topology
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -41,6 +42,8 @@ class Launch:
     local_world_size: int = 1
     elastic: bool = False
     """Under torchrun, which takes every exit code but 0 for a failure of the rank."""
+    launcher: Ancestors = field(default_factory=Ancestors, compare=False)
+    """The launcher itself: as early as it was looked for, so early is its end noticed."""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Launch:

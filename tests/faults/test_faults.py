@@ -10,17 +10,20 @@ import os
 import resource
 import signal
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
 import torch
 
+from megallama.parallel.spawn import RankFailedError
 from tests.faults.conftest import Undisturbed
 from tests.faults.runs import (
     ALONE,
@@ -41,7 +44,17 @@ from tests.faults.runs import (
     wait_for,
     words,
 )
-from tests.launching import PRETRAIN, events, execute, losses, outliving, pretrain, processes_of
+from tests.launching import (
+    PRETRAIN,
+    ROOT,
+    clean_environment,
+    events,
+    execute,
+    losses,
+    outliving,
+    pretrain,
+    processes_of,
+)
 
 pytestmark = pytest.mark.faults
 
@@ -73,6 +86,88 @@ def test_a_save_that_one_rank_cannot_write_is_dropped_by_all(byte_dataset: str, 
     assert first < failed["step"] < second < last == outcome(run_dir)["step"]
     assert saved_steps(run_dir) == [second, last]
     assert_nothing_left(tmp_path)
+
+
+def test_a_save_that_cannot_be_committed_is_dropped_by_all(byte_dataset: str, tmp_path: Path) -> None:
+    """All ranks have written; what stands in the way is at the name that the checkpoint would have."""
+    run_dir, taken = tmp_path / "run", 4
+    more = ["train.steps=6", "checkpoint.every=2"]
+    with forked(2, words(byte_dataset, run_dir, DP2, *more), tmp_path, plant=partial(put_in_the_way, taken)) as run:
+        assert run.results() == [(0, "")] * 2
+    (failed,) = events(run_dir, "checkpoint_failed")
+    assert failed["step"] == taken
+    assert failed["reason"].startswith("rank 0: ") and failed["reason"].endswith("Directory not empty")
+    assert partial_saves(run_dir) == set()
+    assert steps(run_dir, "checkpoint") == [2, 6]
+    in_the_way = run_dir / "checkpoints" / f"step_{taken:08d}"
+    assert [path.name for path in in_the_way.iterdir()] == ["of somebody else"]
+
+
+def put_in_the_way(step: int) -> None:
+    """At the third step, since a start would set it aside."""
+    import megallama.train
+
+    train: Any = megallama.train
+    original, calls = train.train_step, []
+
+    def watched(run: Any, *rest: Any) -> Any:
+        calls.append(run)
+        if len(calls) == 3:
+            folder = run.dir / "checkpoints" / f"step_{step:08d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "of somebody else").touch()
+        return original(run, *rest)
+
+    train.train_step = watched
+
+
+def test_the_save_in_flight_is_not_lost_when_a_rank_fails(byte_dataset: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = words(byte_dataset, run_dir, DP2, *ENDLESS, "checkpoint.every=4")
+    with (
+        forked(2, arguments, tmp_path, plant=partial(fail_behind_a_save, 4)) as run,
+        pytest.raises(RankFailedError, match="planted"),
+    ):
+        run.results()
+    assert saved_steps(run_dir) == [4]
+    assert outcome(run_dir)["reason"].endswith("RuntimeError: planted")
+
+
+def fail_behind_a_save(step: int) -> None:
+    """Rank 1 raises in the step after `step`, while the disk of its save stands still for a second."""
+    import megallama.train
+
+    train: Any = megallama.train
+    original, calls = train.train_step, []
+
+    def watched(run: Any, *rest: Any) -> Any:
+        calls.append(run)
+        writer = run.saver._writer.pid
+        if run.mesh.rank == 1 and len(calls) == step:
+            os.kill(writer, signal.SIGSTOP)
+        if run.mesh.rank == 1 and len(calls) == step + 1:
+            assert run.saver.busy
+            Timer(1.0, os.kill, (writer, signal.SIGCONT)).start()
+            raise RuntimeError("planted")
+        return original(run, *rest)
+
+    train.train_step = watched
+
+
+def test_a_log_that_nobody_reads_any_more_ends_no_run(byte_dataset: str, tmp_path: Path) -> None:
+    """As where the connection to the node is lost that started it."""
+    run_dir = tmp_path / "run"
+    start = [*command("python", 1), *words(byte_dataset, run_dir, ALONE, "train.steps=12")]
+    environment = clean_environment(tmp_path, OMP_NUM_THREADS="1")
+    with subprocess.Popen(start, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        while b"step" not in process.stdout.readline():
+            pass
+        process.stdout.close()
+        assert process.wait(60) == 0, process.stderr.read()
+        assert process.stderr.read() == b""
+    assert outcome(run_dir)["status"] == "done"
+    assert steps(run_dir, "train") == list(range(1, 13))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -124,6 +219,7 @@ def test_a_writer_that_is_killed_costs_one_save_and_is_started_again(
         assert partial_saves(run_dir) == set()
         save(run, run_dir, "checkpoint")
         after = writers(run, tmp_path)
+        assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in after.values()] == [10, 10], "training goes first"
         assert after[1 - rank] == before[1 - rank] and after[rank] != before[rank]
         os.kill(after[rank], signal.SIGKILL)  # between two saves: costs none
         save(run, run_dir, "checkpoint")
@@ -446,6 +542,32 @@ def test_a_file_asks_for_a_save_or_for_the_end_and_one_from_before_does_not(
     assert pretrain(2, arguments) == [(0, "")] * 2
     assert steps(run_dir, "resume") == [said["step"]]
     assert_same_run(run_dir, undisturbed(DP2, 24))
+
+
+def test_an_evaluation_that_a_stop_cut_off_is_done_by_the_next_start(byte_dataset: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = words(byte_dataset, run_dir, ALONE, "train.steps=6", "evaluation.every=2", "checkpoint.keep=9")
+    assert pretrain(1, arguments, plant=partial(stop_in_step, 4)) == [(75, "")]
+    assert sorted(set(steps(run_dir, "eval"))) == [0, 2]
+    assert pretrain(1, arguments) == [(0, "")]
+    assert [step for step in steps(run_dir, "eval") if step == 4] == [4, 4], "once on each of the two splits"
+    assert sorted(set(steps(run_dir, "eval"))) == [0, 2, 4, 6]
+
+
+def stop_in_step(step: int) -> None:
+    """Somebody asks for the end during `step`."""
+    import megallama.train
+
+    train: Any = megallama.train
+    original, calls = train.train_step, []
+
+    def watched(run: Any, *rest: Any) -> Any:
+        calls.append(run)
+        if len(calls) == step:
+            stop(run.dir)
+        return original(run, *rest)
+
+    train.train_step = watched
 
 
 @pytest.mark.parametrize("between", ["steps", "evaluations"])

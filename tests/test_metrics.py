@@ -1,0 +1,33 @@
+"""What a run says reaches the disk sooner or later, and ends no run."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import resource, sys
+from pathlib import Path
+from megallama.metrics import JsonLines
+
+sink = JsonLines(Path(sys.argv[1]))
+before = resource.getrlimit(resource.RLIMIT_FSIZE)
+sink.write({"event": "train", "step": 0})
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+for step in range(1, 2000):
+    sink.write({"event": "train", "step": step})
+resource.setrlimit(resource.RLIMIT_FSIZE, before)
+sink.write({"event": "train", "step": 2000})
+sink.close()
+"""
+
+
+def test_lines_that_a_full_disk_refused_follow_when_there_is_room(tmp_path: Path) -> None:
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    path = tmp_path / "metrics.jsonl"
+    done = subprocess.run([sys.executable, "-c", SCRIPT, path], capture_output=True, text=True, check=True)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(2001))
+    assert "megallama: metrics cannot be written (File too large)" in done.stderr

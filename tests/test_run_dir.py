@@ -1,0 +1,74 @@
+"""A run directory that cannot be used is refused before anything is written, in one sentence."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from megallama.config.load import load_config
+from megallama.errors import UserError
+from megallama.lock import LOCK, RunLock
+from megallama.outcome import OUTCOME, write_failure, write_outcome
+from megallama.run_dir import check_run_dir
+
+NOBODY = 65534
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Without the rights of root, which may write anywhere."""
+    if os.getuid() != 0:
+        yield
+        return
+    os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+def test_a_folder_that_is_read_only_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)  # root's own temporary folders are closed to others
+    (tmp_path / "closed").mkdir(mode=0o555)
+    config = load_config("configs/debug.yaml", [f"run.dir={tmp_path}/closed/run"])
+    with nobody(), pytest.raises(UserError) as refusal:
+        check_run_dir(config)
+    assert str(refusal.value) == (
+        f"run.dir={tmp_path}/closed/run cannot be written: {tmp_path}/closed is read-only for this user; "
+        "use another run.dir"
+    )
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    wide = ["model.hidden_size=1048576", "model.intermediate_size=16777216"]
+    config = load_config("configs/debug.yaml", [f"run.dir={tmp_path}/run", *wide])
+    with pytest.raises(UserError, match=r"GB of free disk, and a checkpoint takes [\d.]+ GB; free some, or use"):
+        check_run_dir(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_cannot_be_opened_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / LOCK).mkdir()
+    with pytest.raises(UserError) as refusal:
+        RunLock(tmp_path)
+    assert str(refusal.value) == f"{tmp_path / LOCK} cannot be written (Is a directory); use another run.dir"
+
+
+def test_a_rank_of_the_start_before_does_not_mark_this_one_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    write_outcome(tmp_path, "running", 3, "")
+    before = (tmp_path / OUTCOME).read_bytes()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    write_failure(tmp_path, "of the start before")
+    assert (tmp_path / OUTCOME).read_bytes() == before
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    write_failure(tmp_path, "of this one")
+    assert b'"failed"' in (tmp_path / OUTCOME).read_bytes()
