@@ -28,7 +28,7 @@ from megallama.checkpoint.format import (
 )
 from megallama.checkpoint.logical import logical_state
 from megallama.checkpoint.storage import ShardReader
-from megallama.checkpoint.tensors import Stored
+from megallama.checkpoint.tensors import Stored, is_weight
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.errors import UserError
 from megallama.model.chunks import Chunks
@@ -82,9 +82,8 @@ def load(path: Path, engine: Engine, model: Chunks) -> TrainState:
 
 def load_initial_weights(path: Path, engine: Engine, model: Chunks) -> None:
     """Overwrite the weights alone with those of `path`: a new run from old weights. Every rank must call it."""
-    _check_same_model(path, model.config, "checkpoint.init_from")
     state = logical_state(engine.fragments(), model.logical_pieces())
-    weights = {name: tensor for name, tensor in state.items() if not name.startswith("optimizer.")}
+    weights = {name: tensor for name, tensor in state.items() if is_weight(name)}
     dcp.load(dict(weights), storage_reader=ShardReader(path))
     engine.state_was_loaded(0)
 
@@ -94,8 +93,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     if reasons := damage(path) or _misplaced(path):
         raise UserError(f"the checkpoint {path} is damaged ({'; '.join(reasons)}); use another")
     stored = Stored(path)
-    names = [name for name in stored.shapes if not name.startswith("optimizer.")]
-    return {name: torch.from_numpy(stored.read(name)) for name in names}
+    return {name: torch.from_numpy(stored.read(name)) for name in stored.shapes if is_weight(name)}
 
 
 def read_state(path: Path) -> TrainState:

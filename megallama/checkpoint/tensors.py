@@ -20,8 +20,21 @@ from megallama.checkpoint.format import TENSORS, File, TornCheckpointError, read
 Array = NDArray[np.float32]
 Indices = NDArray[np.int64]
 Shape = tuple[int, ...]
-_ELEMENT = 4
-"""Bytes of an fp32 number."""
+ELEMENT = 4
+"""Bytes of an fp32 number: everything in a checkpoint is one."""
+EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
+MOMENTS = EXP_AVG, EXP_AVG_SQ
+_OPTIMIZER = "optimizer."
+
+
+def moment_name(moment: str, weight: str) -> str:
+    """The name under which a moment of the logical tensor `weight` is stored."""
+    return f"{_OPTIMIZER}{moment}.{weight}"
+
+
+def is_weight(name: str) -> bool:
+    """Whether the tensor stored under `name` is a weight, not a moment of one."""
+    return not name.startswith(_OPTIMIZER)
 
 
 class Chunk(BaseModel):
@@ -33,13 +46,13 @@ class Chunk(BaseModel):
     """Where it begins in the tensor."""
     shape: tuple[Annotated[int, Field(ge=1)], ...]
     file: str
-    start: int = Field(ge=0, multiple_of=_ELEMENT)
+    start: int = Field(ge=0, multiple_of=ELEMENT)
     """Its first byte in the file."""
 
     @property
     def bytes(self) -> int:
         """That it takes in the file."""
-        return _ELEMENT * math.prod(self.shape)
+        return ELEMENT * math.prod(self.shape)
 
     @property
     def here(self) -> tuple[slice, ...]:
@@ -102,7 +115,7 @@ class Stored:
         if chunk.file not in self._maps:
             # Private and writable: torch takes no memory that is read-only, and nothing reaches the file.
             self._maps[chunk.file] = np.memmap(self._path / chunk.file, dtype=np.float32, mode="c")
-        begin, end = chunk.start // _ELEMENT, (chunk.start + chunk.bytes) // _ELEMENT
+        begin, end = chunk.start // ELEMENT, (chunk.start + chunk.bytes) // ELEMENT
         return self._maps[chunk.file][begin:end].reshape(chunk.shape)
 
 
