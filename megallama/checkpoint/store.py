@@ -7,14 +7,13 @@ import math
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from megallama.checkpoint.commit import set_aside
 from megallama.checkpoint.format import (
     LATEST,
     STATE,
@@ -36,6 +35,8 @@ from megallama.parallel.mesh import ParallelMesh
 
 if TYPE_CHECKING:
     from megallama.engine import Engine
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def put_aside(run_dir: Path) -> None:
 
 
 def pick_start(config: RunConfig, data: DataIdentity) -> Start:
-    """Where the run begins, by what folders and manifests say; `confirm` reads the files.
+    """Where the run begins, by what folders and manifests say; `agree` and `confirm` read the files.
 
     UserError where `checkpoint.resume` forbids it, a checkpoint is of something else, or there were checkpoints and
     none is whole.
@@ -165,33 +166,40 @@ def pick_start(config: RunConfig, data: DataIdentity) -> Start:
     return Start(weights=weights)
 
 
-def confirm(start: Start, mesh: ParallelMesh) -> tuple[Start, list[str]]:
-    """Where the run begins after every byte was read and held against its hash, and what was passed over and why.
+def agree(start: Start, mesh: ParallelMesh) -> Start:
+    """The start that rank 0 picked, after every byte of weights to begin from was held against its hash.
 
-    Ranks share the reading. Damaged checkpoints are set aside where one before them is whole. UserError if none is, or
-    if the weights to begin from are damaged: the folder stays as it was found. Every rank must call it.
+    Ranks share the reading. UserError if those weights are damaged. Every rank must call it.
     """
-    damaged: dict[Path, str] = {}
     # Rank 0's view: another node may still see the folder of a moment ago.
-    box = [(start, complete_checkpoints(start.resume.parent) if start.resume is not None else [])]
-    dist.broadcast_object_list(box, group=mesh.world.group, device=mesh.device)
-    start, candidates = box[0]
+    start = _from_rank_0(start, mesh)
     if start.weights is not None:
         _refuse_damaged_weights(start.weights, _damage(start.weights, mesh))
+    return start
+
+
+def confirm(start: Start, mesh: ParallelMesh) -> tuple[Start, dict[Path, str]]:
+    """Where the run begins after every byte was read and held against its hash, and what is passed over and why.
+
+    Ranks share the reading, and rename nothing. UserError if there were checkpoints and none is whole. Every rank must
+    call it.
+    """
     if start.resume is None:
-        return start, []
-    for path in candidates:
+        return start, {}
+    folder = start.resume.parent
+    damaged: dict[Path, str] = {}
+    for path in _from_rank_0(named_checkpoints(folder), mesh):
         reasons = _damage(path, mesh)
         if not reasons:
-            return Start(resume=path), [_pass_over(bad, why, mesh) for bad, why in damaged.items()]
+            return Start(resume=path), damaged
         damaged[path] = "; ".join(reasons)
-    _refuse_to_start_over(start.resume.parent, [f"{path.name}: {why}" for path, why in damaged.items()])
+    _refuse_to_start_over(folder, [f"{path.name}: {why}" for path, why in damaged.items()])
 
 
-def _pass_over(path: Path, why: str, mesh: ParallelMesh) -> str:
-    """Set a damaged checkpoint aside, which rank 0 does for all, and say so."""
-    aside = f"; set aside as {set_aside(path).name}" if mesh.rank == 0 else ""
-    return f"{path.name}: {why}{aside}"
+def _from_rank_0(value: T, mesh: ParallelMesh) -> T:
+    box = [value]
+    dist.broadcast_object_list(box, group=mesh.world.group, device=mesh.device)
+    return box[0]
 
 
 def _state_damage(path: Path) -> list[str]:
