@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from megallama.checkpoint.format import (
@@ -27,7 +29,7 @@ from megallama.checkpoint.format import (
 )
 from megallama.checkpoint.logical import logical_state
 from megallama.checkpoint.storage import ShardReader
-from megallama.checkpoint.tensors import Stored, is_weight
+from megallama.checkpoint.tensors import Stored, is_weight, malformed
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.errors import UserError
 from megallama.model.chunks import Chunks
@@ -65,6 +67,16 @@ class DataIdentity:
     seed: int
 
 
+class Saved(BaseModel):
+    """What a state.json says to whoever goes on from its checkpoint."""
+
+    model_config = ConfigDict(frozen=True)
+
+    state: TrainState
+    data: DataIdentity
+    model: ModelConfig
+
+
 @dataclass(frozen=True)
 class Start:
     """Where a run begins: a checkpoint to continue, else weights to begin from, else neither."""
@@ -75,7 +87,7 @@ class Start:
 
 def load(path: Path, engine: Engine, model: Chunks) -> TrainState:
     """Overwrite weights, moments and position with those of `path`; every rank must call it."""
-    state = read_state(path)
+    state = read_saved(path).state
     dcp.load(dict(logical_state(engine.fragments(), model.logical_pieces())), storage_reader=ShardReader(path))
     engine.state_was_loaded(state.updates)
     return state
@@ -91,20 +103,20 @@ def load_initial_weights(path: Path, engine: Engine, model: Chunks) -> None:
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """The fp32 weights of a checkpoint by Hugging Face name, in this process alone. UserError if it is damaged."""
-    if reasons := damage(path) or _misplaced(path):
+    if reasons := damage(path) or _malformed(path, Stored, read_saved):
         raise UserError(f"the checkpoint {path} is damaged ({'; '.join(reasons)}); use another")
     stored = Stored(path)
     return {name: torch.from_numpy(stored.read(name)) for name in stored.shapes if is_weight(name)}
 
 
-def read_state(path: Path) -> TrainState:
-    """The position that a checkpoint was saved at."""
-    return TrainState(**json.loads((path / STATE).read_text())["state"])
-
-
-def read_model(path: Path) -> ModelConfig:
-    """The shape of the model that a checkpoint holds."""
-    return ModelConfig.model_validate(json.loads((path / STATE).read_text())["model"])
+def read_saved(path: Path) -> Saved:
+    """The state.json of a checkpoint. TornCheckpointError if it is malformed."""
+    try:
+        return Saved.model_validate_json((path / STATE).read_bytes())
+    except OSError as error:
+        raise TornCheckpointError(f"{STATE} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        raise malformed(STATE, error) from None
 
 
 def state_document(
@@ -204,7 +216,7 @@ def _from_rank_0(value: T, mesh: ParallelMesh) -> T:
 
 def _state_damage(path: Path) -> list[str]:
     """What is wrong with the state.json of `path`, whose manifest is sound."""
-    return damaged_files(path, read_manifest(path), [STATE])
+    return damaged_files(path, read_manifest(path), [STATE]) or _malformed(path, read_saved)
 
 
 def _damage(path: Path, mesh: ParallelMesh) -> list[str]:
@@ -216,13 +228,14 @@ def _damage(path: Path, mesh: ParallelMesh) -> list[str]:
         mine = [str(error)]
     every: list[list[str]] = [[] for _ in range(mesh.world.size)]
     dist.all_gather_object(every, mine, group=mesh.world.group)
-    return sorted({reason for reasons in every for reason in reasons}) or _misplaced(path)
+    return sorted({reason for reasons in every for reason in reasons}) or _malformed(path, Stored, read_saved)
 
 
-def _misplaced(path: Path) -> list[str]:
-    """What is wrong with the places of tensors in the sound files of `path`."""
+def _malformed(path: Path, *readers: Callable[[Path], object]) -> list[str]:
+    """What is wrong with what the sound files of `path` say, as the first of `readers` to refuse it tells."""
     try:
-        Stored(path)
+        for read in readers:
+            read(path)
     except TornCheckpointError as error:
         return [str(error)]
     return []
@@ -242,7 +255,7 @@ def _refuse_to_start_over(folder: Path, reasons: list[str]) -> NoReturn:
 
 def _check_same_model(path: Path, model: ModelConfig, named_by: str) -> None:
     """UserError when the checkpoint, which the key `named_by` leads to, is of another model than the run."""
-    saved, wanted = _resolved(read_model(path)), _resolved(model)
+    saved, wanted = _resolved(read_saved(path).model), _resolved(model)
     for key, value in wanted.items():
         if saved[key] != value:
             theirs, ours = json.dumps(saved[key]), json.dumps(value)
@@ -260,7 +273,7 @@ def _resolved(model: ModelConfig) -> dict[str, Any]:
 
 def _check_same_data(path: Path, data: DataIdentity) -> None:
     """UserError when a position in the checkpoint's data would be another position in the run's."""
-    saved = DataIdentity(**json.loads((path / STATE).read_text())["data"])
+    saved = read_saved(path).data
     if saved.seed != data.seed:
         raise UserError(
             f"train.seed={data.seed} differs from {saved.seed} in the checkpoint {path}, so its position in the data "

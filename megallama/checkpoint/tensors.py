@@ -130,15 +130,20 @@ def read_places(path: Path, files: Mapping[str, File]) -> dict[str, Places]:
     except OSError as error:
         raise TornCheckpointError(f"{TENSORS} cannot be read: {error.strerror}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        found = f"{place} is {first['input']!r:.60}: " if place else ""
-        raise TornCheckpointError(f"{TENSORS} is malformed: {found}{first['msg']}") from None
+        raise malformed(TENSORS, error) from None
     for name, tensor in tensors.items():
         for chunk in tensor.chunks:
             _check_chunk(name, tensor, chunk, files)
         _check_cover(name, tensor)
     return tensors
+
+
+def malformed(name: str, error: ValidationError) -> TornCheckpointError:
+    """What to raise where the JSON of a file is not what it should be."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    found = f"{place} is {first['input']!r:.60}: " if place else ""
+    return TornCheckpointError(f"{name} is malformed: {found}{first['msg']}")
 
 
 def _check_chunk(name: str, tensor: Places, chunk: Chunk, files: Mapping[str, File]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from megallama.checkpoint.commit import Retention, best_of, tend
 from megallama.checkpoint.format import LATEST, MANIFEST, STATE, TENSORS, complete_checkpoints
-from megallama.checkpoint.store import DataIdentity, TrainState, read_model, state_document
+from megallama.checkpoint.store import DataIdentity, TrainState, read_saved, state_document
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.generate import load_run
@@ -244,6 +244,6 @@ def test_a_damaged_checkpoint_is_never_the_best_and_ends_no_save(tmp_path: Path)
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_null_in_the_state(loss: float) -> None:
-    model = read_model(CHECKPOINT)
+    model = read_saved(CHECKPOINT).model
     assert state_document(TrainState(), loss, DataIdentity("", 0), model, {})["loss"] is None
     assert state_document(TrainState(), 1.5, DataIdentity("", 0), model, {})["loss"] == 1.5
