@@ -40,6 +40,7 @@ from megallama.checkpoint.format import folder_name
 from megallama.checkpoint.logical import logical_state
 from megallama.checkpoint.saver import Saver
 from megallama.checkpoint.store import DataIdentity, TrainState, load, state_document
+from megallama.checkpoint.tensors import is_weight
 from megallama.config.check import check_config
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
@@ -193,7 +194,7 @@ def chunks(engine: Engine, model: Chunks) -> Iterator[tuple[str, Tensor]]:
 def fill_moments(engine: Engine, model: Chunks) -> None:
     """Give the moments values that no file system can compress, the same wherever a rank holds the same chunk."""
     for place, chunk in chunks(engine, model):
-        if place.startswith("optimizer."):
+        if not is_weight(place):
             torch.manual_seed(zlib.crc32(place.encode()))
             chunk.uniform_()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megallama.checkpoint.format import complete_checkpoints
-from megallama.checkpoint.store import load_weights, read_model
+from megallama.checkpoint.store import load_weights, read_saved
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.errors import UserError
 from megallama.model.llama import Llama
@@ -37,7 +37,7 @@ def load_run(run_dir: Path) -> tuple[Llama, Tokenizer, Path]:
     if not found:
         raise UserError(f"{run_dir} holds no checkpoint yet; train until the first save")
     weights = load_weights(found[0])  # first: it reads the files against their hashes
-    model = Llama(read_model(found[0]))
+    model = Llama(read_saved(found[0]).model)
     with torch.no_grad():
         for name, pieces in model.logical_pieces().items():
             parameter = model.get_parameter(name).zero_()

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megallama.checkpoint.commit import tidy
 from megallama.checkpoint.store import put_aside
 from megallama.config.load import dump_config
 from megallama.config.schema import RunConfig
@@ -52,47 +51,48 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 
 @contextmanager
-def open_run_dir(
-    config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, steps: int, peak: Peak
-) -> Iterator[Metrics]:
-    """Make the run directory this run's alone and record what runs, and how it fails if it does.
-
-    Metrics go nowhere on ranks other than 0. UserError where another run holds the directory.
-    """
-    folder = Path(config.run.dir)
+def locked(config: RunConfig, mesh: ParallelMesh) -> Iterator[None]:
+    """Make the run directory this run's alone. UserError, on every rank, where another run holds it."""
+    folder, refusal = Path(config.run.dir), [""]
     with ExitStack() as stack:
-        metrics, refusal = Metrics([]), [""]
         if mesh.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 stack.enter_context(RunLock(folder))
             except UserError as error:
                 refusal = [str(error)]
-            else:
-                metrics = stack.enter_context(_record(config, mesh, tokenizer, steps, peak))
         # Until it is this run's, no rank may touch it, not even to say that it has failed.
         dist.broadcast_object_list(refusal, group=mesh.world.group, device=mesh.device)
         if refusal[0]:
             raise UserError(refusal[0])
+        yield
+
+
+@contextmanager
+def recorded(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, steps: int, peak: Peak) -> Iterator[Metrics]:
+    """Record what runs in the run directory, which is locked, and how it fails if it does.
+
+    Metrics go nowhere on ranks other than 0.
+    """
+    with _record(config, mesh, tokenizer, steps, peak) if mesh.rank == 0 else Metrics([]) as metrics:
+        dist.barrier(mesh.world.group)  # the outcome is this start's: a rank that fails finds where to say so
         try:
             yield metrics
         except BaseException as error:
-            write_failure(folder, f"rank {mesh.rank}: {type(error).__name__}: {error}".splitlines()[0])
+            reason = f"rank {mesh.rank}: {type(error).__name__}: {error}".splitlines()[0]
+            write_failure(Path(config.run.dir), reason)
             raise
 
 
 def _record(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, steps: int, peak: Peak) -> Metrics:
-    """Write down what runs, in the run directory, and put it in order."""
     folder = Path(config.run.dir)
     if config.checkpoint.resume == "never":
         put_aside(folder)
+    shutil.rmtree(folder / "stacks", ignore_errors=True)  # of an earlier hang: who wrote none now would not be seen
     (folder / "config.yaml").write_text(dump_config(config))
     tokenizer.save(folder / "tokenizer")
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
     facts = environment(device=device, topology=asdict(mesh.topology), peak=asdict(peak))
     (folder / "environment.json").write_text(json.dumps(facts, indent=2))
     write_outcome(folder, "running", 0, "")
-    metrics = open_metrics(config, folder, steps)
-    for notice in tidy(folder / "checkpoints"):
-        metrics.write("notice", text=notice)
-    return metrics
+    return open_metrics(config, folder, steps)

@@ -8,21 +8,24 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megallama.checkpoint.commit import Retention, tend
+from megallama.checkpoint.commit import Retention, tend, tidy
 from megallama.checkpoint.saver import Saver
 from megallama.checkpoint.store import (
     DataIdentity,
     Start,
     TrainState,
+    agree,
+    check_weights,
     confirm,
     load,
     load_initial_weights,
@@ -48,7 +51,7 @@ from megallama.plan.budget import total_steps
 from megallama.plan.flops import flops_per_token
 from megallama.plan.stages import stages
 from megallama.requests import Requests, Wishes
-from megallama.run_dir import check_run_dir, checkpoint_bytes, open_run_dir
+from megallama.run_dir import check_run_dir, checkpoint_bytes, locked, recorded
 from megallama.schedule import learning_rate
 from megallama.watchdog import Watchdog
 
@@ -129,19 +132,25 @@ def train(config: RunConfig, launch: Launch, device: torch.device) -> Finished:
     topology = Topology(pp=config.parallel.pipeline, dp=batching.dp_size, tp=config.parallel.tensor)
     train_data, validation_data = open_data(config, topology, launch.rank)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    start = pick_start(config, data_identity(config, train_data))
+    pick = partial(pick_start, config, data_identity(config, train_data))
+    pick()  # each rank for itself: what a user can mend is said before any waits for another
 
     mesh = build_mesh(topology, launch, device)
-    steps = total_steps(config)
+    check_weights(agree(pick, mesh), mesh)  # they are read, and nothing is written yet
+    steps, folder = total_steps(config), Path(config.run.dir) / "checkpoints"
     peak = device_peak(device, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
-    with open_run_dir(config, mesh, tokenizer, steps, peak) as metrics, watched(config, mesh) as watchdog:
-        requests = Requests(
-            Path(config.run.dir), mesh, config.train.max_minutes, checkpoint_bytes(config), launch.launcher
-        )
+    with ExitStack() as stack:
+        stack.enter_context(locked(config, mesh))
+        minutes, save_bytes = config.train.max_minutes, checkpoint_bytes(config)
+        requests = Requests(Path(config.run.dir), mesh, minutes, save_bytes, launch.launcher)
+        start, damaged = confirm(agree(pick, mesh), mesh)  # whoever held the lock until now may have saved
+        metrics = stack.enter_context(recorded(config, mesh, tokenizer, steps, peak))
+        watchdog = stack.enter_context(watched(config, mesh))
         retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every)
-        start = confirmed(start, retention, mesh, metrics)
+        if mesh.rank == 0:
+            put_in_order(folder, start, damaged, retention, metrics)
         model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
-        saver = Saver(Path(config.run.dir) / "checkpoints", engine, model, mesh, retention)
+        saver = Saver(folder, engine, model, mesh, retention)
         run = Run(
             config, mesh, model, engine, train_data, validation_data, metrics, saver, requests, watchdog, steps, peak
         )
@@ -217,16 +226,16 @@ def watched(config: RunConfig, mesh: ParallelMesh) -> Iterator[Watchdog]:
         watchdog.close()
 
 
-def confirmed(start: Start, retention: Retention, mesh: ParallelMesh, metrics: Metrics) -> Start:
-    """The start, with checkpoints that turn out damaged passed over."""
-    start, passed = confirm(start, mesh)
-    notices = [f"passed over {reason}" for reason in passed]
-    if start.resume is not None and mesh.rank == 0:
-        # The start before may have been killed between a save and this, and this one may have none to save.
-        notices += tend(start.resume.parent, retention)
-    for notice in notices:
+def put_in_order(
+    folder: Path, start: Start, damaged: Mapping[Path, str], retention: Retention, metrics: Metrics
+) -> None:
+    """Set aside and delete what earlier starts left that is not whole or not kept, and say so."""
+    for notice in tidy(folder, damaged):
         metrics.write("notice", text=notice)
-    return start
+    if start.resume is not None:
+        # The start before may have been killed between a save and this, and this one may have none to save.
+        for notice in tend(folder, retention):
+            metrics.write("notice", text=notice)
 
 
 def start_state(run: Run, start: Start) -> TrainState:

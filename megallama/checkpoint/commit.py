@@ -132,11 +132,14 @@ def _validation_loss(path: Path) -> float | None:
     return loss
 
 
-def tidy(folder: Path) -> Iterator[str]:
+def tidy(folder: Path, damaged: Mapping[Path, str]) -> Iterator[str]:
     """After a run that ended anyhow: set aside what it was writing and what is torn, finish what it was deleting.
 
-    Says what it did, a sentence each.
+    Checkpoints that were found `damaged`, for the reason beside each, are set aside too. Says what it did, a sentence
+    each.
     """
+    for path, why in damaged.items():
+        yield f"passed over {path.name}: {why}; set aside as {set_aside(path).name}"
     for path in sorted(folder.glob(f"step_*.{PARTIAL}-*")):
         yield f"{path.name} was never finished; set aside as {set_aside(path).name}"
     for path in named_checkpoints(folder):

@@ -17,11 +17,10 @@ from megallama.checkpoint.format import (
     read_document,
     read_manifest,
 )
-from megallama.checkpoint.tensors import Shape, Stored
+from megallama.checkpoint.tensors import MOMENTS, Shape, Stored, moment_name
 from megallama.config.schema import ModelConfig
 from megallama.plan.weights import weight_shapes
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 Report = Callable[[str], None]
 """Takes what is being read, for a person who waits."""
 
@@ -47,7 +46,7 @@ def inspect(path: Path, report: Report = lambda _: None) -> list[str]:
 def expected_shapes(model: ModelConfig) -> dict[str, Shape]:
     """Every tensor of a checkpoint of `model`: its weights, and two moments of each."""
     weights = weight_shapes(model)
-    moments = {f"optimizer.{moment}.{name}": shape for moment in MOMENTS for name, shape in weights.items()}
+    moments = {moment_name(moment, name): shape for moment in MOMENTS for name, shape in weights.items()}
     return weights | moments
 
 

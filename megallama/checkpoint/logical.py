@@ -15,18 +15,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from megallama.checkpoint.tensors import EXP_AVG, EXP_AVG_SQ, moment_name
 from megallama.parallel.pieces import Piece
 
 if TYPE_CHECKING:
     from megallama.engine import Fragment
-
-EXP_AVG = "exp_avg"
-EXP_AVG_SQ = "exp_avg_sq"
-
-
-def moment_name(moment: str, weight: str) -> str:
-    """The name under which a moment of the logical tensor `weight` is stored."""
-    return f"optimizer.{moment}.{weight}"
 
 
 class LogicalTensor(torch.Tensor):

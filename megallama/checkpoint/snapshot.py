@@ -20,9 +20,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megallama.checkpoint.logical import LogicalTensor
-
-_ELEMENT = 4
-"""Bytes of an fp32 number: everything in a checkpoint is one."""
+from megallama.checkpoint.tensors import ELEMENT
 
 
 class Snapshot:
@@ -38,7 +36,7 @@ class Snapshot:
         dcp.save(dict(state), storage_writer=plan, process_group=group)
         self.tensors = plan.tensors
         """On rank 0, where every chunk of every tensor is, as tensors.json says it."""
-        self.size = _ELEMENT * plan.elements
+        self.size = ELEMENT * plan.elements
         """Bytes."""
         # Anonymous: gone with the last process that has it, however that one ends; /dev/shm is small in containers.
         self.descriptor = os.memfd_create("megallama-checkpoint")
@@ -89,8 +87,8 @@ class _Places(StorageWriter):
         for item in plan.items:
             chunk = planner.resolve_data(item)
             assert isinstance(chunk, Tensor)
-            place = {"file": self._file, "start": _ELEMENT * self.elements}
-            results.append(WriteResult(item.index, _ELEMENT * chunk.numel(), place))
+            place = {"file": self._file, "start": ELEMENT * self.elements}
+            results.append(WriteResult(item.index, ELEMENT * chunk.numel(), place))
             self.chunks.append((item.index, self.elements, chunk.shape))
             self.elements, self.device = self.elements + chunk.numel(), chunk.device
         done: Future[list[WriteResult]] = Future()

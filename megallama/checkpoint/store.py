@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from megallama.checkpoint.commit import set_aside
 from megallama.checkpoint.format import (
     LATEST,
     STATE,
@@ -28,7 +29,7 @@ from megallama.checkpoint.format import (
 )
 from megallama.checkpoint.logical import logical_state
 from megallama.checkpoint.storage import ShardReader
-from megallama.checkpoint.tensors import Stored
+from megallama.checkpoint.tensors import Stored, is_weight, malformed
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.errors import UserError
 from megallama.model.chunks import Chunks
@@ -36,6 +37,8 @@ from megallama.parallel.mesh import ParallelMesh
 
 if TYPE_CHECKING:
     from megallama.engine import Engine
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,16 @@ class DataIdentity:
     seed: int
 
 
+class Saved(BaseModel):
+    """What a state.json says to whoever goes on from its checkpoint."""
+
+    model_config = ConfigDict(frozen=True)
+
+    state: TrainState
+    data: DataIdentity
+    model: ModelConfig
+
+
 @dataclass(frozen=True)
 class Start:
     """Where a run begins: a checkpoint to continue, else weights to begin from, else neither."""
@@ -74,7 +87,7 @@ class Start:
 
 def load(path: Path, engine: Engine, model: Chunks) -> TrainState:
     """Overwrite weights, moments and position with those of `path`; every rank must call it."""
-    state = read_state(path)
+    state = read_saved(path).state
     dcp.load(dict(logical_state(engine.fragments(), model.logical_pieces())), storage_reader=ShardReader(path))
     engine.state_was_loaded(state.updates)
     return state
@@ -82,30 +95,28 @@ def load(path: Path, engine: Engine, model: Chunks) -> TrainState:
 
 def load_initial_weights(path: Path, engine: Engine, model: Chunks) -> None:
     """Overwrite the weights alone with those of `path`: a new run from old weights. Every rank must call it."""
-    _check_same_model(path, model.config, "checkpoint.init_from")
     state = logical_state(engine.fragments(), model.logical_pieces())
-    weights = {name: tensor for name, tensor in state.items() if not name.startswith("optimizer.")}
+    weights = {name: tensor for name, tensor in state.items() if is_weight(name)}
     dcp.load(dict(weights), storage_reader=ShardReader(path))
     engine.state_was_loaded(0)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """The fp32 weights of a checkpoint by Hugging Face name, in this process alone. UserError if it is damaged."""
-    if reasons := damage(path) or _misplaced(path):
+    if reasons := damage(path) or _malformed(path, Stored, read_saved):
         raise UserError(f"the checkpoint {path} is damaged ({'; '.join(reasons)}); use another")
     stored = Stored(path)
-    names = [name for name in stored.shapes if not name.startswith("optimizer.")]
-    return {name: torch.from_numpy(stored.read(name)) for name in names}
+    return {name: torch.from_numpy(stored.read(name)) for name in stored.shapes if is_weight(name)}
 
 
-def read_state(path: Path) -> TrainState:
-    """The position that a checkpoint was saved at."""
-    return TrainState(**json.loads((path / STATE).read_text())["state"])
-
-
-def read_model(path: Path) -> ModelConfig:
-    """The shape of the model that a checkpoint holds."""
-    return ModelConfig.model_validate(json.loads((path / STATE).read_text())["model"])
+def read_saved(path: Path) -> Saved:
+    """The state.json of a checkpoint. TornCheckpointError if it is malformed."""
+    try:
+        return Saved.model_validate_json((path / STATE).read_bytes())
+    except OSError as error:
+        raise TornCheckpointError(f"{STATE} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        raise malformed(STATE, error) from None
 
 
 def state_document(
@@ -131,7 +142,7 @@ def put_aside(run_dir: Path) -> None:
 
 
 def pick_start(config: RunConfig, data: DataIdentity) -> Start:
-    """Where the run begins, by what folders and manifests say; `confirm` reads the files.
+    """Where the run begins, by what folders and manifests say; `agree` and `confirm` read the files.
 
     UserError where `checkpoint.resume` forbids it, a checkpoint is of something else, or there were checkpoints and
     none is whole.
@@ -167,38 +178,59 @@ def pick_start(config: RunConfig, data: DataIdentity) -> Start:
     return Start(weights=weights)
 
 
-def confirm(start: Start, mesh: ParallelMesh) -> tuple[Start, list[str]]:
-    """Where the run begins after every byte was read and held against its hash, and what was passed over and why.
+def agree(pick: Callable[[], Start], mesh: ParallelMesh) -> Start:
+    """What `pick` returns on rank 0, or its UserError; every rank must call it.
 
-    Ranks share the reading. Damaged checkpoints are set aside where one before them is whole. UserError if none is, or
-    if the weights to begin from are damaged: the folder stays as it was found. Every rank must call it.
+    Rank 0's view counts: another node may still see the folder of a moment ago.
     """
-    damaged: dict[Path, str] = {}
-    # Rank 0's view: another node may still see the folder of a moment ago.
-    box = [(start, complete_checkpoints(start.resume.parent) if start.resume is not None else [])]
-    dist.broadcast_object_list(box, group=mesh.world.group, device=mesh.device)
-    start, candidates = box[0]
+    start, refusal = Start(), ""
+    if mesh.rank == 0:
+        try:
+            start = pick()
+        except UserError as error:
+            refusal = str(error)
+    start, refusal = _from_rank_0((start, refusal), mesh)
+    if refusal:
+        raise UserError(refusal)
+    return start
+
+
+def check_weights(start: Start, mesh: ParallelMesh) -> None:
+    """Hold every byte of weights to begin from against its hash. UserError if they are damaged.
+
+    Ranks share the reading: every rank must call it.
+    """
     if start.weights is not None:
         _refuse_damaged_weights(start.weights, _damage(start.weights, mesh))
+
+
+def confirm(start: Start, mesh: ParallelMesh) -> tuple[Start, dict[Path, str]]:
+    """Where the run begins after every byte was read and held against its hash, and what is passed over and why.
+
+    Ranks share the reading, and rename nothing. UserError if there were checkpoints and none is whole. Every rank must
+    call it.
+    """
     if start.resume is None:
-        return start, []
-    for path in candidates:
+        return start, {}
+    folder = start.resume.parent
+    damaged: dict[Path, str] = {}
+    for path in _from_rank_0(named_checkpoints(folder), mesh):
         reasons = _damage(path, mesh)
         if not reasons:
-            return Start(resume=path), [_pass_over(bad, why, mesh) for bad, why in damaged.items()]
+            return Start(resume=path), damaged
         damaged[path] = "; ".join(reasons)
-    _refuse_to_start_over(start.resume.parent, [f"{path.name}: {why}" for path, why in damaged.items()])
+    _refuse_to_start_over(folder, [f"{path.name}: {why}" for path, why in damaged.items()])
 
 
-def _pass_over(path: Path, why: str, mesh: ParallelMesh) -> str:
-    """Set a damaged checkpoint aside, which rank 0 does for all, and say so."""
-    aside = f"; set aside as {set_aside(path).name}" if mesh.rank == 0 else ""
-    return f"{path.name}: {why}{aside}"
+def _from_rank_0(value: T, mesh: ParallelMesh) -> T:
+    box = [value]
+    dist.broadcast_object_list(box, group=mesh.world.group, device=mesh.device)
+    return box[0]
 
 
 def _state_damage(path: Path) -> list[str]:
     """What is wrong with the state.json of `path`, whose manifest is sound."""
-    return damaged_files(path, read_manifest(path), [STATE])
+    return damaged_files(path, read_manifest(path), [STATE]) or _malformed(path, read_saved)
 
 
 def _damage(path: Path, mesh: ParallelMesh) -> list[str]:
@@ -208,15 +240,20 @@ def _damage(path: Path, mesh: ParallelMesh) -> list[str]:
         mine = damaged_files(path, manifest, sorted(manifest.files)[mesh.rank :: mesh.world.size])
     except TornCheckpointError as error:
         mine = [str(error)]
+    return _all_of(mine, mesh) or _all_of(_malformed(path, Stored, read_saved), mesh)
+
+
+def _all_of(mine: list[str], mesh: ParallelMesh) -> list[str]:
     every: list[list[str]] = [[] for _ in range(mesh.world.size)]
     dist.all_gather_object(every, mine, group=mesh.world.group)
-    return sorted({reason for reasons in every for reason in reasons}) or _misplaced(path)
+    return sorted({reason for reasons in every for reason in reasons})
 
 
-def _misplaced(path: Path) -> list[str]:
-    """What is wrong with the places of tensors in the sound files of `path`."""
+def _malformed(path: Path, *readers: Callable[[Path], object]) -> list[str]:
+    """What is wrong with what the sound files of `path` say, as the first of `readers` to refuse it tells."""
     try:
-        Stored(path)
+        for read in readers:
+            read(path)
     except TornCheckpointError as error:
         return [str(error)]
     return []
@@ -236,7 +273,7 @@ def _refuse_to_start_over(folder: Path, reasons: list[str]) -> NoReturn:
 
 def _check_same_model(path: Path, model: ModelConfig, named_by: str) -> None:
     """UserError when the checkpoint, which the key `named_by` leads to, is of another model than the run."""
-    saved, wanted = _resolved(read_model(path)), _resolved(model)
+    saved, wanted = _resolved(read_saved(path).model), _resolved(model)
     for key, value in wanted.items():
         if saved[key] != value:
             theirs, ours = json.dumps(saved[key]), json.dumps(value)
@@ -254,7 +291,7 @@ def _resolved(model: ModelConfig) -> dict[str, Any]:
 
 def _check_same_data(path: Path, data: DataIdentity) -> None:
     """UserError when a position in the checkpoint's data would be another position in the run's."""
-    saved = DataIdentity(**json.loads((path / STATE).read_text())["data"])
+    saved = read_saved(path).data
     if saved.seed != data.seed:
         raise UserError(
             f"train.seed={data.seed} differs from {saved.seed} in the checkpoint {path}, so its position in the data "

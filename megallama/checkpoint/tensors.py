@@ -20,8 +20,21 @@ from megallama.checkpoint.format import TENSORS, File, TornCheckpointError, read
 Array = NDArray[np.float32]
 Indices = NDArray[np.int64]
 Shape = tuple[int, ...]
-_ELEMENT = 4
-"""Bytes of an fp32 number."""
+ELEMENT = 4
+"""Bytes of an fp32 number: everything in a checkpoint is one."""
+EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
+MOMENTS = EXP_AVG, EXP_AVG_SQ
+_OPTIMIZER = "optimizer."
+
+
+def moment_name(moment: str, weight: str) -> str:
+    """The name under which a moment of the logical tensor `weight` is stored."""
+    return f"{_OPTIMIZER}{moment}.{weight}"
+
+
+def is_weight(name: str) -> bool:
+    """Whether the tensor stored under `name` is a weight, not a moment of one."""
+    return not name.startswith(_OPTIMIZER)
 
 
 class Chunk(BaseModel):
@@ -33,13 +46,13 @@ class Chunk(BaseModel):
     """Where it begins in the tensor."""
     shape: tuple[Annotated[int, Field(ge=1)], ...]
     file: str
-    start: int = Field(ge=0, multiple_of=_ELEMENT)
+    start: int = Field(ge=0, multiple_of=ELEMENT)
     """Its first byte in the file."""
 
     @property
     def bytes(self) -> int:
         """That it takes in the file."""
-        return _ELEMENT * math.prod(self.shape)
+        return ELEMENT * math.prod(self.shape)
 
     @property
     def here(self) -> tuple[slice, ...]:
@@ -102,7 +115,7 @@ class Stored:
         if chunk.file not in self._maps:
             # Private and writable: torch takes no memory that is read-only, and nothing reaches the file.
             self._maps[chunk.file] = np.memmap(self._path / chunk.file, dtype=np.float32, mode="c")
-        begin, end = chunk.start // _ELEMENT, (chunk.start + chunk.bytes) // _ELEMENT
+        begin, end = chunk.start // ELEMENT, (chunk.start + chunk.bytes) // ELEMENT
         return self._maps[chunk.file][begin:end].reshape(chunk.shape)
 
 
@@ -117,15 +130,20 @@ def read_places(path: Path, files: Mapping[str, File]) -> dict[str, Places]:
     except OSError as error:
         raise TornCheckpointError(f"{TENSORS} cannot be read: {error.strerror}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        found = f"{place} is {first['input']!r:.60}: " if place else ""
-        raise TornCheckpointError(f"{TENSORS} is malformed: {found}{first['msg']}") from None
+        raise malformed(TENSORS, error) from None
     for name, tensor in tensors.items():
         for chunk in tensor.chunks:
             _check_chunk(name, tensor, chunk, files)
         _check_cover(name, tensor)
     return tensors
+
+
+def malformed(name: str, error: ValidationError) -> TornCheckpointError:
+    """What to raise where the JSON of a file is not what it should be."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    found = f"{place} is {first['input']!r:.60}: " if place else ""
+    return TornCheckpointError(f"{name} is malformed: {found}{first['msg']}")
 
 
 def _check_chunk(name: str, tensor: Places, chunk: Chunk, files: Mapping[str, File]) -> None:

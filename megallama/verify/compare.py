@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.checkpoint.logical import EXP_AVG, moment_name
-from megallama.checkpoint.tensors import Stored
+from megallama.checkpoint.tensors import EXP_AVG, Stored, is_weight, moment_name
 from megallama.config.schema import RunConfig
 
 
@@ -75,7 +74,7 @@ def read_trace(config: RunConfig) -> Trace:
     folder = run_dir / "checkpoints"
     first = read_tensors(folder / "step_00000001")
     last = read_tensors(folder / f"step_{events[-1]['step']:08d}")
-    names = [name for name in last if not name.startswith("optimizer.")]
+    names = [name for name in last if is_weight(name)]
     return Trace(
         losses=train_losses(run_dir),
         evaluations=[_number(event["loss"]) for event in events_of(run_dir, "eval")],

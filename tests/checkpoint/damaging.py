@@ -21,6 +21,11 @@ class Bomb:
         return (exec, ("import pathlib; pathlib.Path('exploded').write_text('')",))
 
 
+def plant(path: Path) -> None:
+    """Put a pickle in the place of a file of a checkpoint, of the same size, and its hash in the manifest."""
+    rewrite(path, pickle.dumps(Bomb()).ljust(path.stat().st_size, b"."))
+
+
 def flip(path: Path, at: int | None = None) -> None:
     """Flip one bit of a file, in the middle if not told where."""
     content = bytearray(path.read_bytes())

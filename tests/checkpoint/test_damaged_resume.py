@@ -11,10 +11,12 @@ import pytest
 
 from megallama.checkpoint.commit import Retention, best_of, tend
 from megallama.checkpoint.format import LATEST, MANIFEST, STATE, TENSORS, complete_checkpoints
-from megallama.checkpoint.store import DataIdentity, TrainState, read_model, state_document
+from megallama.checkpoint.store import DataIdentity, TrainState, read_saved, state_document
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.generate import load_run
+from megallama.lock import LOCK
+from megallama.outcome import write_outcome
 from megallama.parallel.spawn import RankFailedError, run_ranks
 from megallama.verify.compare import events_of
 from megallama.verify.verify import train_rank, write_dataset
@@ -58,6 +60,11 @@ def newest(run: Path) -> Path:
 
 def resumed(run: Path) -> list[int]:
     return [event["step"] for event in events_of(run, "resume")]
+
+
+def unlocked(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Without the lock, in which each start writes its process."""
+    return {name: content for name, content in files.items() if name != LOCK}
 
 
 def refusal(config: RunConfig) -> str:
@@ -127,14 +134,28 @@ def test_a_run_whose_checkpoints_are_all_damaged_refuses_again_and_again(
     for path in complete_checkpoints(run / "checkpoints"):
         harm(path / "rank_00000.bin")
     (run / "checkpoints" / LATEST).unlink()
-    before, trained = tree(run / "checkpoints"), losses(run)
+    before = tree(run)
     for _ in range(2):
         sentence = refusal(settings(run, dataset, "zero1", resume=resume))
         assert f"{run / 'checkpoints'} has held checkpoints and none is whole now (step_00000003: " in sentence
         assert "step_00000001: rank_00000.bin" in sentence
         assert "put one back, or start over with checkpoint.resume=never, which deletes nothing" in sentence
-        assert tree(run / "checkpoints") == before
-        assert losses(run) == trained
+        assert unlocked(tree(run)) == unlocked(before)
+
+
+def test_a_refusal_leaves_what_a_killed_run_left_as_it_was(run: Path, dataset: Path) -> None:
+    """Of three checkpoints one is cut off and two have a flipped bit; of a fourth there is the beginning."""
+    write_outcome(run, "running", 0, "")
+    cut_off, *others = complete_checkpoints(run / "checkpoints")
+    truncate(cut_off / "rank_00000.bin")
+    for path in others:
+        flip(path / "rank_00000.bin")
+    shutil.copytree(others[0], run / "checkpoints" / "step_00000004.partial-0123abcd")
+    before = tree(run)
+    sentence = refusal(settings(run, dataset, "zero1"))
+    for found in ("step_00000003: rank_00000.bin has", "step_00000002: rank_00000.bin is damaged", "step_00000001: "):
+        assert found in sentence
+    assert unlocked(tree(run)) == unlocked(before)
 
 
 @pytest.mark.parametrize("resume", ["auto", "must"])
@@ -177,12 +198,21 @@ def test_a_newer_format_in_the_folder_ends_no_save_and_costs_no_checkpoint(tmp_p
     assert all(path.is_dir() for path in paths)
 
 
-def test_damaged_weights_to_begin_with_are_refused(run: Path, dataset: Path, tmp_path: Path) -> None:
-    for name, at in (("rank_00000.bin", None), (STATE, 0)):
-        flip(newest(run) / name, at)
-        sentence = refusal(settings(tmp_path / name, dataset, "zero1", init_from=str(newest(run))))
-        assert sentence == f"checkpoint.init_from={newest(run)} is damaged ({name} is damaged); use another checkpoint"
-        flip(newest(run) / name, at)
+@pytest.mark.parametrize(("name", "at"), [("rank_00000.bin", None), (STATE, 0)])
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_damaged_weights_to_begin_with_are_refused_before_anything_is_written(
+    resume: str, name: str, at: int | None, run: Path, stopped: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Also where a run starts over: what is there keeps its name, or the next start would begin at step 0."""
+    flip(newest(run) / name, at)
+    folder = tmp_path / "new"
+    if resume == "never":
+        shutil.copytree(stopped, folder)
+    before = tree(tmp_path)
+    sentence = refusal(settings(folder, dataset, "zero1", init_from=str(newest(run)), resume=resume))
+    assert sentence == f"checkpoint.init_from={newest(run)} is damaged ({name} is damaged); use another checkpoint"
+    assert tree(tmp_path) == before
+    assert folder.exists() == (resume == "never")
 
 
 def test_text_of_damaged_weights_is_refused(tmp_path: Path) -> None:
@@ -214,6 +244,6 @@ def test_a_damaged_checkpoint_is_never_the_best_and_ends_no_save(tmp_path: Path)
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_null_in_the_state(loss: float) -> None:
-    model = read_model(CHECKPOINT)
+    model = read_saved(CHECKPOINT).model
     assert state_document(TrainState(), loss, DataIdentity("", 0), model, {})["loss"] is None
     assert state_document(TrainState(), 1.5, DataIdentity("", 0), model, {})["loss"] == 1.5

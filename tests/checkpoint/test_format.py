@@ -14,7 +14,7 @@ import torch
 
 from megallama.checkpoint.format import FORMAT, MANIFEST, STATE, TENSORS, read_document, read_manifest
 from megallama.checkpoint.inspect import inspect
-from megallama.checkpoint.store import TrainState, load_weights, read_model, read_state
+from megallama.checkpoint.store import TrainState, load_weights, read_saved
 from megallama.checkpoint.tensors import Stored
 from megallama.data.tokenizer import load_tokenizer
 from megallama.generate import Sampling, generate, load_run
@@ -44,7 +44,7 @@ def test_the_fixture_is_sound_and_of_several_ranks_that_share_tensors() -> None:
 def test_the_fixture_is_read_to_the_bit(expected: dict[str, Any]) -> None:
     stored = Stored(CHECKPOINT)
     assert {name: sha256(stored.read(name)) for name in stored.shapes} == expected["tensors"]
-    assert read_state(CHECKPOINT) == TrainState(3, 12, 3, read_document(CHECKPOINT)["state"]["validation_loss"])
+    assert read_saved(CHECKPOINT).state == TrainState(3, 12, 3, read_document(CHECKPOINT)["state"]["validation_loss"])
 
 
 def test_a_run_in_one_process_continues_the_fixture(expected: dict[str, Any], tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_text_is_generated_with_the_weights_of_the_fixture(expected: dict[str, A
     (tmp_path / "config.yaml").touch()
     load_tokenizer("bytes").save(tmp_path / "tokenizer")
     model, tokenizer, path = load_run(tmp_path)
-    assert (model.config, path.name) == (read_model(CHECKPOINT), CHECKPOINT.name)
+    assert (model.config, path.name) == (read_saved(CHECKPOINT).model, CHECKPOINT.name)
     for name, pieces in model.logical_pieces().items():
         for piece in pieces:
             assert torch.equal(piece.of(model.get_parameter(name)), weights[piece.name]), piece.name
@@ -104,7 +104,7 @@ def test_the_page_tells_every_key_of_a_checkpoint() -> None:
         assert f"`{key}`" in page, key
     for key in content | {"dtype", "tensors", "chunks", "offset", "shape", "file", "start"}:
         assert f'"{key}"' in page or f"`{key}`" in page, key
-    for name, shape in weight_shapes(read_model(CHECKPOINT)).items():
+    for name, shape in weight_shapes(read_saved(CHECKPOINT).model).items():
         general, projection = re.sub(r"\d+", "N", name), name.split(".")[-2]
         (row,) = [line for line in page.splitlines() if f"`{general}`" in line or f"`{projection}` |" in line]
         assert len(row.split("|")[2].split(";")[0].split(",")) == len(shape), row

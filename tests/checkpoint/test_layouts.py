@@ -26,7 +26,7 @@ from megallama.parallel.mesh import Launch, build_mesh
 from megallama.parallel.spawn import run_ranks
 from megallama.parallel.topology import Topology
 from megallama.train import build_model
-from megallama.verify.compare import read_tensors
+from megallama.verify.compare import BOUNDS, read_tensors
 from megallama.verify.layout import parse_layout
 from megallama.verify.shrink import shrink
 from megallama.verify.verify import train_rank, write_dataset
@@ -171,17 +171,40 @@ def test_saved_here_resumed_there(
 ) -> None:
     """What is read is what was written, to the bit; the next three losses and samples are the undisturbed run's."""
     folder, expected_rows = saved
-    name = f"step_{INTERRUPTED:08d}"
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / name).symlink_to(folder / here / "checkpoints" / name)
-    config = run(tmp_path, dataset, there)
-    rows = merged(run_ranks(copy_then_train, parse_layout(there).world_size, config, tmp_path / "copy"))
+    assert_goes_on(folder / here, expected_rows, run(tmp_path, dataset, there), there, bound=1e-6)
+
+
+@pytest.mark.layouts
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        (("zero1", "fp32"), ("zero1", "bf16")),
+        (("zero1", "bf16"), ("zero1", "fp32")),
+        (("tp2", "fp32"), ("dp2-zero2", "bf16")),
+        (("dp2-zero2", "bf16"), ("tp2", "fp32")),
+    ],
+)
+def test_saved_in_one_type_resumed_in_the_other(
+    here: tuple[str, str], there: tuple[str, str], dataset: Path, tmp_path: Path
+) -> None:
+    """Masters and moments are fp32 in both: only what the forward pass rounds is another."""
+    rows = train(run(tmp_path / "here", dataset, *here), here[0])
+    config = run(tmp_path / "there", dataset, *there)
+    assert_goes_on(tmp_path / "here", rows, config, there[0], bound=BOUNDS["bf16"].loss)
+
+
+def assert_goes_on(saved: Path, expected_rows: Rows, config: RunConfig, layout: str, bound: float) -> None:
+    """`config` reads what the run at `saved` wrote in its middle, and its losses are that run's within `bound`."""
+    folder, name = Path(config.run.dir), f"step_{INTERRUPTED:08d}"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / name).symlink_to(saved / "checkpoints" / name)
+    rows = merged(run_ranks(copy_then_train, parse_layout(layout).world_size, config, folder / "copy"))
     assert of_steps(rows, INTERRUPTED + 1, STEPS) == of_steps(expected_rows, INTERRUPTED + 1, STEPS)
-    assert hashes(tmp_path / "copy" / name) == hashes(folder / here / "checkpoints" / name)
-    expected = events(folder / here)[INTERRUPTED:]
-    found = events(tmp_path)
+    assert hashes(folder / "copy" / name) == hashes(saved / "checkpoints" / name)
+    expected = events(saved)[INTERRUPTED:]
+    found = events(folder)
     assert [event["samples"] for event in found] == [event["samples"] for event in expected]
-    assert [event["loss"] for event in found] == pytest.approx([event["loss"] for event in expected], rel=1e-6)
+    assert [event["loss"] for event in found] == pytest.approx([event["loss"] for event in expected], rel=bound)
 
 
 def copy_then_train(launch: Launch, config: RunConfig, copy: Path) -> Rows:

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megallama.checkpoint.logical import EXP_AVG, EXP_AVG_SQ, logical_state, moment_name, rectangles
+from megallama.checkpoint.logical import logical_state, rectangles
+from megallama.checkpoint.tensors import EXP_AVG, EXP_AVG_SQ, moment_name
 from megallama.engine import Fragment
 from megallama.parallel.pieces import Piece
 

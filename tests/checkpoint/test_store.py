@@ -11,16 +11,18 @@ import pytest
 import torch
 
 from megallama.checkpoint.format import BEST, LATEST, MANIFEST, STATE, TENSORS, complete_checkpoints
-from megallama.checkpoint.store import load_weights, read_state
+from megallama.checkpoint.store import load_weights, read_saved
 from megallama.checkpoint.tensors import Stored
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
+from megallama.generate import load_run
+from megallama.parallel.mesh import Launch
 from megallama.parallel.spawn import RankFailedError, run_ranks
-from megallama.verify.compare import read_tensors
+from megallama.verify.compare import events_of, read_tensors
 from megallama.verify.layout import parse_layout
 from megallama.verify.shrink import shrink
 from megallama.verify.verify import train_rank, write_dataset
-from tests.checkpoint.damaging import Bomb
+from tests.checkpoint.damaging import Bomb, bomb, plant
 from tests.verify.test_parity import debug_config
 
 STEPS = 5
@@ -113,7 +115,7 @@ def test_the_best_by_validation_loss_is_kept_beside_the_newest(dataset: Path, tm
     folder = tmp_path / "checkpoints"
     assert [p.name for p in complete_checkpoints(folder)] == [f"step_{STEPS:08d}", f"step_{best:08d}"]
     assert (folder / BEST).read_text() == f"step_{best:08d}"
-    assert read_state(folder / f"step_{best:08d}").validation_loss == losses[best]
+    assert read_saved(folder / f"step_{best:08d}").state.validation_loss == losses[best]
 
 
 def test_a_run_that_starts_over_loses_nothing_of_the_one_before(dataset: Path, tmp_path: Path) -> None:
@@ -174,14 +176,60 @@ def test_code_planted_in_a_checkpoint_does_not_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = shutil.copytree(complete_checkpoints(finished / "checkpoints")[0], tmp_path / "step_00000005")
-    bomb = pickle.dumps(Bomb())
-    (path / ".metadata").write_bytes(bomb)  # what torch.distributed.checkpoint would unpickle
+    (path / ".metadata").write_bytes(pickle.dumps(Bomb()))  # what torch.distributed.checkpoint would unpickle
     load_weights(path)
     for name in ("rank_00000.bin", TENSORS, STATE, MANIFEST):
         sound = (path / name).read_bytes()
-        (path / name).write_bytes(bomb.ljust(len(sound), b"."))
+        bomb(path / name)
         with pytest.raises(UserError, match=f"damaged .*{name}"):
             load_weights(path)
         (path / name).write_bytes(sound)
     load_weights(path)
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("name", [TENSORS, STATE])
+def test_code_planted_with_its_hash_is_text_that_is_malformed(
+    name: str, finished: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    path, before, *_ = complete_checkpoints(run / "checkpoints")
+    new, again = settings(tmp_path / "new", dataset, "zero1", init_from=str(path)), settings(run, dataset, "zero1")
+    monkeypatch.chdir(tmp_path)
+    plant(path / name)
+    with pytest.raises(UserError, match=f"damaged .*{name} is malformed: "):
+        load_weights(path)
+    with pytest.raises(UserError, match=f"damaged .*{name} is malformed: "):
+        load_run(run)
+    with pytest.raises(RankFailedError, match=rf"UserError: checkpoint.init_from=.* is damaged \({name} is malformed"):
+        run_ranks(train_rank, 1, new, None)
+    run_ranks(train_rank, 1, again, None)
+    assert [event["path"] for event in events_of(run, "resume")] == [str(before)]
+    (notice,) = [event["text"] for event in events_of(run, "notice")]
+    assert f"passed over {path.name}: {name} is malformed: " in notice
+    assert not list(tmp_path.rglob("exploded"))
+
+
+def test_code_planted_with_its_hash_is_read_as_numbers(
+    finished: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    path = complete_checkpoints(run / "checkpoints")[0]
+    tree = settings(run, dataset, "zero1", resume="must").model_dump()
+    tree["train"]["steps"] = STEPS + 1
+    monkeypatch.chdir(tmp_path)
+    plant(path / "rank_00000.bin")
+    content = (path / "rank_00000.bin").read_bytes()
+    places = json.loads((path / TENSORS).read_bytes())["tensors"]
+    for name, weight in load_weights(path).items():
+        (chunk,) = places[name]["chunks"]
+        assert weight.numpy().tobytes() == content[chunk["start"] :][: weight.nbytes], name
+    run_ranks(train_rank, 1, RunConfig.model_validate(tree), None)
+    assert [event["path"] for event in events_of(run, "resume")] == [str(path)]
+    assert not list(tmp_path.rglob("exploded"))
+    run_ranks(unpickle, 1, path / "rank_00000.bin")
+    assert (tmp_path / "exploded").exists(), "here a rank would have left it"
+
+
+def unpickle(_: Launch, path: Path) -> None:
+    pickle.loads(path.read_bytes())

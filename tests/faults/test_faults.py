@@ -364,6 +364,30 @@ def test_a_lock_that_nobody_holds_is_no_obstacle(byte_dataset: str, tmp_path: Pa
     assert "elsewhere" not in (run_dir / "lock").read_text()
 
 
+def test_what_the_holder_of_the_lock_saved_last_is_continued(byte_dataset: str, tmp_path: Path) -> None:
+    """A start that found no checkpoint, and had to wait, looks again."""
+    run_dir, kept = tmp_path / "run", tmp_path / "kept"
+    arguments = words(byte_dataset, run_dir, DP2, "train.steps=4")
+    assert pretrain(2, [*arguments, "train.stop_after=3"]) == [(0, "")] * 2
+    (run_dir / "checkpoints").rename(kept)
+    with (run_dir / "lock").open("a") as lock, forked(2, arguments, tmp_path) as run:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        wait_for(lambda: waits_for(run_dir / "lock", run), run)
+        kept.rename(run_dir / "checkpoints")
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert run.results() == [(0, "")] * 2
+    assert steps(run_dir, "resume") == [3]
+    assert steps(run_dir, "train") == [1, 2, 3, 4]
+
+
+def waits_for(lock: Path, run: Forked) -> bool:
+    """Whether rank 0 has the file open."""
+    try:
+        return lock in [path.readlink() for path in Path(f"/proc/{run.ranks()[0]}/fd").iterdir()]
+    except (OSError, KeyError):
+        return False
+
+
 # --- hangs
 
 WATCHFUL = ["watchdog.factor=2", "watchdog.least_seconds=4", "watchdog.first_seconds=12"]
