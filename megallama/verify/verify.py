@@ -91,8 +91,7 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="megallama-verify-") as name:
         folder = Path(name)
         batch = lcm(GLOBAL_BATCH_SIZE, *(layout.dp * layout.micro_batches for layout in layouts))
-        # One layer more than stages: no split is even.
-        layers = max(LAYERS, *(sum(layout.split) or layout.stages + (layout.pp > 1) for layout in layouts))
+        layers = layers_for(layouts)
         alone = shrink(config, folder / "one process", write_dataset(folder), steps, dtype, layers, batch)
         runs = {layout.name: (layout, _spread(alone, layout)) for layout in layouts}
         progress("one process")
@@ -103,6 +102,25 @@ def verify(
             progress(name)
             verdicts.append(_judge(run, layout, reference, plant, resume=resume))
         return Report(reference.trace, verdicts)
+
+
+def layers_for(layouts: Sequence[Layout]) -> int:
+    """Decoder layers of the shrunk run: the sum of a split, else one more than the most stages, so that none is even.
+
+    UserError for layouts of which no number suits both.
+    """
+    split = next((layout for layout in layouts if layout.split), None)
+    if split is None:
+        return max(LAYERS, *(layout.stages + (layout.pp > 1) for layout in layouts))
+    layers = sum(split.split)
+    for other in layouts:
+        needs = str(sum(other.split)) if other.split else f"{other.stages} or more"
+        if layers < other.stages or (other.split and sum(other.split) != layers):
+            raise UserError(
+                f"layout {split.name} needs {layers} layers and layout {other.name} needs {needs}, and the shrunk run "
+                "has one number of layers for all; verify them by two commands, or write splits of the same sum"
+            )
+    return layers
 
 
 def write_dataset(folder: Path) -> Path:
