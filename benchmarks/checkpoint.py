@@ -4,10 +4,9 @@ Random weights and moments, no dataset. The contenders take turns in the same pr
 saves into an empty folder, what it left unwritten is flushed, the state in memory is set to zero, it loads, and the
 state must be what was saved, to the bit. Then its files are removed.
 
-Not all of them reach the disk before they return. megallama waits for its writing process, which syncs every
-file. torch.save
-syncs nothing, so the benchmark syncs its file, inside its time. DeepSpeed syncs nothing and is left as it is: what it
-still owes the disk is timed apart, as "unwritten". Loads come from the page cache for all.
+Not all of them reach the disk before they return. megallama waits for its writing process, which syncs every file.
+torch.save syncs nothing, so the benchmark syncs its file, inside its time. DeepSpeed syncs nothing and is left as it
+is: what it still owes the disk is timed apart, as "unwritten". Loads come from the page cache for all.
 
 Example: python benchmarks/checkpoint.py configs/110m.yaml train.device=cpu --ranks 2 --rounds 3
 """

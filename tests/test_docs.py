@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from megallama.cli import app
 from megallama.config.load import load_config
@@ -20,6 +21,7 @@ from megallama.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PARALLELISM = (ROOT / "docs" / "parallelism.md").read_text()
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -75,6 +77,58 @@ def test_commands_are_accepted_or_refused_as_shown(page: Path, monkeypatch: pyte
 
 
 @by_page
+def test_timelines_are_what_the_commands_above_them_draw(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    blocks = r"^```\n(megallama plan [^\n]* --timeline)\n```\n\n```\n(.*?)^```$"
+    found = re.findall(blocks, page.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(found) == page.read_text().count("\nwaiting: ")
+    for command, drawn in found:
+        assert _output(*shlex.split(command)[1:]) == drawn, command
+
+
+SCHEDULES = ("1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble")
+
+
+@pytest.mark.parametrize("row", ["4", "8", "16", "32", "64"])
+def test_the_table_of_waiting_is_what_its_command_prints(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    head, rows = _table("| micro-batches | 1f1b |")
+    assert head[1:] == list(SCHEDULES)
+    for schedule, share in zip(SCHEDULES, rows[row], strict=True):
+        if share != "-":
+            assert f"waiting: {share.replace(' ', '')} of all ranks' time" in _timeline_7b(schedule, int(row))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_table_of_what_is_kept_is_what_its_command_prints(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    _, rows = _table("| schedule | rank 0 |")
+    for micro_batches in (8, 16, 64):
+        last = _timeline_7b(schedule, micro_batches).splitlines()[-1]
+        assert (
+            last == f"kept for backward, at most: {' '.join(rows[schedule])} micro-batches through all layers of a rank"
+        )
+
+
+def test_numbers_of_waiting_beside_the_tables_are_those_of_their_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = " ".join(PARALLELISM.split())
+    assert "`parallel.chunks=4` takes the 13.0 % above to 9.4 %" in text
+    assert "waiting: 13.0%" in _timeline_7b("interleaved1f1b", 16)
+    assert "waiting: 9.4%" in _timeline_7b("interleaved1f1b", 16, "parallel.chunks=4")
+    assert "At pp 4 it makes 8, 9, 9 and 6 layers, and 9.1 % waiting at 64 micro-batches" in text
+    assert "`even` makes 8 of each, and 18.5 %" in text
+    balanced, even = (
+        _output(*shlex.split(command))
+        for command in re.findall(r"^megallama (plan configs/8b.*)", PARALLELISM, re.MULTILINE)
+    )
+    assert "64 micro-batches, 4 pipeline ranks, layers per stage 8 9 9 6\n" in balanced
+    assert "waiting: 9.1%" in balanced
+    assert "layers per stage 8 8 8 8\n" in even
+    assert "waiting: 18.5%" in even
+
+
+@by_page
 def test_commands_in_running_text_exist(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for code in re.findall(r"`megallama ([a-z][^`]*)`", text):
@@ -109,6 +163,28 @@ def _commands(page: Path) -> list[tuple[list[str], str]]:
             refusal = following.removeprefix("megallama: ") if following.startswith("megallama: ") else ""
             found.append((shlex.split(match["words"].partition(" > ")[0]), refusal))
     return found
+
+
+def _output(*words: str) -> str:
+    """What `megallama WORDS` prints in a terminal of 120 columns."""
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "120"})
+    assert result.exit_code == 0, words
+    return result.stdout
+
+
+def _timeline_7b(schedule: str, micro_batches: int, *more: str) -> str:
+    batch = f"train.global_batch_size={8 * micro_batches}"
+    words = ["plan", "configs/7b.yaml", "--gpus", "16", batch, f"parallel.schedule={schedule}", *more, "--timeline"]
+    found = _output(*words)
+    assert f"{schedule}, {micro_batches} micro-batches, 4 pipeline ranks" in found
+    return found
+
+
+def _table(beginning: str) -> tuple[list[str], dict[str, list[str]]]:
+    """The head of the table of docs/parallelism.md that begins so, and its rows by their first cell."""
+    head, _, *rows = re.findall(r"^\|.*\|$", PARALLELISM[PARALLELISM.index(beginning) :].split("\n\n")[0], re.MULTILINE)
+    first, *others = [[cell.strip() for cell in row.strip("|").split("|")] for row in (head, *rows)]
+    return first, {row[0]: row[1:] for row in others}
 
 
 def _parse(words: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Every combination of keys that cannot run, refused before any process starts. Pure.
+"""Every combination of keys that cannot run, refused before ranks meet and before anything is written. Pure.
 
 Each refusal names the keys as they are typed, shows the arithmetic, and ends with the nearest values that would do.
 """

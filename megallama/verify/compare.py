@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,20 +108,22 @@ def compare(trace: Trace, reference: Trace, start: Mapping[str, Tensor]) -> Diff
         for name, gradient in reference.first_gradient.items()
     }
     worst = max(gradients, key=lambda name: _nan_is_worst(gradients[name]))
-    pairs = zip([*trace.losses, *trace.evaluations], [*reference.losses, *reference.evaluations], strict=True)
-    losses = [abs(a / b - 1) for a, b in pairs]
-    norms = [abs(a / b - 1) for a, b in zip(trace.norms, reference.norms, strict=True)]
     updates = (
         relative(trace.weights[name] - weight, weight - start[name]) for name, weight in reference.weights.items()
     )
     return Difference(
-        loss=max(losses, key=_nan_is_worst),
-        first_norm=norms[0],
+        loss=worst_difference([*trace.losses, *trace.evaluations], [*reference.losses, *reference.evaluations]),
+        first_norm=worst_difference(trace.norms[:1], reference.norms[:1]),
         gradient=gradients[worst],
         worst_gradient=worst,
-        norm=max(norms, key=_nan_is_worst),
+        norm=worst_difference(trace.norms, reference.norms),
         update=max(updates, key=_nan_is_worst),
     )
+
+
+def worst_difference(found: Sequence[float], expected: Sequence[float]) -> float:
+    """The largest |a / b - 1| of pairs; what is NaN is the largest."""
+    return max((abs(a / b - 1) for a, b in zip(found, expected, strict=True)), key=_nan_is_worst)
 
 
 def relative(difference: Tensor, whole: Tensor) -> float:

@@ -21,14 +21,14 @@ class Layout:
     pp: int = 1
     dp: int = 1
     schedule: Schedule = "1f1b"
-    chunks: int = 0
-    """Stages of each rank under interleaved1f1b; 0 for 2, the default."""
+    chunks: int = 2
+    """Stages of each rank under interleaved1f1b."""
     split: tuple[int, ...] = ()
     """Decoder layers of each stage; empty for the balanced split."""
     zero: int = 1
     sequence: bool = True
-    accumulation: int = 0
-    """Micro-batches of each rank per step; 0 for the fewest that the schedule takes."""
+    accumulation: int | None = None
+    """Micro-batches of each rank per step; None for the fewest that the schedule takes."""
     recompute: str = "none"
 
     @property
@@ -59,7 +59,7 @@ class Layout:
             pipeline=self.pp,
             sequence=self.sequence,
             schedule=self.schedule,
-            chunks=self.chunks or 2,
+            chunks=self.chunks,
             layers_per_stage=self.split or "balanced",
         )
 
@@ -111,7 +111,7 @@ def parse_layout(name: str) -> Layout:
                 "zeroN with N from 1 to 3, interleaved1f1b, dualpipev, zbvzerobubble, chunksN with N from 2, "
                 "splitN+N+..., nosp, selective and full, as tp2-dp2-zero3 or pp2-dualpipev"
             )
-    if layout.chunks and layout.schedule != "interleaved1f1b":
+    if "chunks" in name and layout.schedule != "interleaved1f1b":
         raise UserError(
             f"chunks{layout.chunks} in layout {name!r} goes with interleaved1f1b only, and its schedule is "
             f"{layout.schedule}; use {replace(layout, schedule='interleaved1f1b').name}, or leave it out"

@@ -27,7 +27,7 @@ from megallama.parallel.mesh import Launch
 from megallama.parallel.spawn import RankFailedError, run_ranks
 from megallama.parallel.topology import Topology
 from megallama.start import start
-from megallama.verify.compare import BOUNDS, Difference, Trace, compare, read_trace, train_losses
+from megallama.verify.compare import BOUNDS, Difference, Trace, compare, read_trace, train_losses, worst_difference
 from megallama.verify.layout import ONE_PROCESS, Layout
 from megallama.verify.shrink import GLOBAL_BATCH_SIZE, LAYERS, shrink
 
@@ -83,16 +83,15 @@ def verify(
 
     With `resume`, each layout also continues one process's checkpoint, and one process that of the layout.
 
-    `plant`, an importable function, is called on every rank of the layouts but not in the reference: with a planted
-    bug the report must not pass.
+    `plant`, an importable function, is called on every rank of the layouts, also where they resume, but not in the
+    reference: with a planted bug the report must not pass.
     """
     if dtype not in BOUNDS:
         raise UserError(f"--dtype={dtype} is not a type to verify in; use {' or '.join(BOUNDS)}")
     with tempfile.TemporaryDirectory(prefix="megallama-verify-") as name:
         folder = Path(name)
         batch = lcm(GLOBAL_BATCH_SIZE, *(layout.dp * layout.micro_batches for layout in layouts))
-        # One layer more than stages: no split is even.
-        layers = max(LAYERS, *(sum(layout.split) or layout.stages + (layout.pp > 1) for layout in layouts))
+        layers = layers_for(layouts)
         alone = shrink(config, folder / "one process", write_dataset(folder), steps, dtype, layers, batch)
         runs = {layout.name: (layout, _spread(alone, layout)) for layout in layouts}
         progress("one process")
@@ -103,6 +102,25 @@ def verify(
             progress(name)
             verdicts.append(_judge(run, layout, reference, plant, resume=resume))
         return Report(reference.trace, verdicts)
+
+
+def layers_for(layouts: Sequence[Layout]) -> int:
+    """Decoder layers of the shrunk run: the sum of a split, else one more than the most stages, so that none is even.
+
+    UserError for layouts of which no number suits both.
+    """
+    split = next((layout for layout in layouts if layout.split), None)
+    if split is None:
+        return max(LAYERS, *(layout.stages + (layout.pp > 1) for layout in layouts))
+    layers = sum(split.split)
+    for other in layouts:
+        needs = str(sum(other.split)) if other.split else f"{other.stages} or more"
+        if layers < other.stages or (other.split and sum(other.split) != layers):
+            raise UserError(
+                f"layout {split.name} needs {layers} layers and layout {other.name} needs {needs}, and the shrunk run "
+                "has one number of layers for all; verify them by two commands, or write splits of the same sum"
+            )
+    return layers
 
 
 def write_dataset(folder: Path) -> Path:
@@ -155,7 +173,7 @@ def _spread(alone: RunConfig, layout: Layout) -> RunConfig:
 def _judge(config: RunConfig, layout: Layout, reference: Reference, plant: Plant | None, *, resume: bool) -> Verdict:
     try:
         hashes = _train(config, layout, plant)
-        resumed = _resume_both_ways(config, layout, reference) if resume else None
+        resumed = _resume_both_ways(config, layout, reference, plant) if resume else None
     except RankFailedError as error:
         return Verdict(layout, [], None, None, [str(error).strip().splitlines()[-1]])
     trace = read_trace(config)
@@ -167,15 +185,15 @@ def _judge(config: RunConfig, layout: Layout, reference: Reference, plant: Plant
     return Verdict(layout, trace.losses, difference, resumed, failures)
 
 
-def _resume_both_ways(config: RunConfig, layout: Layout, reference: Reference) -> float:
+def _resume_both_ways(config: RunConfig, layout: Layout, reference: Reference, plant: Plant | None) -> float:
     """The worst relative difference of losses when each goes on from what the other saved."""
-    here = _resume(config, reference.config, layout)
-    there = _resume(reference.config, config, ONE_PROCESS)
+    here = _resume(config, reference.config, layout, plant)
+    there = _resume(reference.config, config, ONE_PROCESS, None)
     expected = reference.trace.losses[-len(here) :]
-    return max(abs(a / b - 1) for losses in (here, there) for a, b in zip(losses, expected, strict=True))
+    return worst_difference([*here, *there], [*expected, *expected])
 
 
-def _resume(config: RunConfig, saved: RunConfig, layout: Layout) -> list[float]:
+def _resume(config: RunConfig, saved: RunConfig, layout: Layout, plant: Plant | None) -> list[float]:
     """Losses of `config` at `layout`, continued from the checkpoint that `saved` made in the middle."""
     folder = Path(tempfile.mkdtemp(dir=Path(config.run.dir).parent))
     steps = config.train.steps
@@ -185,7 +203,7 @@ def _resume(config: RunConfig, saved: RunConfig, layout: Layout) -> list[float]:
     (folder / "checkpoints" / name).symlink_to(Path(saved.run.dir) / "checkpoints" / name)
     checkpoint = config.checkpoint.model_copy(update={"resume": "must", "every": 0})
     again = config.model_copy(update={"run": RunSection(dir=str(folder)), "checkpoint": checkpoint})
-    _train(again, layout, None)
+    _train(again, layout, plant)
     return train_losses(folder)
 
 

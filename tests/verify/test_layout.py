@@ -6,7 +6,7 @@ import pytest
 
 from megallama.errors import UserError
 from megallama.verify.layout import parse_layout
-from megallama.verify.verify import verify
+from megallama.verify.verify import layers_for, verify
 from tests.verify.test_parity import assert_all_equal, debug_config
 
 MISTAKES = {
@@ -26,6 +26,10 @@ MISTAKES = {
     "use pp2-interleaved1f1b-chunks3-zero1, or leave it out",
     "pp2-chunks2-dualpipev": "chunks2 in layout 'pp2-chunks2-dualpipev' goes with interleaved1f1b only",
     "pp2-split1+1+1": "layout pp2-split1+1+1-zero1, of the shrunk run: parallel.layers_per_stage=[1, 1, 1] has 3 ",
+    "pp2-split1+3,pp2-split2+3": "layout pp2-split1+3-zero1 needs 4 layers and layout pp2-split2+3-zero1 needs 5, and ",
+    "pp4-dualpipev,pp2-split1+3": "layout pp2-split1+3-zero1 needs 4 layers and layout pp4-dualpipev-zero1 needs 8 or "
+    "more, and the shrunk run has one number of layers for all; verify them by two commands, or write splits of the "
+    "same sum",
 }
 
 
@@ -33,7 +37,7 @@ MISTAKES = {
 def test_a_layout_that_cannot_run_is_refused_before_anything_trains(name: str) -> None:
     trained: list[str] = []
     with pytest.raises(UserError) as refused:
-        verify(debug_config(), [parse_layout("dp2"), parse_layout(name)], progress=trained.append)
+        verify(debug_config(), [parse_layout(word) for word in ("dp2", *name.split(","))], progress=trained.append)
     assert MISTAKES[name] in str(refused.value)
     assert "\n" not in str(refused.value)
     assert trained == []
@@ -42,6 +46,22 @@ def test_a_layout_that_cannot_run_is_refused_before_anything_trains(name: str) -
 def test_chunks_stand_in_the_name_where_they_are_not_two() -> None:
     assert parse_layout("pp2-chunks3-interleaved1f1b").name == "pp2-interleaved1f1b-chunks3-zero1"
     assert parse_layout("pp2-interleaved1f1b-chunks2").name == "pp2-interleaved1f1b-zero1"
+
+
+@pytest.mark.parametrize(
+    ("names", "layers"),
+    [
+        ("dp2,tp2", 2),
+        ("pp2", 3),
+        ("pp2,pp4", 5),
+        ("pp4-dualpipev,pp2", 9),
+        ("pp2-split1+3", 4),
+        ("pp2-split1+3,pp4", 4),
+        ("pp4,pp2-split4+2,pp2-split1+5,pp2-interleaved1f1b", 6),
+    ],
+)
+def test_a_split_decides_how_many_layers_there_are_else_one_more_than_the_most_stages(names: str, layers: int) -> None:
+    assert layers_for([parse_layout(name) for name in names.split(",")]) == layers
 
 
 def test_a_layout_given_twice_is_trained_once() -> None:

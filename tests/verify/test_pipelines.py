@@ -21,6 +21,7 @@ MIXED = [
     "tp2-pp2-interleaved1f1b-full",
     "tp2-pp2-zbvzerobubble-full",
     "tp2-pp2-dualpipev",
+    "tp2-pp2-dp2",
     "pp2-interleaved1f1b-chunks3-acc4",
     "pp2-split1+3",
     "pp2-zbvzerobubble-split1+4+2+1",
