@@ -24,7 +24,7 @@ from megallama.pipeline import Pipeline, Stage
 from megallama.plan.stages import stage_ranks
 from megallama.timeline import Action, Kind, Span, action_lists, bubble, draw, makespan, relative_seconds, simulate
 
-UNIT = 0.4
+UNIT = 0.6
 """Seconds of one part of the work of all stages of a rank: so long that what Python and gloo add is small beside it."""
 
 SCHEDULES: list[Schedule] = ["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"]
@@ -128,10 +128,10 @@ class Busy(torch.autograd.Function):
 class SleepingStage(nn.Module):
     """A stage whose forward, input gradient and weight gradient take their times."""
 
-    def __init__(self, index: int, count: int, part: float) -> None:
+    def __init__(self, index: int, count: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(8))
-        self.first, self.last, self.part = index == 0, index == count - 1, part
+        self.first, self.last, self.part = index == 0, index == count - 1, 0.0
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         if self.first:
@@ -149,8 +149,13 @@ class SleepingChunks(nn.Module):
         self.seam = Seam()
         ranks = stage_ranks(config.parallel)
         self.indices = [stage for stage, holder in enumerate(ranks) if holder == rank]
-        part = UNIT * config.parallel.pipeline / len(ranks)
-        self.models = nn.ModuleList(SleepingStage(index, len(ranks), part) for index in self.indices)
+        self.part = UNIT * config.parallel.pipeline / len(ranks)
+        self.models = nn.ModuleList(SleepingStage(index, len(ranks)) for index in self.indices)
+
+    def begin_to_sleep(self) -> None:
+        """From here on stages take their times."""
+        for stage in self.models:
+            stage.part = self.part
 
 
 Done = list[tuple[Action, float]]
@@ -162,7 +167,7 @@ Step = tuple[float, Done]
 
 
 def run_steps(launch: Launch, config: RunConfig, micro_batches: int) -> list[Step]:
-    """Two steps, after one that does not count."""
+    """Two steps, after one that sets up and does not sleep."""
     done: Done = []
     record(done)
     mesh = build_mesh(Topology(pp=config.parallel.pipeline), launch, torch.device("cpu"))
@@ -177,6 +182,7 @@ def run_steps(launch: Launch, config: RunConfig, micro_batches: int) -> list[Ste
         pipeline.forward_backward([(batch, batch)] * micro_batches, torch.ones(()))
         torch.distributed.barrier()
         steps.append((time.perf_counter() - began, list(done)))
+        chunks.begin_to_sleep()
     return steps[1:]
 
 
