@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-layouts test-faults check format clean
+.PHONY: quickstart test test-layouts test-benchmarks test-faults check format clean
 
 quickstart: .venv/installed
 	$(BIN)/megallama tokenizer train stdlib --output data/quickstart/tokenizer --vocab-size 4096
@@ -19,6 +19,9 @@ test: .venv/installed-dev
 
 test-layouts: .venv/installed-dev
 	$(BIN)/python -m pytest -m layouts
+
+test-benchmarks: .venv/installed-dev
+	$(BIN)/python -m pytest -m benchmarks
 
 test-faults: .venv/installed-dev
 	$(BIN)/python -m pytest -m faults

@@ -159,7 +159,9 @@ def test_a_mistake_that_only_the_second_rank_can_see_is_told(byte_dataset: str, 
         "if os.environ['RANK'] == '1': sys.argv.append('data.path=nowhere')\n"
         f"runpy.run_path({PRETRAIN!r}, run_name='__main__')\n"
     )
-    outcome = execute([*torchrun(2), str(script), *arguments(byte_dataset, tmp_path / "run")], tmp_path)
+    words = arguments(byte_dataset, tmp_path / "run")
+    # Rank 0 waits for it, where signals have to wait as well: torchrun would give it half a minute.
+    outcome = execute([*torchrun(2), str(script), *words], tmp_path, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2")
     assert outcome.code != 0
     (sentence,) = outcome.sentences
     assert sentence.startswith("megallama: rank 1: nowhere.idx does not exist")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import sys
@@ -102,6 +103,8 @@ def test_an_exception_on_one_rank_ends_the_whole_run(launcher: str, byte_dataset
     assert "RuntimeError: planted in step 2" in report
     assert outcome.left_over == []
     assert len(losses(tmp_path / "run")) == 1, "step 1 was recorded before"
+    said = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert (said["status"], said["reason"]) == ("failed", "rank 1: RuntimeError: planted in step 2")
 
 
 def assert_trained(outcome: Outcome, run_dir: Path, num_ranks: int) -> None:
@@ -109,6 +112,7 @@ def assert_trained(outcome: Outcome, run_dir: Path, num_ranks: int) -> None:
     assert outcome.left_over == []
     assert "Traceback" not in outcome.err
     assert [event["reason"] for event in events(run_dir, "stop")] == ["done"]
+    assert json.loads((run_dir / "outcome.json").read_text())["status"] == "done"
     assert len(losses(run_dir)) == 4
     (checkpoint,) = (run_dir / "checkpoints").glob("step_*")
     assert len(list(checkpoint.glob("rank_*.bin"))) == num_ranks

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.benchmarks
 ROOT = Path(__file__).parents[2]
 
 
@@ -17,7 +18,6 @@ def run_accumulation(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
-@pytest.mark.layouts
 def test_the_hand_over_holds_least_and_is_as_near_to_fp32_as_any() -> None:
     layout = ["parallel.pipeline=2", "parallel.schedule=zbvzerobubble", "model.num_hidden_layers=4"]
     done = run_accumulation(*layout, "train.global_batch_size=32", "train.micro_batch_size=1", "--json")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.benchmarks
 ROOT = Path(__file__).parents[2]
 CONTENDERS = ("engine", "bare", "transformers")
 

@@ -78,6 +78,8 @@ def draw(random: Random, number: int, world_size: int, start_seconds: float) -> 
 def carry_out(plan: Kill, running: Running, world_size: int, run_dir: Path) -> bool | None:
     """Whether something was being saved when it was killed, or None if it was over before."""
     wait_for(lambda: len(running.ranks()) == world_size, running, every=0.05)
+    pids = running.ranks()  # now: looking for them takes as long as a save
+    victims = list(pids.values()) if plan.victim is None else [pids[rank] for rank in pids if rank == plan.victim]
     left_before, seen = partial_saves(run_dir), set[str]()
 
     def saves(number: int) -> bool:
@@ -95,8 +97,6 @@ def carry_out(plan: Kill, running: Running, world_size: int, run_dir: Path) -> b
         if saving or plan.behind or plan.save is None:
             break
         number = len(seen) + 1
-    pids = running.ranks()
-    victims = list(pids.values()) if plan.victim is None else [pids[rank] for rank in pids if rank == plan.victim]
     return bool(saving) if not running.over() and kill(victims) else None
 
 
