@@ -32,6 +32,7 @@ from tests.faults.runs import (
     TP2,
     Forked,
     Layout,
+    Running,
     assert_nothing_left,
     assert_same_run,
     cold,
@@ -86,6 +87,32 @@ def test_a_save_that_one_rank_cannot_write_is_dropped_by_all(byte_dataset: str, 
     assert first < failed["step"] < second < last == outcome(run_dir)["step"]
     assert saved_steps(run_dir) == [second, last]
     assert_nothing_left(tmp_path)
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-rm", "true"], stderr=subprocess.DEVNULL).returncode != 0,
+    reason="this user may not mount a small disk",
+)
+def test_a_disk_that_is_full_costs_saves_and_not_the_run(byte_dataset: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    mount = f'mount -t tmpfs -o size=16m none {run_dir}/checkpoints && exec "$@"'
+    start = ["unshare", "-rm", "sh", "-c", mount, "sh", *command("python", 1)]
+    with cold([*start, *words(byte_dataset, run_dir, ALONE, *ENDLESS)], tmp_path) as run:
+        save(run, run_dir, "checkpoint")
+        seen = Path(f"/proc/{run.process.pid}/root{run_dir}")  # the disk is there for the run alone
+        with suppress(OSError), (seen / "checkpoints" / "other data").open("wb", buffering=0) as other:
+            while True:
+                other.write(bytes(1 << 16))
+        save(run, run_dir, "checkpoint_failed")
+        assert partial_saves(seen) == set()
+        (seen / "checkpoints" / "other data").unlink()
+        save(run, run_dir, "checkpoint")
+        assert saved_steps(seen) == steps(run_dir, "checkpoint")
+        stop(run_dir)
+        assert run.process.wait(60) == 75
+    (failed,) = events(run_dir, "checkpoint_failed")
+    assert failed["reason"].endswith("rank_00000.bin: No space left on device")
 
 
 def test_a_save_that_cannot_be_committed_is_dropped_by_all(byte_dataset: str, tmp_path: Path) -> None:
@@ -613,7 +640,7 @@ def test_a_run_leaves_in_time(between: str, byte_dataset: str, tmp_path: Path) -
 # --- what the tests do to a run
 
 
-def save(run: Forked, run_dir: Path, kind: str) -> None:
+def save(run: Running, run_dir: Path, kind: str) -> None:
     """Ask for a save and wait for an event of that kind, which says how it went."""
     wait_for(lambda: recorded(run_dir, "train"), run)
     before = len(steps(run_dir, kind))

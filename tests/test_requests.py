@@ -1,0 +1,58 @@
+"""When the clock asks a run to leave: in time for what it still has to save."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megallama.launcher import STOP_SIGNALS, Ancestors
+from megallama.parallel.mesh import ALONE, ParallelMesh
+from megallama.parallel.topology import Topology
+from megallama.requests import Requests, _process_age
+
+Make = Callable[[float], Requests]
+
+
+@pytest.fixture
+def requests(tmp_path: Path) -> Iterator[Make]:
+    """Makes the requests of a run that has so many seconds left."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    mesh = ParallelMesh(Topology(), 0, torch.device("cpu"), ALONE, ALONE, ALONE, ALONE, ALONE, ALONE)
+
+    def make(seconds: float) -> Requests:
+        return Requests(tmp_path, mesh, (_process_age() + seconds) / 60, 10**9, Ancestors())
+
+    yield make
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("save_seconds", "saving", "leaves"), [(50.0, False, False), (50.0, True, True), (110.0, False, True)]
+)
+def test_a_run_leaves_while_there_is_time_to_save(
+    save_seconds: float, saving: bool, leaves: bool, requests: Make
+) -> None:
+    """And while one is in flight, for that and the last."""
+    run = requests(100.0)
+    run.save_took(save_seconds)
+    run.save_took(1.0)
+    stop = run.agree(saving=saving, give_up=False).stop
+    assert stop == ("train.max_minutes" if leaves else None)
+
+
+def test_before_a_save_was_measured_a_disk_is_taken_to_be_slow(requests: Make) -> None:
+    assert requests(5.0).agree(saving=False, give_up=False).stop == "train.max_minutes"
+    assert requests(20.0).agree(saving=False, give_up=False).stop is None
+
+
+def test_the_age_of_a_process_counts_from_before_its_first_import() -> None:
+    script = "import time; time.sleep(1); from megallama.requests import _process_age; print(_process_age())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert 1.0 < float(done.stdout) < _process_age()
