@@ -23,7 +23,7 @@ Make = Callable[[float], Requests]
 def requests(tmp_path: Path) -> Iterator[Make]:
     """Makes the requests of a run that has so many seconds left."""
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    mesh = ParallelMesh(Topology(), 0, torch.device("cpu"), ALONE, ALONE, ALONE, ALONE, ALONE, ALONE)
+    mesh = ParallelMesh(Topology(), 0, torch.device("cpu"), ALONE, ALONE, ALONE, ALONE, ALONE)
 
     def make(seconds: float) -> Requests:
         return Requests(tmp_path, mesh, (_process_age() + seconds) / 60, 10**9, Ancestors())

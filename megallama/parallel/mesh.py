@@ -73,7 +73,6 @@ class ParallelMesh:
     rank: int
     device: torch.device
     tp: Axis
-    dp: Axis
     pp: Axis
     data: Axis
     model: Axis
@@ -114,7 +113,6 @@ def build_mesh(topology: Topology, launch: Launch, device: torch.device) -> Para
         rank=launch.rank,
         device=device,
         tp=axis("tp"),
-        dp=axis("dp"),
         pp=axis("pp"),
         data=axis("dp", "cp"),
         model=axis("pp", "tp"),
