@@ -5,7 +5,8 @@ first of them. All rounds run in the same processes, back and forth. The round w
 done and the checkpoint exists. A synchronous save, training idle, is what the waiting is compared with; the processor
 time of the processes that write, divided by the cores, is what the added time is compared with. Tokens are random.
 
-Example: python benchmarks/saving.py configs/110m.yaml train.device=cpu data.sequence_length=128 --steps 20
+Example: python benchmarks/saving.py configs/110m.yaml train.device=cpu train.dtype=fp32 data.sequence_length=128 \\
+    train.micro_batch_size=1 train.global_batch_size=1 --steps 10 --rounds 3
 """
 
 from __future__ import annotations
