@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -43,6 +42,7 @@ from megallama.metrics import Metrics, check_sinks
 from megallama.model.chunks import Chunks
 from megallama.model.llama import Seam
 from megallama.outcome import Status, write_failure, write_outcome
+from megallama.pace import Pace
 from megallama.parallel.init import initialise
 from megallama.parallel.mesh import Launch, ParallelMesh, build_mesh, sum_losses
 from megallama.parallel.topology import Topology
@@ -54,25 +54,6 @@ from megallama.requests import Requests, Wishes
 from megallama.run_dir import check_run_dir, checkpoint_bytes, locked, recorded
 from megallama.schedule import learning_rate
 from megallama.watchdog import Watchdog
-
-
-class Pace:
-    """Time spent in steps alone: evaluations and saves in between do not count."""
-
-    def __init__(self) -> None:
-        self._spent, self._steps, self._began = 0.0, 0, 0.0
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._spent += time.perf_counter() - self._began
-        self._steps += 1
-
-    def take(self) -> float:
-        """Mean seconds per step since the last call."""
-        mean, self._spent, self._steps = self._spent / self._steps, 0.0, 0
-        return mean
 
 
 @dataclass(frozen=True)
