@@ -6,7 +6,7 @@ done and the checkpoint exists. A synchronous save, training idle, is what the w
 time of the processes that write, divided by the cores, is what the added time is compared with. Tokens are random.
 
 Example: python benchmarks/saving.py configs/110m.yaml train.device=cpu train.dtype=fp32 data.sequence_length=128 \\
-    train.micro_batch_size=1 train.global_batch_size=1 --steps 10 --rounds 3
+    train.micro_batch_size=1 train.global_batch_size=1
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Annotated, Any
 
 import torch
@@ -119,6 +119,7 @@ def measure(
 def summary(config_path: Path, config: RunConfig, ranks: int, steps: int, rounds: Sequence[Round]) -> dict[str, Any]:
     """Medians over the rounds, and the ratios that are bounded."""
     cores = len(os.sched_getaffinity(0))
+    added = [r.added_seconds / (r.result.cpu_seconds / cores) for r in rounds]
     return {
         "config": str(config_path),
         "parameters": count_parameters(config.model).total,
@@ -134,7 +135,8 @@ def summary(config_path: Path, config: RunConfig, ranks: int, steps: int, rounds
         "writer_cpu_seconds": median(r.result.cpu_seconds for r in rounds),
         "added_seconds": median(r.added_seconds for r in rounds),
         "blocked_ratio": median(r.result.blocked_seconds / r.synchronous_seconds for r in rounds),
-        "added_ratio": median(r.added_seconds / (r.result.cpu_seconds / cores) for r in rounds),
+        "added_ratio": median(added),
+        "added_ratio_quartiles": quantiles(added)[::2] if len(added) > 1 else [added[0]] * 2,
         "added_rounds": [r.added_seconds for r in rounds],
     }
 
@@ -155,6 +157,8 @@ def print_report(report: dict[str, Any]) -> None:
     table.add_row("training waits", f"{report['blocked_seconds']:.3f}", blocked, f"{MOST_BLOCKED} of it")
     table.add_row("the writers compute", f"{report['writer_cpu_seconds']:.2f}", "", "")
     table.add_row("training takes longer by", f"{report['added_seconds']:.2f}", added, f"{MOST_ADDED} of that / cores")
+    low, high = report["added_ratio_quartiles"]
+    table.add_row("", "", f"{low:.2f} - {high:.2f}", "half of the rounds")
     table.add_row(
         "request to checkpoint, the longest", f"{report['committed_seconds']:.1f}", "", f"{MOST_SECONDS:.0f} s"
     )
@@ -165,8 +169,8 @@ def main(
     config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of a run; its data are not read.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None,
     ranks: Annotated[int, typer.Option(help="Processes on this machine; more than one on the CPU only.", min=1)] = 1,
-    steps: Annotated[int, typer.Option(help="Training steps of a round: more than a save takes.", min=1)] = 20,
-    rounds: Annotated[int, typer.Option(help="Rounds.", min=1)] = 5,
+    steps: Annotated[int, typer.Option(help="Training steps of a round: more than a save takes.", min=1)] = 5,
+    rounds: Annotated[int, typer.Option(help="Rounds; few say little, since steps vary.", min=1)] = 11,
     folder: Annotated[Path | None, typer.Option(help="Where to write; the system's temporary folder if unset.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from megallama.checkpoint.cli import checkpoint_app
+from megallama.cluster.cli import launch
 from megallama.config.cli import config
-from megallama.config.load import load_config
 from megallama.data.cli import data_app, tokenizer_app
 from megallama.errors import UserError
 from megallama.plan.cli import plan
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(plan)
 app.command()(config)
+app.command()(launch)
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(checkpoint_app, name="checkpoint")
@@ -45,6 +46,7 @@ def verify(
     """
     from rich.console import Console
 
+    from megallama.config.load import load_config
     from megallama.verify.layout import default_layouts, parse_layout
     from megallama.verify.report import as_json as report_json
     from megallama.verify.report import print_report

@@ -4,5 +4,6 @@
 class UserError(ValueError):
     """A mistake of the user's: one sentence with the offending value and the nearest legal fix.
 
-    Commands print the sentence alone and leave with exit code 2; nothing has been written.
+    Commands print the sentence alone and leave with exit code 2; nothing has been written,
+    unless a run was under way that ran out of memory.
     """

@@ -14,6 +14,10 @@ OUTCOME = "outcome.json"
 REQUEUE_CODE = 75
 """Exit code after a complete save that waits to be started again (EX_TEMPFAIL of sysexits.h)."""
 
+STOP_FILE = "STOP"
+BY_STOP_FILE = f"stopped by the file {STOP_FILE}"
+"""The reason of a run that a person, or the script of its job, asked to stop."""
+
 Status = Literal["running", "done", "stopped", "requeue", "failed"]
 """stopped is by train.stop_after; running, where no process holds the lock, is a run that was killed."""
 

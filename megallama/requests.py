@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -16,9 +17,10 @@ import torch
 import torch.distributed as dist
 
 from megallama.launcher import STOP_SIGNALS, Ancestors, release_signals
+from megallama.outcome import STOP_FILE
 from megallama.parallel.mesh import ParallelMesh
 
-STOP_FILE, SAVE_FILE = "STOP", "SAVE"
+SAVE_FILE = "SAVE"
 REASONS = ("a signal", "the end of the launcher", f"the file {STOP_FILE}", "train.max_minutes")
 _UNMEASURED_BYTES_PER_SECOND = 1e8
 """What a disk is taken to write until a save has shown better."""
@@ -47,9 +49,9 @@ class Requests:
         self._agreed: float | None = None
         self._longest_round = 0.0
         self._signalled = False
-        if mesh.rank == 0:  # what an earlier start was asked was meant for it
+        if mesh.rank == 0:
             for name in (STOP_FILE, SAVE_FILE):
-                (run_dir / name).unlink(missing_ok=True)
+                _forget(run_dir / name)
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
         release_signals()
@@ -88,6 +90,13 @@ class Requests:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
+
+
+def _forget(request: Path) -> None:
+    """Remove what an earlier start was asked; what was asked since this process began is meant for this one."""
+    with suppress(OSError):
+        if request.stat().st_mtime < time.time() - _process_age():
+            request.unlink()
 
 
 def _process_age() -> float:

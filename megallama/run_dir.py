@@ -79,7 +79,8 @@ def recorded(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, steps:
         try:
             yield metrics
         except BaseException as error:
-            reason = f"rank {mesh.rank}: {type(error).__name__}: {error}".splitlines()[0]
+            failed = f"rank {mesh.rank}: {type(error).__name__}: {error}"
+            reason = (str(error) if isinstance(error, UserError) else failed).splitlines()[0]
             write_failure(Path(config.run.dir), reason)
             raise
 
@@ -92,7 +93,8 @@ def _record(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, steps: 
     (folder / "config.yaml").write_text(dump_config(config))
     tokenizer.save(folder / "tokenizer")
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
-    facts = environment(device=device, topology=asdict(mesh.topology), peak=asdict(peak))
+    layout, threads = asdict(mesh.topology), torch.get_num_threads()
+    facts = environment(device=device, threads=threads, topology=layout, peak=asdict(peak))
     (folder / "environment.json").write_text(json.dumps(facts, indent=2))
     write_outcome(folder, "running", 0, "")
     return open_metrics(config, folder, steps)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def start(config: RunConfig, launch: Launch) -> Finished:
     """Train `config` as the rank that `launch` says, until the run or this start of it has ended.
 
-    UserError, raised by every rank alike and before anything is written, for what a user can mend.
+    UserError, raised by every rank alike and before anything is written, for what a user can mend; later, and on one
+    rank alone, where that has too little memory.
     """
     check_config(config, launch.world_size)
     device = pick_device(config.train.device, launch.local_rank)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A Llama of 1.1B parameters on one node of 8 GPUs: dp 8.
-# Submit from the repository root: sbatch slurm/1b.sh [key.sub=value ...]; submitted again, it resumes.
+# Submit from the repository root: sbatch slurm/1b.sh [key.sub=value ...]; docs/clusters.md tells what follows.
 #SBATCH --job-name=megallama-1b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -8,6 +8,8 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=7-00:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Llama 7B on 16 nodes of 8 GPUs: tp 2, pp 4, dp 16.
-# Submit from the repository root: sbatch slurm/7b.sh [key.sub=value ...]; submitted again, it resumes.
+# Submit from the repository root: sbatch slurm/7b.sh [key.sub=value ...]; docs/clusters.md tells what follows.
 #SBATCH --job-name=megallama-7b
 #SBATCH --nodes=16
 #SBATCH --ntasks-per-node=1
@@ -8,6 +8,8 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=7-00:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,3 +58,18 @@ def test_the_age_of_a_process_counts_from_before_its_first_import() -> None:
     script = "import time; time.sleep(1); from megallama.requests import _process_age; print(_process_age())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert 1.0 < float(done.stdout) < _process_age()
+
+
+@pytest.mark.parametrize(("age", "obeyed"), [(1.0, True), (-1.0, False)], ids=["since", "before"])
+def test_a_stop_file_is_for_the_start_that_was_there_when_it_was_made(
+    age: float, obeyed: bool, tmp_path: Path, requests: Make
+) -> None:
+    """Also when that was still importing: a launcher's trap may touch it at any time."""
+    began = time.time() - _process_age()
+    stop = tmp_path / "STOP"
+    stop.touch()
+    os.utime(stop, (began + age, began + age))
+    run = requests(1000.0)
+    assert stop.exists() is obeyed
+    assert run.agree(saving=False, give_up=False).stop == ("the file STOP" if obeyed else None)
+    assert not stop.exists()

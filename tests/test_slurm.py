@@ -1,67 +1,36 @@
-"""The sbatch scripts, with stand-ins for Slurm's commands; the real Slurm is exercised elsewhere."""
+"""The files of slurm/ where there is no Slurm; tests/slurm has one."""
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from megallama.data.build import build_dataset
+from megallama.cluster.job_file import Allocation, job_file
+from tests.launching import BIN
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+SIZES = [script for script in SCRIPTS if script.stem not in ("run", "environment")]
 
-# Jobs of other tests on this machine take other ports.
-JOB = str(os.getpid())
-
-# Runs the command that it is given once per node, all nodes on this machine and at the same time.
+# A stand-in: neither Apptainer nor Pyxis is to be had where these tests run. Prints the words that reach srun.
 SRUN = """#!/usr/bin/env bash
-while [[ $1 == --* ]]; do
-  case $1 in --output=*) output=${1#--output=} ;; esac
-  shift
-done
-tasks=()
-for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
-  SLURM_NODEID=$node "$@" >>"${output/\\%n/$node}" 2>&1 &
-  tasks+=($!)
-done
-code=0
-for task in "${tasks[@]}"; do wait "$task" || code=$?; done
-exit "$code"
+printf '%s ' srun "$@" >>"$SAID"
+echo >>"$SAID"
+while [[ $1 == --* ]]; do shift; done
+if [[ $* == *cluster.job* ]]; then exec "$@"; fi
+if [[ $* == *cluster.preflight* ]]; then exit 0; fi
 """
-
-# Every node is this machine.
+APPTAINER = """#!/usr/bin/env bash
+while [[ $1 != python ]]; do shift; done
+exec "$@"
+"""
 SCONTROL = """#!/usr/bin/env bash
-if [[ $2 == hostnames ]]; then
-  tr , '\\n' <<<"$3"
-else
-  echo "NodeName=$3 Arch=x86_64 NodeAddr=127.0.0.1 NodeHostName=$3"
-fi
+if [[ $2 == hostnames ]]; then tr , '\n' <<<"$3"; else echo "NodeName=$3 NodeAddr=10.0.0.1 NodeHostName=$3"; fi
 """
-
-SMALL = [
-    "model.vocab_size=257",
-    "model.hidden_size=32",
-    "model.intermediate_size=64",
-    "model.num_hidden_layers=2",
-    "model.num_attention_heads=4",
-    "model.num_key_value_heads=2",
-    "data.tokenizer=bytes",
-    "data.sequence_length=32",
-    "data.validation_fraction=0.2",
-    "parallel.pipeline=1",
-    "parallel.tensor=2",
-    "train.device=cpu",
-    "train.steps=2",
-    "train.micro_batch_size=2",
-    "train.global_batch_size=4",
-    "schedule.warmup_steps=1",
-    "evaluation.samples=2",
-]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
@@ -69,82 +38,96 @@ def test_scripts_are_legal_bash(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
 
 
-@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.name != "run.sh"], ids=lambda script: script.name)
+@pytest.mark.parametrize("script", SIZES, ids=lambda script: script.name)
 def test_scripts_are_thin(script: Path) -> None:
     lines = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
     assert lines[-1].startswith(f'exec bash "$folder/run.sh" configs/{script.stem}.yaml')
     assert len(lines) == 3
 
 
-def test_sbatch_script_trains_over_two_nodes(tmp_path: Path) -> None:
-    result = _submit(tmp_path, "7b.sh", [*SMALL, f"data.path={_dataset(tmp_path)}", f"run.dir={tmp_path / 'run'}"])
-    logs = {path.name: path.read_text() for path in sorted((tmp_path / "run" / "logs").iterdir())}
-    assert result.returncode == 0, (result.stderr, logs)
-    assert list(logs) == [f"{JOB}-0-node0.log", f"{JOB}-0-node1.log"]
-    assert "step 2  done" in logs[f"{JOB}-0-node0.log"], "rank 0 is on the first node"
-    assert "step 2  done" not in logs[f"{JOB}-0-node1.log"]
-    facts = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert facts["topology"] == {"pp": 1, "dp": 1, "cp": 1, "tp": 2}
+@pytest.mark.parametrize("script", SIZES, ids=lambda script: script.name)
+def test_a_written_job_file_asks_for_what_the_shipped_one_asks(script: Path, tmp_path: Path) -> None:
+    asked = dict(_options(script.read_text()))
+    allocation = Allocation(int(asked["--nodes"]), 8, True, asked["--time"], int(asked["--signal"].partition("@")[2]))
+    run_dir = tmp_path / script.stem
+    written = dict(_options(job_file(Path(f"configs/{script.stem}.yaml"), [], run_dir, "%x-%j.log", allocation)))
+    assert written == asked
 
 
-def test_a_mistake_in_the_configuration_ends_the_job_before_any_node_is_used(tmp_path: Path) -> None:
-    result = _submit(tmp_path, "7b.sh", [*SMALL, "parallel.tensor=3", f"run.dir={tmp_path / 'run'}"])
-    assert result.returncode == 2
-    assert "megallama: parallel.tensor=3 does not divide" in result.stderr
+def test_without_slurm_there_is_one_sentence(tmp_path: Path) -> None:
+    found = _bash(tmp_path, ROOT / "slurm" / "7b.sh", PATH=os.environ["PATH"])
+    assert found.returncode == 2
+    assert found.stderr == "megallama: not inside a Slurm job; submit it: sbatch slurm/7b.sh\n"
+    launched = subprocess.run(
+        [BIN / "megallama", "launch", "configs/7b.yaml", f"run.dir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert launched.returncode == 2
+    assert launched.stderr.startswith("megallama: squeue is not on PATH: this machine has no Slurm; go to a login node")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_failing_run_fails_the_job_and_says_where_to_look(tmp_path: Path) -> None:
-    _write_commands(tmp_path, srun="#!/usr/bin/env bash\nexit 143\n")
-    result = _submit(tmp_path, "7b.sh", [*SMALL, f"run.dir={tmp_path / 'run'}"], write=False)
-    assert result.returncode == 143
-    assert f"{tmp_path}/run/logs/{JOB}-0-node" in result.stderr
+def test_a_missing_environment_is_one_sentence(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "slurm", tmp_path / "checkout" / "slurm")
+    _stand_in(tmp_path, scontrol=SCONTROL)
+    found = _bash(tmp_path, tmp_path / "checkout" / "slurm" / "7b.sh", PATH=f"{tmp_path / 'bin'}:/usr/bin:/bin", **JOB)
+    assert found.returncode == 2
+    (sentence,) = found.stderr.splitlines()
+    assert "does not know megallama; make " in sentence
+    assert str(tmp_path / "checkout" / ".venv") in sentence
 
 
-def test_scripts_run_from_a_copy_elsewhere_as_sbatch_does_it(tmp_path: Path) -> None:
-    copy = tmp_path / "spool" / "slurm_script"
-    copy.parent.mkdir()
-    copy.write_text((ROOT / "slurm" / "7b.sh").read_text())
-    _write_commands(tmp_path, srun='#!/usr/bin/env bash\necho "srun in $PWD"\n')
-    result = _submit(tmp_path, copy, [*SMALL, f"run.dir={tmp_path / 'run'}"], write=False)
-    assert result.returncode == 0, result.stderr
-    assert f"srun in {ROOT}" in result.stdout
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        ("image.sif", "apptainer exec --nv --bind {root},/data --pwd {root} image.sif "),
+        (
+            "lab/image:1",
+            "--container-image=lab/image:1 --container-mounts={root}:{root},/data:/data --container-workdir",
+        ),
+    ],
+)
+def test_a_container_is_around_every_command_on_the_nodes(image: str, words: str, tmp_path: Path) -> None:
+    _stand_in(tmp_path, srun=SRUN, apptainer=APPTAINER, scontrol=SCONTROL)
+    path = f"{tmp_path / 'bin'}:{BIN}:{os.environ['PATH']}"
+    said = tmp_path / "said"
+    container = {"CONTAINER": image, "CONTAINER_MOUNTS": "/data", "SAID": str(said), "PATH": path}
+    for look in ("yes", "no"):
+        words_of_run = [*SMALL, f"run.dir={tmp_path / 'run'}"]
+        _bash(tmp_path, ROOT / "slurm" / "7b.sh", *words_of_run, MEGALLAMA_PREFLIGHT=look, **JOB, **container)
+    calls = said.read_text().splitlines()
+    for what in ("torchrun", "megallama.cluster.preflight"):
+        assert any(what in call for call in calls)
+    for call in calls:
+        assert words.format(root=ROOT) in call
 
 
-def _submit(
-    folder: Path, script: str | Path, overrides: list[str], *, write: bool = True
-) -> subprocess.CompletedProcess[str]:
-    """What `sbatch SCRIPT OVERRIDES` would run on the first of two nodes with one rank each."""
-    if write:
-        _write_commands(folder)
-    path = [str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
-    slurm = {
-        "SLURM_JOB_ID": JOB,
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_JOB_NODELIST": "n1,n2",
-        "SLURM_SUBMIT_DIR": str(ROOT),
-        "MEGALLAMA_NPROC_PER_NODE": "1",
-    }
-    return subprocess.run(
-        ["bash", ROOT / "slurm" / script, *overrides],
-        env={**os.environ, **slurm, "PATH": os.pathsep.join(path)},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+JOB = {
+    "SLURM_JOB_ID": str(os.getpid()),
+    "SLURM_JOB_NUM_NODES": "16",
+    "SLURM_JOB_NODELIST": "n1,n2",
+    "SLURM_GPUS_ON_NODE": "8",
+}
+SMALL = ["train.device=cpu", "model.hidden_size=256", "model.intermediate_size=256"]
 
 
-def _write_commands(folder: Path, srun: str = SRUN) -> None:
+def _options(text: str) -> list[tuple[str, str]]:
+    lines = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+    return [(name, value) for name, _, value in (line.partition("=") for line in lines)]
+
+
+def _bash(folder: Path, *words: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """As a user without Slurm's own variables."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | variables
+    return subprocess.run(["bash", *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def _stand_in(folder: Path, **commands: str) -> None:
     (folder / "bin").mkdir()
-    for name, content in (("srun", srun), ("scontrol", SCONTROL)):
+    for name, content in commands.items():
         command = folder / "bin" / name
         command.write_text(content)
         command.chmod(0o755)
-
-
-def _dataset(folder: Path) -> str:
-    lines = [json.dumps({"text": f"document {number} " * 20}) for number in range(40)]
-    (folder / "text.jsonl").write_text("\n".join(lines))
-    build_dataset([str(folder / "text.jsonl")], str(folder / "corpus"), "bytes", workers=1)
-    return str(folder / "corpus")

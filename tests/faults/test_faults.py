@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -241,6 +242,7 @@ def test_a_writer_that_is_killed_costs_one_save_and_is_started_again(
         os.kill(before[rank], signal.SIGSTOP)
         (run_dir / "SAVE").touch()
         wait_for(lambda: partial_saves(run_dir), run)  # the other rank's file
+        wait_for(lambda: waiting_orders(before[rank]), run)  # killed before it has its order, it would cost no save
         os.kill(before[rank], signal.SIGKILL)
         wait_for(lambda: recorded(run_dir, "checkpoint_failed"), run)
         assert partial_saves(run_dir) == set()
@@ -665,6 +667,13 @@ def writers(run: Forked, home: Path) -> dict[int, int]:
                 parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
                 found[ranks[parent]] = pid
     return found
+
+
+def waiting_orders(pid: int) -> int:
+    """Bytes on the input of a writing process that it has not read."""
+    with Path(f"/proc/{pid}/fd/0").open("rb", buffering=0) as pipe:
+        (count,) = struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))
+    return int(count)
 
 
 @contextmanager
