@@ -3,8 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
+# At a time: one waits for its processes to start while the other computes. What is timed runs alone.
+TWO_FILES := --numprocesses 2 --dist loadfile
 
-.PHONY: quickstart test test-layouts test-benchmarks test-faults check format clean
+.PHONY: quickstart test test-layouts test-benchmarks test-faults test-slurm check format clean
 
 quickstart: .venv/installed
 	$(BIN)/megallama tokenizer train stdlib --output data/quickstart/tokenizer --vocab-size 4096
@@ -15,16 +17,19 @@ quickstart: .venv/installed
 	@echo "--- the run is in $(RUN); continue it with: megallama generate $(RUN) --prompt '...'"
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO_FILES)
 
 test-layouts: .venv/installed-dev
-	$(BIN)/python -m pytest -m layouts
+	$(BIN)/python -m pytest -m layouts $(TWO_FILES)
 
 test-benchmarks: .venv/installed-dev
 	$(BIN)/python -m pytest -m benchmarks
 
 test-faults: .venv/installed-dev
 	$(BIN)/python -m pytest -m faults
+
+test-slurm: .venv/installed-dev .venv/slurm/installed
+	$(BIN)/python -m pytest -m slurm
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -50,3 +55,7 @@ $(BIN)/python:
 .venv/installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ .venv/installed
+
+.venv/slurm/installed: tests/slurm/install.sh | $(BIN)/python
+	bash tests/slurm/install.sh .venv/slurm
+	touch $@

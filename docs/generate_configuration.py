@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megallama.config.deepspeed import deepspeed_config
-from megallama.config.load import json_schema, load_config
+from megallama.config.json_schema import json_schema
+from megallama.config.load import load_config
 
 PAGE = Path(__file__).with_name("configuration.md")
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -161,6 +161,21 @@ def _train_line(e: Event, total: int) -> str:
     )
 
 
+def _forecast_line(e: Event, _: int) -> str:
+    said = []
+    if "predicted_seconds" in e:
+        predicted, measured = e["predicted_seconds"], e["seconds"]
+        said.append(f"{measured:.4g} s a step, predicted {_beside(predicted, measured, '.4g', 's')}")
+    if "predicted_memory_bytes" in e:
+        predicted, measured = e["predicted_memory_bytes"] / 2**30, e["peak_memory_bytes"] / 2**30
+        said.append(f"mem {measured:.2f} GiB, predicted {_beside(predicted, measured, '.2f', 'GiB')}")
+    return f"step {e['step']}  {'  '.join(said)}"
+
+
+def _beside(predicted: float, measured: float, digits: str, unit: str) -> str:
+    return f"{predicted:{digits}} {unit} ({predicted / measured - 1:+.1%})"
+
+
 def _duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
@@ -170,6 +185,7 @@ def _duration(seconds: float) -> str:
 _LINES: dict[str, Callable[[Event, int], str]] = {
     "train": _train_line,
     "eval": lambda e, _: f"step {e['step']}  {e['split']} loss {e['loss']:.4f}  perplexity {e['perplexity']:.2f}",
+    "forecast": _forecast_line,
     "checkpoint": lambda e, _: (
         f"step {e['step']}  saved {e['path']} in {e['seconds']:.1f} s, {e['blocked_seconds']:.2f} s of them waited for"
     ),

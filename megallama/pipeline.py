@@ -35,6 +35,7 @@ from megallama.config.schema import ParallelConfig, RunConfig
 from megallama.model.chunks import Chunks
 from megallama.parallel.layers import BackwardPart
 from megallama.parallel.mesh import ParallelMesh
+from megallama.plan.orders import Action, action_lists
 from megallama.plan.stages import stage_ranks
 
 MicroBatch = tuple[Tensor, Tensor]
@@ -56,21 +57,16 @@ def make_schedule(
         made: _PipelineScheduleRuntime = kind(stages, micro_batches, loss_fn=loss, scale_grads=False)
         return made
     runtime = _PipelineScheduleRuntime(stages, micro_batches, loss_fn=loss, scale_grads=False)
-    ranks = parallel.pipeline
-    runtime.pipeline_order = {rank: _one_forward_one_backward(rank, ranks, micro_batches) for rank in range(ranks)}
+    lists = action_lists(parallel, micro_batches)
+    runtime.pipeline_order = {rank: _as_torch(actions) for rank, actions in enumerate(lists)}
     runtime._prepare_schedule_with_comms(runtime.pipeline_order)
     return runtime
 
 
-def _one_forward_one_backward(rank: int, ranks: int, micro_batches: int) -> list[_Action | None]:
-    """As many forwards as stages from here on, then backward and forward in turns (arXiv 2006.09503)."""
-    ahead = min(micro_batches, ranks - rank)
-    order: list[_Action | None] = [_Action(rank, FORWARD, m) for m in range(ahead)]
-    for m in range(micro_batches):
-        order.append(_Action(rank, FULL_BACKWARD, m))
-        if ahead + m < micro_batches:
-            order.append(_Action(rank, FORWARD, ahead + m))
-    return order
+def _as_torch(actions: Sequence[Action]) -> list[_Action | None]:
+    """The list in torch's words."""
+    kinds = {"F": FORWARD, "B": FULL_BACKWARD}
+    return [_Action(action.stage, kinds[action.kind], action.micro_batch) for action in actions]
 
 
 class Pipeline:
@@ -231,6 +227,8 @@ class Stage(PipelineStage):
             self._graphs[bwd_chunk_id] = [get_gradient_edge(output) for output in outputs]
         with nullcontext() if full_backward else self._part.only("inputs"):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        if loss is not None and full_backward:
+            loss.detach_()  # it is kept to the end of the step, and with its graph what this stage received
         _free(self.grad_recv_info[bwd_chunk_id])
         _wait_batch_p2p(self._sent_outputs.pop(bwd_chunk_id, []))  # its gradient is here
 

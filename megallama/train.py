@@ -37,10 +37,12 @@ from megallama.data.loader import Loader, MicroBatch, prefetched
 from megallama.data.tokenizer import load_tokenizer
 from megallama.engine import Engine, StepResult
 from megallama.evaluate import evaluate
+from megallama.forecast import report_forecast
 from megallama.labels import IGNORED
 from megallama.metrics import Metrics, check_sinks
 from megallama.model.chunks import Chunks
 from megallama.model.llama import Seam
+from megallama.out_of_memory import memory_explained
 from megallama.outcome import Status, write_failure, write_outcome
 from megallama.pace import Pace
 from megallama.parallel.init import initialise
@@ -104,7 +106,7 @@ class Run:
 def train(config: RunConfig, launch: Launch, device: torch.device) -> Finished:
     """Train `config` as one rank of the job.
 
-    UserError, on every rank alike, for what a user can mend.
+    UserError, on every rank alike, for what a user can mend; on one rank alone where that has too little memory.
     """
     batching = check_config(config, launch.world_size)
     check_run_dir(config)
@@ -127,6 +129,7 @@ def train(config: RunConfig, launch: Launch, device: torch.device) -> Finished:
         start, damaged = confirm(agree(pick, mesh), mesh)  # whoever held the lock until now may have saved
         metrics = stack.enter_context(recorded(config, mesh, tokenizer, steps, peak))
         watchdog = stack.enter_context(watched(config, mesh))
+        stack.enter_context(memory_explained(config, mesh))
         retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every)
         if mesh.rank == 0:
             put_in_order(folder, start, damaged, retention, metrics)
@@ -248,6 +251,7 @@ def loop(run: Run, state: TrainState) -> Ending:
         skipped = 0 if result.applied else skipped + 1
         if skipped:
             run.metrics.write("skip", step=state.step, samples=state.samples)
+        report_forecast(run.config, run.mesh, run.metrics, state.step, pace)
         report_saves(run)
         hopeless = run.saver.failures >= run.config.checkpoint.max_failures
         wishes = run.requests.agree(saving=run.saver.busy, give_up=hopeless)

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from megallama.cli import app
 from megallama.config.load import load_config
 from megallama.errors import UserError
+from megallama.plan.memory import GIB, rank_state
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -70,8 +71,9 @@ def test_commands_are_accepted_or_refused_as_shown(page: Path, monkeypatch: pyte
             assert arguments[0] == "--config", words
             load_config(ROOT / arguments[1], arguments[2:])
         elif words[0] == "sbatch":
-            assert (ROOT / words[1]).is_file(), words
-            load_config(ROOT / "configs" / f"{Path(words[1]).stem}.yaml", words[2:])
+            script, *overrides = [word for word in words[1:] if not word.startswith("--")]
+            assert (ROOT / script).is_file(), words
+            load_config(ROOT / "configs" / f"{Path(script).stem}.yaml", overrides)
         elif words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
 
@@ -178,6 +180,19 @@ def _timeline_7b(schedule: str, micro_batches: int, *more: str) -> str:
     found = _output(*words)
     assert f"{schedule}, {micro_batches} micro-batches, 4 pipeline ranks" in found
     return found
+
+
+def test_the_state_of_a_layout_is_what_the_plan_says() -> None:
+    _, rows = _table("| layout | dp | state, GiB |")
+    assert len(rows) == 6
+    for layout, (dp, gib) in rows.items():
+        name, size = layout.split()
+        key = "zero.stage" if name == "ZeRO" else "parallel.tensor"
+        config = load_config(
+            ROOT / "configs" / "7b.yaml", ["parallel.pipeline=1", "parallel.tensor=1", f"{key}={size}"]
+        )
+        (state,) = rank_state(config, int(dp))
+        assert gib == f"{sum(row.size for row in state) / GIB:.2f}", layout
 
 
 def _table(beginning: str) -> tuple[list[str], dict[str, list[str]]]:

@@ -21,11 +21,16 @@ from megallama.parallel.mesh import Launch, build_mesh
 from megallama.parallel.spawn import run_ranks
 from megallama.parallel.topology import Topology
 from megallama.pipeline import Pipeline, Stage
+from megallama.plan.orders import Action, Kind, action_lists
+from megallama.plan.simulation import Span, bubble, makespan, relative_seconds, simulate
 from megallama.plan.stages import stage_ranks
-from megallama.timeline import Action, Kind, Span, action_lists, bubble, draw, makespan, relative_seconds, simulate
+from megallama.plan.timeline import draw
 
 UNIT = 0.6
 """Seconds of one part of the work of all stages of a rank: so long that what Python and gloo add is small beside it."""
+
+ROUNDS = 3
+"""At most, of two steps each: whatever else the machine does only adds waiting."""
 
 SCHEDULES: list[Schedule] = ["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"]
 
@@ -212,23 +217,26 @@ def record(done: Done) -> None:
     timed("backward_weight_one_chunk", lambda _: "W")
 
 
-@pytest.mark.layouts
+@pytest.mark.benchmarks
 def test_stages_of_known_times_wait_as_long_as_simulated_and_run_in_its_order() -> None:
     pp, micro_batches = 4, 8
     taken: dict[Schedule, float] = {}
     for schedule in SCHEDULES:
         overrides = [f"parallel.pipeline={pp}", f"parallel.schedule={schedule}", "model.hidden_size=8"]
         config = load_config("configs/debug.yaml", [*overrides, "data.sequence_length=4", "train.micro_batch_size=1"])
-        taken[schedule], found = fastest(run_ranks(run_steps, pp, config, micro_batches))
         lists = action_lists(config.parallel, micro_batches)
-        assert [[action for action, _ in done] for done in found] == lists, schedule
-        took = means([entry for done in found for entry in done])
+        for _ in range(ROUNDS):
+            taken[schedule], found = fastest(run_ranks(run_steps, pp, config, micro_batches))
+            assert [[action for action, _ in done] for done in found] == lists, schedule
+            took = means([entry for done in found for entry in done])
+            spans = simulate(lists, took)
+            waiting = 1 - sum(span.end - span.start for rank in spans for span in rank) / (taken[schedule] * pp)
+            print(f"{schedule}: waiting {waiting:.1%}, simulated {bubble(spans):.1%}")
+            if waiting == pytest.approx(bubble(spans), rel=0.1):
+                break
         # Time that a stage loses in itself would else be on both sides of what follows.
         known = {key: value for key, value in seconds(config.parallel).items() if key in took}
         assert took == pytest.approx(known, rel=0.1, abs=UNIT / 100), schedule
-        spans = simulate(lists, took)
-        waiting = 1 - sum(span.end - span.start for rank in spans for span in rank) / (taken[schedule] * pp)
-        print(f"{schedule}: waiting {waiting:.1%}, simulated {bubble(spans):.1%}")
         assert taken[schedule] == pytest.approx(makespan(spans), rel=0.1), schedule
         assert waiting == pytest.approx(bubble(spans), rel=0.1), schedule
     assert taken["1f1b"] > taken["interleaved1f1b"] > max(taken["dualpipev"], taken["zbvzerobubble"])

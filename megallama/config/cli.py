@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from megallama.config.check import check_config
-from megallama.config.load import dump_config, json_schema, load_config
 from megallama.errors import UserError
 
 
@@ -24,6 +22,11 @@ def config(
 
     Example: megallama config configs/7b.yaml train.micro_batch_size=2 --gpus 128
     """
+    # The schema takes a quarter of a second to import, which no other command need wait for.
+    from megallama.config.check import check_config
+    from megallama.config.json_schema import json_schema
+    from megallama.config.load import dump_config, load_config
+
     if schema:
         typer.echo(json.dumps(json_schema(), indent=2))
         return

@@ -74,18 +74,6 @@ def dump_config(config: RunConfig) -> str:
     return text
 
 
-def json_schema() -> Tree:
-    """JSON schema of a file, for editors; with `model.import`, which the loader resolves and RunConfig never holds."""
-    schema = RunConfig.model_json_schema()
-    model = schema["$defs"]["ModelConfig"]
-    model["properties"]["import"] = {
-        "type": "string",
-        "description": "A Hugging Face config.json or a Meta params.json, relative to this file; keys beside it win.",
-    }
-    model["anyOf"] = [{"required": model.pop("required")}, {"required": ["import"]}]
-    return schema
-
-
 def parse_yaml(text: str, where: str) -> Any:
     """One YAML document by the rules of this module; `where` begins the sentence of a UserError."""
     try:

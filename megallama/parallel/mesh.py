@@ -6,10 +6,12 @@ The only module that reads the launcher's environment.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -18,6 +20,8 @@ from megallama.launcher import Ancestors
 from megallama.parallel.topology import AxisName, Topology
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+_FAR_AWAY = "192.0.2.1"
+"""Nobody's, by RFC 5737: the way there is the default route."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +124,40 @@ def build_mesh(topology: Topology, launch: Launch, device: torch.device) -> Para
     )
 
 
+def talk_over(address: str) -> None:
+    """Let gloo talk over the interface that leads to `address`, unless GLOO_SOCKET_IFNAME says which.
+
+    It would take that of this machine's own name, which many systems give to loopback: no other node is there.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    own = _address_towards(address)
+    if own.startswith("127.") and not address.startswith("127."):  # the name is this machine's own
+        own = _address_towards(_FAR_AWAY) or own
+    for name, addresses in psutil.net_if_addrs().items():
+        if own in (found.address for found in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _address_towards(address: str) -> str:
+    """This machine's own on the way there; empty where there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 1))  # sends nothing, and chooses a route
+        except OSError:
+            return ""  # joining will say it better
+        own: str = probe.getsockname()[0]
+        return own
+
+
 def _join(launch: Launch, device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if launch.world_size == 1:
         # A store in memory: one process needs no port and no address.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
         return
+    if launch.world_size > launch.local_world_size:
+        talk_over(os.environ["MASTER_ADDR"])
     dist.init_process_group(
         backend,
         init_method="env://",

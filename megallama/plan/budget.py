@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from megallama.config.schema import RunConfig
 from megallama.plan.params import count_parameters
 from megallama.plan.scaling import optimal_tokens
+
+if TYPE_CHECKING:
+    from megallama.config.schema import RunConfig
 
 
 def total_steps(config: RunConfig) -> int:

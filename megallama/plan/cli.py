@@ -4,70 +4,220 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megallama.config.check import check_config
-from megallama.config.load import load_config
-from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.plan.report import as_dictionary, plan_budget, plan_run, render
+from megallama.plan.quantity import count, number
+from megallama.plan.sizing import size
+from megallama.plan.sizing_flags import Flags, amount, read_flags
+from megallama.plan.sizing_report import compared, optimum, plan_sizing, repetition
+from megallama.plan.table import Part, as_dictionary, render
 
-_SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
-# Far beyond any run, and near enough that no power of it leaves the range of a float.
-_LARGEST = 1e30
+if TYPE_CHECKING:
+    from megallama.config.schema import RunConfig
+    from megallama.plan.hardware import Gpu
+
+# The schema takes a quarter of a second to import, which sizing need not wait for: hence the imports in functions.
 
 
 def plan(
     config_path: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="YAML of a run.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None,
-    gpus: Annotated[int | None, typer.Option(help="Ranks; by default one copy of the model.", min=1)] = None,
-    flops: Annotated[str | None, typer.Option(help="Compute: its optimal parameters and tokens.")] = None,
+    gpus: Annotated[str | None, typer.Option(help="Ranks; by default one copy of the model.")] = None,
+    flops: Annotated[str | None, typer.Option(help="Compute, as 1e21: its optimal parameters and tokens.")] = None,
     params: Annotated[str | None, typer.Option(help="Parameters, as 7e9 or 7B: their optimal tokens.")] = None,
-    tokens: Annotated[str | None, typer.Option(help="Tokens, as 2e12 or 2T, in place of train.steps.")] = None,
-    timeline: Annotated[
-        bool, typer.Option("--timeline", help="Draw what each pipeline rank does when; takes seconds, for torch.")
-    ] = False,
+    tokens: Annotated[
+        str | None, typer.Option(help="Tokens, as 2e12 or 2T: their optimal parameters; or in place of train.steps.")
+    ] = None,
+    days: Annotated[str | None, typer.Option(help="With --gpus and no CONFIG: the compute of that many days.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Kind of these GPUs, as h100: for a CONFIG, step time and cost; or with --days.")
+    ] = None,
+    software: Annotated[str | None, typer.Option(help="Generation of software whose efficiency is taken.")] = None,
+    hardware: Annotated[Path | None, typer.Option(help="YAML of more GPUs, or of other figures of these.")] = None,
+    price: Annotated[str | None, typer.Option(help="Of one GPU and hour, for the money that a run costs.")] = None,
+    mfu: Annotated[
+        str | None, typer.Option(help="Share of their peak that training reaches, 0.4 unless given.")
+    ] = None,
+    unique_tokens: Annotated[
+        str | None, typer.Option(help="Tokens that there are, as 500B: a warning where they repeat too often.")
+    ] = None,
+    vocab: Annotated[str | None, typer.Option(help="Vocabulary of the shape found, 32000 unless given.")] = None,
+    timeline: Annotated[bool, typer.Option("--timeline", help="Draw what each pipeline rank does when.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Run a rank's stages on fake tensors and compare.")] = False,
+    rank: Annotated[int | None, typer.Option(help="With --check: which rank; by default the last.", min=0)] = None,
+    search: Annotated[bool, typer.Option("--search", help="Rank every layout by predicted time.")] = False,
+    write: Annotated[Path | None, typer.Option(help="With --search: write the fastest as a config.")] = None,
+    sbatch: Annotated[Path | None, typer.Option(help="With --write: a job file of it for Slurm.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw memory and timeline into this file: .png, .svg or .pdf.")
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Fit the efficiency to this run directory, for later plans.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a dictionary for scripts.")] = False,
 ) -> None:
-    """Parameters, FLOPs, state memory and compute-optimal length of a run, with the arithmetic.
+    """Parameters, FLOPs and memory of a run; or the best size, data and shape for a budget. With the arithmetic.
 
-    Examples: megallama plan configs/7b.yaml --gpus 128; megallama plan --flops 1e21; megallama plan --params 7B
+    Examples: megallama plan configs/7b.yaml --gpus 128; megallama plan --flops 1e21; megallama plan --gpus 64 --days 30
     """
-    compute, size, data = _quantity("--flops", flops), _quantity("--params", params), _quantity("--tokens", tokens)
-    options = (("--flops", flops), ("--params", params), ("--tokens", tokens))
-    others = [f"{option}={text}" for option, text in options if text] + (["--json"] if as_json else [])
-    if timeline and others:
-        raise UserError(f"--timeline does not go with {others[0]}; leave one of them out")
-    parts = []
-    if config_path is not None:
-        if size is not None:
-            raise UserError(f"--params={params} contradicts {config_path}, which has its own; leave one of them out")
-        config = load_config(config_path, overrides or ())
-        one_copy = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
-        if timeline:
-            typer.echo(_timeline(config, one_copy if gpus is None else gpus))
-            return
-        parts += plan_run(config, one_copy if gpus is None else gpus, data)
-        parts += plan_budget(compute, None, None)
-    else:
-        parts += plan_budget(compute, size, data)
+    flags = Flags(flops, params, tokens, gpus, days, gpu, mfu, unique_tokens, vocab)
+    chosen = (("--timeline", timeline), ("--check", check), ("--search", search), ("--plot", plot))
+    modes = [name for name, wanted in chosen if wanted]
+    others = flags.typed("flops", "params", "tokens") + (["--json"] if as_json and not search else [])
+    if modes and (clashing := others + modes[1:]):
+        raise UserError(f"{modes[0]} does not go with {clashing[0]}; leave one of them out")
+    if modes and config_path is None:
+        raise UserError(f"{modes[0]} needs a CONFIG such as configs/7b.yaml")
+    _refuse_alone(rank, check, write, sbatch, search)
+    if calibrate is not None:
+        _refuse_beside(calibrate, config_path, flags, software, price)
+        _print(_calibrated(calibrate, hardware), as_json)
+        return
+    if config_path is None:
+        _refuse_without_config(software, hardware, price)
+        _print(_sizing(flags), as_json)
+        return
+    config, world_size = _run(config_path, overrides or (), flags)
+    device = Device(gpu, software, hardware, price)
     if timeline:
-        raise UserError("--timeline needs a CONFIG such as configs/7b.yaml")
-    if not parts:
-        raise UserError("nothing to plan; give a CONFIG such as configs/7b.yaml, or --flops, --params or --tokens")
+        typer.echo(_timeline(config, world_size))
+    elif check:
+        _check(config, world_size, rank)
+    elif plot is not None:
+        _plot(config, world_size, plot)
+    elif search:
+        _search(config, flags, device, write, sbatch, as_json)
+    else:
+        _print(_planned(config, world_size, flags, device), as_json)
+        device.refuse_too_large(config, world_size)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What was typed of the GPUs that a run is planned for."""
+
+    name: str | None
+    software: str | None
+    hardware: Path | None
+    price: str | None
+
+    def gpu(self) -> Gpu | None:
+        """The accelerator, None where none was named; UserError for one that is not known."""
+        from megallama.plan.hardware import find_gpu, load_hardware
+
+        typed = [f"--{name}={getattr(self, name)}" for name in ("software", "hardware", "price") if getattr(self, name)]
+        if self.name is None and typed:
+            raise UserError(f"{typed[0]} needs a kind of GPU; add --gpu h100, or leave it out")
+        return None if self.name is None else find_gpu(self.name, load_hardware(self.hardware))
+
+    def parts(self, config: RunConfig, world_size: int, tokens: float) -> list[Part]:
+        """Step time, speed and cost where the GPUs are known; how often to save in any case."""
+        from megallama.plan.cadence_report import cadence_part
+        from megallama.plan.params import count_parameters
+        from megallama.plan.time_report import time_parts
+
+        gpu, count = self.gpu(), count_parameters(config.model)
+        if gpu is None:
+            return [cadence_part(count, world_size, None)]
+        price = None if self.price is None else number("--price", self.price, 0, 1e9, "2.5")
+        parts = time_parts(config, world_size, gpu, tokens, price, self.software)
+        seconds = as_dictionary(parts)["step_time"]["total"]
+        return [*parts, cadence_part(count, world_size, seconds)]
+
+    def refuse_too_large(self, config: RunConfig, world_size: int) -> None:
+        """UserError where the run does not fit these GPUs, by how much, and what would."""
+        from megallama.plan.fit import refuse_too_large
+
+        if (gpu := self.gpu()) is not None and gpu.memory_gib is not None:
+            refuse_too_large(config, world_size, gpu)
+
+
+def _print(parts: list[Part], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(as_dictionary(parts), indent=2))
         return
-    from rich.console import Console
+    typer.echo(render(parts, shutil.get_terminal_size().columns))
 
-    render(parts, Console())
+
+def _refuse_alone(rank: int | None, check: bool, write: Path | None, sbatch: Path | None, search: bool) -> None:
+    """UserError for an option without the one that it belongs to."""
+    if rank is not None and not check:
+        raise UserError(f"--rank={rank} says which rank --check builds; give --check, or leave it out")
+    if write is not None and not search:
+        raise UserError(f"--write={write} is for the fastest layout of --search; give --search, or leave it out")
+    if sbatch is not None and write is None:
+        raise UserError(f"--sbatch={sbatch} runs the config that --write names; give --write run.yaml as well")
+
+
+def _refuse_without_config(software: str | None, hardware: Path | None, price: str | None) -> None:
+    for name, value in (("software", software), ("hardware", hardware), ("price", price)):
+        if value is not None:
+            raise UserError(f"--{name}={value} needs a CONFIG such as configs/7b.yaml, or leave it out")
+
+
+def _sizing(flags: Flags) -> list[Part]:
+    question = read_flags(flags)
+    if question.asks:
+        return plan_sizing(question)
+    what = "give a CONFIG such as configs/7b.yaml, or --flops, --params, --tokens, or --gpus with --days"
+    idle = flags.typed("unique_tokens", "vocab")
+    raise UserError(f"nothing to plan{f' for {idle[0]}' if idle else ''}; {what}")
+
+
+def _run(path: Path, overrides: Sequence[str], flags: Flags) -> tuple[RunConfig, int]:
+    """The run and its ranks; UserError for flags that would size another one."""
+    from megallama.config.load import load_config
+
+    if sizing := flags.typed("params", "days", "mfu", "vocab"):
+        raise UserError(f"{sizing[0]} contradicts {path}, which sizes the run itself; leave one of them out")
+    config = load_config(path, overrides)
+    one_copy = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+    return config, one_copy if flags.gpus is None else count("--gpus", flags.gpus, 10**7, f"{one_copy}")
+
+
+def _planned(config: RunConfig, world_size: int, flags: Flags, device: Device) -> list[Part]:
+    from megallama.plan.budget import total_steps
+    from megallama.plan.params import count_parameters
+    from megallama.plan.report import plan_run
+
+    given = amount("--tokens", flags.tokens, "2e12 or 2T")
+    compute = amount("--flops", flags.flops, "1e21")
+    unique_tokens = amount("--unique-tokens", flags.unique_tokens, "5e11 or 500B")
+    parts = plan_run(config, world_size, given)
+    tokens = total_steps(config) * config.tokens_per_step if given is None else given
+    parts += device.parts(config, world_size, tokens)
+    parts += compared(count_parameters(config.model).total, tokens)
+    if unique_tokens is not None:
+        parts.append(repetition(tokens, unique_tokens))
+    return parts if compute is None else [*parts, *optimum(size("flops", compute))]
+
+
+def _search(
+    config: RunConfig, flags: Flags, device: Device, write: Path | None, sbatch: Path | None, as_json: bool
+) -> None:
+    """Print the fastest layouts, and write the winner where asked to."""
+    from megallama.plan.search import search
+    from megallama.plan.search_report import search_parts, write_winner
+
+    gpu = device.gpu()
+    if gpu is None or flags.gpus is None:
+        raise UserError("--search needs how many GPUs of which kind; add --gpus 64 --gpu h100")
+    result = search(config, count("--gpus", flags.gpus, 10**7, "64"), gpu, device.software)
+    _print(search_parts(result, gpu), as_json)
+    if write is not None:
+        for line in write_winner(result.found[0], gpu, write, sbatch):
+            typer.echo(line, err=as_json)
 
 
 def _timeline(config: RunConfig, world_size: int) -> str:
-    from megallama.timeline import timeline
+    from megallama.config.check import check_config
+    from megallama.plan.timeline import timeline
 
     if config.parallel.pipeline == 1:
         raise UserError("parallel.pipeline=1 has no timeline: every micro-batch follows the other; set it above 1")
@@ -76,15 +226,43 @@ def _timeline(config: RunConfig, world_size: int) -> str:
     return timeline(config, batching.gradient_accumulation_steps, width)
 
 
-def _quantity(option: str, text: str | None) -> float | None:
-    """`7e9`, `7000000000` or `7B` as a number from 1 to 1e30; UserError for anything else."""
-    if text is None:
-        return None
-    unit = _SUFFIXES.get(text[-1:].upper(), 1.0)
-    try:
-        number = float(text[:-1] if unit > 1 else text) * unit
-    except ValueError:
-        number = 0.0
-    if not 1 <= number <= _LARGEST:
-        raise UserError(f"{option}={text} is not a number from 1 to {_LARGEST:g}; write it as 7e9 or 7B")
-    return number
+def _check(config: RunConfig, world_size: int, rank: int | None) -> None:
+    """Print what the ledger says of a rank beside what its real stages do; exit code 1 if they differ."""
+    from megallama.config.check import check_config
+
+    check_config(config, world_size)
+    if rank is not None and rank >= world_size:
+        raise UserError(f"--rank={rank} is not a rank of {world_size}; nearest legal: {world_size - 1}")
+    # Imports torch, which nothing else here does.
+    from megallama.plan.dry_run import check_rank
+
+    found = check_rank(config, world_size, world_size - 1 if rank is None else rank)
+    width = max(len(each.name) for each in found)
+    typer.echo(f"{'':{width}}  {'planned':>20}  {'counted':>20}")
+    for each in found:
+        verdict = "" if each.equal else "  differs"
+        typer.echo(f"{each.name:{width}}  {each.planned:>20,}  {each.counted:>20,}{verdict}")
+    if not all(each.equal for each in found):
+        raise typer.Exit(1)
+
+
+def _plot(config: RunConfig, world_size: int, path: Path) -> None:
+    from megallama.plan.plot import plot_plan
+
+    plot_plan(config, world_size, path)
+    typer.echo(f"memory and timeline are in {path}")
+
+
+def _calibrated(run: Path, hardware: Path | None) -> list[Part]:
+    from megallama.plan.calibrate import calibrate
+
+    return calibrate(run, hardware)
+
+
+def _refuse_beside(run: Path, config: Path | None, flags: Flags, software: str | None, price: str | None) -> None:
+    """UserError for what would plan another run than the one that calibrates."""
+    others = [str(config)] if config else []
+    others += flags.typed(*(field.name for field in fields(flags)))
+    others += [f"--{name}={text}" for name, text in (("software", software), ("price", price)) if text is not None]
+    if others:
+        raise UserError(f"--calibrate={run} does not go with {others[0]}; leave one of them out")

@@ -33,16 +33,17 @@ def state_rows(dtype: str, stage: int, parameters: int, dp_size: int, largest_la
     """Resident state of a rank that holds `parameters` before ZeRO cuts them.
 
     bf16 with fp32 gradient sums: stage 1 is `BF16_Optimizer` (runtime/bf16_optimizer.py), which adds each bf16 gradient
-    to a whole fp32 sum as it appears, 6 + 12/dp bytes per parameter; stages 2 and 3 as DeepSpeed's own estimators
-    count, 2 + 18/dp and 18/dp + 4 * largest layer. fp32: DeepSpeed clones an fp32 master even from fp32 weights, 8 +
-    12/dp bytes at stage 1 (zero/stage_1_and_2.py); stages 2 and 3 then follow with gradients, and weights, cut as well.
+    to a whole fp32 sum as it appears, 6 + 12/dp bytes per parameter; stage 2 keeps its part of the sums alone, 2 +
+    16/dp (DeepSpeed's own estimator adds 2/dp for bf16 gradients, which are gone by then); stage 3 cuts the weights as
+    well, 18/dp + 4 * largest layer. fp32: DeepSpeed clones an fp32 master even from fp32 weights, 8 + 12/dp bytes at
+    stage 1 (zero/stage_1_and_2.py); stages 2 and 3 then follow with gradients, and weights, cut as well.
     """
     assert stage in (1, 2, 3), stage
     weight = 2 if dtype == "bf16" else 4
     cut_gradients = dp_size if stage >= 2 else 1
     rows = [StateRow(f"{dtype} weights", parameters, weight, dp_size if stage == 3 else 1)]
-    # Stages 1 and 3 add each bf16 gradient to its fp32 sum as it appears.
-    if dtype == "fp32" or stage == 2:
+    # Every stage adds a bf16 gradient to its fp32 sum as it appears.
+    if dtype == "fp32":
         rows.append(StateRow(f"{dtype} gradients", parameters, weight, cut_gradients))
     if dtype == "bf16":
         rows.append(StateRow("fp32 gradient sums", parameters, 4, cut_gradients))

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from megallama.config.schema import ModelConfig
+from typing import Protocol
 
 # Each rank's slice of the vocabulary is a multiple of this, for matmul speed (Megatron-LM,
 # --make-vocab-size-divisible-by).
 VOCAB_MULTIPLE = 128
+
+
+class Shape(Protocol):
+    """What the parameters of a Llama follow from: a config.schema.ModelConfig, or a plan.shape.LlamaShape."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_size(self) -> int: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +67,7 @@ class ParameterCount:
         return self.layers * self.matmul_per_layer + self.head_matmul
 
 
-def count_parameters(model: ModelConfig) -> ParameterCount:
+def count_parameters(model: Shape) -> ParameterCount:
     """Counts of the whole model; terms as in arXiv 2302.13971 with grouped KV heads (arXiv 2305.13245)."""
     hidden = model.hidden_size
     query_width, kv_width = model.num_attention_heads * model.head_size, model.kv_heads * model.head_size

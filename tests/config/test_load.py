@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megallama.config.json_schema import json_schema
 from megallama.config.keys import LEGAL_KEYS
-from megallama.config.load import LARGEST_FILE, dump_config, json_schema, load_config
+from megallama.config.load import LARGEST_FILE, dump_config, load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megallama.config.load import load_config
-from megallama.config.schema import RunConfig
+from megallama.config.schema import DataConfig, ParallelConfig, RunConfig, Schedule
 from megallama.model.chunks import Chunks
 from megallama.model.llama import Llama, Seam
 from megallama.parallel.layers import VOCABULARY_MULTIPLE
@@ -19,6 +19,7 @@ from megallama.plan.params import VOCAB_MULTIPLE, count_parameters
 from megallama.plan.ranks import rank_parameters
 from megallama.plan.stages import stages
 from megallama.plan.weights import weight_shapes
+from tests.plan.test_params import PUBLISHED
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -57,6 +58,15 @@ def test_a_pipeline_rank_holds_what_the_plan_says(schedule: str, tied: bool) -> 
     tie = f"model.tie_word_embeddings={tied and schedule == 'dualpipev'}"
     shape = ["model.num_hidden_layers=11", "parallel.pipeline=4", "parallel.tensor=2"]
     assert_planned(load_config(RECIPES[0], [*shape, f"parallel.schedule={schedule}", tie]))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 4), (4, 2)])
+def test_a_rank_of_a_published_model_holds_what_the_plan_says(name: str, tp: int, pp: int) -> None:
+    model = PUBLISHED[name][0]
+    schedule: Schedule = "dualpipev" if model.tie_word_embeddings else "1f1b"
+    parallel = ParallelConfig(tensor=tp, pipeline=pp, schedule=schedule)
+    assert_planned(RunConfig(model=model, data=DataConfig(path="none"), parallel=parallel))
 
 
 def assert_planned(config: RunConfig) -> None:

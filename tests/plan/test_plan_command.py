@@ -34,8 +34,8 @@ def test_7b_on_128_gpus() -> None:
     assert found["batch"]["gradient_accumulation_steps"] == 16
     assert found["batch"]["tokens"] == 300_000 * 1024 * 2048
     assert found["flops"]["per_token_full"] == 6 * 6_607_077_376 + 12 * 32 * 4096 * 2048
-    assert len(found["state_by_pipeline_rank"]) == 4
-    assert found["state"]["total"] == max(found["state_by_pipeline_rank"].values())
+    assert len(found["memory_by_pipeline_rank"]) == 4
+    assert found["memory"]["total"] == max(found["memory_by_pipeline_rank"].values())
 
 
 def test_the_table_shows_the_arithmetic() -> None:
@@ -66,17 +66,117 @@ def test_every_legal_quantity_has_a_finite_plan(quantity: str) -> None:
 def test_budgets_without_a_run() -> None:
     optimum = planned("--flops", "1e21")["optimum_for_flops"]
     assert optimum["parameters Besiroglu et al."] == pytest.approx(2.778e9, rel=2e-4)
-    assert planned("--params", "7B")["optimum_for_size"]["Besiroglu et al."] == pytest.approx(20.63 * 7e9, rel=3e-4)
-    size = planned("--tokens", "144.4B")["optimum_for_tokens"]["Besiroglu et al."]
+    assert optimum["parameters low"] < 2.778e9 < optimum["parameters high"]
+    assert optimum["loss"] == pytest.approx(2.3052, abs=5e-5)
+    tokens = planned("--params", "7B")["optimum_for_size"]["tokens Besiroglu et al."]
+    assert tokens == pytest.approx(20.63 * 7e9, rel=3e-4)
+    size = planned("--tokens", "144.4B")["optimum_for_tokens"]["parameters Besiroglu et al."]
     assert size == pytest.approx(7e9, rel=1e-3)
     both = planned("--params", "7e9", "--tokens", "1T")
-    assert set(both) == {"loss", "optimum_for_size"}
+    assert set(both) == {"loss", "optimum_for_size", "rounding_trap", "shape", "batch_tokens", "learning_rate"}
+
+
+def test_a_budget_comes_with_its_trap_its_price_and_a_recipe() -> None:
+    found = planned("--flops", "1e21")
+    assert found["rounding_trap"]["approach_3"] == pytest.approx(1.48, abs=0.01)
+    assert found["rounding_trap"]["llama_3"] < 0.6
+    assert found["over_training"]["penalty 1/2"] == pytest.approx(
+        found["over_training"]["loss 1/2"] - found["optimum_for_flops"]["loss"]
+    )
+    assert found["shape"]["parameters"] == pytest.approx(2.778e9, rel=0.02)
+    assert found["shape"]["hidden_size"] == found["shape"]["num_attention_heads"] * found["shape"]["head_dim"]
+    assert found["batch_tokens"]["low"] < found["batch_tokens"]["high"]
+    assert found["learning_rate"]["low"] < found["learning_rate"]["high"]
+
+
+def test_the_shape_takes_the_vocabulary_that_is_given() -> None:
+    shape = planned("--params", "8.03B", "--vocab", "128256")["shape"]
+    assert (shape["num_hidden_layers"], shape["hidden_size"], shape["intermediate_size"]) == (32, 4096, 14336)
+    assert shape["parameters"] == 8_030_261_248
+
+
+def test_the_laws_that_leave_the_tables_out_get_the_layers_of_the_shape() -> None:
+    rate = planned("--params", "8.03B", "--tokens", "15T", "--vocab", "128256")["learning_rate"]["Step Law"]
+    layers = 8_030_261_248 - 2 * 128_256 * 4096
+    assert rate == pytest.approx(1.79 * layers**-0.713 * 15e12**0.307)
+
+
+def test_a_size_without_a_shape_is_planned_all_the_same_and_says_why() -> None:
+    result = CliRunner().invoke(app, ["--params", "3e6"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert "\nNo Llama of this size\n" in result.stdout
+    assert "3e+06 parameters have no Llama shape within 2% for a vocabulary of 32000, tied" in result.stdout
+    assert planned("--params", "3e6")["shape"] == {}
+
+
+def test_gpus_and_days_are_planned_as_their_compute() -> None:
+    found = planned("--gpus", "64", "--gpu", "h100-80g", "--days", "30")
+    flops = 64 * 30 * 86_400 * 989.4e12 * 0.4
+    assert found["compute"]["flops"] == pytest.approx(flops)
+    assert found["compute"]["mfu"] == 0.4
+    assert found["optimum_for_flops"] == pytest.approx(planned("--flops", f"{flops!r}")["optimum_for_flops"])
+
+
+def test_data_that_repeats_more_than_four_times_is_warned_about() -> None:
+    for arguments in (["--tokens", "2T"], [str(CONFIGS / "7b.yaml"), "--tokens", "2T"]):
+        often = CliRunner().invoke(app, [*arguments, "--unique-tokens", "400B"], env={"COLUMNS": "200"}).stdout
+        seldom = CliRunner().invoke(app, [*arguments, "--unique-tokens", "500B"], env={"COLUMNS": "200"}).stdout
+        assert "Warning: the data repeats 5.0 times." in often
+        assert "Warning" not in seldom
+        assert planned(*arguments, "--unique-tokens", "400B")["data"]["epochs"] == 5
+
+
+def test_the_excerpt_in_the_docs_is_what_is_printed() -> None:
+    page = (CONFIGS.parent / "docs" / "planning.md").read_text()
+    excerpt = page[page.index("Compute-optimal for 1e+21") :].partition("\n...")[0].splitlines()
+    printed = CliRunner().invoke(app, ["--flops", "1e21"], env={"COLUMNS": "110"}).stdout.splitlines()
+    assert [line.rstrip() for line in printed[: len(excerpt)]] == excerpt
+    assert len(excerpt) == 10
+
+
+def test_the_figures_in_the_docs_are_those_of_their_commands() -> None:
+    page = " ".join((CONFIGS.parent / "docs" / "planning.md").read_text().split())
+    pair = planned("--params", "8.03B", "--tokens", "15T")["loss"]
+    assert f"are {pair['penalty']:.3f} nats above the {pair['optimal_parameters'] / 1e9:.0f}e9 on 1.48T" in page
+    ratios = [tokens / 7e9 for key, tokens in planned("--params", "7B")["optimum_for_size"].items() if "," in key]
+    assert [round(ratio) for ratio in ratios] == [20, 22, 42, 67]
+    assert "42 by approach 3, 67 by its rounded constants" in page
+
+
+def test_the_table_of_a_budget_names_sources_the_trap_and_its_arithmetic() -> None:
+    result = CliRunner().invoke(app, ["--gpus", "64", "--days", "30"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    for words in (
+        "30 days * 86400",
+        "0.4 is assumed unless --mfu is given",
+        "arXiv 2404.10102",
+        "arXiv 2203.15556",
+        "arXiv 2407.21783",
+        "80 % of refits",
+        "1.8169 + 482.01 / 2.373e+10^0.3478 + 2085.43 / 4.611e+11^0.3658",
+        "The rounding trap",
+        "Constants printed to two digits contradict the very fit they come from",
+        "model.num_key_value_heads",
+        "arXiv 2503.04715",
+        "The laws disagree",
+    ):
+        assert words in result.stdout, words
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "nothing to plan; give a CONFIG such as configs/7b.yaml, or --flops, --params or --tokens"),
+        (
+            [],
+            "nothing to plan; give a CONFIG such as configs/7b.yaml, or --flops, --params, --tokens, or --gpus with",
+        ),
+        (["--unique-tokens", "1T"], "nothing to plan for --unique-tokens=1T; give a CONFIG"),
+        ([str(CONFIGS / "7b.yaml"), "--days", "30", "--gpus", "64"], "--days=30 contradicts "),
+        ([str(CONFIGS / "7b.yaml"), "--gpus", "0"], "--gpus=0 is not a whole number from 1 to 10000000; nearest"),
+        ([str(CONFIGS / "7b.yaml"), "--unique-tokens", "-1"], "--unique-tokens=-1 is not a number from 1"),
+        (["--flops", "1e21", "--params", "7B"], "--flops=1e21 contradicts --params=7B, since either sizes the other"),
+        (["--timeline", "--flops", "1e21"], "--timeline does not go with --flops=1e21; leave one of them out"),
+        (["--timeline"], "--timeline needs a CONFIG such as configs/7b.yaml"),
         (["--params", "seven"], "--params=seven is not a number from 1 to 1e+30; write it as 7e9 or 7B"),
         (["--flops", "-1"], "--flops=-1 is not a number from 1"),
         (["--tokens", "inf"], "--tokens=inf is not a number from 1"),
@@ -93,3 +193,58 @@ def test_mistakes_reach_the_caller_as_one_sentence(arguments: list[str], sentenc
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, UserError)
     assert sentence in str(result.exception)
+
+
+def test_a_kind_of_gpu_adds_time_speed_cost_and_how_often_to_save() -> None:
+    found = planned(str(CONFIGS / "7b.yaml"), "--gpus", "128", "--gpu", "a100", "--price", "2")
+    step, cost = found["step_time"], found["cost"]
+    assert cost["hours"] == pytest.approx(300_000 * step["total"] / 3600)
+    assert cost["money"] == pytest.approx(2 * cost["gpu_hours"])
+    assert 0.3 < found["speed"]["mfu_full"] / 100 < 0.6
+    assert found["checkpoints"]["size"] == 12 * 6_738_415_616
+    assert found["checkpoints"]["every"] == round(found["checkpoints"]["interval"] * 60 / step["total"])
+    assert "step_time" not in planned(str(CONFIGS / "7b.yaml"), "--gpus", "128")
+
+
+def test_a_run_that_does_not_fit_is_planned_and_then_refused_with_what_would() -> None:
+    words = [str(CONFIGS / "7b.yaml"), "train.micro_batch_size=16", "--gpus", "128", "--gpu", "a100-40g"]
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "160"})
+    assert "Memory on one rank" in result.stdout
+    assert isinstance(result.exception, UserError)
+    assert "nearest that fits: train.micro_batch_size=" in str(result.exception)
+
+
+def test_the_fastest_layout_is_written_as_a_config_and_a_job_that_stand(tmp_path: Path) -> None:
+    config, job = tmp_path / "run.yaml", tmp_path / "run.sh"
+    words = [str(CONFIGS / "1b.yaml"), "--search", "--gpus", "16", "--gpu", "h100", "--json"]
+    result = CliRunner().invoke(app, [*words, "--write", str(config), "--sbatch", str(job)])
+    assert result.exit_code == 0, result.exception
+    found = json.loads(result.stdout)
+    assert len(found["layouts"]) == 10
+    written = planned(str(config), "--gpus", "16", "--gpu", "h100")
+    assert written["step_time"]["total"] == found["layouts"]["rank_1"]
+    assert "#SBATCH --nodes=2\n" in job.read_text()
+    assert f'slurm/run.sh" {config}' in job.read_text()
+    again = CliRunner().invoke(app, [*words, "--write", str(config)])
+    assert str(again.exception) == f"{config} exists, and is not written over; give another name, or remove it"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--gpu", "h1000"], "the GPU h1000 is not known; did you mean h100"),
+        (["--price", "2"], "--price=2 needs a kind of GPU; add --gpu h100, or leave it out"),
+        (["--gpu", "h100", "--price", "-2"], "--price=-2 is not a number from 0 to"),
+        (["--gpu", "h100", "--software", "2031"], "h100-80g has no efficiency for 2031; it has "),
+        (["--gpu", "cpu"], "cpu."),
+        (["--search"], "--search needs how many GPUs of which kind; add --gpus 64 --gpu h100"),
+        (["--search", "--timeline"], "--timeline does not go with --search; leave one of them out"),
+        (["--write", "a.yaml"], "--write=a.yaml is for the fastest layout of --search; give --search"),
+        (["--search", "--sbatch", "a.sh"], "--sbatch=a.sh runs the config that --write names; give --write run.yaml"),
+        (["--search", "--gpus", "8", "--gpu", "h100", "--write", "no/a.yaml"], "no/a.yaml cannot be written (No such"),
+    ],
+)
+def test_what_does_not_go_together_is_one_sentence(words: list[str], sentence: str) -> None:
+    result = CliRunner().invoke(app, [str(CONFIGS / "1b.yaml"), *words])
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception).startswith(sentence)

@@ -1,0 +1,236 @@
+"""A rank's real stages, run forward and backward at the full layout without memory or peers, against the ledger.
+
+Tensors are fake: they have shapes, types and owners of memory, and no content. The process group is fake as well: it
+has any size, and each collective answers at once. `megallama plan` imports this for `--check` alone, since it needs
+torch.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megallama.config.check import check_config
+from megallama.config.schema import RunConfig
+from megallama.model.chunks import Chunks
+from megallama.model.llama import Llama, Seam
+from megallama.parallel.mesh import Axis
+from megallama.parallel.topology import Topology
+from megallama.plan.activations import stage_bytes
+from megallama.plan.ranks import rank_parameters
+from megallama.plan.stages import Stage, stages
+from megallama.plan.traffic import stage_traffic
+
+COLLECTIVES = {
+    "c10d.allreduce_.default": "all_reduce",
+    "c10d._allgather_base_.default": "all_gather",
+    "c10d._reduce_scatter_base_.default": "reduce_scatter",
+}
+"""torch's names of those that a model issues."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One figure of the ledger beside the one that was counted."""
+
+    name: str
+    planned: int
+    counted: int
+
+    @property
+    def equal(self) -> bool:
+        """To the last unit."""
+        return self.planned == self.counted
+
+
+def check_rank(config: RunConfig, world_size: int, rank: int) -> list[Comparison]:
+    """Everything that can be counted on `rank` of `world_size`: parameters, bytes kept for backward, collectives.
+
+    UserError if the run is not legal on that many ranks.
+    """
+    batching = check_config(config, world_size)
+    parallel = config.parallel
+    topology = Topology(parallel.pipeline, batching.dp_size, parallel.context, parallel.tensor)
+    place = topology.coordinate(rank, "pp")
+    every = stages(config)
+    mine = [stage for stage in every if stage.rank == place]
+    planned = rank_parameters(config)[place].total
+    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    with _world_of(world_size, rank), FakeTensorMode(), torch.device("cpu"), _norms_of(config), _default(dtype):
+        seam = Seam(_tensor_axis(topology, rank), parallel.sequence_parallel)
+        chunks = Chunks(config.model, {s.index: s.layers for s in mine}, seam, recompute=config.train.recompute)
+        weights = list(chunks.parameters())
+        found = [
+            Comparison("parameters", planned, sum(weight.numel() for weight in weights)),
+            Comparison("bytes of weights", planned * dtype.itemsize, sum(weight.nbytes for weight in weights)),
+        ]
+        for stage, model in zip(mine, chunks.models, strict=True):
+            found += _run_stage(config, stage, len(every), model)
+    return found
+
+
+def _run_stage(config: RunConfig, stage: Stage, count: int, model: Llama) -> list[Comparison]:
+    """One micro-batch through one stage, there and back."""
+    batch, length = config.train.micro_batch_size, config.data.sequence_length
+    tokens = torch.zeros(batch, length, dtype=torch.int64)
+    cut = config.parallel.tensor if config.parallel.sequence_parallel else 1
+    hidden = torch.zeros(batch, length // cut, config.model.hidden_size, requires_grad=True)
+    last = stage.index == count - 1
+    with Issued() as issued:
+        kept = KeptForBackward(model.parameters())
+        with kept.counting():
+            output = model(tokens if stage.index == 0 else hidden, tokens if last else None)
+        output.backward(torch.ones_like(output))
+    words = f"stage {stage.index}:"
+    planned = stage_bytes(config, stage, count).saved
+    traffic = stage_traffic(config, stage, count)
+    found = [Comparison(f"{words} bytes kept for backward", planned, kept.size)]
+    for kind in sorted({*traffic.number, *issued.number}):
+        found.append(Comparison(f"{words} {kind}", traffic.number[kind], issued.number[kind]))
+        found.append(Comparison(f"{words} {kind}, bytes", traffic.size[kind], issued.size[kind]))
+    return found
+
+
+class KeptForBackward:
+    """Bytes that autograd keeps beside the parameters; operations that keep views of one tensor share its memory."""
+
+    def __init__(self, parameters: Iterator[nn.Parameter]) -> None:
+        self._known = {parameter.untyped_storage()._cdata for parameter in parameters}
+        # By address, and held: an address that is free is given out again.
+        self._kept: dict[int, torch.UntypedStorage] = {}
+
+    @property
+    def size(self) -> int:
+        """So far."""
+        return sum(storage.nbytes() for place, storage in self._kept.items() if place not in self._known)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Inside, what operations save is counted."""
+        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
+            yield
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self._kept[storage._cdata] = storage
+        return tensor
+
+
+class Issued(TorchDispatchMode):
+    """Collectives by kind: their number, and the bytes of their whole messages."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.number, self.size = Counter[str](), Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = COLLECTIVES.get(str(func))
+        if kind is not None:
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            self.number[kind] += 1
+            self.size[kind] += max(tensor.nbytes for tensor in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all tensors made inside and still held, and the most that there were; `known` tensors do not count."""
+
+    def __init__(self, known: Sequence[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._seen: dict[int, object] = {tensor.untyped_storage()._cdata: tensor for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                self._see(leaf.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place in self._seen:
+            return
+
+        def freed(_: object) -> None:
+            self.now -= size
+            del self._seen[place]
+
+        self._seen[place] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class FusedNorm(torch.autograd.Function):
+    """What a GPU's RMSNorm keeps for its backward (torch's `_fused_rms_norm`), without its arithmetic."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        _, weight, _ = ctx.saved_tensors
+        return grads[0].clone(), torch.zeros_like(weight)
+
+
+def fused_norm(x: Tensor, shape: object, weight: Tensor, eps: float) -> Tensor:
+    """In place of `torch.nn.functional.rms_norm`."""
+    result: Tensor = FusedNorm.apply(x, weight)  # type: ignore[no-untyped-call]
+    return result
+
+
+@contextmanager
+def _norms_of(config: RunConfig) -> Iterator[None]:
+    """The norms of the device that is planned for."""
+    if config.train.device == "cpu":
+        yield
+        return
+    with patch.object(F, "rms_norm", fused_norm):
+        yield
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def _world_of(world_size: int, rank: int) -> Iterator[None]:
+    """As `rank` of a world whose other ranks are not there."""
+    assert not dist.is_initialized()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        with warnings.catch_warnings():
+            # torch 2.13 renames the collectives that torch 2.11 has under these names alone.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _tensor_axis(topology: Topology, rank: int) -> Axis:
+    """This rank's tensor-parallel group; the others' are not needed, since nobody answers."""
+    mine = next(ranks for ranks in topology.groups(["tp"]) if rank in ranks)
+    return Axis(dist.new_group(mine) if len(mine) > 1 else None, mine.index(rank), len(mine))

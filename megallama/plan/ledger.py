@@ -1,0 +1,201 @@
+"""The memory of one rank at each place of the pipeline, row by row, at the fullest moment of a step. Pure.
+
+Everything but the overhead is what the allocator hands out (`torch.cuda.max_memory_allocated`). The rows add up to the
+peak: each is what it takes at that moment, and not its own maximum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from megallama.config.check import gradient_accumulation_steps
+from megallama.config.schema import RunConfig
+from megallama.plan.activations import (
+    StageBytes,
+    Tensors,
+    layer_backward_bytes,
+    layer_weights_bytes,
+    logits_bytes,
+    loss_backward_bytes,
+    loss_forward_bytes,
+    stage_bytes,
+    tensors,
+)
+from megallama.plan.in_flight import Moment, fullest
+from megallama.plan.memory import GIB, largest_layer, state_rows
+from megallama.plan.ranks import RankParameters, rank_parameters
+from megallama.plan.stages import Stage, stages
+
+CONTEXT = GIB // 2
+"""A process's CUDA context with torch's kernels. An assumption: 0.3 to 0.5 GB are reported."""
+COMMUNICATOR = GIB // 2
+"""NCCL's buffers for one group of ranks. An assumption: about 0.5 GB are reported."""
+SLACK = 0.05
+"""Part of all but the state, in blocks that do not fit. An assumption: 3 to 8 % are reported."""
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """One kind of memory on a rank; `how` is its arithmetic."""
+
+    key: str
+    name: str
+    how: str
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes that a step holds beside state and buffers at its fullest."""
+
+    at: str
+    activations: int
+    how: str
+    waiting: int = 0
+    """Gradients kept between the two parts of split backwards."""
+    logits: int = 0
+    """With the gradients that the loss keeps of the head's input and weight."""
+    transients: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.activations + self.waiting + self.logits + self.transients
+
+
+def memory_rows(config: RunConfig, dp_size: int) -> list[list[MemoryRow]]:
+    """The rows of a rank at each place of the pipeline; their sum is what its device must have.
+
+    UserError if the batch does not divide over `dp_size` copies.
+    """
+    moments = fullest(config.parallel, gradient_accumulation_steps(config, dp_size))
+    every, of = stages(config), tensors(config)
+    kept = [stage_bytes(config, stage, len(every)) for stage in every]
+    found = []
+    for rank, here in zip(rank_parameters(config), moments, strict=True):
+        mine = [kept[index] for index in rank.stages]
+        peaks = [peak_at(of, config.train.recompute, moment, rank.stages, mine) for moment in here]
+        peaks.append(Peak("optimizer step", 0, "none", transients=step_bytes(config, rank.total)))
+        peak = max(peaks, key=lambda each: each.total)
+        buffers = buffer_row(config, rank, messages(every, rank.rank))
+        rows = [*held_rows(config, rank, dp_size), *_peak_rows(peak), buffers]
+        found.append([*rows, overhead(config, dp_size, peak.total + buffers.size)])
+    return found
+
+
+def held_rows(config: RunConfig, rank: RankParameters, dp_size: int) -> list[MemoryRow]:
+    """State that lies on the rank from the first step to the last; what only fills up in a row of its own."""
+    dtype, stage = config.train.dtype, config.zero.stage
+    # The layer that ZeRO-3 gathers is among the buffers.
+    rows = [row for row in state_rows(dtype, stage, rank.sharded + rank.replicated, dp_size) if row.size]
+    fillers = rank.padding + sum(-part % (2 * dp_size) for part in (rank.sharded + rank.padding, rank.replicated))
+    padding = sum(row.size for row in state_rows(dtype, stage, fillers, dp_size))
+    words = f"{rank.padding} vocabulary rows' and {fillers - rank.padding} ZeRO's elements, all kinds"
+    found = []
+    for row in rows:
+        how = f"{row.bytes_per_parameter} B * {row.parameters} / {row.ranks}"
+        found.append(MemoryRow(row.name.replace(" ", "_"), row.name, how, row.size))
+    return [*found, MemoryRow("padding", "padding", words, padding)]
+
+
+def peak_at(of: Tensors, recompute: str, moment: Moment, indices: Sequence[int], kept: Sequence[StageBytes]) -> Peak:
+    """What a rank with these stages holds in the midst of a forward or backward."""
+    here = kept[indices.index(moment.stage)]
+    loss = sum(count * each.loss for count, each in zip(moment.kept, kept, strict=True))
+    logits = logits_bytes(of) if here.loss and moment.doing == "F" else 0
+    return Peak(
+        at=f"{_WORDS[moment.doing]} of stage {moment.stage}",
+        activations=sum(count * each.total for count, each in zip(moment.kept, kept, strict=True)) - loss,
+        how=" + ".join(f"{n} * {each.total - each.loss}" for n, each in zip(moment.kept, kept, strict=True) if n),
+        waiting=sum(count * each.waiting for count, each in zip(moment.waiting, kept, strict=True)),
+        logits=logits + loss,
+        transients=_transients(of, recompute, moment, here) - logits,
+    )
+
+
+_WORDS = {"F": "forward", "B": "backward", "I": "inputs' part of the backward", "W": "weights' part of the backward"}
+
+
+def _transients(of: Tensors, recompute: str, moment: Moment, stage: StageBytes) -> int:
+    """Of a stage's forward or backward, logits included."""
+    first = moment.stage == 0
+    if moment.doing == "F":
+        # What the layers form beside what they keep is less than what their backward holds.
+        return loss_forward_bytes(of) if stage.loss else 0
+    if moment.doing == "I" and first:
+        return 0
+    if moment.doing == "W" and not first:
+        return layer_weights_bytes(of, recompute)
+    # The layers' backward begins when that of the loss and of the last norm has let go of what they kept.
+    layer = layer_backward_bytes(of, recompute) - stage.loss - stage.norm
+    return max(loss_backward_bytes(of), layer) if stage.loss else layer
+
+
+def step_bytes(config: RunConfig, parameters: int) -> int:
+    """Temporaries of the optimizer step: DeepSpeed copies what it reduces to one flat tensor.
+
+    `BF16_Optimizer` has all gradient sums in one bucket whatever its size (engine.py, allreduce_bucket), and casts it
+    where bf16 crosses the ranks; ZeRO-1 in fp32 goes by buckets; ZeRO-2 and -3 reduce during backward.
+    """
+    if config.zero.stage > 1:
+        return 0
+    if config.train.dtype == "fp32":
+        return 4 * min(parameters, config.zero.bucket_elements)
+    return parameters * (6 if config.zero.communication_dtype == "bf16" else 4)
+
+
+def buffer_row(config: RunConfig, rank: RankParameters, messages: int) -> MemoryRow:
+    """Messages between stages, and the buckets of ZeRO-2 and -3.
+
+    ZeRO-2 makes a bucket for the gradients of a backward in their own type (zero/stage_1_and_2.py, setup_buckets),
+    ZeRO-3 keeps one in fp32 (zero/stage3.py); what fills it is copied flat, and cast to fp32, to be reduced. ZeRO-3
+    gathers the largest layer and, ahead of it, as many weights as a bucket holds.
+    """
+    element = tensors(config).element
+    bucket = config.zero.bucket_elements
+    filled = min(rank.total, bucket)
+    reduced = (6 if element == 2 else 4) * filled
+    if config.zero.stage == 2:
+        size, how = element * bucket + reduced, f"{element} B * {bucket} + {reduced} being reduced"
+    elif config.zero.stage == 3:
+        gathered = element * min(rank.total, largest_layer(config.model, config.parallel.tensor) + bucket)
+        size = 4 * bucket + reduced + gathered
+        how = f"4 B * {bucket} + {reduced} being reduced + {gathered} gathered"
+    else:
+        state = tensors(config).state
+        size, how = messages * state, f"{messages} messages of {state}"
+    return MemoryRow("buffers", "communication buffers", how, size)
+
+
+def messages(every: Sequence[Stage], rank: int) -> int:
+    """Hidden states and gradients that a rank holds on their way.
+
+    Of each stage before one of its own: a hidden state that came ahead of its turn and a gradient that is leaving; of
+    each stage after, a gradient that came. Where a V turns two stages of one rank hand their tensors over.
+    """
+    pairs = pairwise(stage.rank for stage in every)
+    return sum(2 * (after == rank) + (before == rank) for before, after in pairs if before != after)
+
+
+def overhead(config: RunConfig, dp_size: int, beside_state: int) -> MemoryRow:
+    """What the device has beside tensors; nothing on a CPU."""
+    parallel = config.parallel
+    sizes = (parallel.tensor, parallel.pipeline, dp_size * parallel.context, parallel.tensor * parallel.pipeline)
+    groups = sum(size > 1 for size in sizes)
+    if config.train.device == "cpu":
+        return MemoryRow("overhead", "overhead", "none on a CPU", 0)
+    size = CONTEXT + groups * COMMUNICATOR + int(SLACK * beside_state)
+    return MemoryRow("overhead", "overhead", f"assumed: context, {groups} communicators, {SLACK:.0%} slack", size)
+
+
+def _peak_rows(peak: Peak) -> list[MemoryRow]:
+    rows = [
+        MemoryRow("activations", "activations in flight", peak.how, peak.activations),
+        MemoryRow("waiting_gradients", "gradients between parts of a backward", "of layers' outputs", peak.waiting),
+        MemoryRow("logits", "logits and the loss's gradients", "of one or two chunks", peak.logits),
+        MemoryRow("transients", "transients", f"in the {peak.at}", peak.transients),
+    ]
+    return [row for row in rows if row.size]

@@ -1,0 +1,239 @@
+"""Every legal layout of a run on a number of GPUs, the fastest first; and why the others are none. Pure.
+
+A layout is tensor- x pipeline- x data-parallel size, ZeRO stage, schedule, micro-batch size and recomputation. Model,
+data and global batch stay as the run has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from megallama.config.check import check_config, dp_size, legal_tensors
+from megallama.config.schema import RunConfig
+from megallama.errors import UserError
+from megallama.plan.fit import rank_bytes, usable_bytes
+from megallama.plan.hardware import Gpu
+from megallama.plan.memory import GIB
+from megallama.plan.stages import chunks, legal_micro_batches
+from megallama.plan.step_time import step_time_at
+from megallama.plan.workload import workload
+
+ZERO_STAGES = (1, 2, 3)
+RECOMPUTE = ("none", "selective", "full")
+"""Each keeps less for backward than the one before it."""
+SCHEDULES = (
+    ("1f1b", 1),
+    ("interleaved1f1b", 2),
+    ("interleaved1f1b", 3),
+    ("interleaved1f1b", 4),
+    ("dualpipev", 2),
+    ("zbvzerobubble", 2),
+)
+"""With the stages of each rank."""
+MOST_MICRO_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout that is legal and fits."""
+
+    config: RunConfig
+    world_size: int
+    seconds: float
+    """Predicted, of one optimizer step."""
+    size: int
+    """Bytes that its fullest rank needs."""
+
+    @property
+    def name(self) -> str:
+        """As `tp8 pp4 dp16 zero1 interleaved1f1b x2 micro-batch 2 selective`."""
+        parallel, train = self.config.parallel, self.config.train
+        dp = self.world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+        chunks = f" x{parallel.chunks}" if parallel.schedule == "interleaved1f1b" else ""
+        schedule = f" {parallel.schedule}{chunks}" if parallel.pipeline > 1 else ""
+        return (
+            f"tp{parallel.tensor} pp{parallel.pipeline} dp{dp} zero{self.config.zero.stage}{schedule} "
+            f"micro-batch {train.micro_batch_size} {train.recompute}"
+        )
+
+
+@dataclass
+class Search:
+    """What was found and what was not taken."""
+
+    found: list[Candidate] = field(default_factory=list)
+    """The fastest first; of two as fast, the one that computes less again, then the smaller."""
+    rejected: dict[str, list[str]] = field(default_factory=dict)
+    """Reasons, each with the layouts that it rules out."""
+    tried: int = 0
+
+    def reject(self, what: str, why: str) -> None:
+        """Add layouts to those of the same reason."""
+        places = self.rejected.setdefault(why, [])
+        if what not in places:
+            places.append(what)
+
+
+def search(config: RunConfig, world_size: int, gpu: Gpu, software: str | None = None) -> Search:
+    """Every layout of the run on `world_size` of these GPUs, at the efficiency of that generation of `software`.
+
+    UserError if none is legal and fits, with what lacks, or where the GPUs are no whole nodes.
+    """
+    result, node = Search(), int(gpu.gpus_per_node or 1)
+    if world_size > node and world_size % node:
+        low = world_size // node * node
+        raise UserError(
+            f"--gpus={world_size} is no whole number of nodes of {node} {gpu.key}; nearest legal: {low} or {low + node}"
+        )
+    step_seconds = partial(_step_seconds, world_size=world_size, gpu=gpu, efficiency=gpu.efficiency_for(software))
+    limit, lacking = usable_bytes(gpu), ""
+    for tp in _tensor_sizes(config, world_size, gpu, result):
+        missing = {}
+        for pp in _pipeline_sizes(config, world_size // tp, tp, result):
+            least = _search_sizes(config, tp, pp, world_size, limit, result, step_seconds)
+            if least is not None:
+                missing[pp] = (least - limit) / GIB
+        if missing:
+            over = ", ".join(f"{gib:.1f} at pp {pp}" for pp, gib in missing.items())
+            why = f"more than {limit / GIB:.1f} GiB; over by at least, GiB: {over}"
+            result.reject(f"tp {tp}", why)
+            lacking = f"tp {tp}: {why}"
+    result.found.sort(key=lambda one: (one.seconds, RECOMPUTE.index(one.config.train.recompute), one.size))
+    if not result.found:
+        why, where = max(result.rejected.items(), key=lambda one: len(one[1]))
+        raise UserError(f"no layout of {world_size} {gpu.key} is legal and fits; {lacking or f'{where[0]}: {why}'}")
+    return result
+
+
+def _tensor_sizes(config: RunConfig, world_size: int, gpu: Gpu, result: Search) -> list[int]:
+    """tp that divide model and world, within a node."""
+    node, model = int(gpu.gpus_per_node or 1), config.model
+    dividing, legal = _divisors(world_size), set(legal_tensors(config))
+    far = [tp for tp in dividing if tp > node]
+    cut = [tp for tp in dividing if tp <= node and tp not in legal]
+    if far:
+        result.reject(_several("tp", far), f"crosses the node of {node} GPUs")
+    if cut:
+        widths = f"{model.num_attention_heads} heads, {model.kv_heads * model.head_size} of keys, MLP or sequence"
+        result.reject(_several("tp", cut), f"does not divide {widths}")
+    return [tp for tp in dividing if tp <= node and tp in legal]
+
+
+def _pipeline_sizes(config: RunConfig, ranks: int, tp: int, result: Search) -> list[int]:
+    """pp that divide the ranks, with a layer for each stage and a batch for each copy."""
+    layers, batch = config.model.num_hidden_layers, config.train.global_batch_size
+    dividing = _divisors(ranks)
+    if dividing[-1] > layers:
+        result.reject(f"pp above {layers}", f"more stages than {layers} layers")
+    uneven = [pp for pp in dividing if pp <= layers and batch % (ranks // pp)]
+    if uneven:
+        result.reject(f"tp {tp}, {_several('pp', uneven)}", f"dp does not divide train.global_batch_size={batch}")
+    return [pp for pp in dividing if pp <= layers and pp not in uneven]
+
+
+def _search_sizes(
+    config: RunConfig,
+    tp: int,
+    pp: int,
+    world_size: int,
+    limit: int,
+    result: Search,
+    step_seconds: Callable[[RunConfig], float],
+) -> int | None:
+    """Add what fits at these sizes; the bytes of the smallest where some are legal and none fits."""
+    dp, least, fits = world_size // (tp * pp), None, False
+    too_large: dict[tuple[Any, ...], int] = {}
+    for choice in _choices(pp, config.train.global_batch_size, dp):
+        result.tried += 1
+        group = choice["schedule"], choice["chunks"], choice["zero"]
+        if choice["micro_batch_size"] >= too_large.get(group, MOST_MICRO_BATCH + 1):
+            continue  # it keeps more than one that did not fit
+        candidate = _with(config, tp, pp, choice)
+        refusal = _refusal(candidate, world_size)
+        if refusal is not None:
+            result.reject(f"tp {tp} pp {pp}", refusal)
+            continue
+        size = max(rank_bytes(candidate, world_size))
+        if size > limit:
+            too_large[group] = choice["micro_batch_size"]
+            least = size if least is None else min(least, size)
+            continue
+        fits = True
+        result.found.append(Candidate(candidate, world_size, step_seconds(candidate), size))
+    return None if fits else least
+
+
+def _step_seconds(config: RunConfig, world_size: int, gpu: Gpu, efficiency: float) -> float:
+    return step_time_at(workload(config, world_size), gpu, efficiency).total
+
+
+def _refusal(config: RunConfig, world_size: int) -> str | None:
+    """Why training would refuse the layout, in the words of a class of layouts."""
+    parallel, layers = config.parallel, config.model.num_hidden_layers
+    each = chunks(parallel)
+    if parallel.pipeline * each > layers:
+        return f"{parallel.schedule} with {each} stages on each rank has more stages than {layers} layers"
+    count = config.train.global_batch_size // (dp_size(config, world_size) * config.train.micro_batch_size)
+    if not legal_micro_batches(parallel, count):
+        return f"{parallel.schedule} cannot run so few micro-batches over its stages"
+    try:
+        check_config(config, world_size)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _choices(pp: int, batch: int, dp: int) -> Iterator[dict[str, Any]]:
+    """Everything but the sizes of the mesh; what keeps less comes before what keeps more."""
+    micro_batches = [size for size in _powers(MOST_MICRO_BATCH) if batch % (size * dp) == 0]
+    schedules = SCHEDULES if pp > 1 else (("1f1b", 1),)
+    stages = ZERO_STAGES if pp == 1 and dp > 1 else (1,)
+    for schedule, each in schedules:
+        for zero in stages:
+            for recompute in reversed(RECOMPUTE):
+                for size in micro_batches:
+                    yield {
+                        "schedule": schedule,
+                        "chunks": max(2, each),
+                        "zero": zero,
+                        "recompute": recompute,
+                        "micro_batch_size": size,
+                    }
+
+
+def _with(config: RunConfig, tp: int, pp: int, choice: dict[str, Any]) -> RunConfig:
+    """The run at that layout; copied field by field, since checking a whole tree again takes ten times as long."""
+    parallel = config.parallel.model_copy(
+        update={
+            "tensor": tp,
+            "pipeline": pp,
+            "context": 1,
+            "sequence": None,
+            "schedule": choice["schedule"],
+            "chunks": choice["chunks"],
+            "layers_per_stage": "balanced",
+        }
+    )
+    train = config.train.model_copy(
+        update={"micro_batch_size": choice["micro_batch_size"], "recompute": choice["recompute"]}
+    )
+    zero = config.zero.model_copy(update={"stage": choice["zero"]})
+    return config.model_copy(update={"parallel": parallel, "train": train, "zero": zero})
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _powers(most: int) -> list[int]:
+    return [1 << n for n in range(most.bit_length()) if 1 << n <= most]
+
+
+def _several(name: str, numbers: list[int]) -> str:
+    """`tp 16, 32, ... 512`."""
+    if len(numbers) > 4:
+        return f"{name} {numbers[0]}, {numbers[1]}, ... {numbers[-1]}"
+    return f"{name} {', '.join(map(str, numbers))}"

@@ -1,0 +1,76 @@
+"""A layout search as parts of a plan, and its winner as files that training and Slurm take. Pure but for the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megallama.cluster.job_file import Allocation, job_file
+from megallama.config.load import dump_config
+from megallama.errors import UserError
+from megallama.plan.cost import speed
+from megallama.plan.fit import usable_bytes
+from megallama.plan.hardware import Gpu
+from megallama.plan.memory import GIB
+from megallama.plan.search import Candidate, Search
+from megallama.plan.table import Part, Row
+from megallama.plan.workload import workload
+
+SHOWN = 10
+MOST_PLACES = 6
+
+
+def search_parts(result: Search, gpu: Gpu) -> list[Part]:
+    """The fastest layouts with the seconds of a step, and what was rejected with how many layouts it rules out."""
+    best = result.found[:SHOWN]
+    rows = [Row(f"rank_{number}", one.name, _words(one, gpu), one.seconds, "s") for number, one in enumerate(best, 1)]
+    limit = f"{usable_bytes(gpu) / GIB:.1f} GiB of {gpu.key}"
+    note = f"{len(result.found)} of {result.tried} layouts are legal and fit in {limit}."
+    rejected = [
+        Row(f"class_{number}", _several(places), why, len(places))
+        for number, (why, places) in enumerate(result.rejected.items(), 1)
+    ]
+    return [
+        Part("layouts", f"Fastest layouts on {result.found[0].world_size} x {gpu.name}", tuple(rows), note),
+        Part("rejected", "Rejected", tuple(rejected)),
+    ]
+
+
+def write_winner(winner: Candidate, gpu: Gpu, config_path: Path, job_path: Path | None) -> list[str]:
+    """Write the winner's config, and a job file for it; what was written, a line each.
+
+    UserError where a file exists or cannot be written.
+    """
+    text = (
+        f"# {winner.name}, on {winner.world_size} x {gpu.name}: megallama plan --search\n{dump_config(winner.config)}"
+    )
+    files = {config_path: text}
+    if job_path is not None:
+        per_node = min(winner.world_size, int(gpu.gpus_per_node or 1))
+        allocation = Allocation(-(-winner.world_size // per_node), per_node, gpu.kind == "gpu", "7-00:00:00", 300)
+        run_dir = Path(winner.config.run.dir).absolute()
+        files[job_path] = job_file(config_path.absolute(), (), run_dir, "%x-%j.log", allocation)
+    for path in files:
+        if path.exists():
+            raise UserError(f"{path} exists, and is not written over; give another name, or remove it")
+    for path, content in files.items():
+        _write(path, content)
+    return [f"wrote {path}" for path in files]
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); give a path in a folder that is there") from None
+
+
+def _words(one: Candidate, gpu: Gpu) -> str:
+    found = speed(workload(one.config, one.world_size), gpu, one.seconds)
+    return (
+        f"{one.size / GIB:.1f} GiB, {found.tokens_per_second_per_gpu:,.0f} tokens/s per GPU, MFU {found.mfu_full:.1%}"
+    )
+
+
+def _several(places: list[str]) -> str:
+    rest = len(places) - MOST_PLACES
+    return "; ".join(places[:MOST_PLACES]) + (f"; and {rest} more" if rest > 0 else "")

@@ -1,0 +1,71 @@
+"""`megallama plan --check`: the ledger against a rank's real stages at the full layout."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
+
+from megallama.errors import UserError
+from megallama.plan import dry_run
+from megallama.plan.cli import plan
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+app = typer.Typer()
+app.command()(plan)
+LAYOUTS = [
+    ["7b.yaml", "--gpus", "128", "--rank", "0"],
+    ["7b.yaml", "--gpus", "128", "train.recompute=full"],
+    ["7b.yaml", "--gpus", "8", "parallel.sequence=false", "train.recompute=selective", "train.dtype=fp32"],
+    ["405b.yaml", "--gpus", "16384", "train.global_batch_size=2048", "--rank", "7777"],
+    ["8b.yaml", "parallel.tensor=16", "train.recompute=full", "train.device=cpu", "model.num_hidden_layers=4"],
+    ["8b.yaml", "--gpus", "4", "parallel.pipeline=4", "parallel.tensor=1", "parallel.schedule=dualpipev"],
+]
+
+
+def checked(*arguments: str) -> Result:
+    return CliRunner().invoke(app, [str(CONFIGS / arguments[0]), "--check", *arguments[1:]])
+
+
+@pytest.mark.parametrize("arguments", LAYOUTS, ids=lambda arguments: " ".join(arguments))
+def test_the_ledger_is_what_a_rank_really_does(arguments: list[str]) -> None:
+    result = checked(*arguments)
+    assert result.exit_code == 0, (result.stdout, result.exception)
+    assert "bytes kept for backward" in result.stdout and "differs" not in result.stdout
+    if "parallel.tensor=1" not in arguments:
+        assert "all_reduce, bytes" in result.stdout
+
+
+def test_a_difference_is_marked_and_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = dry_run.stage_bytes
+    monkeypatch.setattr(dry_run, "stage_bytes", lambda *given: replace(real(*given), embedding=0))
+    result = checked("7b.yaml", "--gpus", "8", "--rank", "0")
+    assert result.exit_code == 1
+    assert [line.split(":")[0] for line in result.stdout.splitlines() if "differs" in line] == ["stage 0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--check", "--rank", "8", "--gpus", "8"], "--rank=8 is not a rank of 8; nearest legal: 7"),
+        (["--rank", "0"], "--rank=0 says which rank --check builds; give --check, or leave it out"),
+        (["--check", "--timeline"], "--timeline does not go with --check; leave one of them out"),
+        (["--check", "--json"], "--check does not go with --json; leave one of them out"),
+    ],
+)
+def test_refusals(arguments: list[str], sentence: str) -> None:
+    result = CliRunner().invoke(app, [str(CONFIGS / "7b.yaml"), *arguments])
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception) == sentence
+
+
+def test_only_a_check_needs_torch() -> None:
+    import subprocess
+
+    program = "import sys, megallama.plan.cli, megallama.plan.memory_report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,56 @@
+"""Whether a run fits its GPUs, and what would."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megallama.config.check import check_config
+from megallama.config.load import load_config
+from megallama.errors import UserError
+from megallama.plan.fit import rank_bytes, refuse_too_large, usable_bytes
+from megallama.plan.hardware import find_gpu
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "world_size", "gpu"),
+    [
+        ("7b", ["train.micro_batch_size=16"], 128, "a100-40g"),
+        ("8b", ["parallel.tensor=1", "zero.stage=1"], 8, "h100"),
+        ("8b", ["parallel.tensor=2", "train.micro_batch_size=1"], 8, "l40s"),
+        ("70b", ["parallel.pipeline=1"], 256, "a100-80g"),
+        ("405b", ["train.recompute=none", "parallel.pipeline=8"], 16_384, "h100"),
+    ],
+)
+def test_the_change_that_is_named_fits(name: str, overrides: list[str], world_size: int, gpu: str) -> None:
+    path, device = str(CONFIGS / f"{name}.yaml"), find_gpu(gpu)
+    config = load_config(path, overrides)
+    check_config(config, world_size)
+    with pytest.raises(UserError) as refused:
+        refuse_too_large(config, world_size, device)
+    sentence = str(refused.value)
+    over = max(rank_bytes(config, world_size)) - usable_bytes(device)
+    assert f"{over / 2**30:.1f} GiB more than the " in sentence
+    words = sentence.partition("nearest that fits: ")[2]
+    assert words, sentence
+    gpus = re.search(r"--gpus (\d+)", words)
+    keys = re.findall(r"[a-z]+\.[a-z_]+=\w+", words)
+    assert gpus or keys
+    ranks = int(gpus[1]) if gpus else world_size
+    changed = load_config(path, [*overrides, *keys])
+    check_config(changed, ranks)
+    assert max(rank_bytes(changed, ranks)) <= usable_bytes(device)
+
+
+def test_a_run_that_fits_is_not_refused() -> None:
+    refuse_too_large(load_config(str(CONFIGS / "7b.yaml")), 128, find_gpu("a100-80g"))
+
+
+def test_a_run_that_no_single_change_helps_is_sent_to_the_search() -> None:
+    config = load_config(str(CONFIGS / "405b.yaml"), ["parallel.tensor=1", "parallel.pipeline=1"])
+    with pytest.raises(UserError, match="no single change fits; try --search with more GPUs"):
+        refuse_too_large(config, 8, find_gpu("h100"))

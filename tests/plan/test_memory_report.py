@@ -1,0 +1,57 @@
+"""The ledger as rows of a plan."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from megallama.config.load import load_config
+from megallama.plan.ledger import memory_rows
+from megallama.plan.memory_report import memory_parts
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_rows_of_the_fullest_rank_sum_to_its_peak() -> None:
+    memory, by_rank = memory_parts(load_config(CONFIGS / "7b.yaml"), dp_size=16)
+    *rows, total = memory.rows
+    assert sum(row.value for row in rows) == total.value == max(row.value for row in by_rank.rows)
+    keys = [row.key for row in rows]
+    assert keys[:5] == ["bf16_weights", "fp32_gradient_sums", "fp32_master_weights", "fp32_Adam_moments", "padding"]
+    assert keys[5:] == ["activations", "transients", "buffers", "overhead"]
+    # Stage 0 has four micro-batches in flight, the last stage one of them and the logits.
+    assert rows[5].how.startswith("4 * ")
+    last = {row.key: row.size for row in memory_rows(load_config(CONFIGS / "7b.yaml"), 16)[3]}
+    assert last["activations"] < rows[5].value / 3.9
+    assert last["logits"] > 2**29
+
+
+def test_padding_is_apart_from_weights() -> None:
+    plain, padded = (
+        {row.key: row.size for row in memory_rows(load_config(CONFIGS / "8b.yaml", words), 1)[0]}
+        for words in (["parallel.tensor=1"], ["parallel.tensor=4"])
+    )
+    assert plain["padding"] == 0
+    # 64 rows on each of four ranks, in embedding and head, 18 bytes each.
+    assert padded["padding"] == 2 * 64 * 4096 * 18
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_needs_less(recompute: str) -> None:
+    path = CONFIGS / "7b.yaml"
+    plain, less = (
+        max(sum(row.size for row in rank) for rank in memory_rows(load_config(path, [f"train.recompute={mode}"]), 16))
+        for mode in ("none", recompute)
+    )
+    assert less < plain
+
+
+def test_a_search_can_ask_for_thousands() -> None:
+    config = load_config(CONFIGS / "405b.yaml")
+    memory_rows(config, 8)
+    began = time.process_time()
+    for _ in range(20):
+        memory_rows(config, 8)
+    assert (time.process_time() - began) / 20 < 0.02

@@ -1,0 +1,111 @@
+"""The picture of a plan: its bars are the ledger's rows, its timeline the simulation's spans, its files pictures."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import typer
+from matplotlib.container import BarContainer
+from matplotlib.image import imread
+from typer.testing import CliRunner
+
+from megallama.config.load import load_config
+from megallama.errors import UserError
+from megallama.plan.cli import plan
+from megallama.plan.ledger import memory_rows
+from megallama.plan.orders import action_lists
+from megallama.plan.plot import check_target, draw_plan
+from megallama.plan.simulation import relative_seconds, simulate
+
+CONFIG = Path(__file__).parents[2] / "configs" / "8b.yaml"
+PIPELINE = ["parallel.pipeline=4", "parallel.tensor=1", "train.global_batch_size=128"]
+app = typer.Typer()
+app.command()(plan)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipev", "zbvzerobubble"])
+def test_bars_are_the_rows_of_the_ledger(schedule: str) -> None:
+    config = load_config(CONFIG, [*PIPELINE, f"parallel.schedule={schedule}"])
+    axes = draw_plan(config, 64).axes[0]
+    bars = {bar.get_label(): bar.patches for bar in axes.containers if isinstance(bar, BarContainer)}
+    for rank, rows in enumerate(memory_rows(config, 16)):
+        drawn = {name: patches[rank].get_height() * 2**30 for name, patches in bars.items()}
+        assert {name: size for name, size in drawn.items() if size} == {row.name: row.size for row in rows if row.size}
+        tops = [patches[rank].get_y() + patches[rank].get_height() for patches in bars.values()]
+        assert max(tops) * 2**30 == pytest.approx(sum(row.size for row in rows))
+    assert {len(patches) for patches in bars.values()} == {4}
+    colours = [patches[0].get_facecolor() for patches in bars.values()]
+    assert len(set(colours)) == len(colours), "a colour stands for one row"
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"])
+def test_the_timeline_is_the_simulation_of_the_orders_that_training_runs(schedule: str) -> None:
+    config = load_config(CONFIG, [*PIPELINE, f"parallel.schedule={schedule}"])
+    axes = draw_plan(config, 64).axes[1]
+    spans = simulate(action_lists(config.parallel, 8), relative_seconds(config))
+    expected = [(rank, span.start, span.end - span.start) for rank, row in enumerate(spans) for span in row]
+    waiting, *kinds = (bar for bar in axes.containers if isinstance(bar, BarContainer))
+    drawn = [
+        (round(patch.get_y() + patch.get_height() / 2), patch.get_x(), patch.get_width())
+        for kind in kinds
+        for patch in kind.patches
+    ]
+    assert len(drawn) == len(expected)
+    for found, wanted in zip(sorted(drawn), sorted(expected), strict=True):
+        assert found == pytest.approx(wanted)
+    assert {patch.get_width() for patch in waiting.patches} == {max(span.end for row in spans for span in row)}
+    assert len(waiting.patches) == 4
+
+
+def test_a_single_stage_has_no_timeline() -> None:
+    config = load_config(CONFIG, ["parallel.pipeline=1", "parallel.tensor=1", "train.global_batch_size=128"])
+    assert len(draw_plan(config, 64).axes) == 1
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_the_command_writes_a_picture(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"out{suffix}"
+    result = CliRunner().invoke(app, [str(CONFIG), *PIPELINE, "--gpus", "64", "--plot", str(path)])
+    assert (result.exit_code, result.stdout) == (0, f"memory and timeline are in {path}\n")
+    if suffix == ".png":
+        height, width, _ = imread(path).shape
+        assert width > 1000 and height > 600
+        assert imread(path)[..., :3].std() > 0.1, "it is not blank"
+    elif suffix == ".svg":
+        assert re.search(r'<svg [^>]*viewBox="0 0 [\d.]+ [\d.]+"', path.read_text())
+    else:
+        assert path.read_bytes().startswith(b"%PDF-")
+
+
+def test_files_that_take_no_picture_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--plot=out\.jpg is no picture; end it in \.png, \.svg or \.pdf$"):
+        check_target(Path("out.jpg"))
+    with pytest.raises(UserError, match=r"^--plot=.*/none/out\.png has no folder .*/none; make it, or use another"):
+        check_target(tmp_path / "none" / "out.png")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UserError, match=r"^--plot=.*folder\.png cannot be written; use another file$"):
+        check_target(tmp_path / "folder.png")
+
+
+def test_without_matplotlib_the_command_to_install_it_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("megallama.plan.plot.find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    with pytest.raises(UserError, match=r"needs matplotlib, which is not installed; type pip install matplotlib$"):
+        check_target(tmp_path / "out.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--plot", "out.png"], "--plot needs a CONFIG such as configs/7b.yaml"),
+        ([str(CONFIG), "--plot", "out.png", "--json"], "--plot does not go with --json; leave one of them out"),
+        ([str(CONFIG), "--timeline", "--plot", "o.png"], "--timeline does not go with --plot; leave one of them out"),
+    ],
+)
+def test_options_that_contradict_it_are_refused(arguments: list[str], sentence: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception) == sentence

@@ -1,0 +1,122 @@
+"""The layout search: what it finds trains, nothing that trains is missing, and every refusal has its reason."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+from itertools import product
+from pathlib import Path
+from random import Random
+
+import pytest
+from pydantic import ValidationError
+
+from megallama.config.check import check_config
+from megallama.config.load import load_config
+from megallama.config.schema import RunConfig
+from megallama.errors import UserError
+from megallama.plan.fit import rank_bytes, usable_bytes
+from megallama.plan.hardware import find_gpu
+from megallama.plan.search import RECOMPUTE, SCHEDULES, Candidate, Search, search
+from megallama.plan.step_time import step_time
+from megallama.plan.workload import workload
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+H100 = find_gpu("h100-80g")
+LARGE = ("70b", "train.global_batch_size=24")
+ODD = ("1b", "model.intermediate_size=5634", "model.tie_word_embeddings=true")
+Key = tuple[int, int, str, int, int, str, int]
+
+
+def recipe(name: str, *overrides: str) -> RunConfig:
+    return load_config(CONFIGS / f"{name}.yaml", overrides)
+
+
+@cache
+def rejected_of(words: tuple[str, ...]) -> dict[str, list[str]]:
+    return search(recipe(*words), 64, H100).rejected
+
+
+@pytest.fixture(scope="module")
+def small() -> Search:
+    return search(recipe("7b"), 16, H100)
+
+
+def key_of(one: Candidate) -> Key:
+    parallel, train = one.config.parallel, one.config.train
+    sizes = parallel.tensor, parallel.pipeline, parallel.schedule, parallel.chunks
+    return (*sizes, one.config.zero.stage, train.recompute, train.micro_batch_size)
+
+
+def test_what_is_found_is_what_the_loader_takes_and_fits(small: Search) -> None:
+    """Combinations of keys drawn at random, checked as training checks them."""
+    expected, tried = set[Key](), set[Key]()
+    every = list(product((1, 2, 4, 8), (1, 2, 4, 8, 16), SCHEDULES, (1, 2, 3), RECOMPUTE, [1, 2, 4, 8, 16, 32, 64]))
+    for tp, pp, (schedule, chunks), zero, again, size in Random(5).sample(every, 2500):
+        if 16 % (tp * pp) or (pp == 1 and schedule != "1f1b") or (zero > 1 and tp * pp == 16):
+            continue  # another name of a layout that is among them, or none at all
+        tried.add((tp, pp, schedule, max(2, chunks), zero, again, size))
+        words = [f"parallel.tensor={tp}", f"parallel.pipeline={pp}", f"parallel.schedule={schedule}"]
+        words += [f"zero.stage={zero}", f"train.recompute={again}", f"train.micro_batch_size={size}"]
+        try:
+            config = recipe("7b", *words, f"parallel.chunks={max(2, chunks)}")
+            check_config(config, 16)
+        except (UserError, ValidationError):
+            continue
+        if max(rank_bytes(config, 16)) <= usable_bytes(H100):
+            expected.add((tp, pp, schedule, max(2, chunks), zero, again, size))
+    found = {key_of(one) for one in small.found}
+    assert len(found) == len(small.found)
+    assert 50 < len(expected) < len(tried)
+    assert found & tried == expected
+
+
+def test_the_fastest_is_first_and_its_seconds_are_those_of_its_plan(small: Search) -> None:
+    seconds = [one.seconds for one in small.found]
+    assert seconds == sorted(seconds)
+    for one in (small.found[0], small.found[-1]):
+        assert one.seconds == step_time(workload(one.config, 16), H100).total
+        assert one.size == max(rank_bytes(one.config, 16))
+
+
+@pytest.mark.parametrize(
+    ("words", "why", "what"),
+    [
+        (LARGE, "crosses the node of 8 GPUs", "tp 16, 32, 64"),
+        (ODD, "more stages than 22 layers", "pp above 22"),
+        (LARGE, "more than 77.6 GiB; over by at least, GiB: ", "tp 1"),
+        (LARGE, "interleaved1f1b with 3 stages on each rank has more stages than 80 layers", "tp 1 pp 32"),
+        (LARGE, "1f1b cannot run so few micro-batches", "tp 1 pp 32"),
+        (LARGE, "dp does not divide train.global_batch_size=24", "tp 1, pp 1, 2, 4"),
+        (ODD, "does not divide 32 heads", "tp 4, 8"),
+        (ODD, "model.tie_word_embeddings=true with parallel.pipeline=8 under 1f1b puts", "tp 1 pp 8"),
+    ],
+)
+def test_each_class_of_layouts_that_is_out_has_its_reason(words: tuple[str, ...], why: str, what: str) -> None:
+    rejected = rejected_of(words)
+    assert any(what in places for reason, places in rejected.items() if reason.startswith(why)), rejected
+
+
+def test_a_config_that_no_layout_mends_is_refused_with_what_is_wrong_with_it() -> None:
+    config = load_config(CONFIGS / "8b.yaml", ["train.steps=10", "schedule.warmup_steps=20"])
+    with pytest.raises(UserError, match=r"is legal and fits; tp 1 pp 1: schedule\.warmup_steps=20 leaves nothing"):
+        search(config, 16, H100)
+
+
+def test_a_model_that_fits_nowhere_is_refused_with_what_is_missing() -> None:
+    with pytest.raises(UserError, match=r"no layout of 8 h100-80g is legal and fits; tp 8: more than 77\.6 GiB; over "):
+        search(recipe("405b"), 8, H100)
+
+
+def test_gpus_that_fill_no_nodes_are_refused() -> None:
+    with pytest.raises(UserError, match="--gpus=12 is no whole number of nodes of 8 h100-80g; nearest legal: 8 or 16"):
+        search(recipe("1b"), 12, H100)
+
+
+def test_sixteen_thousand_gpus_are_searched_in_seconds() -> None:
+    """5 s of a processor, that is; a clock on the wall also counts what else the machine does."""
+    began = time.process_time()
+    result = search(recipe("405b"), 16_384, H100)
+    assert time.process_time() - began < 5
+    assert result.tried > 1000
+    assert result.found[0].config.parallel.tensor == 8

@@ -1,0 +1,116 @@
+"""What the sizing flags ask, and the sentence for each way to get them wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from megallama.errors import UserError
+from megallama.plan.sizing_flags import Flags, read_flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "flops", "parameters", "tokens"),
+    [
+        (Flags(flops="1e21"), 1e21, None, None),
+        (Flags(params="7B"), None, 7e9, None),
+        (Flags(params="135m"), None, 135e6, None),
+        (Flags(tokens="2T"), None, None, 2e12),
+        (Flags(params="7e9", tokens="2000G"), None, 7e9, 2e12),
+    ],
+)
+def test_a_question_is_one_budget_or_a_size_with_its_data(
+    flags: Flags, flops: float | None, parameters: float | None, tokens: float | None
+) -> None:
+    question = read_flags(flags)
+    assert (question.flops, question.parameters, question.tokens) == (flops, parameters, tokens)
+    assert question.asks
+
+
+def test_gpus_for_days_are_a_compute_at_an_assumed_share_of_the_peak() -> None:
+    assumed = read_flags(Flags(gpus="64", days="30"))
+    assert assumed.flops == pytest.approx(64 * 30 * 86_400 * 989.4e12 * 0.4)
+    told = read_flags(Flags(gpus="64", days="30", gpu="a100-80g", mfu="0.5"))
+    assert told.flops == pytest.approx(64 * 30 * 86_400 * 312e12 * 0.5)
+
+
+def test_no_flag_is_no_question() -> None:
+    assert not read_flags(Flags()).asks
+    assert read_flags(Flags()).vocab_size == 32_000
+
+
+WRONG: list[tuple[Flags, str]] = [
+    (Flags(flops="0"), "--flops=0 is not a number from 1 to 1e+30; nearest legal: 1"),
+    (Flags(flops="-1e21"), "--flops=-1e21 is not a number from 1 to 1e+30; did you mean 1e21?"),
+    (Flags(flops="many"), "--flops=many is not a number from 1 to 1e+30; write it as 1e21"),
+    (Flags(flops=""), "--flops= is not a number from 1 to 1e+30; write it as 1e21"),
+    (Flags(flops="nan"), "--flops=nan is not a number from 1 to 1e+30; write it as 1e21"),
+    (Flags(flops="inf"), "--flops=inf is not a number from 1 to 1e+30; nearest legal: 1e+30"),
+    (Flags(params="0"), "--params=0 is not a number from 1 to 1e+30; nearest legal: 1"),
+    (Flags(params="-7B"), "--params=-7B is not a number from 1 to 1e+30; did you mean 7B?"),
+    (Flags(params="7X"), "--params=7X is not a number from 1 to 1e+30; write it as 7e9 or 7B"),
+    (Flags(tokens="0.0"), "--tokens=0.0 is not a number from 1 to 1e+30; nearest legal: 1"),
+    (Flags(tokens="-2T"), "--tokens=-2T is not a number from 1 to 1e+30; did you mean 2T?"),
+    (Flags(tokens="1e31"), "--tokens=1e31 is not a number from 1 to 1e+30; nearest legal: 1e+30"),
+    (Flags(gpus="0", days="30"), "--gpus=0 is not a whole number from 1 to 10000000; nearest legal: 1"),
+    (Flags(gpus="-8", days="30"), "--gpus=-8 is not a whole number from 1 to 10000000; did you mean 8?"),
+    (Flags(gpus="6.5", days="30"), "--gpus=6.5 is not a whole number from 1 to 10000000; nearest legal: 6 or 7"),
+    (Flags(gpus="inf", days="30"), "--gpus=inf is not a whole number from 1 to 10000000; nearest legal: 10000000"),
+    (Flags(gpus="8", days="0"), "--days=0 is not a number from 0.01 to 100000; nearest legal: 0.01"),
+    (Flags(gpus="8", days="-30"), "--days=-30 is not a number from 0.01 to 100000; did you mean 30?"),
+    (Flags(gpus="8", days="a month"), "--days=a month is not a number from 0.01 to 100000; write it as 30"),
+    (Flags(gpus="8", days="3", mfu="40"), "--mfu=40 is not a number from 0.01 to 1; did you mean 0.4?"),
+    (Flags(gpus="8", days="3", mfu="0"), "--mfu=0 is not a number from 0.01 to 1; nearest legal: 0.01"),
+    (Flags(gpus="8", days="3", mfu="-0.4"), "--mfu=-0.4 is not a number from 0.01 to 1; did you mean 0.4?"),
+    (Flags(gpus="8", days="3", gpu="h300"), "the GPU h300 is not known; did you mean h"),
+    (Flags(params="7B", unique_tokens="0"), "--unique-tokens=0 is not a number from 1 to 1e+30; nearest legal: 1"),
+    (
+        Flags(params="7B", vocab="-32000"),
+        "--vocab=-32000 is not a whole number from 1 to 1000000000; did you mean 32000?",
+    ),
+    (Flags(gpus="64"), "--gpus=64 alone is no compute; add --days 30, or leave it out"),
+    (Flags(days="30"), "--days=30 alone is no compute; add --gpus 64, or leave it out"),
+    (Flags(mfu="0.4"), "--mfu=0.4 alone is no compute; add --gpus 64 --days 30, or leave it out"),
+    (Flags(gpu="h100", days="30"), "--days=30 alone is no compute; add --gpus 64, or leave it out"),
+    (Flags(gpus="64", params="7B"), "--gpus=64 does not go with --params=7B; leave one of them out"),
+    (
+        Flags(gpus="64", days="30", flops="1e21"),
+        "--flops=1e21 contradicts --gpus=64 --days=30, which is 6.565e+22 FLOPs; leave one of them out",
+    ),
+    (
+        Flags(gpus="64", days="30", tokens="1T"),
+        "--tokens=1T contradicts --gpus=64 --days=30, which is 6.565e+22 FLOPs; leave one of them out",
+    ),
+    (
+        Flags(flops="1e21", params="7B"),
+        "--flops=1e21 contradicts --params=7B, since either sizes the other; leave one of them out, or type "
+        "--tokens=2.381e+10 in place of --flops=1e21 for the same compute",
+    ),
+    (
+        Flags(flops="1e21", tokens="1T"),
+        "--flops=1e21 contradicts --tokens=1T, since either sizes the other; leave one of them out, or type "
+        "--params=1.667e+08 in place of --flops=1e21 for the same compute",
+    ),
+    (
+        Flags(flops="1e21", params="7B", tokens="1T"),
+        "--flops=1e21 contradicts --params=7B --tokens=1T, which take 6 * N * D = 4.2e+22 FLOPs; leave it out",
+    ),
+]
+
+
+@pytest.mark.parametrize(("flags", "sentence"), WRONG, ids=lambda case: case if isinstance(case, str) else "")
+def test_a_wrong_flag_is_named_with_the_nearest_fix(flags: Flags, sentence: str) -> None:
+    with pytest.raises(UserError) as refused:
+        read_flags(flags)
+    assert str(refused.value).startswith(sentence)
+
+
+def test_no_fix_is_offered_that_would_itself_be_refused() -> None:
+    with pytest.raises(UserError) as refused:
+        read_flags(Flags(flops="1e9", params="7B"))
+    assert str(refused.value).endswith("since either sizes the other; leave one of them out")
+
+
+def test_the_fix_for_a_compute_with_a_size_takes_that_compute() -> None:
+    question = read_flags(Flags(params="7B", tokens="2.381e+10"))
+    assert question.parameters is not None and question.tokens is not None
+    assert 6 * question.parameters * question.tokens == pytest.approx(1e21, rel=1e-3)

@@ -1,0 +1,100 @@
+"""Step time, speed and cost of a run, from its configuration to the rows of a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megallama.config.load import load_config
+from megallama.config.schema import RunConfig
+from megallama.errors import UserError
+from megallama.plan.flops import flops_per_token
+from megallama.plan.hardware import built_in_hardware
+from megallama.plan.step_time import step_time
+from megallama.plan.table import Part, as_dictionary
+from megallama.plan.time_report import time_parts
+from megallama.plan.workload import workload
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+H100 = built_in_hardware()["h100-80g"]
+
+
+def config_7b(*overrides: str) -> RunConfig:
+    return load_config(CONFIGS / "7b.yaml", overrides)
+
+
+def rows(parts: list[Part], key: str) -> dict[str, str]:
+    return {row.key: row.how for part in parts if part.key == key for row in part.rows}
+
+
+def test_a_run_becomes_the_step_that_it_trains() -> None:
+    work = workload(config_7b(), 128)
+    assert (work.tp, work.pp, work.dp, work.world_size) == (2, 4, 16, 128)
+    assert work.tokens == 1024 * 2048
+    assert sum(work.stages) == work.shape.layers == 32
+    assert work.head == 3
+    full = workload(config_7b("train.recompute=full", "train.compile=true", "train.dtype=fp32"), 128)
+    assert (full.matmuls_again, full.attention_again, full.elementwise_again) == (1, 1, 1)
+    assert (full.fused, full.element_bytes, full.gradient_bytes) == (True, 4, 4)
+    back = workload(config_7b("parallel.schedule=zbvzerobubble"), 128)
+    assert (back.head, back.chunks) == (0, 2)
+
+
+def test_rows_add_up_and_agree_with_the_step_time() -> None:
+    found = as_dictionary(time_parts(config_7b(), 128, H100, price=2.5))
+    step = dict(found["step_time"])
+    total = step.pop("total")
+    assert total == step_time(workload(config_7b(), 128), H100).total
+    assert step.pop("compute") == pytest.approx(step["matmul"] + step["attention"] + step["memory"])
+    assert sum(step.values()) == pytest.approx(total)
+    assert set(step) == {"matmul", "attention", "memory", "tensor", "pipeline", "bubble", "data", "optimizer"}
+    cost = found["cost"]
+    assert found["speed"]["tokens_per_second"] == pytest.approx(1024 * 2048 / total)
+    assert cost["hours"] == pytest.approx(300_000 * total / 3600)
+    assert cost["gpu_hours"] == pytest.approx(128 * cost["hours"])
+    assert cost["money"] == pytest.approx(2.5 * cost["gpu_hours"])
+    assert cost["energy_mwh"] == pytest.approx(cost["gpu_hours"] * 700 * 1.1 / 1e6)
+
+
+def test_mfu_is_that_of_training_whatever_pads_the_vocabulary() -> None:
+    config = config_7b("parallel.tensor=8", "parallel.pipeline=1")
+    assert workload(config, 8).shape.padding == 768
+    found = as_dictionary(time_parts(config, 8, H100))["speed"]
+    flops = flops_per_token(config.model, config.data.sequence_length, "full")
+    assert found["mfu_full"] == pytest.approx(100 * found["tokens_per_second_per_gpu"] * flops / 989.4e12)
+
+
+def test_rows_show_their_arithmetic_and_only_what_there_is() -> None:
+    parts = time_parts(config_7b(), 128, H100)
+    assert rows(parts, "step_time")["bubble"] == "1f1b, pp 4: 0.1875 of the other ranks' work"
+    assert rows(parts, "step_time")["matmul"] == "16 micro-batches, at 59.6% of 989.4 TFLOP/s"
+    assert rows(parts, "cost")["gpu_hours"].endswith(" h * 128")
+    assert "money" not in rows(parts, "cost")
+    assert "hfu" not in rows(parts, "speed")
+    alone = time_parts(load_config(CONFIGS / "110m.yaml"), 1, H100)
+    assert set(rows(alone, "step_time")) == {"matmul", "attention", "memory", "compute", "optimizer", "total"}
+    assert "hfu" in rows(time_parts(config_7b("train.recompute=full"), 128, H100), "speed")
+
+
+def test_tokens_and_software_of_the_caller_are_taken() -> None:
+    a100 = built_in_hardware()["a100-80g"]
+    fast, slow = (as_dictionary(time_parts(config_7b(), 128, a100, 2e12, software=name)) for name in (None, "llama-2"))
+    assert fast["cost"]["steps"] == slow["cost"]["steps"] == -(-2 * 10**12 // (1024 * 2048))
+    assert fast["step_time"]["total"] < slow["step_time"]["total"]
+
+
+def test_an_illegal_run_and_an_unknown_figure_are_refused() -> None:
+    with pytest.raises(UserError, match="nearest legal: world size 8 or 16"):
+        time_parts(config_7b(), 9, H100)
+    with pytest.raises(UserError, match=r"^mi300x\.efficiency is not known"):
+        time_parts(config_7b(), 128, built_in_hardware()["mi300x"])
+
+
+def test_fp32_is_planned_where_the_peak_is_of_fp32() -> None:
+    config = config_7b("train.dtype=fp32", "parallel.pipeline=1", "parallel.tensor=1", "train.global_batch_size=4")
+    with pytest.raises(UserError, match=r"^train\.dtype=fp32 has no step time on h100-80g, whose peak is of"):
+        time_parts(config, 1, H100)
+    measured = {"peak_tflops": 1.5, "memory_tb_s": 0.05, "efficiency": {"torch-2.13": 0.8}}
+    cpu = built_in_hardware()["cpu"].model_copy(update=measured)
+    assert as_dictionary(time_parts(config, 1, cpu))["step_time"]["total"] > 100

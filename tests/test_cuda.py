@@ -1,0 +1,72 @@
+"""What only a GPU can show: that training runs there as on a CPU, and that its memory is what the plan says."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.launching import PRETRAIN, arguments, events, execute
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch sees"),
+]
+
+LARGE = [
+    "data.sequence_length=1024",
+    "model.max_position_embeddings=1024",
+    "model.vocab_size=32000",
+    "model.hidden_size=1024",
+    "model.intermediate_size=2816",
+    "model.num_hidden_layers=8",
+    "model.num_attention_heads=16",
+    "model.num_key_value_heads=8",
+    "train.micro_batch_size=8",
+    "train.global_batch_size=16",
+    "train.steps=12",
+    "evaluation.every=0",
+    "checkpoint.every=0",
+]
+
+
+def train(dataset: str, run_dir: Path, home: Path, *more: str) -> None:
+    home.mkdir()
+    command = [sys.executable, PRETRAIN, *arguments(dataset, run_dir, *more)]
+    done = execute(command, home, timeout=400, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_peak_is_what_the_plan_says(byte_dataset: str, tmp_path: Path, stage: int, recompute: str) -> None:
+    more = [f"zero.stage={stage}", f"train.recompute={recompute}", "train.device=cuda", "train.dtype=bf16"]
+    train(byte_dataset, tmp_path / "run", tmp_path / "home", *LARGE, *more)
+    (forecast,) = events(tmp_path / "run", "forecast")
+    error = forecast["predicted_memory_bytes"] / forecast["peak_memory_bytes"] - 1
+    assert -0.03 <= error <= 0.05, forecast
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-3), ("bf16", 2e-2)])
+def test_losses_are_those_of_a_cpu(byte_dataset: str, tmp_path: Path, dtype: str, tolerance: float) -> None:
+    found = {}
+    for device in ("cpu", "cuda"):
+        more = ["train.steps=8", "evaluation.every=0", f"train.device={device}", f"train.dtype={dtype}"]
+        train(byte_dataset, tmp_path / device, tmp_path / f"home-{device}", *more)
+        found[device] = [event["loss"] for event in events(tmp_path / device, "train")]
+    assert len(found["cuda"]) == 8
+    assert found["cuda"] == pytest.approx(found["cpu"], rel=tolerance)
+
+
+def test_a_model_that_does_not_fit_ends_in_one_sentence(byte_dataset: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    sizes = ["model.hidden_size=8192", "model.intermediate_size=28672", "model.num_hidden_layers=12"]
+    words = arguments(byte_dataset, tmp_path / "run", *sizes, "train.device=cuda", "train.dtype=bf16")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    done = execute([sys.executable, PRETRAIN, *words], home, timeout=400, CUDA_VISIBLE_DEVICES=visible)
+    assert done.code == 2
+    assert len(done.sentences) == 1, done.err
