@@ -151,9 +151,9 @@ class StageBytes:
         return self.saved + self.sent + self.received
 
 
-def stage_bytes(config: RunConfig, stage: Stage, count: int) -> StageBytes:
-    """What stage `stage` of `count` keeps of a micro-batch."""
-    of, recompute = tensors(config), config.train.recompute
+def stage_bytes(config: RunConfig, of: Tensors, stage: Stage, count: int) -> StageBytes:
+    """What stage `stage` of `count` keeps of a micro-batch whose tensors have these sizes."""
+    recompute = config.train.recompute
     first, last = stage.index == 0, stage.index == count - 1
     table = of.rows * of.hidden
     copied = not of.norm_keeps_input and recompute != "full"

@@ -31,7 +31,7 @@ from megallama.model.chunks import Chunks
 from megallama.model.llama import Llama, Seam
 from megallama.parallel.mesh import Axis
 from megallama.parallel.topology import Topology
-from megallama.plan.activations import stage_bytes
+from megallama.plan.activations import stage_bytes, tensors
 from megallama.plan.ranks import rank_parameters
 from megallama.plan.stages import Stage, stages
 from megallama.plan.traffic import stage_traffic
@@ -59,7 +59,9 @@ class Comparison:
 
 
 def check_rank(config: RunConfig, world_size: int, rank: int) -> list[Comparison]:
-    """Everything that can be counted on `rank` of `world_size`: parameters, bytes kept for backward, collectives.
+    """Everything that can be counted on `rank` of `world_size`.
+
+    Parameters, bytes kept for backward, tensor-parallel collectives, messages between stages.
 
     UserError if the run is not legal on that many ranks.
     """
@@ -97,9 +99,15 @@ def _run_stage(config: RunConfig, stage: Stage, count: int, model: Llama) -> lis
             output = model(tokens if stage.index == 0 else hidden, tokens if last else None)
         output.backward(torch.ones_like(output))
     words = f"stage {stage.index}:"
-    planned = stage_bytes(config, stage, count).saved
+    planned = stage_bytes(config, tensors(config), stage, count).saved
     traffic = stage_traffic(config, stage, count)
     found = [Comparison(f"{words} bytes kept for backward", planned, kept.size)]
+    state = tensors(config).state
+    if not last:
+        found.append(Comparison(f"{words} message to the next stage, bytes", state, output.nbytes))
+    if stage.index > 0:
+        assert hidden.grad is not None
+        found.append(Comparison(f"{words} message to the stage before, bytes", state, hidden.grad.nbytes))
     for kind in sorted({*traffic.number, *issued.number}):
         found.append(Comparison(f"{words} {kind}", traffic.number[kind], issued.number[kind]))
         found.append(Comparison(f"{words} {kind}, bytes", traffic.size[kind], issued.size[kind]))

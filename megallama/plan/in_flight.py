@@ -21,12 +21,6 @@ class Moment:
     waiting: tuple[int, ...]
     """Of these, the ones between the two parts of their backward."""
 
-    def covers(self, other: Moment) -> bool:
-        """Whether it is the same computation while no less is kept."""
-        if self.stage != other.stage or self.doing != other.doing:
-            return False
-        return all(map(ge, self.kept + self.waiting, other.kept + other.waiting))
-
 
 def fullest(parallel: ParallelConfig, micro_batches: int) -> tuple[tuple[Moment, ...], ...]:
     """For each pipeline rank the moments of a step that no other covers: memory peaks at one of them."""
@@ -55,16 +49,17 @@ def _fullest(schedule: Schedule, ranks: int, chunks: int, micro_batches: int) ->
 def _uncovered(actions: list[Action]) -> tuple[Moment, ...]:
     place = {stage: index for index, stage in enumerate(sorted({action.stage for action in actions}))}
     kept, waiting = [0] * len(place), [0] * len(place)
-    found: list[Moment] = []
-    seen: set[Moment] = set()
+    moments: dict[tuple[Kind, int, tuple[int, ...]], int] = {}
     for action in actions:
         at = place[action.stage]
         kept[at] += action.kind == "F"
-        now = Moment(action.kind, action.stage, tuple(kept), tuple(waiting))
+        moments[action.kind, action.stage, (*kept, *waiting)] = sum(kept) + sum(waiting)
         kept[at] -= action.kind in "BW"
         waiting[at] += {"I": 1, "W": -1}.get(action.kind, 0)
-        # A pipeline in its stride goes through the same few again and again.
-        if now not in seen and not any(moment.covers(now) for moment in found):
-            found = [moment for moment in found if not now.covers(moment)] + [now]
-        seen.add(now)
-    return tuple(found)
+    found: dict[tuple[Kind, int], list[tuple[int, ...]]] = {}
+    for doing, stage, held in sorted(moments, key=moments.__getitem__, reverse=True):
+        fuller = found.setdefault((doing, stage), [])  # what covers another has no less in sum, and was here before
+        if not any(all(map(ge, other, held)) for other in fuller):
+            fuller.append(held)
+    count = len(place)
+    return tuple(Moment(*doing, held[:count], held[count:]) for doing, all_of in found.items() for held in all_of)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import mul
 
 from megallama.config.check import gradient_accumulation_steps
 from megallama.config.schema import RunConfig
@@ -25,6 +26,7 @@ from megallama.plan.activations import (
 )
 from megallama.plan.in_flight import Moment, fullest
 from megallama.plan.memory import GIB, largest_layer, state_rows
+from megallama.plan.orders import Kind
 from megallama.plan.ranks import RankParameters, rank_parameters
 from megallama.plan.stages import Stage, stages
 
@@ -73,14 +75,13 @@ def memory_rows(config: RunConfig, dp_size: int) -> list[list[MemoryRow]]:
     """
     moments = fullest(config.parallel, gradient_accumulation_steps(config, dp_size))
     every, of = stages(config), tensors(config)
-    kept = [stage_bytes(config, stage, len(every)) for stage in every]
+    kept = [stage_bytes(config, of, stage, len(every)) for stage in every]
     found = []
     for rank, here in zip(rank_parameters(config), moments, strict=True):
         mine = [kept[index] for index in rank.stages]
-        peaks = [peak_at(of, config.train.recompute, moment, rank.stages, mine) for moment in here]
-        peaks.append(Peak("optimizer step", 0, "none", transients=step_bytes(config, rank.total)))
-        peak = max(peaks, key=lambda each: each.total)
-        buffers = buffer_row(config, rank, messages(every, rank.rank))
+        step = Peak("optimizer step", 0, "none", transients=step_bytes(config, rank.total))
+        peak = max(fullest_peak(of, config.train.recompute, here, rank.stages, mine), step, key=lambda one: one.total)
+        buffers = buffer_row(config, of, rank, messages(every, rank.rank))
         rows = [*held_rows(config, rank, dp_size), *_peak_rows(peak), buffers]
         found.append([*rows, overhead(config, dp_size, peak.total + buffers.size)])
     return found
@@ -101,6 +102,27 @@ def held_rows(config: RunConfig, rank: RankParameters, dp_size: int) -> list[Mem
     return [*found, MemoryRow("padding", "padding", words, padding)]
 
 
+def fullest_peak(
+    of: Tensors, recompute: str, moments: Sequence[Moment], indices: Sequence[int], kept: Sequence[StageBytes]
+) -> Peak:
+    """What a rank with these stages holds at the fullest of these moments.
+
+    A search compares a hundred thousand moments: their sizes come first, the terms of the fullest alone after.
+    """
+    totals, waiting = [each.total for each in kept], [each.waiting for each in kept]
+    places = dict(zip(indices, kept, strict=True))
+    beside = {
+        (doing, stage): _transients(of, recompute, doing, stage, places[stage])
+        for doing, stage in {(moment.doing, moment.stage) for moment in moments}
+    }
+
+    def size(moment: Moment) -> int:
+        held = sum(map(mul, moment.kept, totals)) + sum(map(mul, moment.waiting, waiting))
+        return held + beside[moment.doing, moment.stage]
+
+    return peak_at(of, recompute, max(moments, key=size), indices, kept)
+
+
 def peak_at(of: Tensors, recompute: str, moment: Moment, indices: Sequence[int], kept: Sequence[StageBytes]) -> Peak:
     """What a rank with these stages holds in the midst of a forward or backward."""
     here = kept[indices.index(moment.stage)]
@@ -112,22 +134,22 @@ def peak_at(of: Tensors, recompute: str, moment: Moment, indices: Sequence[int],
         how=" + ".join(f"{n} * {each.total - each.loss}" for n, each in zip(moment.kept, kept, strict=True) if n),
         waiting=sum(count * each.waiting for count, each in zip(moment.waiting, kept, strict=True)),
         logits=logits + loss,
-        transients=_transients(of, recompute, moment, here) - logits,
+        transients=_transients(of, recompute, moment.doing, moment.stage, here) - logits,
     )
 
 
 _WORDS = {"F": "forward", "B": "backward", "I": "inputs' part of the backward", "W": "weights' part of the backward"}
 
 
-def _transients(of: Tensors, recompute: str, moment: Moment, stage: StageBytes) -> int:
+def _transients(of: Tensors, recompute: str, doing: Kind, index: int, stage: StageBytes) -> int:
     """Of a stage's forward or backward, logits included."""
-    first = moment.stage == 0
-    if moment.doing == "F":
+    first = index == 0
+    if doing == "F":
         # What the layers form beside what they keep is less than what their backward holds.
         return loss_forward_bytes(of) if stage.loss else 0
-    if moment.doing == "I" and first:
+    if doing == "I" and first:
         return 0
-    if moment.doing == "W" and not first:
+    if doing == "W" and not first:
         return layer_weights_bytes(of, recompute)
     # The layers' backward begins when that of the loss and of the last norm has let go of what they kept.
     layer = layer_backward_bytes(of, recompute) - stage.loss - stage.norm
@@ -147,26 +169,24 @@ def step_bytes(config: RunConfig, parameters: int) -> int:
     return parameters * (6 if config.zero.communication_dtype == "bf16" else 4)
 
 
-def buffer_row(config: RunConfig, rank: RankParameters, messages: int) -> MemoryRow:
+def buffer_row(config: RunConfig, of: Tensors, rank: RankParameters, messages: int) -> MemoryRow:
     """Messages between stages, and the buckets of ZeRO-2 and -3.
 
     ZeRO-2 makes a bucket for the gradients of a backward in their own type (zero/stage_1_and_2.py, setup_buckets),
     ZeRO-3 keeps one in fp32 (zero/stage3.py); what fills it is copied flat, and cast to fp32, to be reduced. ZeRO-3
     gathers the largest layer and, ahead of it, as many weights as a bucket holds.
     """
-    element = tensors(config).element
     bucket = config.zero.bucket_elements
     filled = min(rank.total, bucket)
-    reduced = (6 if element == 2 else 4) * filled
+    reduced = (6 if of.element == 2 else 4) * filled
     if config.zero.stage == 2:
-        size, how = element * bucket + reduced, f"{element} B * {bucket} + {reduced} being reduced"
+        size, how = of.element * bucket + reduced, f"{of.element} B * {bucket} + {reduced} being reduced"
     elif config.zero.stage == 3:
-        gathered = element * min(rank.total, largest_layer(config.model, config.parallel.tensor) + bucket)
+        gathered = of.element * min(rank.total, largest_layer(config.model, config.parallel.tensor) + bucket)
         size = 4 * bucket + reduced + gathered
         how = f"4 B * {bucket} + {reduced} being reduced + {gathered} gathered"
     else:
-        state = tensors(config).state
-        size, how = messages * state, f"{messages} messages of {state}"
+        size, how = messages * of.state, f"{messages} messages of {of.state}"
     return MemoryRow("buffers", "communication buffers", how, size)
 
 

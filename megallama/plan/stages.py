@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from megallama.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megallama.plan.params import count_parameters
@@ -46,17 +47,18 @@ def stage_ranks(parallel: ParallelConfig) -> list[int]:
     return there * chunks(parallel)
 
 
-def layers_per_stage(config: RunConfig) -> list[int]:
+def layers_per_stage(config: RunConfig) -> tuple[int, ...]:
     """Decoder layers of each stage: as `parallel.layers_per_stage` lists them, or split evenly or by cost."""
     wanted, layers = config.parallel.layers_per_stage, config.model.num_hidden_layers
     if isinstance(wanted, tuple):
-        return list(wanted)
+        return wanted
     count = config.parallel.pipeline * chunks(config.parallel)
     head = head_in_layers(config.model, config.data.sequence_length) if wanted == "balanced" else 0.0
     return balanced(layers, count, head)
 
 
-def balanced(layers: int, stages: int, head: float) -> list[int]:
+@cache  # a search asks again for every micro-batch size
+def balanced(layers: int, stages: int, head: float) -> tuple[int, ...]:
     """`layers` over `stages`, the last of which has a head that costs as much as `head` layers.
 
     The slowest stage sets the pace, so each layer goes where the stage is the cheapest; the surplus of a division goes
@@ -66,7 +68,7 @@ def balanced(layers: int, stages: int, head: float) -> list[int]:
     for _ in range(layers - stages):
         cost = [count + (head if index == stages - 1 else 0.0) for index, count in enumerate(split)]
         split[min(range(stages), key=lambda index: (cost[index], index == 0, index))] += 1
-    return split
+    return tuple(split)
 
 
 def head_in_layers(model: ModelConfig, sequence_length: int) -> float:

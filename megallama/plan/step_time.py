@@ -11,6 +11,7 @@ from math import ceil
 
 from megallama.plan.bubble import waiting
 from megallama.plan.communication import Group, collective_seconds, message_seconds
+from megallama.plan.data_traffic import data_traffic
 from megallama.plan.hardware import Gpu
 from megallama.plan.kernels import kernel_work
 from megallama.plan.workload import Workload
@@ -159,24 +160,17 @@ def _messages(work: Workload, gpu: Gpu, compute: float) -> float:
 def _data(work: Workload, gpu: Gpu, parameters: float, compute: float, bubble: float) -> float:
     """Seconds in which gradients are summed over the copies and weights gathered, less what computation hides.
 
-    Per parameter DeepSpeed's ZeRO 1 all-reduces its gradient, though it needs a part of it only, and gathers weights
-    (runtime/bf16_optimizer.py); ZeRO 2 reduces in every micro-batch; ZeRO 3 gathers twice as well (arXiv 1910.02054,
-    section 7). Where it overlaps, it hides behind the `compute` of one micro-batch, since gradients are complete in the
-    last; behind all of them with ZeRO 2 and 3.
+    Where it overlaps, it hides behind the `compute` of one micro-batch, since gradients are complete in the last; behind
+    all of them with ZeRO 2 and 3.
     """
-    gradient, weight, m = work.gradient_bytes, work.element_bytes, work.micro_batches
-    per_parameter = {
-        "all-reduce": 2 * gradient,
-        "zero1": 2 * gradient + weight,
-        "sharded optimizer": gradient + weight,
-        "zero2": m * gradient + weight,
-        "zero3": m * (2 * weight + gradient),
-    }[work.data]
+    traffic, m = data_traffic(work, parameters), work.micro_batches
+    # An all-reduce is a scatter and a gather (arXiv 1910.02054, section 7.1).
+    sent = sum(size * (2 if kind == "all_reduce" else 1) for kind, size in traffic.items())
     rounds = {"zero2": m + 1, "zero3": 3 * m}.get(work.data, 2)
     count = rounds * ceil(parameters / work.bucket_elements)
     # Tensor-parallel ranks are neighbours, so that copies stand tp apart.
     group = Group(work.dp, work.tp)
-    seconds = collective_seconds(gpu, group, per_parameter * parameters * (work.dp - 1) / work.dp, count)
+    seconds = collective_seconds(gpu, group, sent * (work.dp - 1) / work.dp, count)
     if "data" not in work.overlapped:
         return seconds
     if work.data in ("zero2", "zero3"):

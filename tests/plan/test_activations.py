@@ -21,7 +21,7 @@ from megallama.pipeline import Pipeline
 from megallama.plan.activations import LOGITS_AT_ONCE, stage_bytes, tensors
 from megallama.plan.dry_run import KeptForBackward, LiveBytes, fused_norm
 from megallama.plan.in_flight import fullest
-from megallama.plan.ledger import buffer_row, messages, peak_at
+from megallama.plan.ledger import buffer_row, fullest_peak, messages, peak_at
 from megallama.plan.ranks import rank_parameters
 from megallama.plan.stages import stages
 
@@ -71,7 +71,7 @@ def kept_by_rank(launch: Launch, configs: list[RunConfig]) -> list[int]:
 
 
 def planned_bytes(config: RunConfig) -> int:
-    return stage_bytes(config, stages(config)[0], 1).saved
+    return stage_bytes(config, tensors(config), stages(config)[0], 1).saved
 
 
 def kept_bytes(config: RunConfig, seam: Seam) -> int:
@@ -127,15 +127,14 @@ def test_a_step_of_a_pipeline_peaks_where_the_ledger_says() -> None:
 
 def planned_peaks(config: RunConfig, micro_batches: int) -> list[int]:
     """Of each rank, with what is in flight by its schedule, buffers and transients."""
-    every = stages(config)
-    kept = [stage_bytes(config, stage, len(every)) for stage in every]
+    every, of = stages(config), tensors(config)
+    kept = [stage_bytes(config, of, stage, len(every)) for stage in every]
     found = []
     for rank, moments in zip(rank_parameters(config), fullest(config.parallel, micro_batches), strict=True):
         mine = [kept[index] for index in rank.stages]
-        most = max(
-            peak_at(tensors(config), config.train.recompute, moment, rank.stages, mine).total for moment in moments
-        )
-        found.append(most + buffer_row(config, rank, messages(every, rank.rank)).size)
+        most = max(peak_at(of, config.train.recompute, moment, rank.stages, mine).total for moment in moments)
+        assert fullest_peak(of, config.train.recompute, moments, rank.stages, mine).total == most
+        found.append(most + buffer_row(config, of, rank, messages(every, rank.rank)).size)
     return found
 
 

@@ -55,8 +55,8 @@ def test_a_balanced_split_has_the_smallest_slowest_stage_there_is(layers: int, h
 
 
 def test_the_surplus_goes_to_middle_stages_before_the_first() -> None:
-    assert balanced(5, 4, 0.5) == [1, 2, 1, 1]
-    assert balanced(9, 8, 0.0) == [1, 2, 1, 1, 1, 1, 1, 1]
+    assert balanced(5, 4, 0.5) == (1, 2, 1, 1)
+    assert balanced(9, 8, 0.0) == (1, 2, 1, 1, 1, 1, 1, 1)
 
 
 def test_llama_3_8b_has_fewer_layers_beside_its_large_head() -> None:
