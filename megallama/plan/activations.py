@@ -89,6 +89,11 @@ def tensors(config: RunConfig) -> Tensors:
     )
 
 
+def largest_weight(of: Tensors) -> int:
+    """Elements of a rank's largest parameter: the embedding, or the gates and the up projection of an MLP."""
+    return of.hidden * max(of.rows, 2 * of.width, of.qkv)
+
+
 def norm_bytes(of: Tensors) -> int:
     """An RMSNorm: fused, its input and the inverse root in fp32; else input and normalised input, both in fp32."""
     kept = of.element * of.hidden if of.fused_norm else 2 * 4 * of.hidden

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -156,12 +156,17 @@ class Issued(TorchDispatchMode):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors made inside and still held, and the most that there were; `known` tensors do not count."""
+    """Bytes of all tensors made inside and still held, and the most that there were; what is `known` does not count."""
 
-    def __init__(self, known: Sequence[Tensor] = ()) -> None:
+    def __init__(self, known: Iterable[torch.UntypedStorage] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
-        self._seen: dict[int, object] = {tensor.untyped_storage()._cdata: tensor for tensor in known}
+        self._seen: dict[int, object] = {storage._cdata: storage for storage in known}
+
+    def see(self, storages: Iterable[torch.UntypedStorage]) -> None:
+        """Count these as well, though made before."""
+        for storage in storages:
+            self._see(storage)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

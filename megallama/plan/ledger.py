@@ -7,7 +7,7 @@ peak: each is what it takes at that moment, and not its own maximum.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import mul
 
@@ -16,6 +16,7 @@ from megallama.config.schema import RunConfig
 from megallama.plan.activations import (
     StageBytes,
     Tensors,
+    largest_weight,
     layer_backward_bytes,
     layer_weights_bytes,
     logits_bytes,
@@ -25,10 +26,11 @@ from megallama.plan.activations import (
     tensors,
 )
 from megallama.plan.in_flight import Moment, fullest
-from megallama.plan.memory import GIB, largest_layer, state_rows
+from megallama.plan.memory import GIB, MemoryRow, state_rows
 from megallama.plan.orders import Kind
 from megallama.plan.ranks import RankParameters, rank_parameters
 from megallama.plan.stages import Stage, stages
+from megallama.plan.zero_buffers import RankWeights, after_backward, buffer_row, reduced_bytes
 
 CONTEXT = GIB // 2
 """A process's CUDA context with torch's kernels. An assumption: 0.3 to 0.5 GB are reported."""
@@ -36,17 +38,6 @@ COMMUNICATOR = GIB // 2
 """NCCL's buffers for one group of ranks. An assumption: about 0.5 GB are reported."""
 SLACK = 0.05
 """Part of all but the state, in blocks that do not fit. An assumption: 3 to 8 % are reported."""
-
-
-@dataclass(frozen=True)
-class MemoryRow:
-    """One kind of memory on a rank; `how` is its arithmetic."""
-
-    key: str
-    name: str
-    how: str
-    size: int
-    """Bytes."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +64,21 @@ def memory_rows(config: RunConfig, dp_size: int) -> list[list[MemoryRow]]:
 
     UserError if the batch does not divide over `dp_size` copies.
     """
-    moments = fullest(config.parallel, gradient_accumulation_steps(config, dp_size))
+    count = gradient_accumulation_steps(config, dp_size)
+    moments = fullest(config.parallel, count)
     every, of = stages(config), tensors(config)
     kept = [stage_bytes(config, of, stage, len(every)) for stage in every]
     found = []
     for rank, here in zip(rank_parameters(config), moments, strict=True):
         mine = [kept[index] for index in rank.stages]
-        step = Peak("optimizer step", 0, "none", transients=step_bytes(config, rank.total))
-        peak = max(fullest_peak(of, config.train.recompute, here, rank.stages, mine), step, key=lambda one: one.total)
-        buffers = buffer_row(config, of, rank, messages(every, rank.rank))
+        weights = RankWeights(rank.total, largest_weight(of), dp_size)
+        reduced = reduced_bytes(config, weights, count)
+        meanwhile = reduced if weights.total > config.zero.bucket_elements else 0
+        peak = fullest_peak(of, config.train.recompute, here, rank.stages, mine, meanwhile)
+        buffers = buffer_row(config, of, weights, messages(every, rank.rank))
+        at, size = after_backward(config, weights, reduced)
+        if size > peak.total + buffers.size:
+            peak, buffers = Peak(at, 0, "none", transients=size), replace(buffers, how=f"in the {at} none", size=0)
         rows = [*held_rows(config, rank, dp_size), *_peak_rows(peak), buffers]
         found.append([*rows, overhead(config, dp_size, peak.total + buffers.size)])
     return found
@@ -103,16 +100,21 @@ def held_rows(config: RunConfig, rank: RankParameters, dp_size: int) -> list[Mem
 
 
 def fullest_peak(
-    of: Tensors, recompute: str, moments: Sequence[Moment], indices: Sequence[int], kept: Sequence[StageBytes]
+    of: Tensors,
+    recompute: str,
+    moments: Sequence[Moment],
+    indices: Sequence[int],
+    kept: Sequence[StageBytes],
+    reduced: int = 0,
 ) -> Peak:
-    """What a rank with these stages holds at the fullest of these moments.
+    """What a rank with these stages holds at the fullest of these moments; `reduced` as in `peak_at`.
 
     A search compares a hundred thousand moments: their sizes come first, the terms of the fullest alone after.
     """
     totals, waiting = [each.total for each in kept], [each.waiting for each in kept]
     places = dict(zip(indices, kept, strict=True))
     beside = {
-        (doing, stage): _transients(of, recompute, doing, stage, places[stage])
+        (doing, stage): _transients(of, recompute, doing, stage, places[stage], reduced)
         for doing, stage in {(moment.doing, moment.stage) for moment in moments}
     }
 
@@ -120,11 +122,19 @@ def fullest_peak(
         held = sum(map(mul, moment.kept, totals)) + sum(map(mul, moment.waiting, waiting))
         return held + beside[moment.doing, moment.stage]
 
-    return peak_at(of, recompute, max(moments, key=size), indices, kept)
+    return peak_at(of, recompute, max(moments, key=size), indices, kept, reduced)
 
 
-def peak_at(of: Tensors, recompute: str, moment: Moment, indices: Sequence[int], kept: Sequence[StageBytes]) -> Peak:
-    """What a rank with these stages holds in the midst of a forward or backward."""
+def peak_at(
+    of: Tensors,
+    recompute: str,
+    moment: Moment,
+    indices: Sequence[int],
+    kept: Sequence[StageBytes],
+    reduced: int = 0,
+) -> Peak:
+    """What a rank with these stages holds in the midst of a forward or backward; `reduced` is what ZeRO takes to send
+    gradients in a backward."""
     here = kept[indices.index(moment.stage)]
     loss = sum(count * each.loss for count, each in zip(moment.kept, kept, strict=True))
     logits = logits_bytes(of) if here.loss and moment.doing == "F" else 0
@@ -134,14 +144,14 @@ def peak_at(of: Tensors, recompute: str, moment: Moment, indices: Sequence[int],
         how=" + ".join(f"{n} * {each.total - each.loss}" for n, each in zip(moment.kept, kept, strict=True) if n),
         waiting=sum(count * each.waiting for count, each in zip(moment.waiting, kept, strict=True)),
         logits=logits + loss,
-        transients=_transients(of, recompute, moment.doing, moment.stage, here) - logits,
+        transients=_transients(of, recompute, moment.doing, moment.stage, here, reduced) - logits,
     )
 
 
 _WORDS = {"F": "forward", "B": "backward", "I": "inputs' part of the backward", "W": "weights' part of the backward"}
 
 
-def _transients(of: Tensors, recompute: str, doing: Kind, index: int, stage: StageBytes) -> int:
+def _transients(of: Tensors, recompute: str, doing: Kind, index: int, stage: StageBytes, reduced: int) -> int:
     """Of a stage's forward or backward, logits included."""
     first = index == 0
     if doing == "F":
@@ -152,42 +162,8 @@ def _transients(of: Tensors, recompute: str, doing: Kind, index: int, stage: Sta
     if doing == "W" and not first:
         return layer_weights_bytes(of, recompute)
     # The layers' backward begins when that of the loss and of the last norm has let go of what they kept.
-    layer = layer_backward_bytes(of, recompute) - stage.loss - stage.norm
+    layer = layer_backward_bytes(of, recompute) + reduced - stage.loss - stage.norm
     return max(loss_backward_bytes(of), layer) if stage.loss else layer
-
-
-def step_bytes(config: RunConfig, parameters: int) -> int:
-    """Temporaries of the optimizer step: DeepSpeed copies what it reduces to one flat tensor.
-
-    `BF16_Optimizer` has all gradient sums in one bucket whatever its size (engine.py, allreduce_bucket), and casts it
-    where bf16 crosses the ranks; ZeRO-1 in fp32 goes by buckets; ZeRO-2 and -3 reduce during backward.
-    """
-    if config.zero.stage > 1:
-        return 0
-    if config.train.dtype == "fp32":
-        return 4 * min(parameters, config.zero.bucket_elements)
-    return parameters * (6 if config.zero.communication_dtype == "bf16" else 4)
-
-
-def buffer_row(config: RunConfig, of: Tensors, rank: RankParameters, messages: int) -> MemoryRow:
-    """Messages between stages, and the buckets of ZeRO-2 and -3.
-
-    ZeRO-2 makes a bucket for the gradients of a backward in their own type (zero/stage_1_and_2.py, setup_buckets),
-    ZeRO-3 keeps one in fp32 (zero/stage3.py); what fills it is copied flat, and cast to fp32, to be reduced. ZeRO-3
-    gathers the largest layer and, ahead of it, as many weights as a bucket holds.
-    """
-    bucket = config.zero.bucket_elements
-    filled = min(rank.total, bucket)
-    reduced = (6 if of.element == 2 else 4) * filled
-    if config.zero.stage == 2:
-        size, how = of.element * bucket + reduced, f"{of.element} B * {bucket} + {reduced} being reduced"
-    elif config.zero.stage == 3:
-        gathered = of.element * min(rank.total, largest_layer(config.model, config.parallel.tensor) + bucket)
-        size = 4 * bucket + reduced + gathered
-        how = f"4 B * {bucket} + {reduced} being reduced + {gathered} gathered"
-    else:
-        size, how = messages * of.state, f"{messages} messages of {of.state}"
-    return MemoryRow("buffers", "communication buffers", how, size)
 
 
 def messages(every: Sequence[Stage], rank: int) -> int:

@@ -15,6 +15,17 @@ GIB = 1 << 30
 
 
 @dataclass(frozen=True)
+class MemoryRow:
+    """One kind of memory on a rank; `how` is its arithmetic."""
+
+    key: str
+    name: str
+    how: str
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
 class StateRow:
     """One kind of state: bytes per parameter, and over how many data-parallel ranks it is cut."""
 
@@ -59,12 +70,6 @@ def state_rows(dtype: str, stage: int, parameters: int, dp_size: int, largest_la
 def state_bytes(dtype: str, stage: int, parameters: int, dp_size: int, largest_layer: int = 0) -> int:
     """Sum of `state_rows`."""
     return sum(row.size for row in state_rows(dtype, stage, parameters, dp_size, largest_layer))
-
-
-def transient_bytes(config: RunConfig, parameters: int) -> int:
-    """Extra bytes at the boundary of a step: the whole flat fp32 gradient is cast if bf16 crosses the ranks."""
-    cast = config.train.dtype == "bf16" and config.zero.stage == 1 and config.zero.communication_dtype == "bf16"
-    return 2 * parameters if cast else 0
 
 
 def largest_layer(model: ModelConfig, tp_size: int) -> int:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.plan.ledger import MemoryRow, memory_rows
+from megallama.plan.ledger import memory_rows
+from megallama.plan.memory import MemoryRow
 from megallama.plan.orders import Kind, action_lists
 from megallama.plan.simulation import Span, bubble, makespan, relative_seconds, simulate
 

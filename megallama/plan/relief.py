@@ -9,7 +9,7 @@ from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.plan.fit import changes, rank_bytes
-from megallama.plan.ledger import MemoryRow
+from megallama.plan.memory import MemoryRow
 
 WORTHWHILE = 0.9
 """A change is worth naming where it leaves at most this share of the memory."""

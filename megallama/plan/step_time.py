@@ -160,8 +160,8 @@ def _messages(work: Workload, gpu: Gpu, compute: float) -> float:
 def _data(work: Workload, gpu: Gpu, parameters: float, compute: float, bubble: float) -> float:
     """Seconds in which gradients are summed over the copies and weights gathered, less what computation hides.
 
-    Where it overlaps, it hides behind the `compute` of one micro-batch, since gradients are complete in the last; behind
-    all of them with ZeRO 2 and 3.
+    Where it overlaps, it hides behind the `compute` of one micro-batch, since gradients are complete in the last, and
+    behind all of them with ZeRO 2 and 3.
     """
     traffic, m = data_traffic(work, parameters), work.micro_batches
     # An all-reduce is a scatter and a gather (arXiv 1910.02054, section 7.1).

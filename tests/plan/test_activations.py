@@ -157,7 +157,7 @@ def peak_bytes(config: RunConfig, mesh: ParallelMesh) -> int:
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     pipeline = Pipeline(chunks, config, mesh, 8, drop)
     tokens = torch.zeros(config.train.micro_batch_size, config.data.sequence_length, dtype=torch.int64)
-    with LiveBytes([*chunks.parameters(), tokens]) as live:
+    with LiveBytes(tensor.untyped_storage() for tensor in [*chunks.parameters(), tokens]) as live:
         pipeline.forward_backward([(tokens, tokens)] * 8, torch.ones(()))
     return live.peak
 

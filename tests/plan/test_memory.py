@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megallama.config.load import load_config
-from megallama.plan.memory import GIB, largest_layer, rank_state, state_bytes, transient_bytes
+from megallama.plan.memory import GIB, largest_layer, rank_state, state_bytes
 
 PSI = 8_030_261_248
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -44,13 +44,6 @@ def test_stage_3_adds_its_largest_layer() -> None:
     model = load_config(CONFIGS / "8b.yaml").model
     assert largest_layer(model, 1) == 128256 * 4096
     assert largest_layer(load_config(CONFIGS / "7b.yaml").model, 1) == 202_383_360
-
-
-def test_the_cast_before_a_bf16_reduction_is_counted_and_is_off_by_default() -> None:
-    run = CONFIGS / "8b.yaml"
-    assert transient_bytes(load_config(run), PSI) == 0
-    assert transient_bytes(load_config(run, ["zero.communication_dtype=bf16"]), PSI) == 2 * PSI
-    assert transient_bytes(load_config(run, ["zero.communication_dtype=bf16", "zero.stage=2"]), PSI) == 0
 
 
 def test_7b_has_state_for_each_of_its_four_stages() -> None:
