@@ -15,9 +15,8 @@ from megallama.parallel.mesh import Launch, build_mesh
 from megallama.parallel.spawn import run_ranks
 from megallama.parallel.topology import Topology
 from megallama.plan.communication import LINK_FRACTION
+from megallama.plan.kernels import SWIGLU_ELEMENTS
 
-SWIGLU_ELEMENTS = 13
-"""Read and written by its kernels for each of its own, forward and backward."""
 _LONG = 0.25
 """Seconds after which a matmul is large enough: a CPU without bf16 units takes half a second for 512 in bf16."""
 

@@ -14,6 +14,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def test_the_run_directory_says_what_ran(straight: Path, byte_dataset: str) -> N
     words = arguments(byte_dataset, run_dir)
     assert load_config(run_dir / "config.yaml") == load_config(words[1], words[2:])
     environment = json.loads((run_dir / "environment.json").read_text())
-    assert environment["torch"] == torch.__version__
+    assert environment["torch"] == version("torch")
     assert environment["topology"] == {"pp": 1, "dp": 1, "cp": 1, "tp": 1}
     tokenizer = load_tokenizer(str(run_dir / "tokenizer"))
     assert tokenizer.fingerprint == load_tokenizer("bytes").fingerprint

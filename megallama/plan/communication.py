@@ -61,6 +61,8 @@ def collective_seconds(gpu: Gpu, group: Group, sent: float, count: float = 1) ->
 
 
 def message_seconds(gpu: Gpu, stride: int, size: float, count: float = 1) -> float:
-    """Seconds of `count` messages of `size` bytes to the rank `stride` further on, one after the other."""
-    group = Group(2, stride)
-    return count * collective_seconds(gpu, group, size)
+    """Seconds of `count` messages of `size` bytes to the rank `stride` further on, one after the other.
+
+    To another node as well a message is begun once; a collective over nodes takes so long for its many steps.
+    """
+    return count * (NODE_LATENCY + size / ring_bandwidth(gpu, Group(2, stride)))

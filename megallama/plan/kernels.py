@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from megallama.plan.workload import Shape, Workload
 
+SWIGLU_ELEMENTS = 14
+"""Read and written by torch's own kernels of silu and product for each of theirs, forward (5) and backward (9)."""
+
 # Bytes per element in which the constants below are counted.
 _BF16 = 2
 
@@ -101,13 +104,14 @@ def _layer_bytes(work: Workload) -> float:
 
     Fused: each of two norms with its residual sum reads and writes 4 vectors, as its backward does; a rotation and its
     backward read and write once; SwiGLU reads 2 and writes 1, its backward reads 3 and writes 2. As kernels of their
-    own a norm in fp32 takes 36 bytes per element and the sum 6, the rotation in fp32 20, silu and product 10, and
-    backward twice that.
+    own silu and product move 5 vectors, and backward 9; the rotation in fp32 takes 20 bytes per element and a norm in
+    fp32 42 with its sum, and backward twice that. A norm that is one kernel moves 2 and 3, and sums in both ways 3.
     """
     shape = work.shape
     heads, gated = shape.query_width + shape.kv_width, shape.mlp_matrices == 3
     if work.fused:
         norms, inner = 32 * shape.hidden_size, 8 * heads + (16 if gated else 10) * shape.intermediate_size
     else:
-        norms, inner = 252 * shape.hidden_size, 60 * heads + (26 if gated else 16) * shape.intermediate_size
+        norms = (44 if work.fused_norm else 252) * shape.hidden_size
+        inner = 60 * heads + 2 * SWIGLU_ELEMENTS * shape.intermediate_size
     return norms / (work.tp if work.sequence_parallel else 1) + inner / work.tp

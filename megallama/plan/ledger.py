@@ -179,8 +179,8 @@ def messages(every: Sequence[Stage], rank: int) -> int:
 def overhead(config: RunConfig, dp_size: int, beside_state: int) -> MemoryRow:
     """What the device has beside tensors; nothing on a CPU."""
     parallel = config.parallel
-    sizes = (parallel.tensor, parallel.pipeline, dp_size * parallel.context, parallel.tensor * parallel.pipeline)
-    groups = sum(size > 1 for size in sizes)
+    data, model = dp_size * parallel.context, parallel.tensor * parallel.pipeline
+    groups = sum(size > 1 for size in (parallel.tensor, parallel.pipeline, data, model, data * model))
     if config.train.device == "cpu":
         return MemoryRow("overhead", "overhead", "none on a CPU", 0)
     size = CONTEXT + groups * COMMUNICATOR + int(SLACK * beside_state)

@@ -7,7 +7,7 @@ data and global batch stay as the run has them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,8 @@ SCHEDULES = (
 )
 """With the stages of each rank."""
 MOST_MICRO_BATCH = 64
+SIMULATED = 100
+"""So many of the fastest by the closed forms of equal stages are simulated, stage by stage, and ranked anew."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Search:
     """What was found and what was not taken."""
 
     found: list[Candidate] = field(default_factory=list)
-    """The fastest first; of two as fast, the one that computes less again, then the smaller."""
+    """The fastest first."""
     rejected: dict[str, list[str]] = field(default_factory=dict)
     """Reasons, each with the layouts that it rules out."""
     tried: int = 0
@@ -101,7 +103,10 @@ def search(config: RunConfig, world_size: int, gpu: Gpu, software: str | None = 
             why = f"more than {limit / GIB:.1f} GiB; over by at least, GiB: {over}"
             result.reject(f"tp {tp}", why)
             lacking = f"tp {tp}: {why}"
-    result.found.sort(key=lambda one: (one.seconds, RECOMPUTE.index(one.config.train.recompute), one.size))
+    result.found.sort(key=_rank)
+    for place, one in enumerate(result.found[:SIMULATED]):
+        result.found[place] = replace(one, seconds=step_seconds(one.config, simulated=True))
+    result.found.sort(key=_rank)
     if not result.found:
         why, where = max(result.rejected.items(), key=lambda one: len(one[1]))
         raise UserError(f"no layout of {world_size} {gpu.key} is legal and fits; {lacking or f'{where[0]}: {why}'}")
@@ -141,7 +146,7 @@ def _search_sizes(
     world_size: int,
     limit: int,
     result: Search,
-    step_seconds: Callable[[RunConfig], float],
+    step_seconds: Callable[..., float],
 ) -> int | None:
     """Add what fits at these sizes; the bytes of the smallest where some are legal and none fits."""
     dp, least, fits = world_size // (tp * pp), None, False
@@ -166,8 +171,13 @@ def _search_sizes(
     return None if fits else least
 
 
-def _step_seconds(config: RunConfig, world_size: int, gpu: Gpu, efficiency: float) -> float:
-    return step_time_at(workload(config, world_size), gpu, efficiency).total
+def _rank(one: Candidate) -> tuple[float, int, int]:
+    """The fastest first; of two as fast, the one that computes less again, then the smaller."""
+    return one.seconds, RECOMPUTE.index(one.config.train.recompute), one.size
+
+
+def _step_seconds(config: RunConfig, world_size: int, gpu: Gpu, efficiency: float, *, simulated: bool = False) -> float:
+    return step_time_at(workload(config, world_size, simulated=simulated), gpu, efficiency).total
 
 
 def _refusal(config: RunConfig, world_size: int) -> str | None:

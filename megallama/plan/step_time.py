@@ -36,7 +36,7 @@ class StepTime:
     matmul: float
     attention: float
     memory: float
-    """What matmuls, norms, rotations, activations and the loss wait for memory."""
+    """What matmuls, norms, rotations, activations, the loss and sums of gradients wait for memory."""
     tensor: float
     """Tensor-parallel collectives that computation does not hide."""
     pipeline: float
@@ -92,7 +92,7 @@ def step_time_at(work: Workload, gpu: Gpu, efficiency: float) -> StepTime:
     m, bandwidth = work.micro_batches, gpu.known("memory_tb_s") * 1e12
     messages = _messages(work, gpu, slowest.compute)
     bubble = _bubble(work, each, messages)
-    parameters = _parameters(work)
+    parameters = max(_parameters(work))
     return StepTime(
         matmul=m * slowest.matmul,
         attention=m * slowest.attention,
@@ -112,39 +112,46 @@ def _micro_batches(work: Workload, gpu: Gpu, efficiency: float) -> list[_MicroBa
         _MicroBatch(
             matmul=kernels.matmul_flops / rate,
             attention=kernels.attention_flops / (rate * ATTENTION_RATE),
-            memory=(kernels.matmul_bytes + kernels.other_bytes) / bandwidth,
+            memory=(kernels.matmul_bytes + kernels.other_bytes + work.sum_bytes * parameters) / bandwidth,
             tensor=_tensor(work, gpu, rank),
         )
-        for rank, kernels in enumerate(kernel_work(work))
+        for rank, (kernels, parameters) in enumerate(zip(kernel_work(work), _parameters(work), strict=True))
     ]
 
 
 def _bubble(work: Workload, each: list[_MicroBatch], messages: float) -> float:
-    """Seconds for which the slowest rank waits: for the others, as one micro-batch passes through them.
+    """Seconds for which the slowest rank waits: as simulated, or for the others, as a micro-batch passes through them.
 
     With 1F1B a step takes sum(t) + (m - 1) * max(t) for stages that take t, exact where the last is the slowest.
     """
     if work.pp == 1:
         return 0.0
+    filling = waiting(work.schedule, work.pp, work.chunks, work.micro_batches) * work.micro_batches
+    if work.waiting is not None:
+        return work.waiting * work.micro_batches * max(rank.total for rank in each) + filling * messages
     times = [rank.total for rank in each]
     other = (sum(times) - max(times)) / (work.pp - 1)
-    return waiting(work.schedule, work.pp, work.chunks, work.micro_batches) * work.micro_batches * (other + messages)
+    return filling * (other + messages)
 
 
 def _tensor(work: Workload, gpu: Gpu, rank: int) -> float:
     """Seconds of tensor-parallel collectives in one micro-batch on a pipeline rank, less what is hidden.
 
     A layer has 4 all-reduces of the hidden states (arXiv 1909.08053, section 3). With sequence parallelism each is a
-    scatter and a gather, and column inputs are gathered twice more in backward (arXiv 2205.05198, section 4.2.2).
+    scatter and a gather, and column inputs are gathered twice more in backward (arXiv 2205.05198, section 4.2.2). A
+    forward that is computed again needs the attention's sum, not the MLP's. Keys and values whose heads tp does not
+    divide are gathered, and their gradients scattered. A gather counts as half an all-reduce.
     """
     tp = work.tp
     if tp == 1:
         return 0.0
-    per_layer = 4 + 2 * work.matmuls_again + (1 if work.sequence_parallel else 0)
+    again, cut = work.layers_again, work.sequence_parallel
+    per_layer = 4 + again + (1 + again / 2 if cut else 0)
     # The embedding and the head have one all-reduce each.
     reductions = work.stages[rank] * per_layer + (rank == 0) + (rank == work.head)
-    sent = 2 * _hidden_states(work) * (tp - 1) / tp
-    seconds = collective_seconds(gpu, Group(tp), reductions * sent, reductions)
+    heads = work.stages[rank] * (2 + again) if work.gathers_heads else 0
+    sent = 2 * (reductions * _hidden_states(work) + heads * _keys(work)) * (tp - 1) / tp
+    seconds = collective_seconds(gpu, Group(tp), sent, reductions + heads)
     return seconds * (1 - TENSOR_HIDDEN) if "tensor" in work.overlapped else seconds
 
 
@@ -184,14 +191,19 @@ def _hidden_states(work: Workload) -> int:
     return work.element_bytes * work.micro_batch_size * work.sequence_length * work.shape.hidden_size
 
 
-def _parameters(work: Workload) -> float:
-    """Most weights on any rank; the norms, a ten thousandth, are left out."""
+def _keys(work: Workload) -> int:
+    """Bytes of the keys, or the values, of all heads in one micro-batch."""
+    return work.element_bytes * work.micro_batch_size * work.sequence_length * work.shape.kv_width
+
+
+def _parameters(work: Workload) -> list[float]:
+    """Weights on each pipeline rank; the norms, a ten thousandth, are left out."""
     shape = work.shape
     held = [layers * shape.matmul_per_layer for layers in work.stages]
     held[0] += shape.head
     if not (shape.tied and work.head == 0):
         held[work.head] += shape.head
-    return max(held) / work.tp
+    return [parameters / work.tp for parameters in held]
 
 
 def _optimizer_ranks(work: Workload) -> int:

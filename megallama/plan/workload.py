@@ -11,8 +11,13 @@ from typing import Literal
 
 from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
-from megallama.plan.params import padded_vocabulary
+from megallama.plan.params import count_parameters, padded_vocabulary
+from megallama.plan.simulation import simulated_waiting
 from megallama.plan.stages import chunks, layers_per_stage, stage_ranks
+
+SUM_BYTES = {"bf16": 18.0, "fp32": 12.0}
+"""Of a gradient that is added to its sum: cast (6) and added in fp32 (12) in bf16, ZeRO 1 (bf16_optimizer.py,
+update_hp_grads), and about as many in ZeRO 2 and 3; in fp32 autograd adds in place."""
 
 DataScheme = Literal["all-reduce", "zero1", "zero2", "zero3", "sharded optimizer"]
 Overlap = Literal["tensor", "pipeline", "data"]
@@ -93,6 +98,10 @@ class Workload:
     """The same of norms, rotations and activations."""
     activation_again: float = 0.0
     """The same of activations, where norms and rotations are not."""
+    layers_again: float = 0.0
+    """Share of the layers that run their forward again as a whole, with its tensor-parallel collectives."""
+    fused_norm: bool = False
+    """A norm is one kernel, its residual sum another."""
     fused: bool = False
     """Norms, rotations and activations are one kernel each: by a compiler or by hand."""
     fused_loss: bool = False
@@ -103,6 +112,12 @@ class Workload:
     element_bytes: int = 2
     """Of one element of a weight or an activation."""
     bucket_elements: int = 100_000_000
+    sum_bytes: float = 0.0
+    """Read and written for each parameter and micro-batch to add up gradients, beyond what matmuls write."""
+    gathers_heads: bool = False
+    """tp does not divide the key heads, which are then gathered."""
+    waiting: float | None = None
+    """Of the busiest rank, over its work; None for the closed form of equal stages."""
     overlapped: frozenset[Overlap] = frozenset()
     """Communication that hides behind computation where there is enough of it."""
 
@@ -132,15 +147,22 @@ class Workload:
         return self.layers_by_rank or (self.shape.layers,)
 
 
-def workload(config: RunConfig, world_size: int) -> Workload:
-    """The step of a run on `world_size` ranks; UserError if the run is not legal there."""
+def workload(config: RunConfig, world_size: int, *, simulated: bool = True) -> Workload:
+    """The step of a run on `world_size` ranks; UserError if the run is not legal there.
+
+    Waiting is `simulated` from the orders that training runs; without, it is that of equal stages, which takes no time.
+    """
     batching = check_config(config, world_size)
     parallel, model, train = config.parallel, config.model, config.train
     ranks = stage_ranks(parallel)
     layers = [0] * parallel.pipeline
     for rank, count in zip(ranks, layers_per_stage(config), strict=True):
         layers[rank] += count
-    again = 1.0 if train.recompute == "full" else 0.0
+    # A backward in two parts computes again in each; that of DualPipeV is whole but for a few.
+    times = 2.0 if parallel.schedule == "zbvzerobubble" and parallel.pipeline > 1 else 1.0
+    again = times if train.recompute == "full" else 0.0
+    # Recomputation stops at the input of the down projection.
+    down = model.hidden_size * model.intermediate_size / count_parameters(model).matmul_per_layer
     return Workload(
         shape=Shape(
             layers=model.num_hidden_layers,
@@ -162,15 +184,20 @@ def workload(config: RunConfig, world_size: int) -> Workload:
         schedule=parallel.schedule,
         chunks=chunks(parallel),
         sequence_parallel=parallel.sequence_parallel,
-        matmuls_again=again,
+        matmuls_again=again * (1 - down),
         attention_again=again,
         elementwise_again=again,
-        activation_again=1.0 if train.recompute == "selective" else 0.0,
+        activation_again=times if train.recompute == "selective" else 0.0,
+        layers_again=again,
+        fused_norm=train.device != "cpu",
         fused=train.compile,
         data=_scheme(config.zero.stage),
         gradient_bytes=2 if config.zero.communication_dtype == "bf16" else 4,
         element_bytes=2 if train.dtype == "bf16" else 4,
         bucket_elements=config.zero.bucket_elements,
+        sum_bytes=SUM_BYTES[train.dtype],
+        gathers_heads=model.kv_heads % parallel.tensor != 0,
+        waiting=simulated_waiting(config, batching.gradient_accumulation_steps) if simulated else None,
     )
 
 

@@ -79,7 +79,8 @@ def step_bytes(config: RunConfig, weights: RankWeights) -> int:
     """Temporaries of the optimizer step: DeepSpeed copies gradients to one flat tensor.
 
     `BF16_Optimizer` has all gradient sums in one bucket whatever its size (engine.py, allreduce_bucket), and casts it
-    where bf16 crosses the ranks; ZeRO-1 in fp32 goes by buckets; ZeRO-2 copies its part of them in fp32, and the norm
+    where bf16 crosses the ranks; ZeRO-1 in fp32 goes by buckets, and copies its part when it has let go of the others'
+    (zero/stage_1_and_2.py, step); ZeRO-2 copies its part of them in fp32, and the norm
     of a gradient is taken of a copy in fp64 and its square; ZeRO-3 copies its part.
     """
     zero, fp32 = config.zero, config.train.dtype == "fp32"
@@ -88,7 +89,7 @@ def step_bytes(config: RunConfig, weights: RankWeights) -> int:
     if zero.stage == 2:
         return max(16 * min(weights.largest, weights.mine), 4 * weights.mine if fp32 else 0)
     if fp32:
-        return 4 * min(weights.total, zero.bucket_elements)
+        return 4 * max(min(weights.total, zero.bucket_elements), 2 * weights.mine - weights.total)
     return weights.total * (6 if zero.communication_dtype == "bf16" else 4)
 
 

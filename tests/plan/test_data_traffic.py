@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -18,33 +17,38 @@ from megallama.parallel.topology import Topology
 from megallama.plan.data_traffic import data_traffic
 from megallama.plan.dry_run import Issued
 from megallama.plan.ranks import rank_parameters
-from megallama.plan.workload import Shape, Workload, workload
+from megallama.plan.workload import workload
 from megallama.train import build_model
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug.yaml"
 MICRO_BATCHES = 3
 
 
-def run(stage: int, dtype: str) -> RunConfig:
-    """No weight but the norms is so small that ZeRO-3 keeps it whole."""
-    model = "hidden_size=384 intermediate_size=1024 num_hidden_layers=8 num_attention_heads=4 num_key_value_heads=4"
+def run(stage: int, dtype: str, *more: str) -> RunConfig:
+    """Tables are a third of it; no weight but the norms is so small that ZeRO-3 keeps it whole."""
+    model = "hidden_size=384 intermediate_size=1024 num_hidden_layers=3 num_attention_heads=4 num_key_value_heads=4"
     words = [f"model.{word}" for word in model.split()]
     batch = ["train.micro_batch_size=1", f"train.global_batch_size={2 * MICRO_BATCHES}", "data.sequence_length=8"]
-    zero = [f"zero.stage={stage}", "zero.bucket_elements=1000"]
-    return load_config(CONFIG, [*words, *batch, *zero, f"train.dtype={dtype}", "train.device=cpu"])
+    zero = [f"zero.stage={stage}", "zero.bucket_elements=1000", "model.vocab_size=4000"]
+    return load_config(CONFIG, [*words, *batch, *zero, f"train.dtype={dtype}", "train.device=cpu", *more])
 
 
-RUNS = [run(stage, dtype) for stage, dtype in product((1, 2, 3), ("bf16", "fp32"))]
+RUNS = [run(stage, dtype) for stage, dtype in product((1, 2, 3), ("bf16", "fp32"))] + [
+    run(3, "bf16", "model.tie_word_embeddings=true"),
+    run(3, "bf16", "zero.bucket_elements=1500000"),
+    run(3, "bf16", "zero.bucket_elements=100000000"),
+]
 
 
 def test_a_step_sends_what_the_plan_says() -> None:
     for config, sent in zip(RUNS, run_ranks(sent_bytes, 2, RUNS)[0], strict=True):
         (rank,) = rank_parameters(config)
         planned = data_traffic(workload(config, 2), rank.total)
-        name = f"ZeRO-{config.zero.stage} {config.train.dtype}"
+        zero, tied = config.zero, config.model.tie_word_embeddings
+        name = f"ZeRO-{zero.stage} {config.train.dtype} {zero.bucket_elements} {tied}"
         for kind in {*planned, *sent}:
             size = 2 * rank.total  # norms of gradients and overflow flags are less than a hundredth of the weights
-            assert sent[kind] == pytest.approx(planned.get(kind, 0), rel=0.03, abs=0.01 * size), f"{name} {kind}"
+            assert sent[kind] == pytest.approx(planned.get(kind, 0), rel=0.05, abs=0.01 * size), f"{name} {kind}"
 
 
 def sent_bytes(launch: Launch, configs: list[RunConfig]) -> list[Counter[str]]:
@@ -63,11 +67,3 @@ def sent_bytes(launch: Launch, configs: list[RunConfig]) -> list[Counter[str]]:
             engine.step(1e-4)
         found.append(issued.size)
     return found
-
-
-def test_a_tied_table_is_read_in_forward_and_once() -> None:
-    shape = Shape(layers=1, hidden_size=8, intermediate_size=16, query_width=8, kv_width=8, vocab_size=32)
-    work = Workload(shape, sequence_length=4, micro_batch_size=1, micro_batches=1, dp=2, data="zero3")
-    tied = replace(work, shape=replace(shape, tied=True))
-    assert data_traffic(work, 1000)["all_gather"] == 2 * (2 * 1000 - 2 * 32 * 8)
-    assert data_traffic(tied, 1000)["all_gather"] == 2 * (2 * 1000 - 32 * 8)

@@ -13,7 +13,9 @@ from megallama.errors import UserError
 from megallama.plan.hardware import built_in_hardware
 from megallama.plan.orders import action_lists
 from megallama.plan.simulation import makespan, relative_seconds, simulate
+from megallama.plan.stages import stages
 from megallama.plan.step_time import StepTime, step_time, step_time_at
+from megallama.plan.traffic import stage_traffic
 from megallama.plan.workload import DataScheme, Shape, Workload, workload
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -43,7 +45,7 @@ def test_only_matmuls_and_attention_depend_on_the_efficiency() -> None:
 
 
 def test_tensor_parallelism_sends_what_its_paper_says() -> None:
-    """16 s b h (tp - 1) / tp bytes per layer; a scatter and a gather more with sequence parallelism."""
+    """16 s b h (tp - 1) / tp bytes per layer; two gathers more with sequence parallelism."""
     layer = 16 * 8192 * 4096 * 7 / 8
     whole = 33 * 4 * 40e-6 + 33 * layer / (0.8 * 450e9)
     # 32 layers of four all-reduces, and two for embedding and head: a half of a layer's.
@@ -86,23 +88,39 @@ def test_schedules_differ_by_their_bubble(schedule: Schedule, chunks: int, share
     assert found.bubble == pytest.approx(share * found.compute, rel=2e-3)
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"])
-@pytest.mark.parametrize("name", ["7b", "8b", "70b"])
-def test_stages_of_real_models_wait_as_in_the_simulation(name: str, schedule: Schedule) -> None:
-    """Their layers do not divide evenly and one has the head: what the closed forms leave out is a few per cent."""
-    overrides = [
-        "parallel.pipeline=4",
-        "parallel.tensor=1",
-        f"parallel.schedule={schedule}",
-        "train.micro_batch_size=1",
-    ]
-    config = load_config(CONFIGS / f"{name}.yaml", [*overrides, "train.global_batch_size=16"])
-    times = relative_seconds(config)
-    spans = simulate(action_lists(config.parallel, 16), times)
-    busiest = max(sum(span.end - span.start for span in rank) for rank in spans)
-    free = H100.model_copy(update={"memory_tb_s": 1e6, "node_link_gb_s": 1e9})
-    found = step_time_at(workload(config, 4), free, 0.5)
-    assert (found.compute + found.bubble) / found.compute == pytest.approx(makespan(spans) / busiest, rel=0.04)
+@pytest.mark.parametrize(("name", "pp"), [("1b", 8), ("7b", 4), ("8b", 4), ("70b", 8)])
+def test_stages_of_real_models_wait_as_in_the_simulation(
+    name: str, pp: int, schedule: Schedule, recompute: str
+) -> None:
+    """Their layers do not divide evenly and one has the head."""
+    layout = [f"parallel.pipeline={pp}", "parallel.tensor=1", f"parallel.schedule={schedule}"]
+    layout += ["train.micro_batch_size=1", f"train.recompute={recompute}"]
+    for micro_batches, error in ((2 * pp, 1e-9), (24 * pp, 0.02)):
+        config = load_config(CONFIGS / f"{name}.yaml", [*layout, f"train.global_batch_size={micro_batches}"])
+        spans = simulate(action_lists(config.parallel, micro_batches), relative_seconds(config))
+        busiest = max(sum(span.end - span.start for span in rank) for rank in spans)
+        work = replace(workload(config, pp), overlapped=frozenset(["pipeline"]))
+        found = step_time_at(work, H100, 0.5)
+        assert 1 + found.bubble / found.compute == pytest.approx(makespan(spans) / busiest, rel=error)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbvzerobubble", "dualpipev"])
+def test_what_is_computed_again_takes_as_long_as_in_the_simulation(schedule: Schedule) -> None:
+    """A layer's down projection apart, which is not: with it a forward would take a third of forward and backward."""
+    layout = ["parallel.pipeline=8", "parallel.tensor=1", f"parallel.schedule={schedule}", "train.micro_batch_size=1"]
+    found, expected = [], []
+    for recompute in ("none", "full"):
+        more = [f"train.recompute={recompute}", "train.global_batch_size=64"]
+        config = load_config(CONFIGS / "70b.yaml", [*layout, *more])
+        work = workload(config, 8)
+        whole = replace(work, matmuls_again=work.attention_again)
+        free = H100.model_copy(update={"memory_tb_s": 1e6})
+        found.append(step_time_at(whole, free, 0.5).matmul)
+        spans = simulate(action_lists(config.parallel, 64), relative_seconds(config))
+        expected.append(max(sum(span.end - span.start for span in rank) for rank in spans))
+    assert found[1] / found[0] == pytest.approx(expected[1] / expected[0], rel=0.04)
 
 
 @pytest.mark.parametrize(
@@ -111,11 +129,11 @@ def test_stages_of_real_models_wait_as_in_the_simulation(name: str, schedule: Sc
 )
 def test_data_parallelism_moves_the_bytes_of_its_scheme(data: DataScheme, per_parameter: int, rounds: int) -> None:
     """For four micro-batches, fp32 gradients and bf16 weights, over all of a node: 7 / 8 of each parameter's bytes."""
-    parameters, tables = 8_030_261_248 - 65 * 4096, 2 * 128_256 * 4096
-    found = stepped(dp=8, data=data, bucket_elements=10**12)
-    again = 4 * 2 * tables if data == "zero3" else 0  # what backward does not gather
-    sent = (per_parameter * parameters - again) * 7 / 8
-    assert found.data == pytest.approx(rounds * 40e-6 + sent / (0.8 * 450e9))
+    parameters = 8_030_261_248 - 65 * 4096
+    found = stepped(dp=8, data=data, bucket_elements=10**9)
+    kept = 4 * 2 * 2 * 10**9 if data == "zero3" else 0  # what backward need not gather
+    sent = (per_parameter * parameters - kept) * 7 / 8
+    assert found.data == pytest.approx(9 * rounds * 40e-6 + sent / (0.8 * 450e9))
     assert found.optimizer == pytest.approx(ADAM if data == "all-reduce" else ADAM / 8)
 
 
@@ -154,3 +172,24 @@ def test_figures_that_are_not_known_are_asked_for() -> None:
     with pytest.raises(UserError, match=r"^gh200-96g\.gpus_per_node is not known"):
         step_time_at(replace(ONE, dp=8), known["gh200-96g"], 0.5)
     assert step_time_at(ONE, known["gh200-96g"], 0.5).total > 0
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("cut", ["true", "false"])
+@pytest.mark.parametrize("heads", [8, 2])
+def test_tensor_parallel_time_is_that_of_the_collectives_that_a_check_counts(
+    recompute: str, cut: str, heads: int
+) -> None:
+    """A gather or a scatter takes half of an all-reduce; sums of norms and of the loss are left out."""
+    layout = ["parallel.tensor=4", "parallel.pipeline=1", f"parallel.sequence={cut}", f"train.recompute={recompute}"]
+    batch = ["train.micro_batch_size=1", "train.global_batch_size=1", f"model.num_key_value_heads={heads}"]
+    config = load_config(CONFIGS / "8b.yaml", [*layout, *batch])
+    (stage,) = stages(config)
+    counted = stage_traffic(config, stage, 1).size
+    sent = 2 * counted["all_reduce"] + counted["all_gather"] + counted["reduce_scatter"]
+    quick = H100.model_copy(update={"gpus_per_node": 8})
+    found = step_time_at(workload(config, 4), quick, 0.5).tensor
+    reductions = 32 * ((5 if cut == "true" else 4) + (recompute == "full") * (1.5 if cut == "true" else 1)) + 2
+    gathered = 32 * (2 + (recompute == "full")) if heads == 2 else 0
+    latencies = 40e-6 * (reductions + gathered)
+    assert found - latencies == pytest.approx(sent * 3 / 4 / (0.8 * 450e9), rel=2e-3)
