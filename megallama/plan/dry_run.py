@@ -8,9 +8,7 @@ torch.
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +17,9 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
@@ -32,16 +28,10 @@ from megallama.model.llama import Llama, Seam
 from megallama.parallel.mesh import Axis
 from megallama.parallel.topology import Topology
 from megallama.plan.activations import stage_bytes, tensors
+from megallama.plan.instruments import Issued, KeptForBackward
 from megallama.plan.ranks import rank_parameters
 from megallama.plan.stages import Stage, stages
 from megallama.plan.traffic import stage_traffic
-
-COLLECTIVES = {
-    "c10d.allreduce_.default": "all_reduce",
-    "c10d._allgather_base_.default": "all_gather",
-    "c10d._reduce_scatter_base_.default": "reduce_scatter",
-}
-"""torch's names of those that a model issues."""
 
 
 @dataclass(frozen=True)
@@ -112,81 +102,6 @@ def _run_stage(config: RunConfig, stage: Stage, count: int, model: Llama) -> lis
         found.append(Comparison(f"{words} {kind}", traffic.number[kind], issued.number[kind]))
         found.append(Comparison(f"{words} {kind}, bytes", traffic.size[kind], issued.size[kind]))
     return found
-
-
-class KeptForBackward:
-    """Bytes that autograd keeps beside the parameters; operations that keep views of one tensor share its memory."""
-
-    def __init__(self, parameters: Iterator[nn.Parameter]) -> None:
-        self._known = {parameter.untyped_storage()._cdata for parameter in parameters}
-        # By address, and held: an address that is free is given out again.
-        self._kept: dict[int, torch.UntypedStorage] = {}
-
-    @property
-    def size(self) -> int:
-        """So far."""
-        return sum(storage.nbytes() for place, storage in self._kept.items() if place not in self._known)
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Inside, what operations save is counted."""
-        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
-            yield
-
-    def _keep(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        self._kept[storage._cdata] = storage
-        return tensor
-
-
-class Issued(TorchDispatchMode):
-    """Collectives by kind: their number, and the bytes of their whole messages."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.number, self.size = Counter[str](), Counter[str]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = COLLECTIVES.get(str(func))
-        if kind is not None:
-            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-            self.number[kind] += 1
-            self.size[kind] += max(tensor.nbytes for tensor in tensors)
-        return func(*args, **(kwargs or {}))
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors made inside and still held, and the most that there were; what is `known` does not count."""
-
-    def __init__(self, known: Iterable[torch.UntypedStorage] = ()) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._seen: dict[int, object] = {storage._cdata: storage for storage in known}
-
-    def see(self, storages: Iterable[torch.UntypedStorage]) -> None:
-        """Count these as well, though made before."""
-        for storage in storages:
-            self._see(storage)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
-                self._see(leaf.untyped_storage())
-        return result
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        place, size = storage._cdata, storage.nbytes()
-        if place in self._seen:
-            return
-
-        def freed(_: object) -> None:
-            self.now -= size
-            del self._seen[place]
-
-        self._seen[place] = weakref.ref(storage, freed)
-        self.now += size
-        self.peak = max(self.peak, self.now)
 
 
 class FusedNorm(torch.autograd.Function):

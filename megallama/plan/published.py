@@ -8,7 +8,7 @@ error is of a run that was fitted to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,11 @@ def published_runs(unprinted: Convention = "full") -> list[PublishedRun]:
         for source in tree["sources"]
         for row in source["runs"]
     ]
+
+
+def with_one_llama(runs: Sequence[PublishedRun]) -> list[PublishedRun]:
+    """The same runs, Llama-1 and Llama-2 as one generation of software."""
+    return [replace(run, software="llama") if run.software in ("llama-1", "llama-2") else run for run in runs]
 
 
 def fit(runs: Sequence[PublishedRun]) -> float:
@@ -169,6 +174,7 @@ def main() -> None:
     print(f"\n{table(fitted(found))}\n\n{summary(fitted(found))}")
     causal = summary(fitted(scores(published_runs("causal"))))
     print(f"With the causal convention where a source prints none: {causal}")
+    print(f"With one constant for Llama-1 and Llama-2: {summary(fitted(scores(with_one_llama(runs))))}")
     print(f"\nHeld out:\n\n{table(held_out(found))}")
 
 

@@ -18,12 +18,15 @@ from megallama.parallel.mesh import Launch, ParallelMesh, build_mesh
 from megallama.parallel.spawn import run_ranks
 from megallama.parallel.topology import Topology
 from megallama.pipeline import Pipeline
-from megallama.plan.activations import LOGITS_AT_ONCE, stage_bytes, tensors
-from megallama.plan.dry_run import KeptForBackward, LiveBytes, fused_norm
+from megallama.plan.activations import LOGITS_AT_ONCE, largest_weight, stage_bytes, tensors
+from megallama.plan.dry_run import fused_norm
 from megallama.plan.in_flight import fullest
-from megallama.plan.ledger import buffer_row, fullest_peak, messages, peak_at
+from megallama.plan.instruments import KeptForBackward
+from megallama.plan.ledger import fullest_peak, messages, peak_at
 from megallama.plan.ranks import rank_parameters
 from megallama.plan.stages import stages
+from megallama.plan.zero_buffers import RankWeights, buffer_row
+from tests.plan.live_bytes import LiveBytes
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug.yaml"
 SHAPES = {
@@ -133,8 +136,9 @@ def planned_peaks(config: RunConfig, micro_batches: int) -> list[int]:
     for rank, moments in zip(rank_parameters(config), fullest(config.parallel, micro_batches), strict=True):
         mine = [kept[index] for index in rank.stages]
         most = max(peak_at(of, config.train.recompute, moment, rank.stages, mine).total for moment in moments)
+        weights = RankWeights(rank.total, largest_weight(of), 1)
         assert fullest_peak(of, config.train.recompute, moments, rank.stages, mine).total == most
-        found.append(most + buffer_row(config, of, rank, messages(every, rank.rank)).size)
+        found.append(most + buffer_row(config, of, weights, messages(every, rank.rank)).size)
     return found
 
 

@@ -15,7 +15,7 @@ from megallama.parallel.mesh import Launch, build_mesh
 from megallama.parallel.spawn import run_ranks
 from megallama.parallel.topology import Topology
 from megallama.plan.data_traffic import data_traffic
-from megallama.plan.dry_run import Issued
+from megallama.plan.instruments import Issued
 from megallama.plan.ranks import rank_parameters
 from megallama.plan.workload import workload
 from megallama.train import build_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ from megallama.plan.published import (
     scores,
     summary,
     table,
+    with_one_llama,
 )
+from megallama.plan.step_time import step_time_at
 
 PAGE = Path(__file__).parents[2] / "docs" / "planning.md"
 
@@ -40,6 +43,18 @@ def test_the_other_convention_of_mfu_keeps_the_bounds() -> None:
     errors = [abs(score.error) for score in fitted(scores(published_runs("causal")))]
     assert sum(error <= 0.1 for error in errors) >= 0.8 * len(errors)
     assert max(errors) <= 0.2
+
+
+def test_one_constant_for_both_llamas_keeps_the_bounds() -> None:
+    errors = [abs(score.error) for score in fitted(scores(with_one_llama(published_runs())))]
+    assert sum(error <= 0.1 for error in errors) >= 0.8 * len(errors)
+    assert max(errors) <= 0.2
+
+
+def test_overlapped_tensor_parallelism_would_predict_the_largest_runs_a_tenth_too_fast() -> None:
+    for score in held_out(scores(published_runs())):
+        work = replace(score.run.work, overlapped=score.run.work.overlapped | {"tensor"})
+        assert -0.12 <= step_time_at(work, score.run.gpu, score.efficiency).total / score.run.measured - 1 <= -0.08
 
 
 def test_constants_of_hardware_yaml_are_the_fit() -> None:
@@ -83,6 +98,7 @@ def test_the_page_has_the_table_the_summaries_and_every_assumption(found: list[S
     text = " ".join(page.split())
     assert summary(fitted(found)) in text
     assert summary(fitted(scores(published_runs("causal")))) in text
+    assert summary(fitted(scores(with_one_llama(published_runs())))) in text
     for run in published_runs():
         assert run.cite in text, run.cite
         assert " ".join(run.assumed.split()) in text, run.assumed
