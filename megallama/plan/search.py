@@ -34,7 +34,7 @@ SCHEDULES = (
 )
 """With the stages of each rank."""
 MOST_MICRO_BATCH = 64
-SIMULATED = 100
+SIMULATED = 50
 """So many of the fastest by the closed forms of equal stages are simulated, stage by stage, and ranked anew."""
 
 

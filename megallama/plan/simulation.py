@@ -36,11 +36,12 @@ def simulate(lists: list[list[Action]], seconds: Mapping[tuple[Kind, int], float
         for rank, actions in enumerate(lists):
             while len(spans[rank]) < len(actions):
                 action = actions[len(spans[rank])]
-                needs = _needs(action, count)
-                if not all(need in done for need in needs):
+                start = spans[rank][-1].end if spans[rank] else 0.0
+                try:
+                    for need in _needs(action, count):
+                        start = max(start, done[need])
+                except KeyError:
                     break
-                free = spans[rank][-1].end if spans[rank] else 0.0
-                start = max([free, *(done[need] for need in needs)])
                 end = start + seconds[action.kind, action.stage]
                 spans[rank].append(Span(action, start, end))
                 leaving[rank].append(_result(action))
