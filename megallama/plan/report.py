@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megallama.config.check import check_config
+from math import ceil
+
+from megallama.config.check import Batching, check_config
 from megallama.config.schema import RunConfig
 from megallama.plan.budget import total_steps
 from megallama.plan.flops import flops_per_token, hardware_flops_per_token
@@ -18,11 +20,10 @@ def plan_run(config: RunConfig, world_size: int, tokens: float | None = None) ->
     UserError if the run is not legal on that many ranks.
     """
     batching = check_config(config, world_size)
-    steps = total_steps(config)
-    planned = steps * config.tokens_per_step if tokens is None else tokens
+    planned = total_steps(config) * config.tokens_per_step if tokens is None else tokens
     return [
         _parameters(config),
-        _batch(config, batching.world_size, batching.dp_size, batching.gradient_accumulation_steps, steps),
+        _batch(config, batching, tokens),
         _flops(config, planned),
         *memory_parts(config, batching.dp_size),
     ]
@@ -59,24 +60,30 @@ def _parameters(config: RunConfig) -> Part:
     return Part("parameters", "Parameters", tuple(rows))
 
 
-def _batch(config: RunConfig, world_size: int, dp: int, accumulation: int, steps: int) -> Part:
-    parallel, train = config.parallel, config.train
-    layout = f"{world_size} / (tp {parallel.tensor} * pp {parallel.pipeline} * cp {parallel.context})"
-    length = "train.steps" if train.steps != "chinchilla" else "chinchilla: optimal tokens / tokens per step, up"
-    tokens, parameters = steps * config.tokens_per_step, count_parameters(config.model).total
+def _batch(config: RunConfig, batching: Batching, given: float | None) -> Part:
+    parallel, train, each = config.parallel, config.train, config.tokens_per_step
+    dp, parameters = batching.dp_size, count_parameters(config.model).total
+    layout = f"{batching.world_size} / (tp {parallel.tensor} * pp {parallel.pipeline} * cp {parallel.context})"
+    if given is not None:
+        steps, length = ceil(given / each), f"{given:.4g} tokens / {each}, up"
+        tokens, total = int(given), "--tokens"
+    else:
+        steps = total_steps(config)
+        length = "train.steps" if train.steps != "chinchilla" else "chinchilla: optimal tokens / tokens per step, up"
+        tokens, total = steps * each, f"{steps} * {each}"
     per_step = f"{train.global_batch_size} * {config.data.sequence_length}"
     rows = (
-        Row("world_size", "ranks", "", world_size),
+        Row("world_size", "ranks", "", batching.world_size),
         Row("dp_size", "data-parallel copies", layout, dp),
         Row(
             "gradient_accumulation_steps",
             "micro-batches per step and copy",
             f"{train.global_batch_size} / ({train.micro_batch_size} * {dp})",
-            accumulation,
+            batching.gradient_accumulation_steps,
         ),
-        Row("tokens_per_step", "tokens per step", per_step, config.tokens_per_step),
+        Row("tokens_per_step", "tokens per step", per_step, each),
         Row("steps", "steps", length, steps),
-        Row("tokens", "tokens", f"{steps} * {config.tokens_per_step}", tokens),
+        Row("tokens", "tokens", total, tokens),
         Row("tokens_per_parameter", "tokens per parameter", f"{tokens} / {parameters}", tokens / parameters),
     )
     return Part("batch", "Batch and length", rows)

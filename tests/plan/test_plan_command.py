@@ -45,6 +45,15 @@ def test_the_table_shows_the_arithmetic() -> None:
         assert words in result.stdout
 
 
+def test_tokens_take_the_place_of_the_steps_wherever_a_length_is_said() -> None:
+    found = planned(str(CONFIGS / "7b.yaml"), "--gpus", "128", "--gpu", "a100", "--tokens", "15T")
+    assert found["batch"]["steps"] == found["cost"]["steps"] == 7_152_558
+    assert found["batch"]["tokens"] == 15 * 10**12
+    assert found["batch"]["tokens_per_parameter"] == pytest.approx(2226, abs=0.1)
+    chosen = planned(str(CONFIGS / "8b.yaml"), "train.steps=chinchilla")["batch"]
+    assert chosen["tokens"] == chosen["steps"] * chosen["tokens_per_step"]
+
+
 def test_overrides_recomputation_and_tokens_change_the_plan() -> None:
     path = str(CONFIGS / "8b.yaml")
     plain, other = planned(path), planned(path, "train.recompute=full", "--tokens", "15T", "--gpus", "16")
