@@ -16,7 +16,7 @@ from megallama.plan.quantity import count, number
 from megallama.plan.sizing import size
 from megallama.plan.sizing_flags import Flags, amount, read_flags
 from megallama.plan.sizing_report import compared, optimum, plan_sizing, repetition
-from megallama.plan.table import Part, as_dictionary, render
+from megallama.plan.table import Part, as_dictionary, render, with_notes
 
 if TYPE_CHECKING:
     from megallama.config.schema import RunConfig
@@ -140,7 +140,7 @@ class Device:
 
 def _print(parts: list[Part], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(as_dictionary(parts), indent=2))
+        typer.echo(json.dumps(with_notes(parts), indent=2))
         return
     typer.echo(render(parts, shutil.get_terminal_size().columns))
 
@@ -203,13 +203,16 @@ def _search(
 ) -> None:
     """Print the fastest layouts, and write the winner where asked to."""
     from megallama.plan.search import search
-    from megallama.plan.search_report import search_parts, write_winner
+    from megallama.plan.search_report import search_dictionary, search_parts, write_winner
 
     gpu = device.gpu()
     if gpu is None or flags.gpus is None:
         raise UserError("--search needs how many GPUs of which kind; add --gpus 64 --gpu h100")
     result = search(config, count("--gpus", flags.gpus, 10**7, "64"), gpu, device.software)
-    _print(search_parts(result, gpu), as_json)
+    if as_json:
+        typer.echo(json.dumps(search_dictionary(result, gpu), indent=2))
+    else:
+        _print(search_parts(result, gpu), as_json=False)
     if write is not None:
         for line in write_winner(result.found[0], gpu, write, sbatch):
             typer.echo(line, err=as_json)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import isqrt
 from typing import Any
 
 from megallama.config.check import check_config, dp_size, legal_tensors
@@ -63,20 +64,54 @@ class Candidate:
 
 
 @dataclass
+class Rejection:
+    """Layouts that are out for one reason."""
+
+    places: list[str] = field(default_factory=list)
+    """Where they are, as `tp 16, 32` or `tp 1 pp 8`."""
+    layouts: int = 0
+
+
+@dataclass
+class TooLarge:
+    """Legal layouts at one place of tp and pp that do not fit."""
+
+    where: str
+    least: int
+    """Bytes that the smallest of them needs."""
+    most: int
+    skipped: int = 0
+    """Layouts whose bytes were not computed, since they keep more than one that did not fit."""
+
+    def words(self, limit: int) -> str:
+        """By how much they do not fit in `limit` bytes."""
+        over = f"{(self.least - limit) / GIB:.1f} to {(self.most - limit) / GIB:.1f}"
+        rest = f"; {self.skipped} keep more than one that did not fit" if self.skipped else ""
+        return f"more than {limit / GIB:.1f} GiB, by {over}{rest}"
+
+
+@dataclass
 class Search:
     """What was found and what was not taken."""
 
     found: list[Candidate] = field(default_factory=list)
     """The fastest first."""
-    rejected: dict[str, list[str]] = field(default_factory=dict)
-    """Reasons, each with the layouts that it rules out."""
-    tried: int = 0
+    rejected: dict[str, Rejection] = field(default_factory=dict)
+    """By reason. Each layout is under one of them alone."""
 
-    def reject(self, what: str, why: str) -> None:
+    @property
+    def tried(self) -> int:
+        """Layouts, found and rejected."""
+        return len(self.found) + sum(rejection.layouts for rejection in self.rejected.values())
+
+    def reject(self, where: str, why: str, layouts: int = 1) -> None:
         """Add layouts to those of the same reason."""
-        places = self.rejected.setdefault(why, [])
-        if what not in places:
-            places.append(what)
+        if not layouts:
+            return
+        rejection = self.rejected.setdefault(why, Rejection())
+        rejection.layouts += layouts
+        if where not in rejection.places:
+            rejection.places.append(where)
 
 
 def search(config: RunConfig, world_size: int, gpu: Gpu, software: str | None = None) -> Search:
@@ -91,25 +126,23 @@ def search(config: RunConfig, world_size: int, gpu: Gpu, software: str | None = 
             f"--gpus={world_size} is no whole number of nodes of {node} {gpu.key}; nearest legal: {low} or {low + node}"
         )
     step_seconds = partial(_step_seconds, world_size=world_size, gpu=gpu, efficiency=gpu.efficiency_for(software))
-    limit, lacking = usable_bytes(gpu), ""
+    limit, too_large = usable_bytes(gpu), list[TooLarge]()
     for tp in _tensor_sizes(config, world_size, gpu, result):
-        missing = {}
-        for pp in _pipeline_sizes(config, world_size // tp, tp, result):
-            least = _search_sizes(config, tp, pp, world_size, limit, result, step_seconds)
-            if least is not None:
-                missing[pp] = (least - limit) / GIB
-        if missing:
-            over = ", ".join(f"{gib:.1f} at pp {pp}" for pp, gib in missing.items())
-            why = f"more than {limit / GIB:.1f} GiB; over by at least, GiB: {over}"
-            result.reject(f"tp {tp}", why)
-            lacking = f"tp {tp}: {why}"
+        for pp in _pipeline_sizes(config, world_size, tp, result):
+            too_large += _search_sizes(config, tp, pp, world_size, limit, result, step_seconds)
     result.found.sort(key=_rank)
     for place, one in enumerate(result.found[:SIMULATED]):
         result.found[place] = replace(one, seconds=step_seconds(one.config, simulated=True))
     result.found.sort(key=_rank)
     if not result.found:
-        why, where = max(result.rejected.items(), key=lambda one: len(one[1]))
-        raise UserError(f"no layout of {world_size} {gpu.key} is legal and fits; {lacking or f'{where[0]}: {why}'}")
+        if too_large:
+            nearest = min(too_large, key=lambda one: one.least)
+            over = f"{(nearest.least - limit) / GIB:.1f} GiB more than {limit / GIB:.1f} GiB"
+            lacking = f"the smallest, at {nearest.where}, needs {over}"
+        else:
+            why, rejection = max(result.rejected.items(), key=lambda one: len(one[1].places))
+            lacking = f"{rejection.places[0]}: {why}"
+        raise UserError(f"no layout of {world_size} {gpu.key} is legal and fits; {lacking}")
     return result
 
 
@@ -119,24 +152,25 @@ def _tensor_sizes(config: RunConfig, world_size: int, gpu: Gpu, result: Search) 
     dividing, legal = _divisors(world_size), set(legal_tensors(config))
     far = [tp for tp in dividing if tp > node]
     cut = [tp for tp in dividing if tp <= node and tp not in legal]
-    if far:
-        result.reject(_several("tp", far), f"crosses the node of {node} GPUs")
-    if cut:
-        widths = f"{model.num_attention_heads} heads, {model.kv_heads * model.head_size} of keys, MLP or sequence"
-        result.reject(_several("tp", cut), f"does not divide {widths}")
+    widths = f"{model.num_attention_heads} heads, {model.kv_heads * model.head_size} of keys, MLP or sequence"
+    for out, why in ((far, f"crosses the node of {node} GPUs"), (cut, f"does not divide {widths}")):
+        layouts = sum(_count(config, pp, world_size // tp) for tp in out for pp in _divisors(world_size // tp))
+        result.reject(_several("tp", out), why, layouts)
     return [tp for tp in dividing if tp <= node and tp in legal]
 
 
-def _pipeline_sizes(config: RunConfig, ranks: int, tp: int, result: Search) -> list[int]:
+def _pipeline_sizes(config: RunConfig, world_size: int, tp: int, result: Search) -> list[int]:
     """pp that divide the ranks, with a layer for each stage and a batch for each copy."""
-    layers, batch = config.model.num_hidden_layers, config.train.global_batch_size
+    ranks, layers, batch = world_size // tp, config.model.num_hidden_layers, config.train.global_batch_size
     dividing = _divisors(ranks)
-    if dividing[-1] > layers:
-        result.reject(f"pp above {layers}", f"more stages than {layers} layers")
+    many = [pp for pp in dividing if pp > layers]
     uneven = [pp for pp in dividing if pp <= layers and batch % (ranks // pp)]
-    if uneven:
-        result.reject(f"tp {tp}, {_several('pp', uneven)}", f"dp does not divide train.global_batch_size={batch}")
-    return [pp for pp in dividing if pp <= layers and pp not in uneven]
+    for out, where, why in (
+        (many, f"pp above {layers}", f"more stages than {layers} layers"),
+        (uneven, f"tp {tp}, {_several('pp', uneven)}", f"dp does not divide train.global_batch_size={batch}"),
+    ):
+        result.reject(where, why, sum(_count(config, pp, ranks) for pp in out))
+    return [pp for pp in dividing if pp not in many and pp not in uneven]
 
 
 def _search_sizes(
@@ -147,28 +181,58 @@ def _search_sizes(
     limit: int,
     result: Search,
     step_seconds: Callable[..., float],
-) -> int | None:
-    """Add what fits at these sizes; the bytes of the smallest where some are legal and none fits."""
-    dp, least, fits = world_size // (tp * pp), None, False
+) -> list[TooLarge]:
+    """Add what fits at these sizes, and what does not to the rejected; of the latter the bytes, if there are any."""
+    _reject_before_trying(config, pp, world_size // tp, result)
+    where, sizes, skipped = f"tp {tp} pp {pp}", list[int](), 0
     too_large: dict[tuple[Any, ...], int] = {}
-    for choice in _choices(pp, config.train.global_batch_size, dp):
-        result.tried += 1
+    for choice in _choices(pp, config.train.global_batch_size, world_size // (tp * pp)):
         group = choice["schedule"], choice["chunks"], choice["zero"]
         if choice["micro_batch_size"] >= too_large.get(group, MOST_MICRO_BATCH + 1):
-            continue  # it keeps more than one that did not fit
+            skipped += 1  # it keeps more than one that did not fit
+            continue
         candidate = _with(config, tp, pp, choice)
         refusal = _refusal(candidate, world_size)
         if refusal is not None:
-            result.reject(f"tp {tp} pp {pp}", refusal)
+            result.reject(where, refusal)
             continue
         size = max(rank_bytes(candidate, world_size))
         if size > limit:
             too_large[group] = choice["micro_batch_size"]
-            least = size if least is None else min(least, size)
+            sizes.append(size)
             continue
-        fits = True
         result.found.append(Candidate(candidate, world_size, step_seconds(candidate), size))
-    return None if fits else least
+    if not sizes:
+        return []
+    found = TooLarge(where, min(sizes), max(sizes), skipped)
+    result.reject(where, found.words(limit), len(sizes) + skipped)
+    return [found]
+
+
+def _reject_before_trying(config: RunConfig, pp: int, ranks: int, result: Search) -> None:
+    """What is out whatever else is chosen, and so not among `_choices`."""
+    batch, dp = config.train.global_batch_size, ranks // pp
+    every = _count(config, pp, ranks)
+    if pp > 1 and dp > 1:
+        result.reject("pp above 1", "zero.stage=2 and 3 do not go with a pipeline", every * 2 // 3)
+        every //= 3
+    sizes = _micro_batches(batch, dp)
+    uneven = [size for size in sizes if batch % (size * dp)]
+    why = f"does not divide the sequences of a copy, train.global_batch_size={batch} / dp"
+    result.reject(f"dp {dp}, {_several('micro-batch', uneven)}", why, every * len(uneven) // len(sizes))
+
+
+def _count(config: RunConfig, pp: int, ranks: int) -> int:
+    """Layouts at this pipeline size, legal or not. With a single copy the ZeRO stages are one."""
+    dp = ranks // pp
+    schedules, stages = len(SCHEDULES) if pp > 1 else 1, len(ZERO_STAGES) if dp > 1 else 1
+    return schedules * stages * len(RECOMPUTE) * len(_micro_batches(config.train.global_batch_size, dp))
+
+
+def _micro_batches(batch: int, dp: int) -> list[int]:
+    """Powers of two that are no more than a copy's sequences."""
+    most = min(MOST_MICRO_BATCH, max(1, batch // dp))
+    return [1 << n for n in range(most.bit_length())]
 
 
 def _rank(one: Candidate) -> tuple[float, int, int]:
@@ -198,7 +262,7 @@ def _refusal(config: RunConfig, world_size: int) -> str | None:
 
 def _choices(pp: int, batch: int, dp: int) -> Iterator[dict[str, Any]]:
     """Everything but the sizes of the mesh; what keeps less comes before what keeps more."""
-    micro_batches = [size for size in _powers(MOST_MICRO_BATCH) if batch % (size * dp) == 0]
+    micro_batches = [size for size in _micro_batches(batch, dp) if batch % (size * dp) == 0]
     schedules = SCHEDULES if pp > 1 else (("1f1b", 1),)
     stages = ZERO_STAGES if pp == 1 and dp > 1 else (1,)
     for schedule, each in schedules:
@@ -235,11 +299,8 @@ def _with(config: RunConfig, tp: int, pp: int, choice: dict[str, Any]) -> RunCon
 
 
 def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _powers(most: int) -> list[int]:
-    return [1 << n for n in range(most.bit_length()) if 1 << n <= most]
+    low = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return low + [number // n for n in reversed(low) if n * n < number]
 
 
 def _several(name: str, numbers: list[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from megallama.cluster.job_file import Allocation, job_file
 from megallama.config.load import dump_config
@@ -23,16 +24,51 @@ def search_parts(result: Search, gpu: Gpu) -> list[Part]:
     """The fastest layouts with the seconds of a step, and what was rejected with how many layouts it rules out."""
     best = result.found[:SHOWN]
     rows = [Row(f"rank_{number}", one.name, _words(one, gpu), one.seconds, "s") for number, one in enumerate(best, 1)]
-    limit = f"{usable_bytes(gpu) / GIB:.1f} GiB of {gpu.key}"
-    note = f"{len(result.found)} of {result.tried} layouts are legal and fit in {limit}."
+    fits, limit = len(result.found), f"{usable_bytes(gpu) / GIB:.1f} GiB of {gpu.key}"
+    note = f"{fits:,} of {result.tried:,} layouts are legal and fit in {limit}; {result.tried - fits:,} are rejected."
     rejected = [
-        Row(f"class_{number}", _several(places), why, len(places))
-        for number, (why, places) in enumerate(result.rejected.items(), 1)
+        Row(f"class_{number}", _several(rejection.places), why, rejection.layouts)
+        for number, (why, rejection) in enumerate(result.rejected.items(), 1)
     ]
+    title = f"Rejected: {result.tried - fits:,} of {result.tried:,} layouts"
     return [
         Part("layouts", f"Fastest layouts on {result.found[0].world_size} x {gpu.name}", tuple(rows), note),
-        Part("rejected", "Rejected", tuple(rejected)),
+        Part("rejected", title, tuple(rejected)),
     ]
+
+
+def search_dictionary(result: Search, gpu: Gpu) -> dict[str, Any]:
+    """The same for scripts: what each of the fastest layouts is, and each reason with all places that it concerns."""
+    return {
+        "tried": result.tried,
+        "fits": len(result.found),
+        "usable_bytes": usable_bytes(gpu),
+        "layouts": {f"rank_{number}": _layout(one, gpu) for number, one in enumerate(result.found[:SHOWN], 1)},
+        "rejected": {
+            f"class_{number}": {"reason": why, "places": rejection.places, "layouts": rejection.layouts}
+            for number, (why, rejection) in enumerate(result.rejected.items(), 1)
+        },
+    }
+
+
+def _layout(one: Candidate, gpu: Gpu) -> dict[str, Any]:
+    """`mfu` in per cent, as in the part `speed` of a plan."""
+    work = workload(one.config, one.world_size)
+    found = speed(work, gpu, one.seconds)
+    return {
+        "tp": work.tp,
+        "pp": work.pp,
+        "dp": work.dp,
+        "zero_stage": one.config.zero.stage,
+        "schedule": work.schedule,
+        "chunks": work.chunks,
+        "micro_batch_size": work.micro_batch_size,
+        "recompute": one.config.train.recompute,
+        "seconds": one.seconds,
+        "tokens_per_second_per_gpu": found.tokens_per_second_per_gpu,
+        "mfu": 100 * found.mfu_full,
+        "bytes": one.size,
+    }
 
 
 def write_winner(winner: Candidate, gpu: Gpu, config_path: Path, job_path: Path | None) -> list[str]:

@@ -32,6 +32,8 @@ class Part:
     title: str
     rows: tuple[Row, ...]
     note: str = ""
+    for_scripts: bool = False
+    """In the dictionary alone, since a reader has it in a shorter form."""
 
 
 def as_dictionary(parts: Iterable[Part]) -> dict[str, dict[str, Number]]:
@@ -39,12 +41,22 @@ def as_dictionary(parts: Iterable[Part]) -> dict[str, dict[str, Number]]:
     return {part.key: {row.key: row.value for row in part.rows} for part in parts}
 
 
+def with_notes(parts: Iterable[Part]) -> dict[str, dict[str, Number | str]]:
+    """`as_dictionary` with the sentence of each part that has one, under `note`."""
+    found: dict[str, dict[str, Number | str]] = {}
+    for part in parts:
+        found[part.key] = {row.key: row.value for row in part.rows}
+        if part.note:
+            found[part.key]["note"] = part.note
+    return found
+
+
 def render(parts: Iterable[Part], width: int) -> str:
     """The parts as tables of at most `width` characters; what is longer goes on in the next line of its column.
 
     By hand, since a library's tables take a quarter of the time in which a plan answers.
     """
-    return "\n".join(_table(part, width) for part in parts)
+    return "\n".join(_table(part, width) for part in parts if not part.for_scripts)
 
 
 def _table(part: Part, width: int) -> str:

@@ -10,12 +10,14 @@ import pytest
 from megallama.config.load import load_config
 from megallama.plan.ledger import memory_rows
 from megallama.plan.memory_report import memory_parts
+from megallama.plan.table import as_dictionary, render
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_rows_of_the_fullest_rank_sum_to_its_peak() -> None:
-    memory, by_rank = memory_parts(load_config(CONFIGS / "7b.yaml"), dp_size=16)
+    parts = memory_parts(load_config(CONFIGS / "7b.yaml"), dp_size=16)
+    memory, by_rank = parts[0], parts[-1]
     *rows, total = memory.rows
     assert sum(row.value for row in rows) == total.value == max(row.value for row in by_rank.rows)
     keys = [row.key for row in rows]
@@ -26,6 +28,23 @@ def test_rows_of_the_fullest_rank_sum_to_its_peak() -> None:
     last = {row.key: row.size for row in memory_rows(load_config(CONFIGS / "7b.yaml"), 16)[3]}
     assert last["activations"] < rows[5].value / 3.9
     assert last["logits"] > 2**29
+
+
+def test_every_pipeline_rank_is_split_into_its_rows_in_text_and_dictionary() -> None:
+    config = load_config(CONFIGS / "7b.yaml")
+    parts = memory_parts(config, dp_size=16)
+    found, text = as_dictionary(parts), render(parts, 200)
+    for index, rows in enumerate(memory_rows(config, 16)):
+        split = found[f"memory_pipeline_rank_{index}"]
+        assert split.pop("total") == sum(split.values()) == found["memory_by_pipeline_rank"][f"pipeline_rank_{index}"]
+        assert split == {row.key: row.size for row in rows}
+        line = next(line for line in text.splitlines() if line.startswith(f"pipeline rank {index} "))
+        assert ("logits 1.04" in line) == (index == 3)
+        shown = [float(term.split()[-1]) for term in line.removesuffix(" GiB").rsplit("  ", 1)[0].split(" + ")]
+        assert sum(shown) == pytest.approx(sum(row.size for row in rows) / 2**30, abs=0.05)
+    assert len([line for line in text.splitlines() if "peak" in line]) == 1
+    (alone, same) = memory_parts(load_config(CONFIGS / "110m.yaml"), dp_size=1)
+    assert alone.rows == same.rows
 
 
 def test_padding_is_apart_from_weights() -> None:

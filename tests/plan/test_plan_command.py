@@ -69,7 +69,7 @@ def test_every_legal_quantity_has_a_finite_plan(quantity: str) -> None:
     given = ["--params", quantity, "--tokens", quantity]
     for arguments in (given, given[:2], given[2:], ["--flops", quantity], [str(CONFIGS / "7b.yaml"), *given[2:]]):
         found = planned(*arguments)
-        assert all(math.isfinite(figure) for part in found.values() for figure in part.values())
+        assert all(math.isfinite(row) for part in found.values() for key, row in part.items() if key != "note")
 
 
 def test_budgets_without_a_run() -> None:
@@ -115,7 +115,8 @@ def test_a_size_without_a_shape_is_planned_all_the_same_and_says_why() -> None:
     assert result.exit_code == 0
     assert "\nNo Llama of this size\n" in result.stdout
     assert "3e+06 parameters have no Llama shape within 2% for a vocabulary of 32000, tied" in result.stdout
-    assert planned("--params", "3e6")["shape"] == {}
+    (note,) = planned("--params", "3e6")["shape"].values()
+    assert note.startswith("3e+06 parameters have no Llama shape within 2%")
 
 
 def test_gpus_and_days_are_planned_as_their_compute() -> None:
@@ -132,7 +133,10 @@ def test_data_that_repeats_more_than_four_times_is_warned_about() -> None:
         seldom = CliRunner().invoke(app, [*arguments, "--unique-tokens", "500B"], env={"COLUMNS": "200"}).stdout
         assert "Warning: the data repeats 5.0 times." in often
         assert "Warning" not in seldom
-        assert planned(*arguments, "--unique-tokens", "400B")["data"]["epochs"] == 5
+        data = planned(*arguments, "--unique-tokens", "400B")["data"]
+        assert data["epochs"] == 5
+        assert data["note"].startswith("Warning: the data repeats 5.0 times.")
+        assert "note" not in planned(*arguments, "--unique-tokens", "500B")["data"]
 
 
 def test_the_excerpt_in_the_docs_is_what_is_printed() -> None:
@@ -231,7 +235,15 @@ def test_the_fastest_layout_is_written_as_a_config_and_a_job_that_stand(tmp_path
     found = json.loads(result.stdout)
     assert len(found["layouts"]) == 10
     written = planned(str(config), "--gpus", "16", "--gpu", "h100")
-    assert written["step_time"]["total"] == found["layouts"]["rank_1"]
+    first, parallel = found["layouts"]["rank_1"], written["speed"]
+    assert written["step_time"]["total"] == first["seconds"]
+    assert written["memory"]["total"] == first["bytes"]
+    assert parallel["tokens_per_second_per_gpu"] == first["tokens_per_second_per_gpu"]
+    assert parallel["mfu_full"] == first["mfu"]
+    assert first["tp"] * first["pp"] * first["dp"] == 16
+    assert {"zero_stage", "schedule", "chunks", "micro_batch_size", "recompute"} < set(first)
+    assert found["tried"] == found["fits"] + sum(one["layouts"] for one in found["rejected"].values())
+    assert {"reason", "places", "layouts"} == set(found["rejected"]["class_1"])
     assert "#SBATCH --nodes=2\n" in job.read_text()
     assert f'slurm/run.sh" {config}' in job.read_text()
     again = CliRunner().invoke(app, [*words, "--write", str(config)])

@@ -17,7 +17,8 @@ from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.plan.fit import rank_bytes, usable_bytes
 from megallama.plan.hardware import find_gpu
-from megallama.plan.search import RECOMPUTE, SCHEDULES, Candidate, Search, search
+from megallama.plan.memory import GIB
+from megallama.plan.search import RECOMPUTE, SCHEDULES, Candidate, Rejection, Search, search
 from megallama.plan.step_time import step_time
 from megallama.plan.workload import workload
 
@@ -33,7 +34,7 @@ def recipe(name: str, *overrides: str) -> RunConfig:
 
 
 @cache
-def rejected_of(words: tuple[str, ...]) -> dict[str, list[str]]:
+def rejected_of(words: tuple[str, ...]) -> dict[str, Rejection]:
     return search(recipe(*words), 64, H100).rejected
 
 
@@ -84,17 +85,53 @@ def test_the_fastest_is_first_and_its_seconds_are_those_of_its_plan(small: Searc
     [
         (LARGE, "crosses the node of 8 GPUs", "tp 16, 32, 64"),
         (ODD, "more stages than 22 layers", "pp above 22"),
-        (LARGE, "more than 77.6 GiB; over by at least, GiB: ", "tp 1"),
+        (LARGE, "more than 77.6 GiB, by ", "tp 1 pp 8"),
         (LARGE, "interleaved1f1b with 3 stages on each rank has more stages than 80 layers", "tp 1 pp 32"),
         (LARGE, "1f1b cannot run so few micro-batches", "tp 1 pp 32"),
         (LARGE, "dp does not divide train.global_batch_size=24", "tp 1, pp 1, 2, 4"),
+        (LARGE, "does not divide the sequences of a copy", "dp 8, micro-batch 2"),
+        (LARGE, "zero.stage=2 and 3 do not go with a pipeline", "pp above 1"),
         (ODD, "does not divide 32 heads", "tp 4, 8"),
         (ODD, "model.tie_word_embeddings=true with parallel.pipeline=8 under 1f1b puts", "tp 1 pp 8"),
     ],
 )
 def test_each_class_of_layouts_that_is_out_has_its_reason(words: tuple[str, ...], why: str, what: str) -> None:
     rejected = rejected_of(words)
-    assert any(what in places for reason, places in rejected.items() if reason.startswith(why)), rejected
+    assert any(what in found.places for reason, found in rejected.items() if reason.startswith(why)), rejected
+
+
+def test_every_layout_is_found_or_under_one_reason(small: Search) -> None:
+    """Counted over, with sixteen GPUs in two nodes: what divides them, times schedules, stages and so on."""
+    every = 0
+    for tp, pp in product((1, 2, 4, 8, 16), repeat=2):
+        if tp * pp <= 16:
+            dp = 16 // (tp * pp)
+            every += (6 if pp > 1 else 1) * (3 if dp > 1 else 1) * 3 * 7
+    assert small.tried == len(small.found) + sum(one.layouts for one in small.rejected.values()) == every
+    zero = small.rejected["zero.stage=2 and 3 do not go with a pipeline"]
+    assert zero.layouts == sum(2 * 6 * 3 * 7 for tp, pp in product((1, 2, 4, 8), (2, 4, 8)) if tp * pp < 16)
+
+
+def test_what_is_too_large_is_listed_by_place_with_what_is_missing() -> None:
+    """On four nodes of one GPU each; the smaller of what is too large is skipped nowhere."""
+    lone = H100.model_copy(update={"gpus_per_node": 1})
+    result = search(recipe("7b"), 4, lone)
+    listed = {rejection.places[0]: why for why, rejection in result.rejected.items() if why.startswith("more than 77")}
+    large = {}
+    for pp, (schedule, chunks), zero, again, size in product(
+        (1, 2, 4), SCHEDULES, (1, 2, 3), RECOMPUTE, (1, 2, 4, 8, 16, 32, 64)
+    ):
+        if (pp == 1 and schedule != "1f1b") or (pp > 1 and zero > 1):
+            continue
+        words = ["parallel.tensor=1", f"parallel.pipeline={pp}", f"parallel.schedule={schedule}"]
+        words += [f"zero.stage={zero}", f"train.recompute={again}", f"train.micro_batch_size={size}"]
+        need = max(rank_bytes(recipe("7b", *words, f"parallel.chunks={max(2, chunks)}"), 4))
+        if need > usable_bytes(H100):
+            large.setdefault(f"tp 1 pp {pp}", []).append(need - usable_bytes(H100))
+    assert set(listed) == set(large)
+    for place, over in large.items():
+        assert result.rejected[listed[place]].layouts == len(over)
+        assert listed[place].startswith(f"more than 77.6 GiB, by {min(over) / GIB:.1f} to ")
 
 
 def test_a_config_that_no_layout_mends_is_refused_with_what_is_wrong_with_it() -> None:
@@ -104,7 +141,10 @@ def test_a_config_that_no_layout_mends_is_refused_with_what_is_wrong_with_it() -
 
 
 def test_a_model_that_fits_nowhere_is_refused_with_what_is_missing() -> None:
-    with pytest.raises(UserError, match=r"no layout of 8 h100-80g is legal and fits; tp 8: more than 77\.6 GiB; over "):
+    with pytest.raises(
+        UserError,
+        match=r"no layout of 8 h100-80g is legal and fits; the smallest, at tp 4 pp 1, needs 790\.\d GiB more",
+    ):
         search(recipe("405b"), 8, H100)
 
 
