@@ -94,8 +94,11 @@ def plan(
     elif search:
         _search(config, flags, device, write, sbatch, as_json)
     else:
-        _print(_planned(config, world_size, flags, device), as_json)
+        parts, without_time = _planned(config, world_size, flags, device)
+        _print(parts, as_json)
         device.refuse_too_large(config, world_size)
+        if without_time is not None:
+            raise without_time
 
 
 @dataclass(frozen=True)
@@ -116,19 +119,30 @@ class Device:
             raise UserError(f"{typed[0]} needs a kind of GPU; add --gpu h100, or leave it out")
         return None if self.name is None else find_gpu(self.name, load_hardware(self.hardware))
 
-    def parts(self, config: RunConfig, world_size: int, tokens: float) -> list[Part]:
-        """Step time, speed and cost where the GPUs are known; how often to save in any case."""
+    def parts(self, config: RunConfig, world_size: int, tokens: float) -> tuple[list[Part], UserError | None]:
+        """Whether it fits, step time, speed and cost where the GPUs are known; how often to save in any case.
+
+        With the reason where there is no step time.
+        """
         from megallama.plan.cadence_report import cadence_part
+        from megallama.plan.memory_report import fit_part
         from megallama.plan.params import count_parameters
         from megallama.plan.time_report import time_parts
 
         gpu, count = self.gpu(), count_parameters(config.model)
         if gpu is None:
-            return [cadence_part(count, world_size, None)]
+            return [cadence_part(count, world_size, None)], None
         price = None if self.price is None else number("--price", self.price, 0, 1e9, "2.5")
-        parts = time_parts(config, world_size, gpu, tokens, price, self.software)
+        if gpu.efficiency:
+            gpu.efficiency_for(self.software)  # a generation that is mistyped is refused before anything is planned
+        fit = [fit_part(config, world_size, gpu)] if gpu.memory_gib is not None else []
+        try:
+            parts = time_parts(config, world_size, gpu, tokens, price, self.software)
+        except UserError as reason:
+            none = Part("step_time", f"No step time on {gpu.name}", (), f"{reason}.")
+            return [*fit, none, cadence_part(count, world_size, None)], reason
         seconds = as_dictionary(parts)["step_time"]["total"]
-        return [*parts, cadence_part(count, world_size, seconds)]
+        return [*fit, *parts, cadence_part(count, world_size, seconds)], None
 
     def refuse_too_large(self, config: RunConfig, world_size: int) -> None:
         """UserError where the run does not fit these GPUs, by how much, and what would."""
@@ -181,7 +195,8 @@ def _run(path: Path, overrides: Sequence[str], flags: Flags) -> tuple[RunConfig,
     return config, one_copy if flags.gpus is None else count("--gpus", flags.gpus, 10**7, f"{one_copy}")
 
 
-def _planned(config: RunConfig, world_size: int, flags: Flags, device: Device) -> list[Part]:
+def _planned(config: RunConfig, world_size: int, flags: Flags, device: Device) -> tuple[list[Part], UserError | None]:
+    """The plan, and why it has no step time where a kind of GPU was named and there is none."""
     from megallama.plan.budget import total_steps
     from megallama.plan.params import count_parameters
     from megallama.plan.report import plan_run
@@ -191,11 +206,14 @@ def _planned(config: RunConfig, world_size: int, flags: Flags, device: Device) -
     unique_tokens = amount("--unique-tokens", flags.unique_tokens, "5e11 or 500B")
     parts = plan_run(config, world_size, given)
     tokens = total_steps(config) * config.tokens_per_step if given is None else given
-    parts += device.parts(config, world_size, tokens)
+    of_device, without_time = device.parts(config, world_size, tokens)
+    parts += of_device
     parts += compared(count_parameters(config.model).total, tokens)
     if unique_tokens is not None:
         parts.append(repetition(tokens, unique_tokens))
-    return parts if compute is None else [*parts, *optimum(size("flops", compute))]
+    if compute is not None:
+        parts += optimum(size("flops", compute))
+    return parts, without_time
 
 
 def _search(

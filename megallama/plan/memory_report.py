@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megallama.config.schema import RunConfig
+from megallama.plan.fit import USABLE, rank_bytes, usable_bytes
+from megallama.plan.hardware import Gpu
 from megallama.plan.ledger import memory_rows
 from megallama.plan.memory import GIB, MemoryRow
 from megallama.plan.table import Part, Row
@@ -42,6 +44,17 @@ def memory_parts(config: RunConfig, dp_size: int) -> list[Part]:
         ]
         parts.append(Part("memory_by_pipeline_rank", "Memory by pipeline rank, GiB", tuple(each)))
     return parts
+
+
+def fit_part(config: RunConfig, world_size: int, gpu: Gpu) -> Part:
+    """What the fullest rank needs beside what a device leaves to it; UserError where the memory is not known."""
+    needed, usable = max(rank_bytes(config, world_size)), usable_bytes(gpu)
+    rows = (
+        Row("needed", "needed", "peak of the fullest rank", needed, "GiB"),
+        Row("usable", "usable", f"{USABLE:.0%} of {gpu.memory_gib:g} GiB", usable, "GiB"),
+        Row("free", "left over", "usable - needed", usable - needed, "GiB"),
+    )
+    return Part("fit", f"{'Fits' if needed <= usable else 'Does not fit'} {gpu.name}", rows)
 
 
 def _memory(key: str, title: str, rows: Sequence[MemoryRow], for_scripts: bool = False) -> Part:

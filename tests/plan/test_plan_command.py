@@ -223,8 +223,35 @@ def test_a_run_that_does_not_fit_is_planned_and_then_refused_with_what_would() -
     words = [str(CONFIGS / "7b.yaml"), "train.micro_batch_size=16", "--gpus", "128", "--gpu", "a100-40g"]
     result = CliRunner().invoke(app, words, env={"COLUMNS": "160"})
     assert "Memory on one rank" in result.stdout
+    assert "\nDoes not fit NVIDIA A100 SXM 40 GB\n" in result.stdout
     assert isinstance(result.exception, UserError)
     assert "nearest that fits: train.micro_batch_size=" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--gpu", "b200"], "b200.efficiency is not known; calibrate with a run"),
+        (["--gpu", "mi300x"], "mi300x.efficiency is not known"),
+        (["--gpu", "h100", "train.dtype=fp32"], "train.dtype=fp32 has no step time on h100-80g"),
+        (["--gpu", "cpu"], "cpu."),
+    ],
+)
+def test_without_a_step_time_the_rest_is_planned_and_then_refused(words: list[str], sentence: str) -> None:
+    result = CliRunner().invoke(app, [str(CONFIGS / "7b.yaml"), "--gpus", "128", *words, "--json"])
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception).startswith(sentence)
+    found = json.loads(result.stdout)
+    assert {"parameters", "batch", "flops", "memory", "checkpoints", "loss"} < set(found)
+    assert found["step_time"] == {"note": f"{result.exception}."}
+    assert ("fit" in found) == ("cpu" not in words)
+    assert found["checkpoints"].keys() == planned(str(CONFIGS / "7b.yaml"), "--gpus", "128")["checkpoints"].keys()
+
+
+def test_what_a_device_leaves_over_is_said() -> None:
+    found = planned(str(CONFIGS / "7b.yaml"), "--gpus", "128", "--gpu", "h100")
+    assert found["fit"]["needed"] == found["memory"]["total"]
+    assert found["fit"]["free"] == found["fit"]["usable"] - found["fit"]["needed"] > 0
 
 
 def test_the_fastest_layout_is_written_as_a_config_and_a_job_that_stand(tmp_path: Path) -> None:
