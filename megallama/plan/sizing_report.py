@@ -165,7 +165,7 @@ def _smaller(best: Optimum, share: float) -> list[Row]:
         Row(f"parameters {key}", f"{key} of the size: parameters", how, smaller.parameters),
         Row(f"tokens {key}", "  tokens", f"{best.tokens:.4g} * {times}", smaller.tokens),
         Row(f"loss {key}", "  predicted loss", _formula(smaller.parameters, smaller.tokens), smaller.loss),
-        Row(f"penalty {key}", "  penalty", penalty, smaller.penalty),
+        Row(f"penalty {key}", "  penalty", penalty, smaller.penalty, decimals=4),
         Row(f"sufficient_compute {key}", "  compute that would do", enough, smaller.sufficient_compute),
         Row(f"inference {key}", "  FLOPs of a generated token", "2 * N, over the best size's", share),
     ]
@@ -173,7 +173,7 @@ def _smaller(best: Optimum, share: float) -> list[Row]:
 
 def _loss(parameters: float, tokens: float) -> Part:
     pair = compare(parameters, tokens)
-    best = pair.best
+    best, difference = pair.best, f"{pair.loss:.4f} - {pair.best_loss:.4f}"
     enough = f"best size that reaches {pair.loss:.4f}, over this compute"
     rows = (
         Row("loss", "predicted loss", _formula(parameters, tokens), pair.loss),
@@ -181,7 +181,7 @@ def _loss(parameters: float, tokens: float) -> Part:
         Row("optimal_parameters", "best size at equal compute", f"{DEFAULT_FIT.name}", best.parameters),
         Row("optimal_tokens", "its tokens", f"{best.flops:.4g} / (6 * {best.parameters:.4g})", best.tokens),
         Row("optimal_loss", "its predicted loss", "same fit", pair.best_loss),
-        Row("penalty", "penalty for this size", f"{pair.loss:.4f} - {pair.best_loss:.4f}", pair.penalty),
+        Row("penalty", "penalty for this size", difference, pair.penalty, decimals=4),
         Row("sufficient_compute", "compute that would do", enough, pair.sufficient_compute),
     )
     title = f"Predicted loss on the fit's own corpus ({DEFAULT_FIT.name}, {DEFAULT_FIT.source})"

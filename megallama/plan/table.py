@@ -22,6 +22,8 @@ class Row:
     how: str
     value: Number
     unit: str = ""
+    decimals: int | None = None
+    """Of the figure as it is read; by its size where None."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,19 @@ def render(parts: Iterable[Part], width: int) -> str:
 
 
 def _table(part: Part, width: int) -> str:
+    return "\n".join([part.title, *(_lines(part, width) if part.rows else []), *textwrap.wrap(part.note, width), ""])
+
+
+def _lines(part: Part, width: int) -> list[str]:
     rows = [("", "how", "figure"), *((row.label, row.how, _written(row)) for row in part.rows)]
     first, middle, last = (max(map(len, column)) for column in zip(*rows, strict=True))
     first = min(first, max(LEAST_WIDTH, (width - last) // 2))
     middle = min(middle, max(LEAST_WIDTH, width - first - last - 4))
-    lines = [part.title]
+    lines = []
     for label, how, figure in rows:
         cells = zip_longest(_folded(label, first), _folded(how, middle), [figure], fillvalue="")
         lines += [f"{a:{first}}  {b:{middle}}  {c:>{last}}".rstrip() for a, b, c in cells]
-    return "\n".join([*lines, *textwrap.wrap(part.note, width), ""])
+    return lines
 
 
 def _folded(text: str, width: int) -> list[str]:
@@ -78,8 +84,10 @@ def _folded(text: str, width: int) -> list[str]:
 def _written(row: Row) -> str:
     if row.unit == "GiB":
         return f"{row.value / _GIB:,.2f} GiB"
+    if row.decimals is not None:
+        return f"{row.value:,.{row.decimals}f} {row.unit}".strip()
     exact = isinstance(row.value, int) and row.value < 10**13
     # Learning rates would lose all but a digit to four decimals.
-    scientific = row.value >= 1e5 or 1e-5 <= row.value < 1e-2
+    scientific = row.value >= 1e5 or 0 < row.value < 1e-2
     number = f"{row.value:,}" if exact else f"{row.value:.4g}" if scientific else f"{row.value:,.4f}"
     return f"{number} {row.unit}".strip()

@@ -113,10 +113,17 @@ def test_the_laws_that_leave_the_tables_out_get_the_layers_of_the_shape() -> Non
 def test_a_size_without_a_shape_is_planned_all_the_same_and_says_why() -> None:
     result = CliRunner().invoke(app, ["--params", "3e6"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
-    assert "\nNo Llama of this size\n" in result.stdout
+    assert "\nNo Llama of this size\n3e+06 parameters" in result.stdout
     assert "3e+06 parameters have no Llama shape within 2% for a vocabulary of 32000, tied" in result.stdout
     (note,) = planned("--params", "3e6")["shape"].values()
     assert note.startswith("3e+06 parameters have no Llama shape within 2%")
+
+
+def test_small_learning_rates_keep_their_digits() -> None:
+    result = CliRunner().invoke(app, ["--flops", "1e30"], env={"COLUMNS": "200"})
+    rates = result.stdout.partition("Peak learning rate")[2]
+    assert f"{planned('--flops', '1e30')['learning_rate']['Step Law']:.4g}" in rates
+    assert "0.0000" not in rates
 
 
 def test_gpus_and_days_are_planned_as_their_compute() -> None:
