@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 from megallama.cli import app
 from megallama.config.load import load_config
 from megallama.errors import UserError
-from megallama.plan.memory import GIB, rank_state
+from megallama.plan.ledger import held_rows
+from megallama.plan.memory import GIB
+from megallama.plan.ranks import rank_parameters
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -191,8 +193,8 @@ def test_the_state_of_a_layout_is_what_the_plan_says() -> None:
         config = load_config(
             ROOT / "configs" / "7b.yaml", ["parallel.pipeline=1", "parallel.tensor=1", f"{key}={size}"]
         )
-        (state,) = rank_state(config, int(dp))
-        assert gib == f"{sum(row.size for row in state) / GIB:.2f}", layout
+        (rank,) = rank_parameters(config)
+        assert gib == f"{sum(row.size for row in held_rows(config, rank, int(dp))) / GIB:.2f}", layout
 
 
 def _table(beginning: str) -> tuple[list[str], dict[str, list[str]]]:

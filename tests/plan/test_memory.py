@@ -7,10 +7,16 @@ from pathlib import Path
 import pytest
 
 from megallama.config.load import load_config
-from megallama.plan.memory import GIB, largest_layer, rank_state, state_bytes
+from megallama.plan.ledger import held_rows
+from megallama.plan.memory import GIB, state_rows
+from megallama.plan.ranks import rank_parameters
 
 PSI = 8_030_261_248
 CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def state_bytes(dtype: str, stage: int, parameters: int, dp: int) -> int:
+    return sum(row.size for row in state_rows(dtype, stage, parameters, dp))
 
 
 @pytest.mark.parametrize(
@@ -39,16 +45,9 @@ def test_bytes_per_parameter(dtype: str, stage: int, whole: int, cut: int, dp: i
     assert state_bytes(dtype, stage, psi, dp) == whole * psi + cut * psi // dp
 
 
-def test_stage_3_adds_its_largest_layer() -> None:
-    assert state_bytes("bf16", 3, 800, 8, largest_layer=50) == 18 * 100 + 4 * 50
-    model = load_config(CONFIGS / "8b.yaml").model
-    assert largest_layer(model, 1) == 128256 * 4096
-    assert largest_layer(load_config(CONFIGS / "7b.yaml").model, 1) == 202_383_360
-
-
 def test_7b_has_state_for_each_of_its_four_stages() -> None:
-    stages = rank_state(load_config(CONFIGS / "7b.yaml"), dp_size=16)
-    held = [sum(row.size for row in rows) for rows in stages]
+    config = load_config(CONFIGS / "7b.yaml")
+    held = [sum(row.size for row in held_rows(config, rank, 16)) for rank in rank_parameters(config)]
     psi = (32000 * 4096 + 8 * (202_383_360 - 8192)) // 2 + 8 * 8192
     assert held[0] == 6 * psi + 12 * psi // 16
     assert held[1] == held[2] < held[0] < held[3]
