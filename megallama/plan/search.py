@@ -128,7 +128,7 @@ def search(config: RunConfig, world_size: int, gpu: Gpu, software: str | None = 
     step_seconds = partial(_step_seconds, world_size=world_size, gpu=gpu, efficiency=gpu.efficiency_for(software))
     limit, too_large = usable_bytes(gpu), list[TooLarge]()
     for tp in _tensor_sizes(config, world_size, gpu, result):
-        for pp in _pipeline_sizes(config, world_size, tp, result):
+        for pp in _pipeline_sizes(config, world_size // tp, tp, result):
             too_large += _search_sizes(config, tp, pp, world_size, limit, result, step_seconds)
     result.found.sort(key=_rank)
     for place, one in enumerate(result.found[:SIMULATED]):
@@ -159,9 +159,9 @@ def _tensor_sizes(config: RunConfig, world_size: int, gpu: Gpu, result: Search) 
     return [tp for tp in dividing if tp <= node and tp in legal]
 
 
-def _pipeline_sizes(config: RunConfig, world_size: int, tp: int, result: Search) -> list[int]:
+def _pipeline_sizes(config: RunConfig, ranks: int, tp: int, result: Search) -> list[int]:
     """pp that divide the ranks, with a layer for each stage and a batch for each copy."""
-    ranks, layers, batch = world_size // tp, config.model.num_hidden_layers, config.train.global_batch_size
+    layers, batch = config.model.num_hidden_layers, config.train.global_batch_size
     dividing = _divisors(ranks)
     many = [pp for pp in dividing if pp > layers]
     uneven = [pp for pp in dividing if pp <= layers and batch % (ranks // pp)]
@@ -299,8 +299,8 @@ def _with(config: RunConfig, tp: int, pp: int, choice: dict[str, Any]) -> RunCon
 
 
 def _divisors(number: int) -> list[int]:
-    low = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
-    return low + [number // n for n in reversed(low) if n * n < number]
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def _several(name: str, numbers: list[int]) -> str:
