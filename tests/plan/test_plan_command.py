@@ -269,11 +269,11 @@ def test_the_fastest_layout_is_written_as_a_config_and_a_job_that_stand(tmp_path
     found = json.loads(result.stdout)
     assert len(found["layouts"]) == 10
     written = planned(str(config), "--gpus", "16", "--gpu", "h100")
-    first, parallel = found["layouts"]["rank_1"], written["speed"]
+    first, speed = found["layouts"]["rank_1"], written["speed"]
     assert written["step_time"]["total"] == first["seconds"]
     assert written["memory"]["total"] == first["bytes"]
-    assert parallel["tokens_per_second_per_gpu"] == first["tokens_per_second_per_gpu"]
-    assert parallel["mfu_full"] == first["mfu"]
+    assert speed["tokens_per_second_per_gpu"] == first["tokens_per_second_per_gpu"]
+    assert speed["mfu_full"] == first["mfu"]
     assert first["tp"] * first["pp"] * first["dp"] == 16
     assert {"zero_stage", "schedule", "chunks", "micro_batch_size", "recompute"} < set(first)
     assert found["tried"] == found["fits"] + sum(one["layouts"] for one in found["rejected"].values())

@@ -113,7 +113,7 @@ def test_every_layout_is_found_or_under_one_reason(small: Search) -> None:
 
 
 def test_what_is_too_large_is_listed_by_place_with_what_is_missing() -> None:
-    """On four nodes of one GPU each; the smaller of what is too large is skipped nowhere."""
+    """On four nodes of one GPU each, so that tp is 1; every layout on its own, as the search does not compute them."""
     lone = H100.model_copy(update={"gpus_per_node": 1})
     result = search(recipe("7b"), 4, lone)
     listed = {rejection.places[0]: why for why, rejection in result.rejected.items() if why.startswith("more than 77")}
