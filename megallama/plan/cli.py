@@ -203,12 +203,17 @@ def _search(
 ) -> None:
     """Print the fastest layouts, and write the winner where asked to."""
     from megallama.plan.search import search
-    from megallama.plan.search_report import search_parts, write_winner
+    from megallama.plan.search_report import check_targets, search_parts, write_winner
+    from megallama.plan.time_report import check_type
 
     gpu = device.gpu()
     if gpu is None or flags.gpus is None:
         raise UserError("--search needs how many GPUs of which kind; add --gpus 64 --gpu h100")
-    result = search(config, count("--gpus", flags.gpus, 10**7, "64"), gpu, device.software)
+    world_size = count("--gpus", flags.gpus, 10**7, "64")
+    check_type(config, gpu)
+    if write is not None:
+        check_targets(write, sbatch)
+    result = search(config, world_size, gpu, device.software)
     _print(search_parts(result, gpu), as_json)
     if write is not None:
         for line in write_winner(result.found[0], gpu, write, sbatch):

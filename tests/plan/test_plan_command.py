@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from megallama.errors import UserError
 from megallama.plan.cli import plan
+from megallama.plan.new_file import write_new_files
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 app = typer.Typer()
@@ -227,6 +228,38 @@ def test_the_fastest_layout_is_written_as_a_config_and_a_job_that_stand(tmp_path
     assert f'slurm/run.sh" {config}' in job.read_text()
     again = CliRunner().invoke(app, [*words, "--write", str(config)])
     assert str(again.exception) == f"{config} exists, and is not written over; give another name, or remove it"
+
+
+SEARCH = ["--search", "--gpus", "8", "--gpu", "h100"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--write", "both", "--sbatch", "./both"], "--sbatch=both is the file of --write as well; give another name"),
+        (["--write", ""], "--write=. is a folder; give the name of a file, as run.yaml"),
+        (["--write", "new.yaml", "--sbatch", "old.sh"], "old.sh exists, and is not written over; give another name"),
+        (["--write", "new.yaml", "--sbatch", "no/a.sh"], "no/a.sh cannot be written (No such file or directory); give"),
+        (["--write", "n" * 300], f"{'n' * 300} cannot be written (File name too long); give a path in a folder"),
+        (["train.dtype=fp32", "--write", "new.yaml"], "train.dtype=fp32 has no step time on h100-80g, whose peak is"),
+    ],
+)
+def test_what_a_search_cannot_write_or_price_is_said_before_it_begins(
+    words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("megallama.plan.search.search", lambda *_: pytest.fail("it searched"))
+    Path("old.sh").write_text("mine")
+    result = CliRunner().invoke(app, [str(CONFIGS / "1b.yaml"), *SEARCH, *words])
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception).startswith(sentence)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old.sh", "mine")]
+
+
+def test_files_are_written_together_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no/run\.sh cannot be written \(No such file or directory\); give a path"):
+        write_new_files({tmp_path / "run.yaml": "a", tmp_path / "no" / "run.sh": "b"})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
