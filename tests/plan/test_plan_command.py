@@ -263,9 +263,42 @@ def test_files_are_written_together_or_not_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("mode", "flag"),
+    [
+        *(
+            (mode, flag)
+            for mode in ("--timeline", "--check", "--plot=o.png")
+            for flag in ("--gpu=x", "--software=x", "--hardware=none", "--price=x", "--unique-tokens=x", "--tokens=1T")
+        ),
+        *(("--search", flag) for flag in ("--price=abc", "--price=2", "--unique-tokens=1", "--tokens=1T")),
+        *(("--timeline", flag) for flag in ("--days=30", "--mfu=0.4", "--vocab=1", "--params=7B", "--price=")),
+    ],
+)
+def test_a_flag_that_a_mode_does_not_use_is_refused(mode: str, flag: str) -> None:
+    words = [str(CONFIGS / "7b.yaml"), "--gpus", "8", mode, flag]
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception) == f"{mode.partition('=')[0]} does not go with {flag}; leave one of them out"
+
+
+def test_gpus_of_a_file_are_sized_for(tmp_path: Path) -> None:
+    file, words = tmp_path / "mine.yaml", ["--gpus", "64", "--days", "30"]
+    file.write_text("my-card: {peak_tflops: 100}\ncpu: {peak_tflops: 2}\n")
+    for name, peak in (("my-card", 100e12), ("cpu", 2e12)):
+        found = planned(*words, "--gpu", name, "--hardware", str(file))["compute"]
+        assert found["peak"] == peak
+        assert found["flops"] == pytest.approx(64 * 30 * 86_400 * peak * 0.4)
+    for rest in (words, ["--gpu", "my-card"], ["--flops", "1e21"]):
+        result = CliRunner().invoke(app, [*rest, "--hardware", str(file)])
+        assert isinstance(result.exception, UserError)
+        assert str(result.exception).startswith(f"--hardware={file} needs a CONFIG such as configs/7b.yaml, or --gpus")
+
+
+@pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["--gpu", "h1000"], "the GPU h1000 is not known; did you mean h100"),
+        (["--price", ""], "--price= needs a kind of GPU; add --gpu h100, or leave it out"),
         (["--price", "2"], "--price=2 needs a kind of GPU; add --gpu h100, or leave it out"),
         (["--gpu", "h100", "--price", "-2"], "--price=-2 is not a number from 0 to"),
         (["--gpu", "h100", "--price", "inf"], "--price=inf is not a number from 0 to 1e9; nearest legal: 1e9"),
