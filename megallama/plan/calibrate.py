@@ -1,6 +1,6 @@
 """`megallama plan --calibrate RUN`: the constant that the steps of a run give, into a file that later plans use.
 
-Pure but for a CPU, whose own figures are measured first, on the machine that this runs on.
+A CPU's own figures are measured first, on the machine that this runs on; that alone imports torch.
 """
 
 from __future__ import annotations

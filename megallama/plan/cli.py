@@ -50,7 +50,7 @@ def plan(
     vocab: Annotated[str | None, typer.Option(help="Vocabulary of the shape found, 32000 unless given.")] = None,
     timeline: Annotated[bool, typer.Option("--timeline", help="Draw what each pipeline rank does when.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Run a rank's stages on fake tensors and compare.")] = False,
-    rank: Annotated[int | None, typer.Option(help="With --check: which rank; by default the last.", min=0)] = None,
+    rank: Annotated[str | None, typer.Option(help="With --check: which rank; by default the last.")] = None,
     search: Annotated[bool, typer.Option("--search", help="Rank every layout by predicted time.")] = False,
     write: Annotated[Path | None, typer.Option(help="With --search: write the fastest as a config.")] = None,
     sbatch: Annotated[Path | None, typer.Option(help="With --write: a job file of it for Slurm.")] = None,
@@ -67,24 +67,23 @@ def plan(
     Examples: megallama plan configs/7b.yaml --gpus 128; megallama plan --flops 1e21; megallama plan --gpus 64 --days 30
     """
     flags = Flags(flops, params, tokens, gpus, days, gpu, mfu, unique_tokens, vocab)
+    device = Device(gpu, software, hardware, price)
     chosen = (("--timeline", timeline), ("--check", check), ("--search", search), ("--plot", plot))
     modes = [name for name, wanted in chosen if wanted]
-    others = flags.typed("flops", "params", "tokens") + (["--json"] if as_json and not search else [])
-    if modes and (clashing := others + modes[1:]):
+    if modes and (clashing := modes[1:] + _unused(modes[0], flags, device, as_json)):
         raise UserError(f"{modes[0]} does not go with {clashing[0]}; leave one of them out")
     if modes and config_path is None:
         raise UserError(f"{modes[0]} needs a CONFIG such as configs/7b.yaml")
     _refuse_alone(rank, check, write, sbatch, search)
     if calibrate is not None:
-        _refuse_beside(calibrate, config_path, flags, software, price)
+        _refuse_beside(calibrate, config_path, flags, device)
         _print(_calibrated(calibrate, hardware), as_json)
         return
     if config_path is None:
-        _refuse_without_config(software, hardware, price)
-        _print(_sizing(flags), as_json)
+        _refuse_without_config(flags, device)
+        _print(_sizing(flags, hardware), as_json)
         return
     config, world_size = _run(config_path, overrides or (), flags)
-    device = Device(gpu, software, hardware, price)
     if timeline:
         typer.echo(_timeline(config, world_size))
     elif check:
@@ -110,12 +109,15 @@ class Device:
     hardware: Path | None
     price: str | None
 
+    def typed(self, *names: str) -> list[str]:
+        """Those of these that were typed, as they were."""
+        return [f"--{name}={value}" for name in names if (value := getattr(self, name)) is not None]
+
     def gpu(self) -> Gpu | None:
         """The accelerator, None where none was named; UserError for one that is not known."""
         from megallama.plan.hardware import find_gpu, load_hardware
 
-        typed = [f"--{name}={getattr(self, name)}" for name in ("software", "hardware", "price") if getattr(self, name)]
-        if self.name is None and typed:
+        if self.name is None and (typed := self.typed("software", "hardware", "price")):
             raise UserError(f"{typed[0]} needs a kind of GPU; add --gpu h100, or leave it out")
         return None if self.name is None else find_gpu(self.name, load_hardware(self.hardware))
 
@@ -159,7 +161,16 @@ def _print(parts: list[Part], as_json: bool) -> None:
     typer.echo(render(parts, shutil.get_terminal_size().columns))
 
 
-def _refuse_alone(rank: int | None, check: bool, write: Path | None, sbatch: Path | None, search: bool) -> None:
+def _unused(mode: str, flags: Flags, device: Device, as_json: bool) -> list[str]:
+    """What was typed and has no say in what this mode prints."""
+    searches = mode == "--search"
+    used = ("gpus", "gpu") if searches else ("gpus",)
+    found = flags.typed(*(field.name for field in fields(flags) if field.name not in used))
+    found += device.typed(*(("price",) if searches else ("software", "hardware", "price")))
+    return found + (["--json"] if as_json and not searches else [])
+
+
+def _refuse_alone(rank: str | None, check: bool, write: Path | None, sbatch: Path | None, search: bool) -> None:
     """UserError for an option without the one that it belongs to."""
     if rank is not None and not check:
         raise UserError(f"--rank={rank} says which rank --check builds; give --check, or leave it out")
@@ -169,14 +180,18 @@ def _refuse_alone(rank: int | None, check: bool, write: Path | None, sbatch: Pat
         raise UserError(f"--sbatch={sbatch} runs the config that --write names; give --write run.yaml as well")
 
 
-def _refuse_without_config(software: str | None, hardware: Path | None, price: str | None) -> None:
-    for name, value in (("software", software), ("hardware", hardware), ("price", price)):
-        if value is not None:
-            raise UserError(f"--{name}={value} needs a CONFIG such as configs/7b.yaml, or leave it out")
+def _refuse_without_config(flags: Flags, device: Device) -> None:
+    if typed := device.typed("software", "price"):
+        raise UserError(f"{typed[0]} needs a CONFIG such as configs/7b.yaml, or leave it out")
+    if device.hardware is not None and (flags.days is None or flags.gpu is None):
+        raise UserError(
+            f"--hardware={device.hardware} needs a CONFIG such as configs/7b.yaml, or --gpus 64 --days 30 and --gpu "
+            "with one of its names; or leave it out"
+        )
 
 
-def _sizing(flags: Flags) -> list[Part]:
-    question = read_flags(flags)
+def _sizing(flags: Flags, hardware: Path | None) -> list[Part]:
+    question = read_flags(flags, hardware)
     if question.asks:
         return plan_sizing(question)
     what = "give a CONFIG such as configs/7b.yaml, or --flops, --params, --tokens, or --gpus with --days"
@@ -221,12 +236,17 @@ def _search(
 ) -> None:
     """Print the fastest layouts, and write the winner where asked to."""
     from megallama.plan.search import search
-    from megallama.plan.search_report import search_dictionary, search_parts, write_winner
+    from megallama.plan.search_report import check_targets, search_dictionary, search_parts, write_winner
+    from megallama.plan.time_report import check_type
 
     gpu = device.gpu()
     if gpu is None or flags.gpus is None:
         raise UserError("--search needs how many GPUs of which kind; add --gpus 64 --gpu h100")
-    result = search(config, count("--gpus", flags.gpus, 10**7, "64"), gpu, device.software)
+    world_size = count("--gpus", flags.gpus, 10**7, "64")
+    check_type(config, gpu)
+    if write is not None:
+        check_targets(write, sbatch)
+    result = search(config, world_size, gpu, device.software)
     if as_json:
         typer.echo(json.dumps(search_dictionary(result, gpu), indent=2))
     else:
@@ -247,17 +267,17 @@ def _timeline(config: RunConfig, world_size: int) -> str:
     return timeline(config, batching.gradient_accumulation_steps, width)
 
 
-def _check(config: RunConfig, world_size: int, rank: int | None) -> None:
+def _check(config: RunConfig, world_size: int, rank: str | None) -> None:
     """Print what the ledger says of a rank beside what its real stages do; exit code 1 if they differ."""
     from megallama.config.check import check_config
 
     check_config(config, world_size)
-    if rank is not None and rank >= world_size:
-        raise UserError(f"--rank={rank} is not a rank of {world_size}; nearest legal: {world_size - 1}")
+    last = world_size - 1
+    chosen = last if rank is None else count("--rank", rank, last, f"{last}", low=0)
     # Imports torch, which nothing else here does.
     from megallama.plan.dry_run import check_rank
 
-    found = check_rank(config, world_size, world_size - 1 if rank is None else rank)
+    found = check_rank(config, world_size, chosen)
     width = max(len(each.name) for each in found)
     typer.echo(f"{'':{width}}  {'planned':>20}  {'counted':>20}")
     for each in found:
@@ -280,10 +300,9 @@ def _calibrated(run: Path, hardware: Path | None) -> list[Part]:
     return calibrate(run, hardware)
 
 
-def _refuse_beside(run: Path, config: Path | None, flags: Flags, software: str | None, price: str | None) -> None:
+def _refuse_beside(run: Path, config: Path | None, flags: Flags, device: Device) -> None:
     """UserError for what would plan another run than the one that calibrates."""
     others = [str(config)] if config else []
-    others += flags.typed(*(field.name for field in fields(flags)))
-    others += [f"--{name}={text}" for name, text in (("software", software), ("price", price)) if text is not None]
+    others += flags.typed(*(field.name for field in fields(flags))) + device.typed("software", "price")
     if others:
         raise UserError(f"--calibrate={run} does not go with {others[0]}; leave one of them out")

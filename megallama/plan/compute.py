@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 SECONDS_PER_DAY = 86_400
 DEFAULT_GPU = "h100-80g"
@@ -28,9 +29,12 @@ class Compute:
         return self.gpus * self.days * SECONDS_PER_DAY * self.peak * self.mfu
 
 
-def peak_flops(gpu: str) -> float:
-    """Dense bf16 FLOP/s of a GPU by its short name, such as h100-80g; UserError for one that is not known."""
-    # pydantic and YAML take a quarter of a second, which sizing without GPUs need not wait for.
-    from megallama.plan.hardware import find_gpu
+def peak_flops(gpu: str, hardware: Path | None = None) -> float:
+    """Dense bf16 FLOP/s of a GPU by its short name, such as h100-80g; UserError for one that is not known.
 
-    return find_gpu(gpu).known("peak_tflops") * 1e12
+    `hardware` is a file that adds to those that are.
+    """
+    # pydantic and YAML take a quarter of a second, which sizing without GPUs need not wait for.
+    from megallama.plan.hardware import find_gpu, load_hardware
+
+    return find_gpu(gpu, load_hardware(hardware)).known("peak_tflops") * 1e12

@@ -33,13 +33,14 @@ def refuse_too_large(config: RunConfig, world_size: int, gpu: Gpu) -> None:
     where = f" on pipeline rank {sizes.index(max(sizes))}" if len(sizes) > 1 else ""
     raise UserError(
         f"the run needs {max(sizes) / GIB:.1f} GiB{where}, {(max(sizes) - limit) / GIB:.1f} GiB more than the "
-        f"{limit / GIB:.1f} GiB that {gpu.key} leaves to it; {nearest_fit(config, world_size, limit)}"
+        f"{limit / GIB:.1f} GiB that {gpu.key} leaves to it; {nearest_fit(config, world_size, gpu)}"
     )
 
 
-def nearest_fit(config: RunConfig, world_size: int, limit: int) -> str:
-    """The first of the changes below that brings every rank under `limit` bytes, in words."""
-    for changed, ranks, words in changes(config, world_size):
+def nearest_fit(config: RunConfig, world_size: int, gpu: Gpu) -> str:
+    """The first of the changes below that brings every rank under what `gpu` leaves to it, in words."""
+    limit = usable_bytes(gpu)
+    for changed, ranks, words in changes(config, world_size, int(gpu.gpus_per_node or 1)):
         try:
             check_config(changed, ranks)
         except UserError:
@@ -49,9 +50,12 @@ def nearest_fit(config: RunConfig, world_size: int, limit: int) -> str:
     return "no single change fits; try --search with more GPUs"
 
 
-def changes(config: RunConfig, world_size: int) -> Iterator[tuple[RunConfig, int, str]]:
-    """Runs that need less, with their ranks, from what costs the least time on: batch, ZeRO, recomputation, layout."""
-    parallel, train, zero = config.parallel, config.train, config.zero
+def changes(config: RunConfig, world_size: int, node: int | None = None) -> Iterator[tuple[RunConfig, int, str]]:
+    """Runs that need less, with their ranks, from what costs the least time on: batch, ZeRO, recomputation, layout.
+
+    Tensor parallelism stays within `node` GPUs, where that is known.
+    """
+    train, zero = config.train, config.zero
     smaller = [size for size in range(train.micro_batch_size - 1, 0, -1) if train.micro_batch_size % size == 0]
     for size in smaller:
         changed = train.model_copy(update={"micro_batch_size": size})
@@ -63,10 +67,26 @@ def changes(config: RunConfig, world_size: int) -> Iterator[tuple[RunConfig, int
         changed = train.model_copy(update={"recompute": recompute})
         yield config.model_copy(update={"train": changed}), world_size, f"train.recompute={recompute}"
     for factor in (2, 4, 8):
-        for axis, size in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline)):
-            changed_parallel = parallel.model_copy(update={axis: factor * size, "layers_per_stage": "balanced"})
-            wider, words = config.model_copy(update={"parallel": changed_parallel}), f"parallel.{axis}={factor * size}"
+        for wider, words in (_more_tensor(config, factor), _more_pipeline(config, factor)):
+            if node is not None and config.parallel.tensor < wider.parallel.tensor > node:
+                continue
             yield wider, world_size, words
             yield wider, factor * world_size, f"{words} with --gpus {factor * world_size}"
     for factor in (2, 4, 8, 16):
         yield config, factor * world_size, f"--gpus {factor * world_size}"
+
+
+def _more_tensor(config: RunConfig, factor: int) -> tuple[RunConfig, str]:
+    tensor = factor * config.parallel.tensor
+    changed = config.parallel.model_copy(update={"tensor": tensor})
+    return config.model_copy(update={"parallel": changed}), f"parallel.tensor={tensor}"
+
+
+def _more_pipeline(config: RunConfig, factor: int) -> tuple[RunConfig, str]:
+    pipeline = factor * config.parallel.pipeline
+    update: dict[str, object] = {"pipeline": pipeline}
+    words = f"parallel.pipeline={pipeline}"
+    if isinstance(config.parallel.layers_per_stage, tuple):  # a list of fewer stages
+        update["layers_per_stage"] = "balanced"
+        words += " parallel.layers_per_stage=balanced"
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=update)}), words

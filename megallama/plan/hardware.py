@@ -1,4 +1,4 @@
-"""Accelerators as data: what each can do, where it is known, and which one is meant. Pure.
+"""Accelerators as data: what each can do, where it is known, and which one is meant. Imports no torch.
 
 `hardware.yaml` beside this file has the figures and their sources. A user's file in the same form is laid over it: it
 adds accelerators, or replaces single figures of one that is there.
@@ -102,13 +102,14 @@ def built_in_hardware() -> dict[str, Gpu]:
 def find_gpu(name: str, hardware: Mapping[str, Gpu] | None = None) -> Gpu:
     """The accelerator of that key or alias, whatever its case; UserError with the nearest names if there is none."""
     known = load_hardware() if hardware is None else hardware
-    key = name.strip().lower().replace("_", "-").replace(" ", "-")
+    wanted = _plain(name)
+    keys = {_plain(key): key for key in known}
     for gpu in known.values():
-        if key in (gpu.key, gpu.alias):
+        if wanted in _names(gpu):
             return gpu
-    begin = [other for other in known if other.startswith(key)] if key else []
-    near = begin or difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    hint = f"did you mean {_or(near)}?" if near else f"known: {', '.join(known)}"
+    begin = [plain for plain in keys if plain.startswith(wanted)] if wanted else []
+    near = begin or difflib.get_close_matches(wanted, keys, n=3, cutoff=0.5)
+    hint = f"did you mean {_or([keys[plain] for plain in near])}?" if near else f"known: {', '.join(known)}"
     raise UserError(f"the GPU {name} is not known; {hint}")
 
 
@@ -117,7 +118,7 @@ def gpu_of_driver(device_name: str, hardware: Mapping[str, Gpu]) -> Gpu | None:
     if device_name == "cpu":
         return hardware.get("cpu")
     for gpu in hardware.values():
-        if gpu.driver_name and re.search(rf"\b{gpu.driver_name}\b", device_name):
+        if gpu.driver_name and re.search(_as_words(gpu.driver_name), device_name):
             return gpu
     return None
 
@@ -127,7 +128,7 @@ def published_peak(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of the device by its driver's name, None for one that is not in the table: never a guess."""
     for entry in _built_in().values():
         pattern = (entry or {}).get("driver_name")
-        if pattern and re.search(rf"\b{pattern}\b", device_name):
+        if pattern and re.search(_as_words(pattern), device_name):
             return float(entry["peak_tflops"] * 1e12)
     return None
 
@@ -147,7 +148,31 @@ def _entries() -> dict[str, dict[str, Any]]:
 
 def _accelerators(entries: dict[str, dict[str, Any]]) -> dict[str, Gpu]:
     _share_efficiency(entries)
-    return {key: _checked(key, fields) for key, fields in entries.items()}
+    found = {key: _checked(key, fields) for key, fields in entries.items()}
+    owners: dict[str, str] = {}
+    for gpu in found.values():
+        for name in _names(gpu):
+            if name in owners:
+                raise UserError(
+                    f"{gpu.key} is called {name}, as {owners[name]} is; give it another key or alias, "
+                    f"or write {owners[name]} to replace figures of that one"
+                )
+            owners[name] = gpu.key
+    return found
+
+
+def _names(gpu: Gpu) -> set[str]:
+    """By which it is found."""
+    return {_plain(name) for name in (gpu.key, gpu.alias) if name}
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("_", "-").replace(" ", "-")
+
+
+def _as_words(driver_name: str) -> str:
+    """The pattern, where it is no part of a longer word."""
+    return rf"\b{driver_name}\b"
 
 
 def _lay_over(entries: dict[str, dict[str, Any]], tree: Any, where: str) -> None:
@@ -194,19 +219,30 @@ def _share_efficiency(entries: dict[str, dict[str, Any]]) -> None:
         other = fields.get("efficiency_of")
         if other is None:
             continue
-        if other not in entries:
+        if not isinstance(other, str) or other not in entries:
             raise UserError(f"{key}.efficiency_of={other} is no GPU that is known; known: {', '.join(entries)}")
         fields["efficiency"] = _own_first(own[key], own[other])
 
 
 def _checked(key: str, fields: Mapping[str, Any]) -> Gpu:
     try:
-        return Gpu(key=key, **fields)
+        gpu = Gpu(key=key, **fields)
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
         at = ".".join(map(str, detail["loc"]))
         message = detail["msg"][:1].lower() + detail["msg"][1:]
         raise UserError(f"{key}.{at}={detail['input']} is not legal: {message}") from None
+    for name in (key, gpu.name):
+        if not name.isprintable():  # it would break the line of a comment or of a table
+            raise UserError(f"the name {name!r} of a GPU is not legal: it takes more than one line; write it on one")
+    try:
+        re.compile(_as_words(gpu.driver_name or ""))
+    except re.error as error:
+        raise UserError(
+            f"{key}.driver_name={gpu.driver_name} is no regular expression ({error.msg}); "
+            "write the driver's words as they are, with \\ before each ( [ ? * +"
+        ) from None
+    return gpu
 
 
 def _or(words: Sequence[str]) -> str:

@@ -87,8 +87,7 @@ def memory_rows(config: RunConfig, dp_size: int) -> list[list[MemoryRow]]:
 def held_rows(config: RunConfig, rank: RankParameters, dp_size: int) -> list[MemoryRow]:
     """State that lies on the rank from the first step to the last; what only fills up in a row of its own."""
     dtype, stage = config.train.dtype, config.zero.stage
-    # The layer that ZeRO-3 gathers is among the buffers.
-    rows = [row for row in state_rows(dtype, stage, rank.sharded + rank.replicated, dp_size) if row.size]
+    rows = state_rows(dtype, stage, rank.sharded + rank.replicated, dp_size)
     fillers = rank.padding + sum(-part % (2 * dp_size) for part in (rank.sharded + rank.padding, rank.replicated))
     padding = sum(row.size for row in state_rows(dtype, stage, fillers, dp_size))
     words = f"{rank.padding} vocabulary rows' and {fillers - rank.padding} ZeRO's elements, all kinds"

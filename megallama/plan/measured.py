@@ -1,8 +1,9 @@
-"""What a run recorded of itself: where it ran, and the seconds of its steady steps. Pure."""
+"""What a run recorded of itself: where it ran, and the seconds of its steady steps. Imports no torch."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -87,13 +88,49 @@ def steady_seconds(events: list[Event], every: int) -> list[float]:
 
 def _environment(path: Path) -> Event:
     try:
-        found: Event = json.loads(path.read_text())
-        return {"topology": found["topology"], "device": found["device"], "threads": found["threads"]}
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path} is not what a run of this version writes ({error}); train again") from None
+        found: Event = json.loads(path.read_bytes())
+        topology, device, threads = found["topology"], found["device"], found["threads"]
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        raise _unreadable(path, str(error)) from None
+    sizes = list(topology.values()) if isinstance(topology, dict) else []
+    if not sizes or not all(_is_count(size) for size in sizes):
+        raise _unreadable(path, f"topology is {topology}")
+    if not isinstance(device, str) or not _is_count(threads):
+        raise _unreadable(path, f"device is {device}, threads is {threads}")
+    return {"topology": topology, "device": device, "threads": threads}
+
+
+def _unreadable(path: Path, why: str) -> UserError:
+    return UserError(f"{path} is not what a run of this version writes ({why}); train again")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
 
 
 def _events(path: Path) -> list[Event]:
     """Whole lines only: a run that was killed may have left the last one torn."""
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise _unreadable(path, str(error.strerror)) from None
+    return [_event(line, f"{path}, line {number},") for number, line in enumerate(lines, 1)]
+
+
+def _event(line: bytes, where: str) -> Event:
+    """UserError for what no run writes, which could otherwise pass for a measurement."""
+    fix = "take the line out, or train again"
+    try:
+        event: Event = json.loads(line.decode())
+        name = event["event"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{where} is no event of a run; {fix}") from None
+    if name in ("train", "resume", "checkpoint", "checkpoint_failed"):
+        step = event.get("step")
+        if type(step) is not int or step < 0:
+            raise UserError(f"{where} is a {name} event whose step is {step}, not a whole number; {fix}")
+    if name == "train":
+        seconds: Any = event.get("seconds")
+        if type(seconds) not in (int, float) or not 0 < seconds < math.inf:
+            raise UserError(f"{where} is a train event whose seconds are {seconds}, not a number above 0; {fix}")
+    return event

@@ -5,7 +5,6 @@ matplotlib is an optional extra and imported only here, when a picture is asked 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.plan.ledger import memory_rows
 from megallama.plan.memory import MemoryRow
+from megallama.plan.new_file import check_new_file
 from megallama.plan.orders import Kind, action_lists
 from megallama.plan.simulation import Span, bubble, makespan, relative_seconds, simulate
 
@@ -54,13 +54,10 @@ def plot_plan(config: RunConfig, world_size: int, path: Path) -> None:
 
 
 def check_target(path: Path) -> None:
-    """UserError for a file that no picture can go to, and where there is nothing to draw with."""
+    """UserError for a file that no picture can go to, or that is there, and where there is nothing to draw with."""
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"--plot={path} is no picture; end it in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
-    if not path.parent.is_dir():
-        raise UserError(f"--plot={path} has no folder {path.parent}; make it, or use another file")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"--plot={path} cannot be written; use another file")
+    check_new_file("--plot", path, "out.png")
     if find_spec("matplotlib") is None:
         raise UserError(f"--plot={path} needs matplotlib, which is not installed; type pip install matplotlib")
 

@@ -1,4 +1,4 @@
-"""Step times of published runs against those that a plan predicts: `python -m megallama.plan.published`. Pure.
+"""Step times of published runs against those that a plan predicts: `python -m megallama.plan.published`.
 
 `published.yaml` beside this file has the runs. One constant for each GPU and generation of software is fitted to them
 and stands in `hardware.yaml`. A run is scored with the constant that the others of its generation give, so that no

@@ -14,16 +14,31 @@ def number(option: str, text: str, low: float, high: float, example: str) -> flo
     found = _parsed(text)
     if low <= found <= high:
         return found
-    raise UserError(f"{option}={text} is not a number from {low} to {high}; {_fix(text, found, low, high, example)}")
+    if math.isnan(found):
+        fix = f"write it as {example}"
+    elif low <= -found <= high:
+        fix = _without_sign(text)
+    elif high == 1 and 10 <= found <= 100:  # A percentage, where a share is wanted.
+        fix = f"did you mean {found / 100:g}?"
+    else:
+        fix = f"nearest legal: {_short(low if found < low else high)}"
+    raise UserError(f"{option}={text} is not a number from {_short(low)} to {_short(high)}; {fix}")
 
 
-def count(option: str, text: str, high: int, example: str) -> int:
-    """A whole number from 1 to `high`; UserError for anything else."""
+def count(option: str, text: str, high: int, example: str, low: int = 1) -> int:
+    """A whole number from `low` to `high`; UserError for anything else."""
     found = _parsed(text)
-    if 1 <= found <= high and found.is_integer():
+    if low <= found <= high and found.is_integer():
         return int(found)
-    fix = _fix(text, found, 1, high, example)
-    raise UserError(f"{option}={text} is not a whole number from 1 to {high}; {fix}")
+    if math.isnan(found):
+        fix = f"write it as {example}"
+    elif low <= -found <= high and found.is_integer():
+        fix = _without_sign(text)
+    elif low <= found <= high:
+        fix = f"nearest legal: {math.floor(found)} or {math.ceil(found)}"
+    else:
+        fix = f"nearest legal: {low if found < low else high}"
+    raise UserError(f"{option}={text} is not a whole number from {low} to {high}; {fix}")
 
 
 def _parsed(text: str) -> float:
@@ -35,14 +50,10 @@ def _parsed(text: str) -> float:
         return math.nan
 
 
-def _fix(text: str, found: float, low: float, high: float, example: str) -> str:
-    """What to type instead of `text`."""
-    if math.isnan(found):
-        return f"write it as {example}"
-    if low <= -found <= high:
-        return f"did you mean {text.strip().removeprefix('-')}?"
-    if high == 1 < found <= 100:  # A percentage, where a share is wanted.
-        return f"did you mean {found / 100:g}?"
-    if low <= found <= high:  # A fraction, where it has to be whole.
-        return f"nearest legal: {math.floor(found)} or {math.ceil(found)}"
-    return f"nearest legal: {low if found < low else high}"
+def _without_sign(text: str) -> str:
+    return f"did you mean {text.strip().removeprefix('-')}?"
+
+
+def _short(value: float) -> str:
+    """As people type it: 1e9, 100000, 0.01."""
+    return f"{value:g}".replace("e+0", "e").replace("e+", "e")

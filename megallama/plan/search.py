@@ -37,6 +37,8 @@ SCHEDULES = (
 MOST_MICRO_BATCH = 64
 SIMULATED = 50
 """So many of the fastest by the closed forms of equal stages are simulated, stage by stage, and ranked anew."""
+NEAR = 128
+"""GPU counts on either side that are tried in place of one without a legal layout."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,46 @@ def search(config: RunConfig, world_size: int, gpu: Gpu, software: str | None = 
         else:
             why, rejection = max(result.rejected.items(), key=lambda one: len(one[1].places))
             lacking = f"{rejection.places[0]}: {why}"
-        raise UserError(f"no layout of {world_size} {gpu.key} is legal and fits; {lacking}")
+        near = _enough_gpus(config, world_size, gpu) if too_large else _legal_gpus(config, world_size, gpu)
+        raise UserError(f"no layout of {world_size} {gpu.key} is legal and fits; {lacking}{near}")
     return result
+
+
+def _enough_gpus(config: RunConfig, world_size: int, gpu: Gpu) -> str:
+    """The end of a sentence: the first doubling of the GPUs on which a layout fits; empty if six are too few."""
+    limit = usable_bytes(gpu)
+    for gpus in (world_size << n for n in range(1, 7)):
+        if any(max(rank_bytes(one, gpus)) <= limit for one in _smallest(config, gpus, gpu)):
+            return f"; try --gpus {gpus}"
+    return ""
+
+
+def _legal_gpus(config: RunConfig, world_size: int, gpu: Gpu) -> str:
+    """The end of a sentence: the nearest GPUs below and above that have a legal layout; empty if none has."""
+    node, copies = int(gpu.gpus_per_node or 1), _divisors(config.train.global_batch_size)
+    tensors = [tp for tp in legal_tensors(config) if tp <= node]
+    sizes = {tp * pp * dp for tp in tensors for pp in range(1, config.model.num_hidden_layers + 1) for dp in copies}
+    whole = sorted(size for size in sizes if size <= node or size % node == 0)
+    below, above = [size for size in whole if size < world_size], [size for size in whole if size > world_size]
+    found = []
+    for side in (below[: -NEAR - 1 : -1], above[:NEAR]):
+        found += [size for size in side if any(_smallest(config, size, gpu))][:1]
+    return f"; nearest legal: --gpus {' or '.join(map(str, found))}" if found else ""
+
+
+def _smallest(config: RunConfig, world_size: int, gpu: Gpu) -> Iterator[RunConfig]:
+    """The legal ones of the layouts that keep the least: all is recomputed, in micro-batches of one sequence."""
+    node = int(gpu.gpus_per_node or 1)
+    if world_size > node and world_size % node:
+        return
+    for tp in _tensor_sizes(config, world_size, gpu, Search()):
+        for pp in _pipeline_sizes(config, world_size // tp, tp, Search()):
+            for choice in _choices(pp, config.train.global_batch_size, world_size // (tp * pp)):
+                if choice["recompute"] != "full" or choice["micro_batch_size"] > 1:
+                    continue
+                candidate = _with(config, tp, pp, choice)
+                if _refusal(candidate, world_size) is None:
+                    yield candidate
 
 
 def _tensor_sizes(config: RunConfig, world_size: int, gpu: Gpu, result: Search) -> list[int]:
@@ -285,7 +325,6 @@ def _with(config: RunConfig, tp: int, pp: int, choice: dict[str, Any]) -> RunCon
             "tensor": tp,
             "pipeline": pp,
             "context": 1,
-            "sequence": None,
             "schedule": choice["schedule"],
             "chunks": choice["chunks"],
             "layers_per_stage": "balanced",

@@ -12,6 +12,7 @@ from megallama.plan.cost import speed
 from megallama.plan.fit import usable_bytes
 from megallama.plan.hardware import Gpu
 from megallama.plan.memory import GIB
+from megallama.plan.new_file import check_new_file, write_new_files
 from megallama.plan.search import Candidate, Search
 from megallama.plan.table import Part, Row
 from megallama.plan.workload import workload
@@ -71,8 +72,18 @@ def _layout(one: Candidate, gpu: Gpu) -> dict[str, Any]:
     }
 
 
+def check_targets(config_path: Path, job_path: Path | None) -> None:
+    """UserError unless both files of `write_winner` can be made: to be asked before a search, not after it."""
+    check_new_file("--write", config_path, "run.yaml")
+    if job_path is None:
+        return
+    check_new_file("--sbatch", job_path, "run.sh")
+    if job_path.resolve() == config_path.resolve():
+        raise UserError(f"--sbatch={job_path} is the file of --write as well; give another name, as run.sh")
+
+
 def write_winner(winner: Candidate, gpu: Gpu, config_path: Path, job_path: Path | None) -> list[str]:
-    """Write the winner's config, and a job file for it; what was written, a line each.
+    """Write the winner's config and, where asked for, a job file for it, or neither; what was written, a line each.
 
     UserError where a file exists or cannot be written.
     """
@@ -85,19 +96,8 @@ def write_winner(winner: Candidate, gpu: Gpu, config_path: Path, job_path: Path 
         allocation = Allocation(-(-winner.world_size // per_node), per_node, gpu.kind == "gpu", "7-00:00:00", 300)
         run_dir = Path(winner.config.run.dir).absolute()
         files[job_path] = job_file(config_path.absolute(), (), run_dir, "%x-%j.log", allocation)
-    for path in files:
-        if path.exists():
-            raise UserError(f"{path} exists, and is not written over; give another name, or remove it")
-    for path, content in files.items():
-        _write(path, content)
+    write_new_files(files)
     return [f"wrote {path}" for path in files]
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); give a path in a folder that is there") from None
 
 
 def _words(one: Candidate, gpu: Gpu) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from megallama.errors import UserError
 from megallama.plan.compute import DEFAULT_GPU, DEFAULT_MFU, Compute, peak_flops
@@ -50,13 +51,16 @@ class Question:
         return any(each is not None for each in (self.flops, self.parameters, self.tokens))
 
 
-def read_flags(flags: Flags) -> Question:
-    """The question that the flags ask; UserError where one is not legal or contradicts another."""
+def read_flags(flags: Flags, hardware: Path | None = None) -> Question:
+    """The question that the flags ask; UserError where one is not legal or contradicts another.
+
+    `hardware` is a file that adds to the GPUs that are known.
+    """
     flops = amount("--flops", flags.flops, "1e21")
     parameters = amount("--params", flags.params, "7e9 or 7B")
     tokens = amount("--tokens", flags.tokens, "2e12 or 2T")
     unique = amount("--unique-tokens", flags.unique_tokens, "5e11 or 500B")
-    compute = _compute(flags)
+    compute = _compute(flags, hardware)
     _refuse_contradictions(flags, flops, parameters, tokens, compute)
     return Question(
         flops=compute.flops if compute else flops,
@@ -73,7 +77,7 @@ def amount(option: str, text: str | None, example: str) -> float | None:
     return None if text is None else number(option, text, 1, _LARGEST, example)
 
 
-def _compute(flags: Flags) -> Compute | None:
+def _compute(flags: Flags, hardware: Path | None) -> Compute | None:
     if flags.gpus is None or flags.days is None:
         _refuse_half(flags)
         return None
@@ -82,7 +86,7 @@ def _compute(flags: Flags) -> Compute | None:
         gpus=count("--gpus", flags.gpus, 10**7, "64"),
         days=number("--days", flags.days, 0.01, 100_000, "30"),
         gpu=gpu,
-        peak=peak_flops(gpu),
+        peak=peak_flops(gpu, hardware),
         mfu=DEFAULT_MFU if flags.mfu is None else number("--mfu", flags.mfu, 0.01, 1, "0.4"),
     )
 

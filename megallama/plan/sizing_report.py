@@ -88,7 +88,7 @@ def _compute(compute: Compute) -> Part:
     rows = (
         Row("gpus", "GPUs", "", compute.gpus),
         Row("seconds", "seconds", f"{compute.days:g} days * {SECONDS_PER_DAY}", compute.days * SECONDS_PER_DAY),
-        Row("peak", "dense bf16 FLOP/s of one", f"published peak of {compute.gpu}", compute.peak),
+        Row("peak", "dense bf16 FLOP/s of one", f"peak of {compute.gpu}", compute.peak),
         Row("mfu", "model FLOPs utilisation", "of 6 * N * D; 0.4 is assumed unless --mfu is given", compute.mfu),
         Row("flops", "training FLOPs", "GPUs * seconds * FLOP/s * utilisation", compute.flops),
     )

@@ -10,7 +10,7 @@ import megallama.config
 import megallama.plan
 
 PACKAGES = (megallama.config, megallama.plan)
-IMPURE = {"megallama.plan.dry_run"}
+IMPURE = {"megallama.plan.dry_run", "megallama.plan.instruments"}
 """Imported when `plan --check` asks for it."""
 HEAVY = ("torch", "deepspeed", "numpy", "transformers", "tiktoken", "tokenizers", "wandb")
 

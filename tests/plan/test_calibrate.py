@@ -124,8 +124,8 @@ def test_a_mean_over_a_step_that_settles_is_left_out() -> None:
 
 def test_a_line_that_was_torn_by_a_kill_is_passed_over(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", 20.0)
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"event": "train", "st')
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"event": "train", "st\xff')
     assert read_run(run).step_seconds == 20.0
 
 
@@ -145,6 +145,61 @@ def test_runs_that_give_no_constant_are_refused(tmp_path: Path) -> None:
     (run / "environment.json").write_text('{"device": "cpu", "topology": {}}')
     with pytest.raises(UserError, match=r"environment\.json is not what a run of this version writes \('threads'\)"):
         calibrate(run)
+
+
+OLD = "environment.json is not what a run of this version writes "
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"[1]", f"{OLD}(list indices must be integers or slices, not str); train again"),
+        (b'{"topology": 3, "device": "cpu", "threads": 1}', f"{OLD}(topology is 3); train again"),
+        (b'{"topology": {"tp": "2"}, "device": "cpu", "threads": 1}', f"{OLD}(topology is {{'tp': '2'}}); train again"),
+        (b'{"topology": {"tp": 2}, "device": 7, "threads": 1}', f"{OLD}(device is 7, threads is 1); train again"),
+        (b'{"topology": {"tp": 2}, "device": "cpu", "threads": 0}', f"{OLD}(device is cpu, threads is 0); train again"),
+        (b"\xff", f"{OLD}('utf-8' codec can't decode byte 0xff in position 0: invalid start byte); train again"),
+    ],
+)
+def test_an_environment_that_no_run_wrote_is_one_sentence(
+    content: bytes, sentence: str, tmp_path: Path, home: Path
+) -> None:
+    run = made_run(tmp_path / "run", 20.0)
+    (run / "environment.json").write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        calibrate(run)
+    assert str(refused.value) == f"{run}/{sentence}"
+    assert not home.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (b"garbage", "is no event of a run; take the line out, or train again"),
+        (b"[]", "is no event of a run; take"),
+        (b"3", "is no event of a run; take"),
+        (b"{}", "is no event of a run; take"),
+        (b"", "is no event of a run; take"),
+        (b'{"event": "\xff"}', "is no event of a run; take"),
+        (b"[" * 100_000, "is no event of a run; take"),
+        (b'{"event": "train", "seconds": 1.0}', "is a train event whose step is None, not a whole number; take"),
+        (b'{"event": "resume", "step": "4"}', "is a resume event whose step is 4, not a whole number; take"),
+        (b'{"event": "train", "step": 13}', "is a train event whose seconds are None, not a number above 0; take"),
+        *(
+            (b'{"event": "train", "step": 13, "seconds": %s}' % text, "is a train event whose seconds are ")
+            for text in (b"null", b"0", b"-1.0", b"NaN", b"Infinity", b'"1"', b"true")
+        ),
+    ],
+    ids=lambda case: case[:40] if isinstance(case, bytes) else "",
+)
+def test_a_line_that_no_run_wrote_is_one_sentence(line: bytes, sentence: str, tmp_path: Path, home: Path) -> None:
+    run = made_run(tmp_path / "run", 20.0)
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(UserError) as refused:
+        calibrate(run)
+    assert str(refused.value).startswith(f"{run}/metrics.jsonl, line 13, {sentence}")
+    assert not home.exists()
 
 
 def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -52,7 +52,14 @@ def test_a_difference_is_marked_and_is_a_failure(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--check", "--rank", "8", "--gpus", "8"], "--rank=8 is not a rank of 8; nearest legal: 7"),
+        (["--check", "--rank", "8", "--gpus", "8"], "--rank=8 is not a whole number from 0 to 7; nearest legal: 7"),
+        (["--check", "--rank", "-1", "--gpus", "8"], "--rank=-1 is not a whole number from 0 to 7; did you mean 1?"),
+        (["--check", "--rank", "abc", "--gpus", "8"], "--rank=abc is not a whole number from 0 to 7; write it as 7"),
+        (
+            ["--check", "--rank", "40", "parallel.tensor=1", "parallel.pipeline=2"],
+            "--rank=40 is not a whole number from 0 to 1; nearest legal: 1",
+        ),
+        (["--rank", "abc"], "--rank=abc says which rank --check builds; give --check, or leave it out"),
         (["--rank", "0"], "--rank=0 says which rank --check builds; give --check, or leave it out"),
         (["--check", "--timeline"], "--timeline does not go with --check; leave one of them out"),
         (["--check", "--json"], "--check does not go with --json; leave one of them out"),

@@ -10,7 +10,7 @@ import pytest
 from megallama.config.check import check_config
 from megallama.config.load import load_config
 from megallama.errors import UserError
-from megallama.plan.fit import rank_bytes, refuse_too_large, usable_bytes
+from megallama.plan.fit import changes, rank_bytes, refuse_too_large, usable_bytes
 from megallama.plan.hardware import find_gpu
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -54,3 +54,22 @@ def test_a_run_that_no_single_change_helps_is_sent_to_the_search() -> None:
     config = load_config(str(CONFIGS / "405b.yaml"), ["parallel.tensor=1", "parallel.pipeline=1"])
     with pytest.raises(UserError, match="no single change fits; try --search with more GPUs"):
         refuse_too_large(config, 8, find_gpu("h100"))
+
+
+def test_tensor_parallelism_that_is_proposed_stays_within_a_node() -> None:
+    config = load_config(str(CONFIGS / "8b.yaml"), ["parallel.tensor=2"])
+    tensors = {changed.parallel.tensor for changed, _, _ in changes(config, 16, node=4)}
+    assert tensors == {2, 4}
+    assert {changed.parallel.tensor for changed, _, _ in changes(config, 16)} == {2, 4, 8, 16}
+    whole_node = load_config(str(CONFIGS / "70b.yaml"), ["parallel.tensor=8", "parallel.pipeline=1"])
+    with pytest.raises(UserError, match=r"nearest that fits: parallel\.pipeline=2 with --gpus 32$"):
+        refuse_too_large(whole_node, 16, find_gpu("h100"))
+
+
+def test_a_list_of_layers_is_kept_by_tensor_and_given_up_in_words_by_pipeline_parallelism() -> None:
+    config = load_config(str(CONFIGS / "8b.yaml"), ["parallel.pipeline=2", "parallel.layers_per_stage=[17,15]"])
+    found = {words.partition(" with ")[0]: changed.parallel for changed, _, words in changes(config, 16)}
+    assert found["parallel.tensor=4"].layers_per_stage == (17, 15)
+    assert found["parallel.pipeline=4 parallel.layers_per_stage=balanced"].layers_per_stage == "balanced"
+    even = load_config(str(CONFIGS / "8b.yaml"), ["parallel.pipeline=2", "parallel.layers_per_stage=even"])
+    assert {changed.parallel.layers_per_stage for changed, _, _ in changes(even, 16)} == {"even"}

@@ -87,6 +87,14 @@ def test_names_are_found_however_they_are_typed(name: str) -> None:
     assert find_gpu(name).key == "h100-80g"
 
 
+@pytest.mark.parametrize("name", ["My_Card", "my-card", "MY CARD", "Big_One", "big-one"])
+def test_names_of_a_file_are_found_however_they_are_written_there(name: str, tmp_path: Path) -> None:
+    known = load_hardware(written(tmp_path / "more.yaml", "My_Card: {alias: Big_One, peak_tflops: 100}"))
+    assert find_gpu(name, known).key == "My_Card"
+    with pytest.raises(UserError, match=r"^the GPU my-c is not known; did you mean My_Card\?$"):
+        find_gpu("my-c", known)
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
@@ -125,6 +133,14 @@ def test_a_figure_that_is_not_known_is_asked_for() -> None:
         ("mine: {efficiency: {ours: 1.5}}", "mine.efficiency.ours=1.5 is not legal"),
         ("mine: {efficiency: 0.5}", "mine.efficiency=0.5 is not a mapping; write it as efficiency: {mine: 0.5}"),
         ("mine: {efficiency_of: yours}", "mine.efficiency_of=yours is no GPU that is known"),
+        ("mine: {efficiency_of: [a]}", "mine.efficiency_of=['a'] is no GPU that is known"),
+        ('mine: {driver_name: "(("}', "mine.driver_name=(( is no regular expression (missing ), unterminated"),
+        ('mine: {driver_name: "(?i)card"}', "mine.driver_name=(?i)card is no regular expression (global flags"),
+        ('mine: {name: "two\\nlines"}', "the name 'two\\nlines' of a GPU is not legal: it takes more than one line"),
+        ('"two\\nlines": {name: mine}', "the name 'two\\nlines' of a GPU is not legal"),
+        ("mine: {alias: h100}", "mine is called h100, as h100-80g is; give it another key or alias, or write h100-80g"),
+        ("mine: {alias: H200}", "mine is called h200, as h200 is; give it another key or alias"),
+        ("H100_80G: {nic_gb_s: 25}", "H100_80G is called h100-80g, as h100-80g is; give it another key or alias"),
     ],
 )
 def test_mistakes_in_a_file_are_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:

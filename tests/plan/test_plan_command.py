@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from megallama.errors import UserError
 from megallama.plan.cli import plan
+from megallama.plan.new_file import write_new_files
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 app = typer.Typer()
@@ -197,7 +198,7 @@ def test_the_table_of_a_budget_names_sources_the_trap_and_its_arithmetic() -> No
         (["--flops", "1e21", "--params", "7B"], "--flops=1e21 contradicts --params=7B, since either sizes the other"),
         (["--timeline", "--flops", "1e21"], "--timeline does not go with --flops=1e21; leave one of them out"),
         (["--timeline"], "--timeline needs a CONFIG such as configs/7b.yaml"),
-        (["--params", "seven"], "--params=seven is not a number from 1 to 1e+30; write it as 7e9 or 7B"),
+        (["--params", "seven"], "--params=seven is not a number from 1 to 1e30; write it as 7e9 or 7B"),
         (["--flops", "-1"], "--flops=-1 is not a number from 1"),
         (["--tokens", "inf"], "--tokens=inf is not a number from 1"),
         (["--params", "nan"], "--params=nan is not a number from 1"),
@@ -284,12 +285,78 @@ def test_the_fastest_layout_is_written_as_a_config_and_a_job_that_stand(tmp_path
     assert str(again.exception) == f"{config} exists, and is not written over; give another name, or remove it"
 
 
+SEARCH = ["--search", "--gpus", "8", "--gpu", "h100"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--write", "both", "--sbatch", "./both"], "--sbatch=both is the file of --write as well; give another name"),
+        (["--write", ""], "--write=. is a folder; give the name of a file, as run.yaml"),
+        (["--write", "new.yaml", "--sbatch", "old.sh"], "old.sh exists, and is not written over; give another name"),
+        (["--write", "new.yaml", "--sbatch", "no/a.sh"], "no/a.sh cannot be written (No such file or directory); give"),
+        (["--write", "n" * 300], f"{'n' * 300} cannot be written (File name too long); give a path in a folder"),
+        (["train.dtype=fp32", "--write", "new.yaml"], "train.dtype=fp32 has no step time on h100-80g, whose peak is"),
+    ],
+)
+def test_what_a_search_cannot_write_or_price_is_said_before_it_begins(
+    words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("megallama.plan.search.search", lambda *_: pytest.fail("it searched"))
+    Path("old.sh").write_text("mine")
+    result = CliRunner().invoke(app, [str(CONFIGS / "1b.yaml"), *SEARCH, *words])
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception).startswith(sentence)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old.sh", "mine")]
+
+
+def test_files_are_written_together_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no/run\.sh cannot be written \(No such file or directory\); give a path"):
+        write_new_files({tmp_path / "run.yaml": "a", tmp_path / "no" / "run.sh": "b"})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "flag"),
+    [
+        *(
+            (mode, flag)
+            for mode in ("--timeline", "--check", "--plot=o.png")
+            for flag in ("--gpu=x", "--software=x", "--hardware=none", "--price=x", "--unique-tokens=x", "--tokens=1T")
+        ),
+        *(("--search", flag) for flag in ("--price=abc", "--price=2", "--unique-tokens=1", "--tokens=1T")),
+        *(("--timeline", flag) for flag in ("--days=30", "--mfu=0.4", "--vocab=1", "--params=7B", "--price=")),
+    ],
+)
+def test_a_flag_that_a_mode_does_not_use_is_refused(mode: str, flag: str) -> None:
+    words = [str(CONFIGS / "7b.yaml"), "--gpus", "8", mode, flag]
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception) == f"{mode.partition('=')[0]} does not go with {flag}; leave one of them out"
+
+
+def test_gpus_of_a_file_are_sized_for(tmp_path: Path) -> None:
+    file, words = tmp_path / "mine.yaml", ["--gpus", "64", "--days", "30"]
+    file.write_text("my-card: {peak_tflops: 100}\ncpu: {peak_tflops: 2}\n")
+    for name, peak in (("my-card", 100e12), ("cpu", 2e12)):
+        found = planned(*words, "--gpu", name, "--hardware", str(file))["compute"]
+        assert found["peak"] == peak
+        assert found["flops"] == pytest.approx(64 * 30 * 86_400 * peak * 0.4)
+    for rest in (words, ["--gpu", "my-card"], ["--flops", "1e21"]):
+        result = CliRunner().invoke(app, [*rest, "--hardware", str(file)])
+        assert isinstance(result.exception, UserError)
+        assert str(result.exception).startswith(f"--hardware={file} needs a CONFIG such as configs/7b.yaml, or --gpus")
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["--gpu", "h1000"], "the GPU h1000 is not known; did you mean h100"),
+        (["--price", ""], "--price= needs a kind of GPU; add --gpu h100, or leave it out"),
         (["--price", "2"], "--price=2 needs a kind of GPU; add --gpu h100, or leave it out"),
         (["--gpu", "h100", "--price", "-2"], "--price=-2 is not a number from 0 to"),
+        (["--gpu", "h100", "--price", "inf"], "--price=inf is not a number from 0 to 1e9; nearest legal: 1e9"),
         (["--gpu", "h100", "--software", "2031"], "h100-80g has no efficiency for 2031; it has "),
         (["--gpu", "cpu"], "cpu."),
         (["--search"], "--search needs how many GPUs of which kind; add --gpus 64 --gpu h100"),

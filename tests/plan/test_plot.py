@@ -83,11 +83,15 @@ def test_the_command_writes_a_picture(suffix: str, tmp_path: Path) -> None:
 def test_files_that_take_no_picture_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^--plot=out\.jpg is no picture; end it in \.png, \.svg or \.pdf$"):
         check_target(Path("out.jpg"))
-    with pytest.raises(UserError, match=r"^--plot=.*/none/out\.png has no folder .*/none; make it, or use another"):
+    with pytest.raises(UserError, match=r"none/out\.png cannot be written \(No such file or directory\); give a path"):
         check_target(tmp_path / "none" / "out.png")
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(UserError, match=r"^--plot=.*folder\.png cannot be written; use another file$"):
+    with pytest.raises(UserError, match=r"^--plot=.*folder\.png is a folder; give the name of a file, as out\.png$"):
         check_target(tmp_path / "folder.png")
+    (tmp_path / "mine.png").write_text("mine")
+    with pytest.raises(UserError, match=r"mine\.png exists, and is not written over; give another name, or remove it$"):
+        check_target(tmp_path / "mine.png")
+    assert (tmp_path / "mine.png").read_text() == "mine"
 
 
 def test_without_matplotlib_the_command_to_install_it_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

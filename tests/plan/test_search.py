@@ -136,8 +136,9 @@ def test_what_is_too_large_is_listed_by_place_with_what_is_missing() -> None:
 
 def test_a_config_that_no_layout_mends_is_refused_with_what_is_wrong_with_it() -> None:
     config = load_config(CONFIGS / "8b.yaml", ["train.steps=10", "schedule.warmup_steps=20"])
-    with pytest.raises(UserError, match=r"is legal and fits; tp 1 pp 1: schedule\.warmup_steps=20 leaves nothing"):
+    with pytest.raises(UserError, match=r"is legal and fits; tp 1 pp 1: schedule\.warmup_steps=20 leaves") as refused:
         search(config, 16, H100)
+    assert "--gpus" not in str(refused.value), "other GPUs mend nothing"
 
 
 def test_a_model_that_fits_nowhere_is_refused_with_what_is_missing() -> None:
@@ -146,6 +147,41 @@ def test_a_model_that_fits_nowhere_is_refused_with_what_is_missing() -> None:
         match=r"no layout of 8 h100-80g is legal and fits; the smallest, at tp 4 pp 1, needs 790\.\d GiB more",
     ):
         search(recipe("405b"), 8, H100)
+
+
+@pytest.mark.parametrize(("name", "gpus", "enough"), [("7b", 1, 2), ("70b", 8, 32), ("405b", 64, 128)])
+def test_a_model_that_is_too_large_is_sent_to_the_first_doubling_that_holds_it(
+    name: str, gpus: int, enough: int
+) -> None:
+    with pytest.raises(UserError, match=rf"needs [\d.]+ GiB more than 77\.6 GiB; try --gpus {enough}$"):
+        search(recipe(name), gpus, H100)
+    assert search(recipe(name), enough, H100).found
+    with pytest.raises(UserError, match=f"; try --gpus {enough}$"):
+        search(recipe(name), enough // 2, H100)
+
+
+def test_no_gpus_are_named_where_no_doubling_holds_the_model() -> None:
+    with pytest.raises(UserError, match=r"needs [\d.]+ GiB more than 77\.6 GiB$"):
+        search(recipe("405b"), 1, H100)
+
+
+@pytest.mark.parametrize(
+    ("words", "gpus", "near"),
+    [
+        (("7b", "train.global_batch_size=7"), 520, [504, 560]),
+        (("7b", "train.global_batch_size=7"), 1200, [896]),
+        (("1b", "train.global_batch_size=1", "model.num_hidden_layers=3"), 64, [8]),
+    ],
+)
+def test_gpus_without_a_legal_layout_are_refused_with_the_nearest_that_have_one(
+    words: tuple[str, ...], gpus: int, near: list[int]
+) -> None:
+    config, said = recipe(*words), " or ".join(map(str, near))
+    for between in range(near[0] + 8, near[-1] if len(near) > 1 else gpus + 8, 8):
+        with pytest.raises(UserError, match=rf"nearest legal: --gpus {said}$"):
+            search(config, between, H100)
+    for size in near:
+        assert search(config, size, H100).found
 
 
 def test_gpus_that_fill_no_nodes_are_refused() -> None:
@@ -160,3 +196,9 @@ def test_sixteen_thousand_gpus_are_searched_in_seconds() -> None:
     assert time.process_time() - began < 5
     assert result.tried > 1000
     assert result.found[0].config.parallel.tensor == 8
+
+
+def test_sequence_parallelism_stays_as_the_run_has_it() -> None:
+    found = search(recipe("7b", "parallel.sequence=false"), 16, H100).found
+    assert any(one.config.parallel.tensor > 1 for one in found)
+    assert not any(one.config.parallel.sequence_parallel for one in found)
