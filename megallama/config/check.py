@@ -72,7 +72,7 @@ def legal_tensors(config: RunConfig) -> list[int]:
     common = math.gcd(model.num_attention_heads, model.kv_heads * model.head_size, model.intermediate_size)
     if config.parallel.sequence is not False:
         common = math.gcd(common, config.data.sequence_length)
-    return _divisors(common)
+    return divisors(common)
 
 
 def check_model(model: ModelConfig) -> None:
@@ -86,7 +86,7 @@ def check_model(model: ModelConfig) -> None:
     if heads % model.kv_heads:
         raise UserError(
             f"model.num_key_value_heads={model.kv_heads} does not divide model.num_attention_heads={heads}; "
-            f"nearest legal: {_or(_nearest(_divisors(heads), model.kv_heads))}"
+            f"nearest legal: {_or(_nearest(divisors(heads), model.kv_heads))}"
         )
     if model.head_dim is None and model.hidden_size % heads:
         raise UserError(
@@ -232,7 +232,8 @@ def _steps_words(config: RunConfig, steps: int) -> str:
     return str(steps) if config.train.steps != "chinchilla" else f"chinchilla = {steps}"
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All of them, in order."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 

@@ -18,7 +18,8 @@ from megallama.errors import UserError
 from megallama.plan.fit import rank_bytes, usable_bytes
 from megallama.plan.hardware import find_gpu
 from megallama.plan.memory import GIB
-from megallama.plan.search import RECOMPUTE, SCHEDULES, Candidate, Rejection, Search, search
+from megallama.plan.search import Candidate, Rejection, Search, search
+from megallama.plan.search_space import RECOMPUTE, SCHEDULES
 from megallama.plan.step_time import step_time
 from megallama.plan.workload import workload
 
