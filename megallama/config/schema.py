@@ -146,7 +146,7 @@ class ZeroConfig(Section):
     stage: int = Field(default=1, ge=0, le=3)
     """1 cuts optimizer state over data-parallel ranks, 2 gradients as well, 3 parameters as well."""
     bucket_elements: int = Field(default=100_000_000, ge=1)
-    """Elements per collective in gradient reduction and parameter gathering."""
+    """Elements per collective in gradient reduction and parameter gathering; ZeRO 3 gathers twice as many ahead."""
     communication_dtype: Literal["bf16", "fp32"] = "fp32"
     """Type in which gradients cross data-parallel ranks; bf16 halves the bytes and rounds the sum."""
 
