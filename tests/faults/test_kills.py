@@ -111,7 +111,7 @@ def kill_again_and_again(
     while True:
         before, earlier = saved_steps(run_dir), before
         assert before[-1:] >= earlier[-1:], "the newest is never deleted"
-        told = len(events(run_dir)) if run_dir.exists() else 0
+        told = len(events(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
         with start() as running:
             plan = draw(random, len(hits), layout.world_size, start_seconds) if len(hits) < kills else None
             hit = carry_out(plan, running, layout.world_size, run_dir) if plan else None
