@@ -15,7 +15,7 @@ from contextlib import suppress
 from megallama.errors import UnreachableError, UserError
 from megallama.parallel.launch import Launch
 
-ANSWER_SECONDS = 25.0
+ANSWER_SECONDS = 20.0
 """That the ranks of a job may be started apart: so long one waits for rank 0's port to answer."""
 _LEAST_SECONDS = 10.0
 """Also where a rank has been slow until here."""
@@ -50,9 +50,10 @@ def open_door(launch: Launch) -> socket.socket | None:
     except OSError as error:
         free = next((port for port in range(launch.port + 1, launch.port + 100) if _is_free(port)), None)
         fix = "use another" if free is None else f"port {free} is free"
+        why = os.strerror(error.errno or 0)
         raise UserError(
-            f"port {launch.port}, where the ranks are to meet, cannot be had on this machine ({error.strerror}); end "
-            f"what holds it, or give another ({fix}): MASTER_PORT=, or --master_port= of deepspeed"
+            f"port {launch.port}, where the ranks are to meet, cannot be had on this machine ({why}); end what holds "
+            f"it, or give another ({fix}): MASTER_PORT=, or --master_port= of deepspeed"
         ) from None
 
 
@@ -91,8 +92,7 @@ def why_silent(launch: Launch) -> str | None:
 def silent(launch: Launch, why: str, seconds: float) -> UnreachableError:
     """The sentence on an address that answers nothing."""
     return UnreachableError(
-        f"rank {launch.rank} of {launch.world_size} finds no rank 0 at MASTER_ADDR={launch.address!r}, "
-        f"MASTER_PORT={launch.port} ({why}; for {seconds:.0f} s); give all ranks an address of rank 0's node, or unset "
-        f"{launch.variables} if they are left over from another job; where rank 0 starts later, set "
-        "MEGALLAMA_ANSWER_SECONDS"
+        f"no rank 0 of {launch.world_size} answers at MASTER_ADDR={launch.address!r}, MASTER_PORT={launch.port} "
+        f"({why}; for {seconds:.0f} s); give all ranks an address of rank 0's node, or unset {launch.variables} if "
+        "they are left over from another job; where rank 0 starts later, set MEGALLAMA_ANSWER_SECONDS"
     )

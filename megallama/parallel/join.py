@@ -7,6 +7,7 @@ and none goes on with ranks that are not of its job. Whatever is waited for here
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -26,6 +27,8 @@ from megallama.parallel.launch import LOOPBACK, Launch
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 MEETING_SECONDS = 600.0
 """That ranks wait for each other once rank 0 has answered: some read their packages and their data more slowly."""
+_CONNECTING = timedelta(seconds=2)
+"""That a store of torch's tries again and again, with a warning each, where a connection breaks."""
 _LEAVING_SECONDS = 2.0
 _FAR_AWAY = "192.0.2.1"
 """Nobody's, by RFC 5737: the way there is the default route."""
@@ -71,6 +74,7 @@ def tell(launch: Launch, sentence: str, seconds: float) -> bool:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
+        store.add("heard", 1)
     except (UserError, RuntimeError):
         return False
     return True
@@ -84,7 +88,7 @@ def _meet(launch: Launch, device: torch.device) -> dist.Store:
         if refusal is None:
             return dist.PrefixStore("torch", store)
         if launch.rank == 0:
-            _be_heard(store)
+            _be_heard(store, launch.world_size - 1)
         else:
             store.add("heard", 1)
     except dist.DistError:
@@ -101,48 +105,67 @@ def _connected(launch: Launch, answer_within: float, within: float) -> dist.Stor
 
     By a thread: looking up a name and waiting for a store cannot be interrupted, and signals must be.
     """
-    found: list[dist.Store] = []
-    why, answered, ended = ["no answer"], threading.Event(), threading.Event()
     hosts = launch.rank == 0 and not launch.hosted
-    door = (launch.door or open_door(launch)) if hosts else None
-
-    def connect() -> None:
-        while (reason := why_silent(launch)) is not None:
-            why[0] = reason
-            time.sleep(0.2)
-        answered.set()
-        address, handle = (LOOPBACK, door.detach()) if door else (launch.address, None)
-        try:
-            found.append(
-                dist.TCPStore(
-                    address,
-                    launch.port,
-                    is_master=hosts,
-                    timeout=timedelta(seconds=within),
-                    wait_for_workers=False,
-                    master_listen_fd=handle,
+    search = _Search(launch, (launch.door or open_door(launch)) if hosts else None)
+    search.start()
+    try:
+        while not search.ended.wait(0.1):
+            _heed_signals()
+            waited, failed = time.monotonic() - search.began, time.monotonic() - search.failed
+            if not search.answered and waited > answer_within:
+                raise silent(launch, search.why, waited)
+            if failed > answer_within or waited > within:
+                raise UnreachableError(
+                    f"what answers at MASTER_ADDR={launch.address!r}, MASTER_PORT={launch.port} is not rank 0 of this "
+                    f"job, or has ended ({search.why}); see what rank 0 said, and give all ranks its address and a "
+                    "port that nothing else uses"
                 )
-            )
-        except RuntimeError as error:
-            why[0] = str(error).splitlines()[0]
-        ended.set()
+    finally:
+        search.ended.set()
+    return search.found[0]
 
-    began = time.monotonic()
-    threading.Thread(target=connect, name="joining", daemon=True).start()
-    while not ended.wait(0.1):
-        _heed_signals()
-        waited = time.monotonic() - began
-        if not answered.is_set() and waited > answer_within:
-            raise silent(launch, why[0], waited)
-        if waited > within:
-            why[0] = f"no word for {waited:.0f} s"
-            break
-    if not found:
-        raise UnreachableError(
-            f"what answers rank {launch.rank} at MASTER_ADDR={launch.address!r}, MASTER_PORT={launch.port} is not "
-            f"rank 0 of this job ({why[0]}); give all ranks its address and a port that nothing else uses"
+
+class _Search(threading.Thread):
+    """The search for the store; `door` where this process hosts it."""
+
+    def __init__(self, launch: Launch, door: socket.socket | None) -> None:
+        super().__init__(name="joining", daemon=True)
+        self._launch, self._door = launch, door
+        self.found: list[dist.Store] = []
+        self.ended = threading.Event()
+        self.answered = False
+        """Whether something did, if only a rank 0 that is not ready yet: a store waits for that without end."""
+        self.why = "no word"
+        self.began = time.monotonic()
+        self.failed = math.inf
+        """When something first answered that then was no store."""
+
+    def run(self) -> None:
+        while not self.ended.is_set():
+            if (why := why_silent(self._launch)) is None:
+                self.answered = True
+                try:
+                    self.found.append(self._store())
+                    self.ended.set()
+                except RuntimeError as error:
+                    why = str(error).splitlines()[0]
+                    self.failed = min(self.failed, time.monotonic())
+            if why is not None:
+                self.why = why
+                self.ended.wait(0.2)
+
+    def _store(self) -> dist.Store:
+        address, handle = (LOOPBACK, self._door.detach()) if self._door else (self._launch.address, None)
+        store = dist.TCPStore(
+            address,
+            self._launch.port,
+            is_master=handle is not None,
+            timeout=_CONNECTING,
+            wait_for_workers=False,
+            master_listen_fd=handle,
         )
-    return found[0]
+        store.set_timeout(COLLECTIVE_TIMEOUT)
+        return store
 
 
 def _introduce(launch: Launch, device: torch.device, store: dist.Store) -> str | None:
@@ -248,17 +271,17 @@ def _missing(launch: Launch, store: dist.Store, waited: float) -> str:
 
 def _alone(launch: Launch, waited: float) -> str:
     return (
-        f"rank 0 waits at {launch.address}:{launch.port} and none of the other {launch.world_size - 1} ranks has come "
-        f"in {waited:.0f} s; start them, unset {launch.variables} if they are left over from another job, or set "
-        "MEGALLAMA_ANSWER_SECONDS where the others start later"
+        f"of {launch.world_size} ranks only rank 0 has come to {launch.address}:{launch.port} in {waited:.0f} s; start "
+        f"the others, or unset {launch.variables} if they are left over from another job; where the others start "
+        "later, set MEGALLAMA_ANSWER_SECONDS"
     )
 
 
-def _be_heard(store: dist.Store) -> None:
-    """Rank 0 hosts the store: it stays until the ranks that are there know how it ends, or a moment has passed."""
+def _be_heard(store: dist.Store, others: int) -> None:
+    """Rank 0 hosts the store: it stays until the others know how this ends, or for a moment, as some may not come."""
     store.set("said", "")
     deadline = time.monotonic() + _LEAVING_SECONDS
-    while store.add("heard", 0) + 1 < store.add("here", 0) and time.monotonic() < deadline:
+    while store.add("heard", 0) < others and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
