@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -130,9 +130,12 @@ def _flat(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, s
 
 def _source() -> dict[str, str]:
     """A hash of each file of this package."""
-    root = Path(megallama.__file__).parent
-    files = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".yaml"))
-    return {
-        f"the code of {path.relative_to(root.parent)}": hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        for path in files
-    }
+    found = {}
+    root = os.path.dirname(megallama.__file__)
+    for folder, _, names in os.walk(root):
+        for name in names:
+            if name.endswith((".py", ".yaml")):
+                path = os.path.join(folder, name)
+                with open(path, "rb") as file:
+                    found[f"the code of megallama{path[len(root) :]}"] = hashlib.sha256(file.read()).hexdigest()[:16]
+    return dict(sorted(found.items()))

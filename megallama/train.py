@@ -121,9 +121,10 @@ def train(config: RunConfig, launch: Launch, device: torch.device) -> Finished:
     pick = partial(pick_start, config, data_identity(config, train_data))
     pick()  # each rank for itself: what a user can mend is said before any waits for another
 
+    facts = facts_of(config, train_data, validation_data, tokenizer)
+
     join(launch, device)
-    # Before the groups: ranks of another layout would make others, and wait for each other for ever.
-    check_same(facts_of(config, train_data, validation_data, tokenizer), device)
+    check_same(facts, device)  # before the groups: ranks of another layout would make others, and wait for ever
     mesh = build_mesh(topology, launch, device)
     check_weights(agree(pick, mesh), mesh)  # they are read, and nothing is written yet
     steps, folder = total_steps(config), Path(config.run.dir) / "checkpoints"

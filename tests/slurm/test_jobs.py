@@ -210,7 +210,7 @@ def test_srun_alone_makes_one_job_of_its_tasks_and_the_script_around_it_is_one_p
     script = tmp_path / "job.sh"
     script.write_text(
         "#!/usr/bin/env bash\n"
-        f"{train.replace('NAME', 'script')} parallel.tensor=1 train.global_batch_size=1 || exit\n"
+        f"{train.replace('NAME', 'script')} parallel.tensor=1 || exit\n"
         f"{step}0 {train.replace('NAME', 'first')} & one=$!\n"
         f"{step}1 {train.replace('NAME', 'second')} & two=$!\n"
         "wait $one && wait $two\n"
