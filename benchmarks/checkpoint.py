@@ -45,7 +45,8 @@ from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.model.chunks import Chunks
-from megallama.parallel.mesh import Launch, ParallelMesh, build_mesh, pick_device
+from megallama.parallel.launch import Launch
+from megallama.parallel.mesh import ParallelMesh, build_mesh, pick_device
 from megallama.parallel.spawn import run_ranks
 from megallama.parallel.topology import Topology
 from megallama.plan.params import count_parameters

@@ -19,7 +19,8 @@ from megallama.data.loader import MicroBatch
 from megallama.metrics import Metrics
 from megallama.model.llama import Llama
 from megallama.parallel.init import initialise
-from megallama.parallel.mesh import Launch, build_mesh
+from megallama.parallel.launch import Launch
+from megallama.parallel.mesh import build_mesh
 from megallama.parallel.topology import Topology
 from megallama.peak import Peak
 

@@ -36,7 +36,8 @@ from megallama.config.check import check_config
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.parallel.mesh import Launch, build_mesh, pick_device
+from megallama.parallel.launch import Launch
+from megallama.parallel.mesh import build_mesh, pick_device
 from megallama.parallel.spawn import run_ranks
 from megallama.parallel.topology import Topology
 from megallama.plan.params import count_parameters

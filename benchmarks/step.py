@@ -27,7 +27,8 @@ from megallama.config.check import check_config
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.parallel.mesh import Launch, pick_device
+from megallama.parallel.launch import Launch
+from megallama.parallel.mesh import pick_device
 from megallama.peak import Peak, device_peak, measured_matmul
 from megallama.plan.flops import flops_per_token
 from megallama.plan.params import count_parameters

@@ -15,7 +15,7 @@ import torch
 from contenders import Step, build
 
 from megallama.config.schema import RunConfig
-from megallama.parallel.mesh import Launch
+from megallama.parallel.launch import Launch
 from megallama.peak import peak_memory_bytes
 
 

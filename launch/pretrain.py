@@ -12,30 +12,33 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NoReturn
 
 from megallama.config.load import load_config
-from megallama.errors import UserError
-from megallama.launcher import Ancestors, end_by_signals, hold_signals
+from megallama.errors import SharedError, UnreachableError, UserError
+from megallama.launcher import end_by_signals, hold_signals
+from megallama.parallel.door import open_door
+from megallama.parallel.launch import Launch
 
-FIRST_SPEAKS_SECONDS = 10
+FIRST_SPEAKS_SECONDS = 10.0
+FIRST_LEAVES_SECONDS = 2.0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, launch: Launch | None = None) -> int:
     """Train as one rank of the job and return its exit code; UserError for what the user can mend."""
+    launch = launch or Launch.from_environment()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument(
         "--local_rank", help=argparse.SUPPRESS
     )  # the deepspeed launcher adds it; the environment counts
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that win over the file")
-    launcher = Ancestors()
     options = parser.parse_intermixed_args(arguments)
+    launch = replace(launch, door=open_door(launch))
     config = load_config(options.config, options.overrides)
     from megallama.outcome import exit_code
-    from megallama.parallel.mesh import Launch
     from megallama.start import start
 
-    launch = replace(Launch.from_environment(), launcher=launcher)
     return exit_code(start(config, launch).status, elastic=launch.elastic)
 
 
@@ -45,23 +48,41 @@ def run() -> None:
     2 and 1 leave at once: in order would wait for the other ranks, which wait for this one.
     """
     hold_signals()
-    rank = os.environ.get("RANK", "0")
+    launch = Launch()
     try:
-        code = main()
+        launch = Launch.from_environment()
+        code = main(launch=launch)
     except UserError as error:
-        if rank != "0":
-            # What every rank finds the first says, and a launcher ends the others when it leaves.
-            end_by_signals()
-            time.sleep(FIRST_SPEAKS_SECONDS)
-        print(f"megallama: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
-        os._exit(2)
+        refuse(launch, error)
     except KeyboardInterrupt:
         os._exit(130)
     except Exception:
-        print(f"megallama: rank {rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        print(f"megallama: rank {launch.rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         os._exit(1)
     hold_signals()
     sys.exit(code)
+
+
+def refuse(launch: Launch, error: UserError) -> NoReturn:
+    """Leave with 2, one rank having said why: rank 0 at once, another where rank 0 does not say it for it."""
+    who = ""
+    if launch.rank != 0:
+        # What every rank finds the first says, and a launcher ends the others when it leaves.
+        end_by_signals()
+        who, until = f"rank {launch.rank}: ", time.monotonic() + FIRST_SPEAKS_SECONDS
+        if isinstance(error, SharedError | UnreachableError):
+            until = time.monotonic() + FIRST_LEAVES_SECONDS
+            said = isinstance(error, SharedError)
+        else:
+            from megallama.parallel.join import tell
+
+            said = tell(launch, who + str(error), FIRST_SPEAKS_SECONDS)
+        if not said or isinstance(error, SharedError):
+            time.sleep(max(0.0, until - time.monotonic()))
+        if said:
+            os._exit(2)
+    print(f"megallama: {who}{error}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from megallama.parallel.mesh import Launch, build_mesh
+from megallama.parallel.launch import Launch
+from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
 from megallama.parallel.topology import Topology
 from megallama.plan.communication import LINK_FRACTION

@@ -7,3 +7,11 @@ class UserError(ValueError):
     Commands print the sentence alone and leave with exit code 2; nothing has been written,
     unless a run was under way that ran out of memory.
     """
+
+
+class SharedError(UserError):
+    """A UserError that every rank raises, with the same words: rank 0 says it for all."""
+
+
+class UnreachableError(UserError):
+    """A UserError of a rank that cannot reach the others, and has nobody to say it for it."""

@@ -41,6 +41,11 @@ class Ancestors:
             self._pids.append(pid)
             pid = _parent_of(pid)
 
+    @property
+    def found(self) -> bool:
+        """Whether there was one."""
+        return bool(self._pids)
+
     def gone(self) -> bool:
         """Whether one of them has ended since."""
         below = os.getpid()

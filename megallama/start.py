@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
-from megallama.parallel.mesh import Launch, pick_device
+from megallama.parallel.launch import Launch
 
 if TYPE_CHECKING:
     from megallama.train import Finished
@@ -20,7 +20,9 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     rank alone, where that has too little memory.
     """
     check_config(config, launch.world_size)
-    device = pick_device(config.train.device, launch.local_rank)
+    from megallama.parallel.mesh import pick_device
+
+    device = pick_device(config.train.device, launch.local_rank, own=launch.own_device)
     launch.prepare(device)
     # torch 2.13 renames collectives that 2.11 knows by their old names only; DeepSpeed and we use the old ones.
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megallama.agreement import check_same, facts_of
 from megallama.checkpoint.commit import Retention, tend, tidy
 from megallama.checkpoint.saver import Saver
 from megallama.checkpoint.store import (
@@ -46,7 +47,9 @@ from megallama.out_of_memory import memory_explained
 from megallama.outcome import Status, write_failure, write_outcome
 from megallama.pace import Pace
 from megallama.parallel.init import initialise
-from megallama.parallel.mesh import Launch, ParallelMesh, build_mesh, sum_losses
+from megallama.parallel.join import join
+from megallama.parallel.launch import Launch
+from megallama.parallel.mesh import ParallelMesh, build_mesh, sum_losses
 from megallama.parallel.topology import Topology
 from megallama.peak import Peak, device_peak, peak_memory_bytes
 from megallama.plan.budget import total_steps
@@ -118,6 +121,10 @@ def train(config: RunConfig, launch: Launch, device: torch.device) -> Finished:
     pick = partial(pick_start, config, data_identity(config, train_data))
     pick()  # each rank for itself: what a user can mend is said before any waits for another
 
+    facts = facts_of(config, train_data, validation_data, tokenizer)
+
+    join(launch, device)
+    check_same(facts, device)  # before the groups: ranks of another layout would make others, and wait for ever
     mesh = build_mesh(topology, launch, device)
     check_weights(agree(pick, mesh), mesh)  # they are read, and nothing is written yet
     steps, folder = total_steps(config), Path(config.run.dir) / "checkpoints"

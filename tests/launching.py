@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megallama.errors import UserError
-from megallama.parallel.mesh import Launch
+from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import run_ranks
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,8 @@ from megallama.config.load import load_config
 from megallama.config.schema import ParallelConfig, RunConfig, Schedule
 from megallama.errors import UserError
 from megallama.model.llama import Seam
-from megallama.parallel.mesh import Launch, build_mesh
+from megallama.parallel.launch import Launch
+from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
 from megallama.parallel.topology import Topology
 from megallama.pipeline import Pipeline, Stage

@@ -26,7 +26,7 @@ from megallama.checkpoint.format import complete_checkpoints
 from megallama.checkpoint.tensors import EXP_AVG, is_weight, moment_name
 from megallama.config.load import load_config
 from megallama.data.tokenizer import load_tokenizer
-from megallama.parallel.mesh import Launch
+from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import run_ranks
 from megallama.schedule import learning_rate
 from megallama.verify.compare import read_tensors

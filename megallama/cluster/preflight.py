@@ -30,7 +30,8 @@ from megallama.cluster.verdict import CANNOT_REACH, Link, Report
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.parallel.mesh import pick_device, talk_over
+from megallama.parallel.join import talk_over
+from megallama.parallel.mesh import pick_device
 from megallama.run_dir import check_run_dir, checkpoint_bytes
 
 PACKAGES = ("megallama", "torch", "deepspeed", "numpy")

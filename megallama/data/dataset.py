@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
+
 from megallama.config.schema import DataConfig
 from megallama.data.build import read_info
 from megallama.data.indexed import IndexedDataset, Tokens, idx_path, open_indexed
@@ -14,6 +16,7 @@ from megallama.data.tokenizer import load_tokenizer
 from megallama.errors import UserError
 
 SCANNED_TOKENS = 50_000_000
+SAMPLED_STRETCHES, SAMPLED_TOKENS = 64, 1024
 
 Split = Literal["train", "validation"]
 
@@ -101,6 +104,17 @@ def split_documents(config: DataConfig) -> dict[Split, DocumentSplit]:
         splits = {"train": DocumentSplit(dataset, 0, cut), "validation": DocumentSplit(dataset, cut, count)}
     _check_lengths(config, splits)
     return splits
+
+
+def sampled_ids(tokens: Tokens) -> Tokens:
+    """SAMPLED_STRETCHES stretches of SAMPLED_TOKENS ids, evenly from the first to the last; all where there are fewer.
+
+    What the fingerprint of a large dataset does not read is in them: copies of it that differ hardly agree here.
+    """
+    if len(tokens) <= SAMPLED_STRETCHES * SAMPLED_TOKENS:
+        return np.asarray(tokens)
+    starts = np.linspace(0, len(tokens) - SAMPLED_TOKENS, SAMPLED_STRETCHES, dtype=np.int64)
+    return np.concatenate([tokens[start : start + SAMPLED_TOKENS] for start in starts])
 
 
 def _check_lengths(config: DataConfig, splits: dict[Split, DocumentSplit]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from megallama.config.schema import DataConfig
-from megallama.data.dataset import Split, TokenDataset, split_documents
+from megallama.data.dataset import Split, TokenDataset, sampled_ids, split_documents
 from megallama.data.sampler import Sampler, micro_batch_indices, num_windows
 from megallama.data.tokenizer import load_tokenizer
 from megallama.errors import UserError
@@ -74,6 +74,11 @@ class Loader:
         split = self._split
         parts = [split.dataset.fingerprint, split.first_document, split.end_document, self._sequence_length]
         return hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the fingerprint, and of ids from all over the split: whether two files of one name are one."""
+        return hashlib.sha256(self.fingerprint.encode() + sampled_ids(self._tokens).tobytes()).hexdigest()
 
     def step(self, samples_consumed: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that starts at sample `samples_consumed` of the run."""

@@ -1,27 +1,17 @@
-"""The mesh of a running job: process groups and device, held by one object and passed as an argument.
-
-The only module that reads the launcher's environment.
-"""
+"""The mesh of a running job: process groups and device, held by one object and passed as an argument."""
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import timedelta
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import psutil
 import torch
 import torch.distributed as dist
 
 from megallama.errors import UserError
-from megallama.launcher import Ancestors
+from megallama.parallel.join import COLLECTIVE_TIMEOUT, join
+from megallama.parallel.launch import Launch
 from megallama.parallel.topology import AxisName, Topology
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-_FAR_AWAY = "192.0.2.1"
-"""Nobody's, by RFC 5737: the way there is the default route."""
 
 
 @dataclass(frozen=True)
@@ -34,35 +24,6 @@ class Axis:
 
 
 ALONE = Axis(group=None, rank=0, size=1)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher says of this process; one process alone when it says nothing."""
-
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    local_world_size: int = 1
-    elastic: bool = False
-    """Under torchrun, which takes every exit code but 0 for a failure of the rank."""
-    launcher: Ancestors = field(default_factory=Ancestors, compare=False)
-    """The launcher itself: as early as it was looked for, so early is its end noticed."""
-
-    @classmethod
-    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Launch:
-        """As torchrun and deepspeed set it; deepspeed says LOCAL_SIZE where torchrun says LOCAL_WORLD_SIZE."""
-        world_size = int(environ.get("WORLD_SIZE", 1))
-        local_size = int(environ.get("LOCAL_WORLD_SIZE", environ.get("LOCAL_SIZE", world_size)))
-        elastic = "TORCHELASTIC_RUN_ID" in environ
-        return cls(int(environ.get("RANK", 0)), int(environ.get("LOCAL_RANK", 0)), world_size, local_size, elastic)
-
-    def prepare(self, device: torch.device) -> None:
-        """Set up this process for `device`; call it before deepspeed is imported, which looks for a device then."""
-        os.environ["DS_ACCELERATOR"] = device.type
-        os.environ["LOCAL_RANK"] = str(self.local_rank)  # deepspeed refuses to start without one, also when alone
-        if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_world_size))
 
 
 @dataclass(frozen=True)
@@ -83,24 +44,24 @@ class ParallelMesh:
     world: Axis
 
 
-def pick_device(wanted: str, local_rank: int) -> torch.device:
-    """The device of this rank. UserError when CUDA is asked for and absent."""
+def pick_device(wanted: str, local_rank: int, *, own: bool = False) -> torch.device:
+    """The device of this rank; `own`: where it sees a single one, that is its own. UserError where it has none."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device=cuda, but this machine has no CUDA device; use train.device=cpu")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
+    count = torch.cuda.device_count()
+    if own and count == 1:
+        return torch.device("cuda", 0)
+    if local_rank >= count:
         raise UserError(f"local rank {local_rank} has no CUDA device: this node has {count}; start {count} a node")
     return torch.device("cuda", local_rank)
 
 
 def build_mesh(topology: Topology, launch: Launch, device: torch.device) -> ParallelMesh:
-    """Join the job (gloo on CPU, nccl on CUDA) and build every group; all ranks must call this."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    """Build every group, after joining the job where that is not done; all ranks must call this."""
     if not dist.is_initialized():
-        _join(launch, device)
+        join(launch, device)
 
     def axis(*names: AxisName) -> Axis:
         mine = None
@@ -121,50 +82,6 @@ def build_mesh(topology: Topology, launch: Launch, device: torch.device) -> Para
         data=axis("dp", "cp"),
         model=axis("pp", "tp"),
         world=Axis(dist.group.WORLD, launch.rank, launch.world_size),
-    )
-
-
-def talk_over(address: str) -> None:
-    """Let gloo talk over the interface that leads to `address`, unless GLOO_SOCKET_IFNAME says which.
-
-    It would take that of this machine's own name, which many systems give to loopback: no other node is there.
-    """
-    if "GLOO_SOCKET_IFNAME" in os.environ:
-        return
-    own = _address_towards(address)
-    if own.startswith("127.") and not address.startswith("127."):  # the name is this machine's own
-        own = _address_towards(_FAR_AWAY) or own
-    for name, addresses in psutil.net_if_addrs().items():
-        if own in (found.address for found in addresses):
-            os.environ["GLOO_SOCKET_IFNAME"] = name
-
-
-def _address_towards(address: str) -> str:
-    """This machine's own on the way there; empty where there is none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((address, 1))  # sends nothing, and chooses a route
-        except OSError:
-            return ""  # joining will say it better
-        own: str = probe.getsockname()[0]
-        return own
-
-
-def _join(launch: Launch, device: torch.device) -> None:
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if launch.world_size == 1:
-        # A store in memory: one process needs no port and no address.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
-        return
-    if launch.world_size > launch.local_world_size:
-        talk_over(os.environ["MASTER_ADDR"])
-    dist.init_process_group(
-        backend,
-        init_method="env://",
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=COLLECTIVE_TIMEOUT,
-        device_id=device if device.type == "cuda" else None,
     )
 
 

@@ -18,7 +18,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megallama.parallel.mesh import Launch
+from megallama.parallel.launch import LOOPBACK, Launch
 
 R = TypeVar("R")
 
@@ -78,11 +78,11 @@ def _rank(call: bytes, link: Connection, rank: int, world_size: int, port: int, 
     import torch
 
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    os.environ.update(MASTER_ADDR=LOOPBACK, MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     with Path(log or os.devnull).open("a", buffering=1) as sink, redirect_stdout(sink), redirect_stderr(sink):
         try:
             function, arguments = pickle.loads(call)
-            answer = (False, function(Launch(rank, rank, world_size, world_size), *arguments))
+            answer = (False, function(Launch(rank, rank, world_size, world_size, port=port), *arguments))
         except BaseException:
             answer = (True, traceback.format_exc())
             print(answer[1])

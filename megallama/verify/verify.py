@@ -23,7 +23,7 @@ from megallama.data.build import build_dataset
 from megallama.errors import UserError
 from megallama.model.llama import Llama
 from megallama.parallel.init import initialise
-from megallama.parallel.mesh import Launch
+from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import RankFailedError, run_ranks
 from megallama.parallel.topology import Topology
 from megallama.start import start

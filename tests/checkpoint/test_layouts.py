@@ -22,7 +22,8 @@ from megallama.checkpoint.store import DataIdentity, load, state_document
 from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
 from megallama.data.loader import Loader
-from megallama.parallel.mesh import Launch, build_mesh
+from megallama.parallel.launch import Launch
+from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
 from megallama.parallel.topology import Topology
 from megallama.train import build_model

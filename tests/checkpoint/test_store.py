@@ -16,7 +16,7 @@ from megallama.checkpoint.tensors import Stored
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.generate import load_run
-from megallama.parallel.mesh import Launch
+from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import RankFailedError, run_ranks
 from megallama.verify.compare import events_of, read_tensors
 from megallama.verify.layout import parse_layout

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megallama.parallel.mesh import Launch
+from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import RankFailedError, run_ranks
 from megallama.verify.compare import read_tensors
 from tests.launching import (

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
-from megallama.parallel.mesh import Launch, build_mesh
+from megallama.parallel.launch import Launch
+from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
 from megallama.parallel.topology import Topology
 from megallama.train import build_model

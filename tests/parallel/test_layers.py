@@ -12,6 +12,7 @@ from megallama.config.schema import ModelConfig
 from megallama.labels import IGNORED
 from megallama.model.llama import Llama, Recompute, Seam
 from megallama.parallel.init import initialise
+from megallama.parallel.launch import Launch
 from megallama.parallel.layers import (
     BackwardPart,
     ColumnParallelLinear,
@@ -20,7 +21,7 @@ from megallama.parallel.layers import (
     VocabParallelEmbedding,
 )
 from megallama.parallel.loss import linear_cross_entropy
-from megallama.parallel.mesh import Axis, Launch, build_mesh
+from megallama.parallel.mesh import Axis, build_mesh
 from megallama.parallel.pieces import Piece
 from megallama.parallel.spawn import run_ranks
 from megallama.parallel.topology import Topology

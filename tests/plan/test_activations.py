@@ -13,8 +13,9 @@ from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.model.chunks import Chunks
 from megallama.model.llama import Seam
+from megallama.parallel.launch import Launch
 from megallama.parallel.loss import CHUNK_ELEMENTS
-from megallama.parallel.mesh import Launch, ParallelMesh, build_mesh
+from megallama.parallel.mesh import ParallelMesh, build_mesh
 from megallama.parallel.spawn import run_ranks
 from megallama.parallel.topology import Topology
 from megallama.pipeline import Pipeline

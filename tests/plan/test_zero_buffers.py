@@ -11,7 +11,8 @@ import torch
 
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
-from megallama.parallel.mesh import Launch, ParallelMesh, build_mesh
+from megallama.parallel.launch import Launch
+from megallama.parallel.mesh import ParallelMesh, build_mesh
 from megallama.parallel.spawn import run_ranks
 from megallama.parallel.topology import Topology
 from megallama.plan.ledger import memory_rows

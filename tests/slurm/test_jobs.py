@@ -182,7 +182,7 @@ def test_ranks_that_srun_starts_pass_their_exit_code_on(
     run_dir = tmp_path / "run"
     script = tmp_path / "job.sh"
     words = " ".join(f"'{word}'" for word in small(byte_dataset, run_dir))
-    (documented,) = re.findall(r"^(srun .* rank) --config", (ROOT / "docs" / "clusters.md").read_text(), re.MULTILINE)
+    (documented,) = re.findall(r"^(srun .*) --config", (ROOT / "docs" / "clusters.md").read_text(), re.MULTILINE)
     script.write_text(
         "#!/usr/bin/env bash\n"
         "export MASTER_ADDR=127.0.0.1 MASTER_PORT=$((30000 + SLURM_JOB_ID % 2000))\n"
@@ -198,6 +198,30 @@ def test_ranks_that_srun_starts_pass_their_exit_code_on(
     assert cluster.ended(cluster.submit(*options))["ExitCode"] == "0:0", said(tmp_path)
     assert outcome(run_dir)["status"] == "done"
     assert_same_run(run_dir, straight_tp2)
+
+
+def test_srun_alone_makes_one_job_of_its_tasks_and_the_script_around_it_is_one_process(
+    cluster: Cluster, byte_dataset: str, tmp_path: Path
+) -> None:
+    """Also for a step that has fewer tasks than the job, on the second of its nodes, and beside another."""
+    words = [*small(byte_dataset, tmp_path / "NAME"), "train.stop_after=2", "train.steps=4"]
+    train = f"python launch/pretrain.py --config configs/7b.yaml {' '.join(words)}"
+    step = "srun --overlap --nodes=1 --ntasks=2 --relative="
+    script = tmp_path / "job.sh"
+    script.write_text(
+        "#!/usr/bin/env bash\n"
+        f"{train.replace('NAME', 'script')} parallel.tensor=1 || exit\n"
+        f"{step}0 {train.replace('NAME', 'first')} & one=$!\n"
+        f"{step}1 {train.replace('NAME', 'second')} & two=$!\n"
+        "wait $one && wait $two\n"
+    )
+    job = cluster.submit("--nodes=2", "--ntasks-per-node=2", f"--output={tmp_path}/job.log", str(script))
+    assert cluster.ended(job)["JobState"] == "COMPLETED", said(tmp_path)
+    facts = {
+        name: json.loads((tmp_path / name / "environment.json").read_text())["topology"]
+        for name in ("script", "first", "second")
+    }
+    assert {name: topology["tp"] for name, topology in facts.items()} == {"script": 1, "first": 2, "second": 2}
 
 
 def submit(

@@ -1,0 +1,254 @@
+"""Ranks that meet, or do not: each way to miss each other ends in one sentence, soon."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megallama.errors import SharedError, UnreachableError, UserError
+from megallama.parallel.door import ANSWER_SECONDS, open_door
+from megallama.parallel.join import join, tell
+from megallama.parallel.launch import Launch
+from megallama.parallel.spawn import run_ranks
+from tests.launching import PRETRAIN, arguments, execute, losses, pretrain_here
+from tests.test_bad_input import assert_one_sentence
+from tests.test_launchers import deepspeed, free_port
+
+# What the processes of a job find in their environment, by rank of two on one node.
+LAUNCHERS = {
+    "srun": lambda rank, job: {
+        "SLURM_JOB_ID": str(job),
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_NTASKS": "2",
+        "SLURM_TASKS_PER_NODE": "2",
+        "SLURM_JOB_NODELIST": "unknown[1-2].invalid",
+    },
+    "Open MPI": lambda rank, job: {
+        "OMPI_COMM_WORLD_RANK": str(rank),
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        "PMIX_NAMESPACE": str(job),
+    },
+    "PMI": lambda rank, job: {"PMI_RANK": str(rank), "PMI_SIZE": "2", "MASTER_PORT": str(10000 + job)},
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ranks_of_a_launcher_that_knows_no_torch_are_one_job(launcher: str, byte_dataset: str, tmp_path: Path) -> None:
+    words = arguments(byte_dataset, tmp_path / "run", "train.steps=3")
+    assert run_ranks(pretrain_under, 2, words, launcher, free_port() % 20000, timeout=60.0) == [(0, "")] * 2
+    assert len(losses(tmp_path / "run")) == 3
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+    assert len(list(checkpoint.glob("rank_*.bin"))) == 2
+
+
+def pretrain_under(launch: Launch, words: list[str], launcher: str, job: int) -> tuple[int, str]:
+    def only_its_own() -> None:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+        os.environ.update(LAUNCHERS[launcher](launch.rank, job))
+
+    return pretrain_here(launch, words, only_its_own)
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "device", "words"),
+    [
+        (1, 4, "cpu", ["rank 1 on ", "with a world size of 4, and rank 0 on ", " with 2"]),
+        (1, 2, "meta", ["rank 1 on ", "would train on meta, and rank 0 on ", " on cpu"]),
+    ],
+    ids=["another world size", "another device"],
+)
+def test_a_rank_of_another_kind_is_refused_by_all(rank: int, world_size: int, device: str, words: list[str]) -> None:
+    first, second = run_ranks(meet_as, 2, rank, world_size, device, timeout=30.0)
+    assert first == second
+    assert first[0] == "SharedError"
+    assert [word for word in words if word not in first[1]] == [], first
+
+
+def meet_as(launch: Launch, rank: int, world_size: int, device: str) -> tuple[str, str]:
+    """Rank 1 as what is given."""
+    if launch.rank == 1:
+        launch = replace(launch, rank=rank, world_size=world_size)
+    try:
+        join(launch, torch.device(device if launch.rank else "cpu"))
+    except UserError as error:
+        return type(error).__name__, str(error)
+    return "joined", ""
+
+
+def test_two_processes_of_one_rank_are_told() -> None:
+    said = run_ranks(meet_twice, 3, timeout=30.0)
+    assert said[0] == said[1] == said[2]
+    assert said[0][0] == "SharedError"
+    assert "two processes are rank 1 of 3" in said[0][1]
+
+
+def meet_twice(launch: Launch) -> tuple[str, str]:
+    return meet_as(replace(launch, rank=min(launch.rank, 1)), 1, launch.world_size, "cpu")
+
+
+def test_a_rank_too_many_is_refused_and_the_others_go_on() -> None:
+    """As of another job that was given the same port."""
+    assert run_ranks(meet_late, 3, timeout=30.0) == ["summed 2", "summed 2", "UserError"]
+
+
+def meet_late(launch: Launch) -> str:
+    """Two ranks of a job of two, and one more when they have met."""
+    two, place = replace(launch, world_size=2, local_world_size=2), ("127.0.0.1", launch.port - 1)
+    if launch.rank == 2:
+        with socket.create_server(place) as listener, listener.accept()[0]:
+            try:
+                join(replace(two, rank=1), torch.device("cpu"))
+            except UserError as error:
+                return type(error).__name__
+            return "joined"
+    join(two, torch.device("cpu"))
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    if launch.rank == 0:  # it hosts the store, and stays until the one too many has gone
+        assert connected(place).recv(1) == b""
+    dist.barrier()
+    return f"summed {int(total)}"
+
+
+def connected(place: tuple[str, int]) -> socket.socket:
+    while True:
+        try:
+            return socket.create_connection(place)
+        except ConnectionRefusedError:
+            continue
+
+
+def test_a_rank_that_fails_before_it_has_met_the_others_is_heard_by_them() -> None:
+    assert run_ranks(meet_or_fail, 3, timeout=30.0) == ["rank 2: it cannot"] * 2 + ["True"]
+
+
+def meet_or_fail(launch: Launch) -> str:
+    if launch.rank == 2:
+        return str(tell(launch, "rank 2: it cannot", 20.0))
+    try:
+        join(launch, torch.device("cpu"))
+    except SharedError as error:
+        return str(error)
+    return "joined"
+
+
+def test_a_rank_0_that_dies_at_the_door_does_not_keep_the_others() -> None:
+    assert run_ranks(meet_at_a_closed_door, 2, timeout=30.0) == ["", "UnreachableError"]
+
+
+def meet_at_a_closed_door(launch: Launch) -> str:
+    """Rank 0 leaves when rank 1 has come."""
+    if launch.rank == 0:
+        door = open_door(launch)
+        assert door is not None
+        for _ in range(2):  # the look whether it answers, and the store's own connection
+            door.accept()[0].close()
+        door.close()
+        return ""
+    os.environ["MEGALLAMA_ANSWER_SECONDS"] = "1"
+    try:
+        join(launch, torch.device("cpu"))
+    except UserError as error:
+        return type(error).__name__
+    return "joined"
+
+
+@contextmanager
+def taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        yield other.getsockname()[1]
+
+
+def test_a_port_that_is_taken_is_told_at_once_under_python(tmp_path: Path) -> None:
+    with taken_port() as port:
+        outcome = execute(
+            [sys.executable, PRETRAIN, *arguments("nowhere", tmp_path / "run")],
+            tmp_path,
+            **by_hand(0, "127.0.0.1", port),
+        )
+    assert (outcome.code, outcome.out) == (2, "")
+    assert_one_sentence(outcome.err, [f"port {port}, where the ranks are to meet", "in use", f"(port {port + 1}"])
+
+
+def test_a_port_that_is_taken_ends_deepspeed(byte_dataset: str, tmp_path: Path) -> None:
+    with taken_port() as port:
+        command = [*deepspeed("--num_gpus=2"), f"--master_port={port}"]
+        outcome = execute([*command, PRETRAIN, *arguments(byte_dataset, tmp_path / "run")], tmp_path)
+    assert outcome.code == 2
+    (sentence,) = outcome.sentences
+    assert f"port {port}, where the ranks are to meet" in sentence
+    assert "Traceback" not in outcome.err
+    assert outcome.seconds < 30
+    assert outcome.left_over == []
+
+
+def test_an_address_that_answers_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGALLAMA_ANSWER_SECONDS", "1")
+    assert ANSWER_SECONDS < 25
+    for address, port, why in (("127.0.0.1", free_port(), "Connection refused"), ("nowhere.invalid", 1, "resolve")):
+        with pytest.raises(UnreachableError) as refused:
+            run_here(replace(Launch(1, 1, 2, 2), address=address, port=port))
+        assert f"MASTER_ADDR={address!r}, MASTER_PORT={port}" in str(refused.value)
+        assert why in str(refused.value)
+
+
+def test_what_answers_and_is_no_rank_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that says something, and one that hangs up."""
+    monkeypatch.setenv("MEGALLAMA_ANSWER_SECONDS", "1")
+    for said in (b"SSH-2.0-OpenSSH_9.2\r\n", b""):
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            threading.Thread(target=serve, args=(other, said), daemon=True).start()
+            with pytest.raises(UnreachableError, match="is not rank 0 of this job"):
+                run_here(Launch(1, 1, 2, 2, port=other.getsockname()[1]))
+
+
+def serve(listener: socket.socket, said: bytes) -> None:
+    while True:
+        try:
+            with listener.accept()[0] as connection:
+                connection.sendall(said)
+        except OSError:
+            return
+
+
+def test_left_over_variables_are_told_under_python(byte_dataset: str, tmp_path: Path) -> None:
+    """As in a shell inside another job: of two ranks, one."""
+    outcome = execute(
+        [sys.executable, PRETRAIN, *arguments(byte_dataset, tmp_path / "run")],
+        tmp_path,
+        MEGALLAMA_ANSWER_SECONDS="1",
+        **by_hand(0, "127.0.0.1", free_port()),
+    )
+    assert (outcome.code, outcome.out) == (2, "")
+    words = ["of 2 ranks only rank 0 has come", "unset RANK and WORLD_SIZE", "MEGALLAMA_ANSWER_SECONDS"]
+    assert_one_sentence(outcome.err, words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_half_an_environment_is_one_sentence_under_python(tmp_path: Path) -> None:
+    outcome = execute([sys.executable, PRETRAIN, *arguments("nowhere", tmp_path / "run")], tmp_path, RANK="0")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert_one_sentence(outcome.err, ["RANK=0 is set and WORLD_SIZE is not"])
+
+
+def by_hand(rank: int, address: str, port: int) -> dict[str, str]:
+    return {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(port)}
+
+
+def run_here(launch: Launch) -> None:
+    join(launch, torch.device("cpu"))
