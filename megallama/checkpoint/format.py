@@ -149,13 +149,15 @@ def seen_before(config: RunConfig) -> Seen:
 
 
 def newest_seen(folder: Path) -> Seen:
-    """How far the newest whole checkpoint under `folder` is, nothing without one; older ones where it does not say."""
+    """How far the newest whole checkpoint under `folder` is that says so in legal numbers; nothing without one."""
     for path in complete_checkpoints(folder):
         try:
             state = read_document(path)["state"]
-            return Seen(int(state["step"]), int(state["samples"]), state.get("first_batch"))
-        except (TornCheckpointError, KeyError, TypeError, ValueError, AttributeError):
+            step, samples, first_batch = state["step"], state["samples"], state.get("first_batch")
+        except (TornCheckpointError, RecursionError, KeyError, TypeError, AttributeError):
             continue
+        if all(type(number) is int and number > 0 for number in (step, samples, first_batch or samples)):
+            return Seen(step, samples, first_batch)
     return NOTHING_SEEN
 
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from megallama.checkpoint.format import (
@@ -54,7 +54,7 @@ class TrainState:
     """Steps whose update was applied; fewer than `step` where a gradient was not finite."""
     validation_loss: float | None = None
     """Of these very weights, where it was evaluated and is finite."""
-    first_batch: int | None = None
+    first_batch: Annotated[int, Field(ge=1, strict=True)] | None = None
     """Sequences of the first step, the unit of a schedule by tokens; older checkpoints do not say."""
 
     @property

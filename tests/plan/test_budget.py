@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from megallama.checkpoint.format import newest_seen, seen_before
+from megallama.checkpoint.format import STATE, TornCheckpointError, newest_seen, seen_before
+from megallama.checkpoint.store import read_saved
+from megallama.config.check import check_config
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
+from megallama.errors import UserError
 from megallama.plan.budget import NOTHING_SEEN, Seen, schedule_batch, total_steps, total_tokens
-from tests.checkpoint.damaging import CHECKPOINT
+from megallama.plan.relief import nearest_change
+from megallama.plan.workload import workload
+from tests.checkpoint.damaging import CHECKPOINT, edit
 from tests.plan.test_plan_command import CONFIGS, app
 
 
@@ -58,6 +65,34 @@ def test_a_checkpoint_of_the_first_format_says_how_far_its_run_is(tmp_path: Path
     (tmp_path / "checkpoints").symlink_to(CHECKPOINT.parent)
     assert seen_before(run(f"run.dir={tmp_path}")) == Seen(3, 12)
     assert seen_before(run(f"run.dir={tmp_path}", "checkpoint.resume=never")) == NOTHING_SEEN
+
+
+ILLEGAL: list[object] = [
+    *(None, [], {}, {"step": 5}, {"step": "5", "samples": 9}, {"step": 5, "samples": math.inf}),
+    *({"step": 5, "samples": 50, "first_batch": batch} for batch in (-1, 0.5, "4", True, [4])),
+]
+
+
+@pytest.mark.parametrize("state", ILLEGAL)
+def test_a_checkpoint_that_says_no_legal_numbers_is_passed_over(tmp_path: Path, state: object) -> None:
+    older, newer = tmp_path / CHECKPOINT.name, tmp_path / "step_00000005"
+    for path in (older, newer):
+        shutil.copytree(CHECKPOINT, path)
+    edit(newer / STATE, lambda tree: tree.update(state=state))
+    assert newest_seen(tmp_path) == Seen(3, 12)
+    if isinstance(state, dict) and "first_batch" in state:
+        with pytest.raises(TornCheckpointError, match="first_batch"):
+            read_saved(newer)
+
+
+def test_the_step_of_a_run_that_goes_on_by_a_larger_batch_is_planned_all_the_same() -> None:
+    """Measured beside predicted, and what would need less memory: a new run by that batch would be refused."""
+    config = run("train.steps=null", "train.tokens=20M", "schedule.warmup_steps=100", "train.global_batch_size=128")
+    with pytest.raises(UserError, match=r"warmup_steps=100 leaves nothing of train\.tokens=20000000 = 77 steps"):
+        check_config(config, 1)
+    check_config(config, 1, Seen(120, 120 * 64, 64))
+    assert workload(config, 1).tokens == 128 * 2048
+    assert nearest_change(config, 1) is not None
 
 
 def test_a_plan_of_train_tokens_is_that_of_the_option() -> None:
