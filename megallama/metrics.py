@@ -58,11 +58,11 @@ class JsonLines:
 class Terminal:
     """A live line on a terminal, a plain line for each event elsewhere."""
 
-    def __init__(self, total_steps: int) -> None:
-        self._total, self._live, self._shown = total_steps, sys.stdout.isatty(), 0
+    def __init__(self) -> None:
+        self._live, self._shown = sys.stdout.isatty(), 0
 
     def write(self, event: Event) -> None:
-        line = _line(event, self._total)
+        line = _line(event)
         if line is None:
             return
         passing = self._live and event["event"] == "train"
@@ -139,20 +139,21 @@ def check_sinks(config: RunConfig) -> None:
         )
 
 
-def open_metrics(config: RunConfig, run_dir: Path, total_steps: int) -> Metrics:
+def open_metrics(config: RunConfig, run_dir: Path) -> Metrics:
     """All sinks of the run."""
-    sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl"), Terminal(total_steps)]
+    sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl"), Terminal()]
     if config.logging.wandb is not None:
         sinks.append(WandbSink(config, run_dir))
     return Metrics(sinks)
 
 
-def _line(event: Event, total: int) -> str | None:
-    writer: Callable[[Event, int], str] | None = _LINES.get(event["event"])
-    return writer(event, total) if writer else None
+def _line(event: Event) -> str | None:
+    writer: Callable[[Event], str] | None = _LINES.get(event["event"])
+    return writer(event) if writer else None
 
 
-def _train_line(e: Event, total: int) -> str:
+def _train_line(e: Event) -> str:
+    total = e["total_steps"]
     left = (total - e["step"]) * e["seconds"]
     return (
         f"step {e['step']:>{len(str(total))}}/{total}  loss {e['loss']:.4f}  norm {e['grad_norm']:.3f}  "
@@ -161,7 +162,7 @@ def _train_line(e: Event, total: int) -> str:
     )
 
 
-def _forecast_line(e: Event, _: int) -> str:
+def _forecast_line(e: Event) -> str:
     said = []
     if "predicted_seconds" in e:
         predicted, measured = e["predicted_seconds"], e["seconds"]
@@ -182,18 +183,18 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}"
 
 
-_LINES: dict[str, Callable[[Event, int], str]] = {
+_LINES: dict[str, Callable[[Event], str]] = {
     "train": _train_line,
-    "eval": lambda e, _: f"step {e['step']}  {e['split']} loss {e['loss']:.4f}  perplexity {e['perplexity']:.2f}",
+    "eval": lambda e: f"step {e['step']}  {e['split']} loss {e['loss']:.4f}  perplexity {e['perplexity']:.2f}",
     "forecast": _forecast_line,
-    "checkpoint": lambda e, _: (
+    "checkpoint": lambda e: (
         f"step {e['step']}  saved {e['path']} in {e['seconds']:.1f} s, {e['blocked_seconds']:.2f} s of them waited for"
     ),
-    "checkpoint_failed": lambda e, _: f"step {e['step']}  could not be saved, going on: {e['reason']}",
-    "notice": lambda e, _: e["text"],
-    "resume": lambda e, _: f"step {e['step']}  continues {e['path']}",
-    "skip": lambda e, _: f"step {e['step']}  gradient not finite: update skipped on every rank",
-    "stop": lambda e, _: f"step {e['step']}  {e['reason']}",
+    "checkpoint_failed": lambda e: f"step {e['step']}  could not be saved, going on: {e['reason']}",
+    "notice": lambda e: e["text"],
+    "resume": lambda e: f"step {e['step']}  continues {e['path']}",
+    "skip": lambda e: f"step {e['step']}  gradient not finite: update skipped on every rank",
+    "stop": lambda e: f"step {e['step']}  {e['reason']}",
 }
 
 

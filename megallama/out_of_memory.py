@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from megallama.config.check import check_config
+from megallama.config.check import check_batching
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.parallel.mesh import ParallelMesh
@@ -53,7 +53,7 @@ def out_of_memory(error: BaseException | None, device: torch.device) -> bool:
 
 def explanation(config: RunConfig, world_size: int, rank: int, pipeline_rank: int) -> str:
     """The sentence, for a run that is legal on `world_size` ranks."""
-    rows = memory_rows(config, check_config(config, world_size).dp_size)[pipeline_rank]
+    rows = memory_rows(config, check_batching(config, world_size).dp_size)[pipeline_rank]
     *first, last = (f"{row.name} {_size(row.size)}" for row in largest_terms(rows))
     terms = f"{', '.join(first)} and {last}"
     change = nearest_change(config, world_size)

@@ -69,12 +69,12 @@ def locked(config: RunConfig, mesh: ParallelMesh) -> Iterator[None]:
 
 
 @contextmanager
-def recorded(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, steps: int, peak: Peak) -> Iterator[Metrics]:
+def recorded(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, peak: Peak) -> Iterator[Metrics]:
     """Record what runs in the run directory, which is locked, and how it fails if it does.
 
     Metrics go nowhere on ranks other than 0.
     """
-    with _record(config, mesh, tokenizer, steps, peak) if mesh.rank == 0 else Metrics([]) as metrics:
+    with _record(config, mesh, tokenizer, peak) if mesh.rank == 0 else Metrics([]) as metrics:
         dist.barrier(mesh.world.group)  # the outcome is this start's: a rank that fails finds where to say so
         try:
             yield metrics
@@ -85,7 +85,7 @@ def recorded(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, steps:
             raise
 
 
-def _record(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, steps: int, peak: Peak) -> Metrics:
+def _record(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, peak: Peak) -> Metrics:
     folder = Path(config.run.dir)
     if config.checkpoint.resume == "never":
         put_aside(folder)
@@ -97,4 +97,4 @@ def _record(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, steps: 
     facts = environment(device=device, threads=threads, topology=layout, peak=asdict(peak))
     (folder / "environment.json").write_text(json.dumps(facts, indent=2))
     write_outcome(folder, "running", 0, "")
-    return open_metrics(config, folder, steps)
+    return open_metrics(config, folder)

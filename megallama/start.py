@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
+from megallama.checkpoint.format import seen_before
 from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
 from megallama.parallel.launch import Launch
@@ -19,7 +20,7 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     UserError, raised by every rank alike and before anything is written, for what a user can mend; later, and on one
     rank alone, where that has too little memory.
     """
-    check_config(config, launch.world_size)
+    check_config(config, launch.world_size, seen_before(config))
     from megallama.parallel.mesh import pick_device
 
     device = pick_device(config.train.device, launch.local_rank, own=launch.own_device)

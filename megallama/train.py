@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megallama.agreement import check_same, facts_of
 from megallama.checkpoint.commit import Retention, tend, tidy
+from megallama.checkpoint.format import seen_before
 from megallama.checkpoint.saver import Saver
 from megallama.checkpoint.store import (
     DataIdentity,
@@ -52,12 +53,12 @@ from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ParallelMesh, build_mesh, sum_losses
 from megallama.parallel.topology import Topology
 from megallama.peak import Peak, device_peak, peak_memory_bytes
-from megallama.plan.budget import total_steps
+from megallama.plan.budget import schedule_batch, total_steps
 from megallama.plan.flops import flops_per_token
 from megallama.plan.stages import stages
 from megallama.requests import Requests, Wishes
 from megallama.run_dir import check_run_dir, checkpoint_bytes, locked, recorded
-from megallama.schedule import learning_rate
+from megallama.schedule import next_rate
 from megallama.watchdog import Watchdog
 
 
@@ -92,7 +93,6 @@ class Run:
     saver: Saver
     requests: Requests
     watchdog: Watchdog
-    total_steps: int
     peak: Peak
 
     @property
@@ -100,10 +100,14 @@ class Run:
         """The run directory."""
         return Path(self.config.run.dir)
 
-    @property
-    def last_step(self) -> int:
+    def total_steps(self, state: TrainState) -> int:
+        """Steps of the whole run, as far as is known at `state`: a length in tokens depends on the batches."""
+        return total_steps(self.config, state.seen)
+
+    def last_step(self, state: TrainState) -> int:
         """The step after which this start ends."""
-        return min(self.total_steps, self.config.train.stop_after or self.total_steps)
+        total = self.total_steps(state)
+        return min(total, self.config.train.stop_after or total)
 
 
 def train(config: RunConfig, launch: Launch, device: torch.device) -> Finished:
@@ -111,7 +115,7 @@ def train(config: RunConfig, launch: Launch, device: torch.device) -> Finished:
 
     UserError, on every rank alike, for what a user can mend; on one rank alone where that has too little memory.
     """
-    batching = check_config(config, launch.world_size)
+    batching = check_config(config, launch.world_size, seen_before(config))
     check_run_dir(config)
     if launch.rank == 0:
         check_sinks(config)
@@ -127,14 +131,14 @@ def train(config: RunConfig, launch: Launch, device: torch.device) -> Finished:
     check_same(facts, device)  # before the groups: ranks of another layout would make others, and wait for ever
     mesh = build_mesh(topology, launch, device)
     check_weights(agree(pick, mesh), mesh)  # they are read, and nothing is written yet
-    steps, folder = total_steps(config), Path(config.run.dir) / "checkpoints"
+    folder = Path(config.run.dir) / "checkpoints"
     peak = device_peak(device, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
     with ExitStack() as stack:
         stack.enter_context(locked(config, mesh))
         minutes, save_bytes = config.train.max_minutes, checkpoint_bytes(config)
         requests = Requests(Path(config.run.dir), mesh, minutes, save_bytes, launch.launcher)
         start, damaged = confirm(agree(pick, mesh), mesh)  # whoever held the lock until now may have saved
-        metrics = stack.enter_context(recorded(config, mesh, tokenizer, steps, peak))
+        metrics = stack.enter_context(recorded(config, mesh, tokenizer, peak))
         watchdog = stack.enter_context(watched(config, mesh))
         stack.enter_context(memory_explained(config, mesh))
         retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every)
@@ -142,9 +146,7 @@ def train(config: RunConfig, launch: Launch, device: torch.device) -> Finished:
             put_in_order(folder, start, damaged, retention, metrics)
         model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
         saver = Saver(folder, engine, model, mesh, retention)
-        run = Run(
-            config, mesh, model, engine, train_data, validation_data, metrics, saver, requests, watchdog, steps, peak
-        )
+        run = Run(config, mesh, model, engine, train_data, validation_data, metrics, saver, requests, watchdog, peak)
         try:
             ending = loop(run, start_state(run, start))
         except BaseException:
@@ -233,11 +235,12 @@ def start_state(run: Run, start: Start) -> TrainState:
     """Where the run stands: the newest checkpoint, the weights of another run, or the beginning."""
     if start.resume is not None:
         state = load(start.resume, run.engine, run.model)
+        state = replace(state, first_batch=schedule_batch(run.config, state.seen))
         run.metrics.write("resume", step=state.step, samples=state.samples, path=str(start.resume))
         return state
     if start.weights is not None:
         load_initial_weights(start.weights, run.engine, run.model)
-    return TrainState()
+    return TrainState(first_batch=run.config.train.global_batch_size)
 
 
 def loop(run: Run, state: TrainState) -> Ending:
@@ -245,13 +248,13 @@ def loop(run: Run, state: TrainState) -> Ending:
     every = run.config.evaluation.every, run.config.checkpoint.every, run.config.logging.every
     # A start that was stopped at a step to be evaluated leaves that to the next one.
     missed = due(run.config.evaluation.every, state.step) and state.validation_loss is None
-    if state.step == 0 or (missed and state.step < run.last_step):
+    if state.step == 0 or (missed and state.step < run.last_step(state)):
         state = evaluate_splits(run, state)
     pace, batches = Pace(), prefetched(run.train_data, state.samples)
     ending, loss, skipped = None, torch.zeros(()), 0
-    while ending is None and state.step < run.last_step:
+    while ending is None and state.step < run.last_step(state):
         run.watchdog.now("step")
-        lr = learning_rate(state.step, run.total_steps, run.config.optimizer.lr, run.config.schedule)
+        lr = next_rate(run.config, state.seen)
         with pace:
             loss, result = train_step(run, next(batches), lr)
         state = state.after(run.config.train.global_batch_size, applied=result.applied)
@@ -262,8 +265,9 @@ def loop(run: Run, state: TrainState) -> Ending:
         report_saves(run)
         hopeless = run.saver.failures >= run.config.checkpoint.max_failures
         wishes = run.requests.agree(saving=run.saver.busy, give_up=hopeless)
-        ending = ending_after(run, skipped, wishes) if state.step < run.last_step else None
-        evaluate_now, save_now, log_now = (due(n, state.step) or state.step == run.last_step for n in every)
+        last = state.step >= run.last_step(state)
+        ending = None if last else ending_after(run, skipped, wishes)
+        evaluate_now, save_now, log_now = (due(n, state.step) or last for n in every)
         if log_now or ending is not None:
             write_train_event(run, state, loss, result.grad_norm, lr, pace.take())
         if evaluate_now and ending is None:
@@ -286,7 +290,7 @@ def ending_after(run: Run, skipped: int, wishes: Wishes) -> Ending | None:
 def finish(run: Run, state: TrainState, loss: Tensor, ending: Ending | None) -> Ending:
     """Wait for the last save, repeat it where it failed and may, and record how the run ends."""
     if ending is None:
-        done = state.step >= run.total_steps
+        done = state.step >= run.total_steps(state)
         ending = Ending("done", "done") if done else Ending("stopped", "stopped by train.stop_after")
     run.watchdog.now("end", patient=True)
     run.saver.wait()
@@ -341,6 +345,7 @@ def write_train_event(run: Run, state: TrainState, loss: Tensor, grad_norm: floa
     run.metrics.write(
         "train",
         step=state.step,
+        total_steps=run.total_steps(state),
         tokens=state.samples * sequence,
         samples=state.samples,
         loss=total / run.mesh.data.size,

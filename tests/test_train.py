@@ -81,7 +81,7 @@ def test_eval_events_hold_both_splits_and_the_perplexity_of_their_loss(straight:
 
 def test_the_rate_of_each_step_is_that_of_the_schedule(straight: Path) -> None:
     config = load_config(straight / "run" / "config.yaml")
-    expected = [learning_rate(step, 4, config.optimizer.lr, config.schedule) for step in range(4)]
+    expected = [learning_rate(step + 1, 4, config.optimizer.lr, config.schedule) for step in range(4)]
     assert [event["lr"] for event in events(straight / "run", "train")] == expected
     assert expected[-1] == config.schedule.min_lr < expected[1] == config.optimizer.lr
 

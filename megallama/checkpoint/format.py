@@ -12,9 +12,13 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megallama.errors import UserError
+from megallama.plan.budget import NOTHING_SEEN, Seen
+
+if TYPE_CHECKING:
+    from megallama.config.schema import RunConfig
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -137,6 +141,24 @@ def read_document(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise TornCheckpointError(f"{STATE} is damaged")
     return document
+
+
+def seen_before(config: RunConfig) -> Seen:
+    """How far the run is that a start continues, as its newest checkpoint says: enough to check its length."""
+    return NOTHING_SEEN if config.checkpoint.resume == "never" else newest_seen(Path(config.run.dir) / "checkpoints")
+
+
+def newest_seen(folder: Path) -> Seen:
+    """How far the newest whole checkpoint under `folder` is that says so in legal numbers; nothing without one."""
+    for path in complete_checkpoints(folder):
+        try:
+            state = read_document(path)["state"]
+            step, samples, first_batch = state["step"], state["samples"], state.get("first_batch")
+        except (TornCheckpointError, RecursionError, KeyError, TypeError, AttributeError):
+            continue
+        if all(type(number) is int and number > 0 for number in (step, samples, first_batch or samples)):
+            return Seen(step, samples, first_batch)
+    return NOTHING_SEEN
 
 
 def damaged_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from megallama.checkpoint.format import (
@@ -34,6 +34,7 @@ from megallama.config.schema import ModelConfig, RunConfig
 from megallama.errors import UserError
 from megallama.model.chunks import Chunks
 from megallama.parallel.mesh import ParallelMesh
+from megallama.plan.budget import Seen
 
 if TYPE_CHECKING:
     from megallama.engine import Engine
@@ -53,10 +54,17 @@ class TrainState:
     """Steps whose update was applied; fewer than `step` where a gradient was not finite."""
     validation_loss: float | None = None
     """Of these very weights, where it was evaluated and is finite."""
+    first_batch: Annotated[int, Field(ge=1, strict=True)] | None = None
+    """Sequences of the first step, the unit of a schedule by tokens; older checkpoints do not say."""
+
+    @property
+    def seen(self) -> Seen:
+        """How far the run is."""
+        return Seen(self.step, self.samples, self.first_batch)
 
     def after(self, samples: int, *, applied: bool) -> TrainState:
         """The state one step of `samples` sequences later."""
-        return TrainState(self.step + 1, self.samples + samples, self.updates + applied)
+        return TrainState(self.step + 1, self.samples + samples, self.updates + applied, first_batch=self.first_batch)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megallama.checkpoint.format import newest_seen, seen_before
 from megallama.cluster.job_file import JOB_FILE, Allocation, job_file
 from megallama.cluster.queue import Job, cancel_waiting, my_jobs, of_run, submit
-from megallama.cluster.starts import newest_step, read_starts
+from megallama.cluster.starts import read_starts
 from megallama.errors import UserError
 from megallama.outcome import OUTCOME, STOP_FILE
 from megallama.plan.budget import total_steps
@@ -61,7 +62,7 @@ def launch(
     else:
         ranks = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
         asked = nodes or -(-ranks // per_node)
-        check_config(config, asked * per_node)
+        check_config(config, asked * per_node, seen_before(config))
         allocation = Allocation(
             asked, per_node, config.train.device != "cpu", limit, signal_seconds, tuple(option or ())
         )
@@ -103,8 +104,14 @@ def print_status(config: RunConfig, run_dir: Path) -> None:
         typer.echo(f"job {job.id}  {job.state} {where}, restarts {job.restarts}")
     if not jobs:
         typer.echo(f"no job of {run_dir} waits or runs")
-    typer.echo(f"newest checkpoint: step {newest_step(run_dir)} of {total_steps(config)}")
+    typer.echo(reached(config, run_dir))
     typer.echo(_ending(run_dir))
+
+
+def reached(config: RunConfig, run_dir: Path) -> str:
+    """How far the run is."""
+    seen = newest_seen(run_dir / "checkpoints")
+    return f"newest checkpoint: step {seen.step} of {total_steps(config, seen)}"
 
 
 def _ending(run_dir: Path) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megallama.checkpoint.format import newest_seen
 from megallama.cluster.starts import Starts, newest_step, read_starts, write_starts
 from megallama.cluster.verdict import bad_nodes, read_reports, refuse_apart
 from megallama.config.check import check_config
@@ -35,16 +36,17 @@ def begin(arguments: argparse.Namespace) -> None:
     """
     nodes, per_node = arguments.nodes, arguments.ranks_per_node
     config = load_config(arguments.config, arguments.overrides)
+    run_dir = Path(config.run.dir).absolute()
+    seen = newest_seen(run_dir / "checkpoints")
     try:
-        check_config(config, nodes * per_node)
+        check_config(config, nodes * per_node, seen)
     except UserError as error:
         raise UserError(f"{nodes} nodes of {per_node} ranks: {error}") from None
-    run_dir = Path(config.run.dir).absolute()
-    step, steps = newest_step(run_dir), total_steps(config)
-    if step >= steps:
+    steps = total_steps(config, seen)
+    if seen.step >= steps:
         print(f"{run_dir} has done all {steps} steps", file=sys.stderr)
         return
-    starts = read_starts(run_dir).again(_job(), step)
+    starts = read_starts(run_dir).again(_job(), newest_step(run_dir))
     if starts.count > MOST_STARTS or starts.failures >= arguments.most_failures:
         raise UserError(_led_nowhere(starts, run_dir))
     try:

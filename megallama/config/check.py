@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.errors import UserError
-from megallama.plan.budget import total_steps
+from megallama.plan.budget import NOTHING_SEEN, Seen, schedule_batch, schedule_steps, total_steps
 from megallama.plan.stages import V_SHAPED, balanced, chunks, legal_micro_batches
 
 
@@ -24,11 +24,20 @@ class Batching:
     gradient_accumulation_steps: int
 
 
-def check_config(config: RunConfig, world_size: int) -> Batching:
-    """The batching of a run that is legal on `world_size` ranks; UserError for the first thing that is not."""
+def check_config(config: RunConfig, world_size: int, seen: Seen = NOTHING_SEEN) -> Batching:
+    """The batching of a run that is legal on `world_size` ranks; UserError for the first thing that is not.
+
+    `seen` is how far the run is: where its length is in tokens, that has a say in how many steps it takes.
+    """
+    batching = check_batching(config, world_size)
+    check_steps(config, seen)
+    return batching
+
+
+def check_batching(config: RunConfig, world_size: int) -> Batching:
+    """The batching of a run whose length is legal, or does not matter; UserError where the rest of it is not."""
     check_model(config.model)
     check_layout(config, world_size)
-    check_steps(config)
     dp = dp_size(config, world_size)
     accumulation = gradient_accumulation_steps(config, dp)
     _check_micro_batches(config, accumulation, dp)
@@ -200,25 +209,30 @@ def _check_micro_batches(config: RunConfig, count: int, dp: int) -> None:
     )
 
 
-def check_steps(config: RunConfig) -> None:
+def check_steps(config: RunConfig, seen: Seen = NOTHING_SEEN) -> None:
     """Refuse lengths and rates that contradict each other."""
-    steps, schedule = total_steps(config), config.schedule
+    steps, schedule = total_steps(config, seen), config.schedule
     stop_after, warmup = config.train.stop_after, schedule.warmup_steps
     if stop_after is not None and stop_after > steps:
         raise UserError(
-            f"train.stop_after={stop_after} is more than train.steps={_steps_words(config, steps)}; "
+            f"train.stop_after={stop_after} is more than {_length_words(config, steps)}; "
             f"nearest legal: train.stop_after={steps}"
         )
+    steps = schedule_steps(config, seen)
     if warmup >= steps:
+        longer = f"train.steps={warmup + 1}"
+        if config.train.tokens is not None:
+            tokens = schedule_batch(config, seen) * config.data.sequence_length * (warmup + 1)
+            longer = f"train.tokens={tokens}"
         raise UserError(
-            f"schedule.warmup_steps={warmup} leaves nothing of train.steps={_steps_words(config, steps)}; "
-            f"nearest legal: schedule.warmup_steps={steps - 1}, or train.steps={warmup + 1}"
+            f"schedule.warmup_steps={warmup} leaves nothing of {_length_words(config, steps)}; "
+            f"nearest legal: schedule.warmup_steps={steps - 1}, or {longer}"
         )
     if schedule.kind == "wsd" and schedule.decay_steps is not None and warmup + schedule.decay_steps > steps:
         legal = f"schedule.decay_steps={steps - warmup}"
         raise UserError(
             f"schedule.warmup_steps + schedule.decay_steps = {warmup} + {schedule.decay_steps} = "
-            f"{warmup + schedule.decay_steps} is more than train.steps={_steps_words(config, steps)}; "
+            f"{warmup + schedule.decay_steps} is more than {_length_words(config, steps)}; "
             f"nearest legal: {legal}"
         )
     if schedule.min_lr > config.optimizer.lr:
@@ -228,8 +242,10 @@ def check_steps(config: RunConfig) -> None:
         )
 
 
-def _steps_words(config: RunConfig, steps: int) -> str:
-    return str(steps) if config.train.steps != "chinchilla" else f"chinchilla = {steps}"
+def _length_words(config: RunConfig, steps: int) -> str:
+    if config.train.tokens is not None:
+        return f"train.tokens={config.train.tokens} = {steps} steps"
+    return f"train.steps={steps}" if config.train.steps != "chinchilla" else f"train.steps=chinchilla = {steps}"
 
 
 def divisors(number: int) -> list[int]:

@@ -23,6 +23,7 @@ def config(
     Example: megallama config configs/7b.yaml train.micro_batch_size=2 --gpus 128
     """
     # The schema takes a quarter of a second to import, which no other command need wait for.
+    from megallama.checkpoint.format import seen_before
     from megallama.config.check import check_config
     from megallama.config.json_schema import json_schema
     from megallama.config.load import dump_config, load_config
@@ -36,7 +37,7 @@ def config(
 
     run = load_config(config_path, overrides or ())
     one_copy = run.parallel.tensor * run.parallel.pipeline * run.parallel.context
-    batching = check_config(run, one_copy if gpus is None else gpus)
+    batching = check_config(run, one_copy if gpus is None else gpus, seen_before(run))
     engine = deepspeed_config(run, batching.dp_size)
     if as_json:
         typer.echo(json.dumps({"config": run.model_dump(mode="json"), "deepspeed": engine}, indent=2))

@@ -91,6 +91,8 @@ def unknown_key(key: str) -> str:
 def explain(error: ValidationError) -> str:
     """One sentence for the first key that pydantic refused: the key, its value, what is expected."""
     details = error.errors(include_url=False)
+    if details[0]["type"] == "length":  # of two keys
+        return details[0]["msg"]
     key = _key_of(details[0])
     same_key = [detail for detail in details if _key_of(detail) == key]
     expected = _or(list(dict.fromkeys(_expectation(detail) for detail in same_key)))

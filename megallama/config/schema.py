@@ -6,9 +6,11 @@ sections or against a world size live in `config.check`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from decimal import Decimal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
@@ -27,7 +29,38 @@ def _number_from_text(value: object) -> object:
     return value
 
 
+_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_MOST_TOKENS = 10**18
+
+
+def _tokens_from_text(value: object) -> object:
+    """`3T`, `1.5e9`, `20_000_000` and 3.0e12 as the whole number that each is, without rounding."""
+    if not isinstance(value, str | float):
+        return value
+    text = str(value).strip().upper()
+    unit = _SUFFIXES.get(text[-1:], 1)
+    try:
+        number = Decimal(text[:-1] if unit > 1 else text) * unit
+    except ArithmeticError:
+        number = Decimal("nan")
+    if not number.is_finite() or abs(number) > _MOST_TOKENS:
+        raise PydanticCustomError("tokens", "a whole number of tokens up to 1e18, such as 300B, 1.5e9 or 3T")
+    whole = max(1, int(number))
+    if number != whole:
+        raise PydanticCustomError("tokens", "a whole number of tokens, at least 1; write {whole}", {"whole": whole})
+    return whole
+
+
 Real = Annotated[float, BeforeValidator(_number_from_text)]
+Tokens = Annotated[
+    int,
+    Field(ge=1, le=_MOST_TOKENS),
+    BeforeValidator(
+        _tokens_from_text,
+        json_schema_input_type=Annotated[int, Field(ge=1)]
+        | Annotated[str, Field(pattern=r"^[0-9][0-9_.]*([eE][+-]?[0-9]+)?[kKmMbBtT]?$")],
+    ),
+]
 Decay = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number_from_text)]
 
 
@@ -151,13 +184,22 @@ class ZeroConfig(Section):
     """Type in which gradients cross data-parallel ranks; bf16 halves the bytes and rounds the sum."""
 
 
+_LENGTH_SAID = {
+    False: "train.steps={steps} and train.tokens={tokens} both say how long the run is; leave one of them out, or set "
+    "one to null: train.steps=null or train.tokens=null",
+    True: "train.steps=null and train.tokens=null say no length; use train.steps=chinchilla, or train.tokens=300B",
+}
+
+
 class TrainConfig(Section):
     """The step."""
 
-    steps: Annotated[int, Field(ge=1)] | Literal["chinchilla"] = "chinchilla"
-    """Optimizer steps of the run; `chinchilla` takes the compute-optimal tokens for this model size."""
+    steps: Annotated[int, Field(ge=1)] | Literal["chinchilla"] | None = "chinchilla"
+    """Optimizer steps of the run; `chinchilla`: the compute-optimal tokens for this model size; null with tokens."""
+    tokens: Tokens | None = None
+    """Tokens of the run, in place of steps: 3T, 300B, 1.5e9; it ends with the first step that reaches them."""
     stop_after: int | None = Field(default=None, ge=1)
-    """Save and end, successfully, once this step is done; the schedule still spans `steps`."""
+    """Save and end, successfully, once this step is done; the schedule still spans the whole run."""
     micro_batch_size: int = Field(default=1, ge=1)
     """Sequences in one forward on one data-parallel rank."""
     global_batch_size: int = Field(default=1, ge=1)
@@ -176,6 +218,19 @@ class TrainConfig(Section):
     """Steps in a row whose gradient is not finite, after which the run has failed."""
     compile: bool = False
     """Run each layer through torch.compile; needs a compiler on the machine."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokens_take_the_place_of_the_default(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("tokens") is not None and "steps" not in given:
+            return {**given, "steps": None}
+        return given
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.tokens is None):
+            raise PydanticCustomError("length", _LENGTH_SAID[self.tokens is None], dict(self))
+        return self
 
 
 class OptimizerConfig(Section):

@@ -32,7 +32,7 @@ def plan(
     flops: Annotated[str | None, typer.Option(help="Compute, as 1e21: its optimal parameters and tokens.")] = None,
     params: Annotated[str | None, typer.Option(help="Parameters, as 7e9 or 7B: their optimal tokens.")] = None,
     tokens: Annotated[
-        str | None, typer.Option(help="Tokens, as 2e12 or 2T: their optimal parameters; or in place of train.steps.")
+        str | None, typer.Option(help="Tokens, as 2e12 or 2T: their optimal parameters; or a CONFIG's length.")
     ] = None,
     days: Annotated[str | None, typer.Option(help="With --gpus and no CONFIG: the compute of that many days.")] = None,
     gpu: Annotated[
@@ -212,7 +212,7 @@ def _run(path: Path, overrides: Sequence[str], flags: Flags) -> tuple[RunConfig,
 
 def _planned(config: RunConfig, world_size: int, flags: Flags, device: Device) -> tuple[list[Part], UserError | None]:
     """The plan, and why it has no step time where a kind of GPU was named and there is none."""
-    from megallama.plan.budget import total_steps
+    from megallama.plan.budget import planned_tokens
     from megallama.plan.params import count_parameters
     from megallama.plan.report import plan_run
 
@@ -220,7 +220,7 @@ def _planned(config: RunConfig, world_size: int, flags: Flags, device: Device) -
     compute = amount("--flops", flags.flops, "1e21")
     unique_tokens = amount("--unique-tokens", flags.unique_tokens, "5e11 or 500B")
     parts = plan_run(config, world_size, given)
-    tokens = total_steps(config) * config.tokens_per_step if given is None else given
+    tokens = planned_tokens(config, given)
     of_device, without_time = device.parts(config, world_size, tokens)
     parts += of_device
     parts += compared(count_parameters(config.model).total, tokens)

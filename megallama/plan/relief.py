@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megallama.config.check import check_config
+from megallama.config.check import check_batching
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.plan.fit import changes, rank_bytes
@@ -46,7 +46,7 @@ def _legal(config: RunConfig, world_size: int) -> Iterator[Change]:
         if ranks != world_size:
             continue
         try:
-            check_config(changed, ranks)
+            check_batching(changed, ranks)
         except UserError:
             continue
         yield Change(words, max(rank_bytes(changed, ranks)))

@@ -6,7 +6,7 @@ from math import ceil
 
 from megallama.config.check import Batching, check_config
 from megallama.config.schema import RunConfig
-from megallama.plan.budget import total_steps
+from megallama.plan.budget import planned_tokens, total_steps
 from megallama.plan.flops import flops_per_token, hardware_flops_per_token
 from megallama.plan.memory_report import memory_parts
 from megallama.plan.params import count_parameters, padded_vocabulary
@@ -15,16 +15,15 @@ from megallama.plan.table import Part, Row
 
 
 def plan_run(config: RunConfig, world_size: int, tokens: float | None = None) -> list[Part]:
-    """The plan of a run on `world_size` ranks; `tokens` takes the place of what train.steps comes to.
+    """The plan of a run on `world_size` ranks; `tokens` takes the place of the length that the run says.
 
     UserError if the run is not legal on that many ranks.
     """
     batching = check_config(config, world_size)
-    planned = total_steps(config) * config.tokens_per_step if tokens is None else tokens
     return [
         _parameters(config),
         _batch(config, batching, tokens),
-        _flops(config, planned),
+        _flops(config, planned_tokens(config, tokens)),
         *memory_parts(config, batching.dp_size),
     ]
 
@@ -64,9 +63,10 @@ def _batch(config: RunConfig, batching: Batching, given: float | None) -> Part:
     parallel, train, each = config.parallel, config.train, config.tokens_per_step
     dp, parameters = batching.dp_size, count_parameters(config.model).total
     layout = f"{batching.world_size} / (tp {parallel.tensor} * pp {parallel.pipeline} * cp {parallel.context})"
-    if given is not None:
-        steps, length = ceil(given / each), f"{given:.4g} tokens / {each}, up"
-        tokens, total = int(given), "--tokens"
+    wanted = train.tokens if given is None else given
+    if wanted is not None:
+        steps, length = ceil(wanted / each), f"{wanted:.4g} tokens / {each}, up"
+        tokens, total = int(wanted), "train.tokens" if given is None else "--tokens"
     else:
         steps = total_steps(config)
         length = "train.steps" if train.steps != "chinchilla" else "chinchilla: optimal tokens / tokens per step, up"

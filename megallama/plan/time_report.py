@@ -5,7 +5,7 @@ from __future__ import annotations
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.plan.bubble import waiting
-from megallama.plan.budget import total_steps
+from megallama.plan.budget import planned_tokens
 from megallama.plan.communication import NODE_LATENCY, Group, collective_seconds, latency, ring_bandwidth
 from megallama.plan.cost import PUE, run_cost, speed
 from megallama.plan.data_traffic import data_traffic
@@ -23,7 +23,7 @@ def time_parts(
     price: float | None = None,
     software: str | None = None,
 ) -> list[Part]:
-    """Step time, speed and cost of a run on `world_size` of `gpu`; `tokens` takes the place of train.steps.
+    """Step time, speed and cost of a run on `world_size` of `gpu`; `tokens` takes the place of its length.
 
     `price` is for one GPU and hour, in any currency; `software` names a constant of `gpu`, its first by default.
     UserError if the run is not legal on that many ranks, or where a figure of `gpu` that is needed is not known.
@@ -31,11 +31,10 @@ def time_parts(
     check_type(config, gpu)
     work = workload(config, world_size)
     step = step_time(work, gpu, software)
-    planned = total_steps(config) * config.tokens_per_step if tokens is None else tokens
     return [
         _step_time(work, step, gpu, gpu.efficiency_for(software)),
         _speed(work, step, gpu),
-        _cost(work, step, gpu, planned, price),
+        _cost(work, step, gpu, planned_tokens(config, tokens), price),
     ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megallama.config.check import check_config
+from megallama.config.check import check_batching
 from megallama.config.schema import RunConfig
 from megallama.plan.params import count_parameters, padded_vocabulary
 from megallama.plan.simulation import simulated_waiting
@@ -152,7 +152,7 @@ def workload(config: RunConfig, world_size: int, *, simulated: bool = True) -> W
 
     Waiting is `simulated` from the orders that training runs; without, it is that of equal stages, which takes no time.
     """
-    batching = check_config(config, world_size)
+    batching = check_batching(config, world_size)
     parallel, model, train = config.parallel, config.model, config.train
     ranks = stage_ranks(parallel)
     layers = [0] * parallel.pipeline

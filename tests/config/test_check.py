@@ -10,6 +10,7 @@ from megallama.config.check import Batching, check_config, dp_size, gradient_acc
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
+from megallama.plan.budget import Seen
 
 RUN = """\
 model: {vocab_size: 100, hidden_size: 192, intermediate_size: 512, num_hidden_layers: 4, num_attention_heads: 12,
@@ -152,6 +153,19 @@ REFUSED: list[tuple[list[str], int, str, list[tuple[list[str], int]]]] = [
      "schedule.min_lr=0.0003", [(["schedule.min_lr=0.0003"], 1)]),
     (["train.steps=chinchilla", "train.stop_after=1000000000"], 1, "is more than train.steps=chinchilla = ",
      [(["train.steps=chinchilla", "train.stop_after=10"], 1)]),
+    # 16 * 120 tokens a step.
+    (["train.steps=null", "train.tokens=192_001", "train.stop_after=102"], 1, "train.stop_after=102 is more than "
+     "train.tokens=192001 = 101 steps; nearest legal: train.stop_after=101",
+     [(["train.steps=null", "train.tokens=192_001", "train.stop_after=101"], 1)]),
+    (["train.steps=null", "train.tokens=192_001", "schedule.warmup_steps=101"], 1, "schedule.warmup_steps=101 leaves "
+     "nothing of train.tokens=192001 = 101 steps; nearest legal: schedule.warmup_steps=100, or train.tokens=195840",
+     [(["train.steps=null", "train.tokens=192_001", "schedule.warmup_steps=100"], 1),
+      (["train.steps=null", "train.tokens=195840", "schedule.warmup_steps=101"], 1)]),
+    (["train.steps=null", "train.tokens=192K", "schedule.kind=wsd", "schedule.warmup_steps=50",
+      "schedule.decay_steps=60"], 1, "= 50 + 60 = 110 is more than train.tokens=192000 = 100 steps; nearest legal: "
+     "schedule.decay_steps=50",
+     [(["train.steps=null", "train.tokens=192K", "schedule.kind=wsd", "schedule.warmup_steps=50",
+        "schedule.decay_steps=50"], 1)]),
 ]  # fmt: skip
 
 
@@ -192,6 +206,19 @@ def test_legal_runs_get_their_batching(
     assert check_config(config, world_size) == expected
     assert dp_size(config, world_size) == expected.dp_size
     assert gradient_accumulation_steps(config, expected.dp_size) == expected.gradient_accumulation_steps
+
+
+def test_a_length_in_tokens_is_checked_with_the_steps_that_it_takes_from_where_the_run_is(tmp_path: Path) -> None:
+    """3,064 sequences by 8: 383 steps. After 120 of them by 16: 252, while a new run by 16 takes 192."""
+    by_16 = ["train.steps=null", f"train.tokens={3064 * 120}", "schedule.warmup_steps=200"]
+    going_on, seen = run(tmp_path, [*by_16, "train.stop_after=252"]), Seen(120, 960, 8)
+    check_config(going_on, 1, seen)
+    with pytest.raises(UserError, match=r"stop_after=253 is more than train.tokens=367680 = 252 steps; .*=252$"):
+        check_config(run(tmp_path, [*by_16, "train.stop_after=253"]), 1, seen)
+    with pytest.raises(UserError, match=r"stop_after=252 is more than train.tokens=367680 = 192 steps"):
+        check_config(going_on, 1)
+    with pytest.raises(UserError, match=r"warmup_steps=200 leaves nothing of train.tokens=367680 = 192 steps"):
+        check_config(run(tmp_path, by_16), 1)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])

@@ -48,6 +48,7 @@ def test_defaults_give_way_to_the_file_and_the_file_to_overrides(tmp_path: Path)
         ("model.rope_scaling={rope_type: linear, factor: 2}", "model.rope_scaling.factor", 2.0),
         ("logging.wandb.project=p", "logging.wandb.mode", "online"),
         ("train=null", "train.seed", 1234),
+        ("train.tokens=1B", "train.steps", None),
     ],
 )
 def test_override_values_are_yaml(smallest: Path, override: str, key: str, value: object) -> None:
@@ -72,6 +73,43 @@ def test_a_dumped_run_is_complete_and_reloads_to_an_equal_object(smallest: Path,
     again.write_text(dump_config(config))
     assert load_config(again) == config
     assert set(yaml.safe_load(dump_config(config))) == set(RunConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("3T", 3 * 10**12),
+        ("300b", 3 * 10**11),
+        ("1.5e9", 1_500_000_000),
+        ("3e12", 3 * 10**12),
+        ("3.0e+12", 3 * 10**12),
+        ("20_000_000", 20_000_000),
+        ("20M", 20_000_000),
+        ("'2_000K'", 2_000_000),
+        ("2.3T", 2_300_000_000_000),  # as a product of floats it is none whole
+        ("0.001K", 1),
+        ("999999999999999999", 10**18 - 1),
+    ],
+)
+def test_every_way_to_write_tokens_is_the_same_whole_number(smallest: Path, text: str, tokens: int) -> None:
+    by_override = load_config(smallest, [f"train.tokens={text}"])
+    assert by_override.train.tokens == tokens
+    smallest.write_text(SMALLEST + f"train: {{tokens: {text}}}\n")
+    assert load_config(smallest) == by_override
+    smallest.write_text(dump_config(by_override))
+    assert load_config(smallest) == by_override, "what a run directory holds"
+
+
+def test_a_length_in_the_file_gives_way_to_one_of_the_other_kind_where_it_is_set_to_null(tmp_path: Path) -> None:
+    for in_file, other, null in (
+        ("steps: 100", "train.tokens=1B", "train.steps=null"),
+        ("tokens: 1B", "train.steps=100", "train.tokens=null"),
+    ):
+        path = tmp_path / "run.yaml"
+        path.write_text(SMALLEST + f"train: {{{in_file}}}\n")
+        with pytest.raises(UserError, match=f"both say how long the run is; .*{null}"):
+            load_config(path, [other])
+        load_config(path, [other, null])
 
 
 def test_an_empty_section_is_a_section_of_defaults(tmp_path: Path) -> None:
@@ -100,6 +138,36 @@ BAD_OVERRIDES = [
     ("train.steps=1e5", "train.steps=1e5 is not legal; expected a whole number or chinchilla; write 100000",
      "train.steps=100000"),
     ("train.steps=0", "train.steps=0 is not legal; expected at least 1 or chinchilla", "train.steps=1"),
+    ("train.tokens=many", "train.tokens=many is not legal; expected a whole number of tokens up to 1e18, such as 300B",
+     "train.tokens=300B"),
+    ("train.tokens=3TB", "train.tokens=3TB is not legal; expected a whole number of tokens up to 1e18, such as 300B, "
+     "1.5e9 or 3T", "train.tokens=3T"),
+    ("train.tokens=B", "train.tokens=B is not legal; expected a whole number of tokens", "train.tokens=1B"),
+    ("train.tokens=2.0005K", "train.tokens=2.0005K is not legal; expected a whole number of tokens, at least 1; "
+     "write 2000",
+     "train.tokens=2000"),
+    ("train.tokens=0.5", "train.tokens=0.5 is not legal; expected a whole number of tokens, at least 1; write 1",
+     "train.tokens=1"),
+    ("train.tokens=0", "train.tokens=0 is not legal; expected at least 1", "train.tokens=1"),
+    ("train.tokens=-3T", "train.tokens=-3T is not legal; expected a whole number of tokens, at least 1; write 1",
+     "train.tokens=3T"),
+    ("train.tokens=.inf", "train.tokens=Infinity is not legal; expected a whole number of tokens up to 1e18",
+     "train.tokens=1e18"),
+    ("train.tokens=nan", "train.tokens=nan is not legal; expected a whole number of tokens up to 1e18",
+     "train.tokens=1e18"),
+    ("train.tokens=1e999999999999", "train.tokens=1e999999999999 is not legal; expected a whole number of tokens up to "
+     "1e18", "train.tokens=1e18"),
+    ("train.tokens=1000001T", "train.tokens=1000001T is not legal; expected a whole number of tokens up to 1e18",
+     "train.tokens=1000000T"),
+    ("train.tokens=true", "train.tokens=true is not legal; expected a whole number", "train.tokens=1"),
+    ("train.tokens=[3T]", 'train.tokens=["3T"] is not legal; expected a whole number', "train.tokens=3T"),
+    ("train={steps: 100, tokens: 1B}", "train.steps=100 and train.tokens=1000000000 both say how long the run is; "
+     "leave one of them out, or set one to null: train.steps=null or train.tokens=null",
+     "train={steps: null, tokens: 1B}"),
+    ("train={steps: chinchilla, tokens: 1B}", "train.steps=chinchilla and train.tokens=1000000000 both say how long",
+     "train={steps: chinchilla, tokens: null}"),
+    ("train.steps=null", "train.steps=null and train.tokens=null say no length; use train.steps=chinchilla, or "
+     "train.tokens=300B", "train.tokens=300B"),
     ("train.seed=true", "train.seed=true is not legal; expected a whole number", "train.seed=1"),
     ("train.seed='3'", 'train.seed="3" is not legal; expected a whole number; write 3', "train.seed=3"),
     ("train.dtype=fp16", "train.dtype=fp16 is not legal; expected bf16 or fp32; did you mean bf16?",
