@@ -14,8 +14,7 @@ from typing import Any, Protocol
 
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-
-Event = dict[str, Any]
+from megallama.events import METRICS, Event
 
 
 class Sink(Protocol):
@@ -141,7 +140,7 @@ def check_sinks(config: RunConfig) -> None:
 
 def open_metrics(config: RunConfig, run_dir: Path, total_steps: int) -> Metrics:
     """All sinks of the run."""
-    sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl"), Terminal(total_steps)]
+    sinks: list[Sink] = [JsonLines(run_dir / METRICS), Terminal(total_steps)]
     if config.logging.wandb is not None:
         sinks.append(WandbSink(config, run_dir))
     return Metrics(sinks)
@@ -192,6 +191,7 @@ _LINES: dict[str, Callable[[Event, int], str]] = {
     "checkpoint_failed": lambda e, _: f"step {e['step']}  could not be saved, going on: {e['reason']}",
     "notice": lambda e, _: e["text"],
     "resume": lambda e, _: f"step {e['step']}  continues {e['path']}",
+    "rollback": lambda e, _: f"step {e['step']}  went back to {e['path']}",
     "skip": lambda e, _: f"step {e['step']}  gradient not finite: update skipped on every rank",
     "stop": lambda e, _: f"step {e['step']}  {e['reason']}",
 }
