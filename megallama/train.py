@@ -237,23 +237,30 @@ def start_state(run: Run, start: Start) -> TrainState:
         state = load(start.resume, run.engine, run.model)
         run.metrics.write("resume", step=state.step, samples=state.samples, path=str(start.resume))
         if not state_is_finite(run.engine.fragments(), run.mesh):
-            what = f"weights or moments of {start.resume} are not finite, or too large to train on"
+            what = f"weights or moments of {start.resume} are not finite"
             raise UserError(f"{what}; {way_back(run.dir, state.step)}")
         return state
     if start.weights is not None:
         load_initial_weights(start.weights, run.engine, run.model)
         if not state_is_finite(run.engine.fragments(), run.mesh):
-            what = f"checkpoint.init_from={start.weights} has weights that are not finite, or too large to train on"
+            what = f"checkpoint.init_from={start.weights} has weights that are not finite"
             raise UserError(f"{what}; use another checkpoint")
     return TrainState()
 
 
-def check_first_loss(run: Run, state: TrainState, loss: Tensor) -> None:
-    """UserError where the first `loss` after a checkpoint was loaded is not finite; every rank must call it."""
-    (total,) = sum_losses([float(loss)], run.mesh)
-    if not math.isfinite(total):
-        what = f"the loss of the first step after the checkpoint of step {state.step} is not finite"
-        raise UserError(f"{what}; {way_back(run.dir, state.step)}")
+def check_loaded(run: Run, step: int, done: int, skipped: int, loss: Tensor) -> None:
+    """UserError where what was loaded at `step` cannot be trained on, as the steps `done` since then show.
+
+    That is so if the first loss is not finite, or if the weights are large beyond measure and two steps were skipped:
+    of one its data may be the reason. Every rank must call it.
+    """
+    why = ""
+    if done == 1 and not math.isfinite(*sum_losses([float(loss)], run.mesh)):
+        why = "give a loss that is not finite"
+    if done == skipped == 2 and not state_is_finite(run.engine.fragments(), run.mesh, squares=True):
+        why = "are too large: no gradient is finite"
+    if why:
+        raise UserError(f"the weights that were loaded at step {step} {why}; {way_back(run.dir, step)}")
 
 
 def loop(run: Run, state: TrainState) -> Ending:
@@ -271,13 +278,13 @@ def loop(run: Run, state: TrainState) -> Ending:
         lr = learning_rate(state.step, run.total_steps, run.config.optimizer.lr, run.config.schedule)
         with pace:
             loss, result = train_step(run, next(batches), lr)
-        if state is begun and begun.step > 0:
-            check_first_loss(run, state, loss)
         if result.applied:
             run.saver.prove(state.step)
         state = state.after(run.config.train.global_batch_size, applied=result.applied)
         skipped = 0 if result.applied else skipped + 1
         healthy = skipped == 0
+        if begun.step > 0:
+            check_loaded(run, begun.step, state.step - begun.step, skipped, loss)
         if skipped:
             run.metrics.write("skip", step=state.step, samples=state.samples)
         report_forecast(run.config, run.mesh, run.metrics, state.step, pace)
@@ -312,7 +319,7 @@ def ending_after(run: Run, state: TrainState, skipped: int, wishes: Wishes) -> E
 def finish(run: Run, state: TrainState, loss: Tensor, ending: Ending | None, healthy: bool | None) -> Ending:
     """Wait for the last save, repeat it where it failed and may, and record how the run ends.
 
-    `healthy` is None where no step was done.
+    `healthy` is None where no step was done: then the save that was loaded has told.
     """
     if ending is None:
         done = state.step >= run.total_steps
@@ -326,7 +333,7 @@ def finish(run: Run, state: TrainState, loss: Tensor, ending: Ending | None, hea
             break
         save_checkpoint(run, state, loss, healthy=bool(healthy))
         run.saver.wait()
-    if healthy and ending.status != "failed":
+    if healthy is not False and ending.status != "failed":
         run.saver.prove(state.step)
         run.saver.wait()
     if healthy is False and ending.status != "failed":
@@ -414,7 +421,7 @@ def save_checkpoint(run: Run, state: TrainState, loss: Tensor, *, healthy: bool)
     run.watchdog.now("save", patient=True)
     config, mesh = run.config, run.mesh
     (total,) = sum_losses([float(loss)], mesh)
-    healthy = state_is_finite(run.engine.fragments(), mesh) and healthy and math.isfinite(total)
+    healthy = state_is_finite(run.engine.fragments(), mesh, squares=True) and healthy and math.isfinite(total)
     layout: dict[str, object] = {
         "tensor": config.parallel.tensor,
         "pipeline": config.parallel.pipeline,

@@ -131,11 +131,10 @@ def rollback_command(
 
     The run must not be alive. Example: megallama checkpoint rollback runs/quickstart 700
     """
-    from megallama.checkpoint.listing import checkpoints_folder
     from megallama.checkpoint.report import json_of
     from megallama.checkpoint.rollback import roll_back
 
-    done = roll_back(checkpoints_folder(run).parent, step)
+    done = roll_back(run, step)
     if as_json:
         typer.echo(json_of(done.facts))
         return

@@ -40,9 +40,11 @@ class Return:
 def roll_back(run_dir: Path, asked: str) -> Return:
     """Make the checkpoint `asked`, a step, a name or a path, the newest of a run that is not alive.
 
-    UserError if it is not there, or is one that a start would not continue, or if the run is alive.
+    UserError if it is not there or not one that a start would continue, or if the run is alive.
     """
     folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"{run_dir} holds no checkpoint; give a run directory such as runs/quickstart")
     _continuable(folder, asked)
     with RunLock(run_dir, handover_seconds=0.0):
         path = _continuable(folder, asked)

@@ -160,13 +160,15 @@ def pick_start(config: RunConfig, data: DataIdentity) -> Start:
     settings, folder = config.checkpoint, Path(config.run.dir) / "checkpoints"
     if settings.resume != "never":
         found = [path for path in candidates(folder) if why_torn(path) is None]
+        start = _continue(config, folder, found[0]) if found else Start()
         # One whose state is damaged does not say what it is of. `confirm` passes it over.
-        known = next((path for path in found if not _state_damage(path)), None)
+        tried = [start.resume] if start.back and start.resume is not None else found
+        known = next((path for path in tried if not _state_damage(path)), None)
         if known is not None:
             _check_same_model(known, config.model, "run.dir")
             _check_same_data(known, data)
         if found:
-            return _continue(config, folder, found[0])
+            return start
         if torn := named_checkpoints(folder):
             _refuse_to_start_over(folder, [f"{path.name}: {why_torn(path)}" for path in torn])
         if (folder / LATEST).exists():
@@ -207,9 +209,12 @@ def _continue(config: RunConfig, folder: Path, newest: Path) -> Start:
             notices.append(f"checkpoint.resume={resume} went back at an earlier start, and this one continues; {again}")
         return Start(resume=newest, notices=tuple(notices))
     try:
-        return Start(resume=find(folder, resume), back=True, notices=tuple(notices))
+        path = find(folder, resume)
     except UserError as error:
         raise UserError(f"checkpoint.resume={resume}: {error}") from None
+    if (reason := why_torn(path)) is not None:
+        raise UserError(f"checkpoint.resume={resume}: {path} is not whole ({reason}); use another step")
+    return Start(resume=path, back=True, notices=tuple(notices))
 
 
 def _refuse_own_weights(weights: Path, folder: Path) -> None:
