@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megallama.checkpoint.commit import UNDONE, best_of, point, repoint, set_aside
-from megallama.checkpoint.format import named_checkpoints, step_of, why_torn
+from megallama.checkpoint.format import folder_name, named_checkpoints, step_of, why_torn
 from megallama.checkpoint.health import healthy_checkpoints, is_healthy, newer
 from megallama.errors import UserError
 from megallama.events import METRICS
@@ -82,8 +82,10 @@ def find(folder: Path, asked: int | str) -> Path:
     if step in found and not elsewhere:
         return found[step]
     near = sorted(sorted(found, key=lambda there: abs(there - (step or 0)))[:2])
-    fix = f"the nearest are of steps {' and '.join(map(str, near))}" if near else "it has none at all"
-    raise UserError(f"{asked} is no checkpoint of {folder}; {fix if len(near) != 1 else f'use {near[0]}'}")
+    fix = f"the nearest of them is of step {' or '.join(map(str, near))}" if near else "it has none at all"
+    if step is not None and not elsewhere and (aside := sorted(folder.glob(f"{folder_name(step)}.{UNDONE}-*"))):
+        fix += f", and {aside[-1].name} was set aside: give it its name again to bring it back"
+    raise UserError(f"{asked} is no checkpoint of {folder}; {fix}")
 
 
 def _continuable(folder: Path, asked: str) -> Path:
