@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megallama.checkpoint.format import complete_checkpoints
+from megallama.checkpoint.health import healthy_checkpoints
 from megallama.checkpoint.store import load_weights, read_saved
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.errors import UserError
@@ -30,10 +31,11 @@ class Sampling:
 
 
 def load_run(run_dir: Path) -> tuple[Llama, Tokenizer, Path]:
-    """The model of the newest checkpoint of a run, its tokenizer, and that checkpoint. UserError without one."""
+    """The model of a run's newest healthy checkpoint, its tokenizer, and that checkpoint. UserError without one."""
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} is not a run directory: it has no config.yaml")
-    found = complete_checkpoints(run_dir / "checkpoints")
+    folder = run_dir / "checkpoints"
+    found = healthy_checkpoints(folder) or complete_checkpoints(folder)
     if not found:
         raise UserError(f"{run_dir} holds no checkpoint yet; train until the first save")
     weights = load_weights(found[0])  # first: it reads the files against their hashes

@@ -23,13 +23,13 @@ class RunLock:
     On a file system that several nodes share it must carry locks between them: NFS 4, GPFS, Lustre with `flock` do.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, handover_seconds: float = _HANDOVER_SECONDS) -> None:
         path = run_dir / LOCK
         try:
             self._file = path.open("a+")
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}); use another run.dir") from None
-        deadline = time.monotonic() + _HANDOVER_SECONDS
+        deadline = time.monotonic() + handover_seconds
         while not _taken(self._file.fileno()):
             if time.monotonic() > deadline:
                 self._file.seek(0)

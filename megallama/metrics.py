@@ -14,8 +14,7 @@ from typing import Any, Protocol
 
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-
-Event = dict[str, Any]
+from megallama.events import METRICS, Event
 
 
 class Sink(Protocol):
@@ -141,7 +140,7 @@ def check_sinks(config: RunConfig) -> None:
 
 def open_metrics(config: RunConfig, run_dir: Path) -> Metrics:
     """All sinks of the run."""
-    sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl"), Terminal()]
+    sinks: list[Sink] = [JsonLines(run_dir / METRICS), Terminal()]
     if config.logging.wandb is not None:
         sinks.append(WandbSink(config, run_dir))
     return Metrics(sinks)
@@ -193,6 +192,7 @@ _LINES: dict[str, Callable[[Event], str]] = {
     "checkpoint_failed": lambda e: f"step {e['step']}  could not be saved, going on: {e['reason']}",
     "notice": lambda e: e["text"],
     "resume": lambda e: f"step {e['step']}  continues {e['path']}",
+    "rollback": lambda e: f"step {e['step']}  went back to {e['path']}",
     "skip": lambda e: f"step {e['step']}  gradient not finite: update skipped on every rank",
     "stop": lambda e: f"step {e['step']}  {e['reason']}",
 }

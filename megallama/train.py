@@ -19,7 +19,10 @@ from torch import Tensor
 
 from megallama.agreement import check_same, facts_of
 from megallama.checkpoint.commit import Retention, tend, tidy
+from megallama.checkpoint.finite import state_is_finite
 from megallama.checkpoint.format import seen_before
+from megallama.checkpoint.health import way_back
+from megallama.checkpoint.rollback import pass_over, record_return, return_to
 from megallama.checkpoint.saver import Saver
 from megallama.checkpoint.store import (
     DataIdentity,
@@ -38,6 +41,7 @@ from megallama.config.schema import RunConfig
 from megallama.data.loader import Loader, MicroBatch, prefetched
 from megallama.data.tokenizer import load_tokenizer
 from megallama.engine import Engine, StepResult
+from megallama.errors import UserError
 from megallama.evaluate import evaluate
 from megallama.forecast import report_forecast
 from megallama.labels import IGNORED
@@ -225,9 +229,14 @@ def put_in_order(
     """Set aside and delete what earlier starts left that is not whole or not kept, and say so."""
     for notice in tidy(folder, damaged):
         metrics.write("notice", text=notice)
+    for notice in start.notices:
+        metrics.write("notice", text=notice)
     if start.resume is not None:
+        if start.back:
+            metrics.write("rollback", **return_to(start.resume).facts)
+            record_return(start.resume)
         # The start before may have been killed between a save and this, and this one may have none to save.
-        for notice in tend(folder, retention):
+        for notice in [*pass_over(start.resume), *tend(folder, retention, proven=False)]:
             metrics.write("notice", text=notice)
 
 
@@ -237,10 +246,31 @@ def start_state(run: Run, start: Start) -> TrainState:
         state = load(start.resume, run.engine, run.model)
         state = replace(state, first_batch=schedule_batch(run.config, state.seen))
         run.metrics.write("resume", step=state.step, samples=state.samples, path=str(start.resume))
+        if not state_is_finite(run.engine.fragments(), run.mesh):
+            what = f"weights or moments of {start.resume} are not finite"
+            raise UserError(f"{what}; {way_back(run.dir, state.step)}")
         return state
     if start.weights is not None:
         load_initial_weights(start.weights, run.engine, run.model)
+        if not state_is_finite(run.engine.fragments(), run.mesh):
+            what = f"checkpoint.init_from={start.weights} has weights that are not finite"
+            raise UserError(f"{what}; use another checkpoint")
     return TrainState(first_batch=run.config.train.global_batch_size)
+
+
+def check_loaded(run: Run, step: int, done: int, skipped: int, loss: Tensor) -> None:
+    """UserError where what was loaded at `step` cannot be trained on, as the steps `done` since then show.
+
+    That is so if the first loss is not finite, or if the weights are large beyond measure and two steps were skipped:
+    of one its data may be the reason. Every rank must call it.
+    """
+    why = ""
+    if done == 1 and not math.isfinite(*sum_losses([float(loss)], run.mesh)):
+        why = "give a loss that is not finite"
+    if done == skipped == 2 and not state_is_finite(run.engine.fragments(), run.mesh, squares=True):
+        why = "are too large: no gradient is finite"
+    if why:
+        raise UserError(f"the weights that were loaded at step {step} {why}; {way_back(run.dir, step)}")
 
 
 def loop(run: Run, state: TrainState) -> Ending:
@@ -249,16 +279,22 @@ def loop(run: Run, state: TrainState) -> Ending:
     # A start that was stopped at a step to be evaluated leaves that to the next one.
     missed = due(run.config.evaluation.every, state.step) and state.validation_loss is None
     if state.step == 0 or (missed and state.step < run.last_step(state)):
-        state = evaluate_splits(run, state)
+        state, _ = evaluate_splits(run, state)
     pace, batches = Pace(), prefetched(run.train_data, state.samples)
-    ending, loss, skipped = None, torch.zeros(()), 0
+    ending, loss, skipped, begun = None, torch.zeros(()), 0, state
+    healthy: bool | None = None
     while ending is None and state.step < run.last_step(state):
         run.watchdog.now("step")
         lr = next_rate(run.config, state.seen)
         with pace:
             loss, result = train_step(run, next(batches), lr)
+        if result.applied:
+            run.saver.prove(state.step)
         state = state.after(run.config.train.global_batch_size, applied=result.applied)
         skipped = 0 if result.applied else skipped + 1
+        healthy = skipped == 0
+        if begun.step > 0:
+            check_loaded(run, begun.step, state.step - begun.step, skipped, loss)
         if skipped:
             run.metrics.write("skip", step=state.step, samples=state.samples)
         report_forecast(run.config, run.mesh, run.metrics, state.step, pace)
@@ -266,29 +302,36 @@ def loop(run: Run, state: TrainState) -> Ending:
         hopeless = run.saver.failures >= run.config.checkpoint.max_failures
         wishes = run.requests.agree(saving=run.saver.busy, give_up=hopeless)
         last = state.step >= run.last_step(state)
-        ending = None if last else ending_after(run, skipped, wishes)
+        ending = None if last else ending_after(run, state, skipped, wishes)
         evaluate_now, save_now, log_now = (due(n, state.step) or last for n in every)
         if log_now or ending is not None:
             write_train_event(run, state, loss, result.grad_norm, lr, pace.take())
         if evaluate_now and ending is None:
-            state = evaluate_splits(run, state)
+            state, finite = evaluate_splits(run, state)
+            healthy = healthy and finite
         if save_now or wishes.save or wishes.stop is not None:
-            save_checkpoint(run, state, loss)
-    return finish(run, state, loss, ending)
+            healthy = save_checkpoint(run, state, loss, healthy=healthy)
+    return finish(run, state, loss, ending, healthy)
 
 
-def ending_after(run: Run, skipped: int, wishes: Wishes) -> Ending | None:
+def ending_after(run: Run, state: TrainState, skipped: int, wishes: Wishes) -> Ending | None:
     """Why the run ends before its last step, the same on every rank, or None to go on."""
     if skipped >= run.config.train.max_skipped:
+        run.watchdog.now("end", patient=True)
+        run.saver.wait()  # for what is the newest healthy checkpoint
         reason = f"{skipped} steps in a row had a gradient that is not finite; try a lower optimizer.lr or other data"
-        return Ending("failed", reason)
+        # None of these steps changed the weights: a checkpoint of the step before them has the weights that fail.
+        return Ending("failed", f"{reason}; {way_back(run.dir, state.step - skipped)}")
     if wishes.give_up:
         return Ending("failed", f"{run.config.checkpoint.max_failures} saves in a row failed: {run.saver.last_error}")
     return None if wishes.stop is None else Ending("requeue", f"stopped by {wishes.stop}")
 
 
-def finish(run: Run, state: TrainState, loss: Tensor, ending: Ending | None) -> Ending:
-    """Wait for the last save, repeat it where it failed and may, and record how the run ends."""
+def finish(run: Run, state: TrainState, loss: Tensor, ending: Ending | None, healthy: bool | None) -> Ending:
+    """Wait for the last save, repeat it where it failed and may, and record how the run ends.
+
+    `healthy` is None where no step was done: then the save that was loaded has told.
+    """
     if ending is None:
         done = state.step >= run.total_steps(state)
         ending = Ending("done", "done") if done else Ending("stopped", "stopped by train.stop_after")
@@ -299,8 +342,14 @@ def finish(run: Run, state: TrainState, loss: Tensor, ending: Ending | None) -> 
         if run.saver.failures >= run.config.checkpoint.max_failures:
             ending = Ending("failed", f"the last save failed: {run.saver.last_error}")
             break
-        save_checkpoint(run, state, loss)
+        save_checkpoint(run, state, loss, healthy=bool(healthy))
         run.saver.wait()
+    if healthy is not False and ending.status != "failed":
+        run.saver.prove(state.step)
+        run.saver.wait()
+    if healthy is False and ending.status != "failed":
+        way = way_back(run.dir, state.step)
+        run.metrics.write("notice", text=f"this start ends while updates are skipped or numbers are not finite; {way}")
     report_saves(run)
     run.metrics.write("stop", step=state.step, reason=ending.reason, status=ending.status)
     if run.mesh.rank == 0:
@@ -359,23 +408,32 @@ def write_train_event(run: Run, state: TrainState, loss: Tensor, grad_norm: floa
     )
 
 
-def evaluate_splits(run: Run, state: TrainState) -> TrainState:
-    """Loss and perplexity on train and validation data, the latter also in the state; every rank must call it."""
+def evaluate_splits(run: Run, state: TrainState) -> tuple[TrainState, bool]:
+    """Loss and perplexity on train and validation data, the latter also in the state, and whether both are finite.
+
+    Every rank must call it.
+    """
     run.watchdog.now("evaluation")
+    finite = True
     for split, data in (("train", run.train_data), ("validation", run.validation_data)):
         if data is not None:
             loss = evaluate(run.engine, data, run.config.evaluation.samples, run.mesh)
             run.metrics.write("eval", step=state.step, split=split, loss=loss, perplexity=math.exp(min(loss, 700.0)))
+            finite = finite and math.isfinite(loss)
             if split == "validation" and math.isfinite(loss):
                 state = replace(state, validation_loss=loss)
-    return state
+    return state, finite
 
 
-def save_checkpoint(run: Run, state: TrainState, loss: Tensor) -> None:
-    """Begin to save everything that the run needs to go on; every rank must call it."""
+def save_checkpoint(run: Run, state: TrainState, loss: Tensor, *, healthy: bool) -> bool:
+    """Begin to save everything that the run needs to go on; every rank must call it.
+
+    Returns whether the checkpoint is healthy: as far as the caller knows, and by its loss and its numbers.
+    """
     run.watchdog.now("save", patient=True)
     config, mesh = run.config, run.mesh
     (total,) = sum_losses([float(loss)], mesh)
+    healthy = state_is_finite(run.engine.fragments(), mesh, squares=True) and healthy and math.isfinite(total)
     layout: dict[str, object] = {
         "tensor": config.parallel.tensor,
         "pipeline": config.parallel.pipeline,
@@ -385,9 +443,10 @@ def save_checkpoint(run: Run, state: TrainState, loss: Tensor) -> None:
         "dtype": config.train.dtype,
     }
     identity = data_identity(config, run.train_data)
-    run.saver.save(state.step, state_document(state, total / mesh.data.size, identity, config.model, layout))
+    run.saver.save(state.step, state_document(state, total / mesh.data.size, healthy, identity, config.model, layout))
     if not config.checkpoint.asynchronous:
         run.saver.wait()
+    return healthy
 
 
 def report_saves(run: Run) -> None:
@@ -402,6 +461,8 @@ def report_saves(run: Run) -> None:
             run.metrics.write("checkpoint_failed", step=result.step, reason=result.error, **seconds, **count)
         for warning in result.warnings:
             run.metrics.write("notice", text=warning)
+    for warning in run.saver.take_notices():
+        run.metrics.write("notice", text=warning)
 
 
 def due(every: int, step: int) -> bool:

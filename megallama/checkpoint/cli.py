@@ -121,6 +121,28 @@ def diff_command(
     raise typer.Exit(0 if equal else 1)
 
 
+@checkpoint_app.command("rollback")
+def rollback_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, as runs/quickstart.")],
+    step: Annotated[str, typer.Argument(metavar="STEP", help="Step, name or path of one of its checkpoints.")],
+    as_json: AsJson = False,
+) -> None:
+    """Go back to a checkpoint: newer ones are set aside, none is deleted, and the next start continues it.
+
+    The run must not be alive. Example: megallama checkpoint rollback runs/quickstart 700
+    """
+    from megallama.checkpoint.report import json_of
+    from megallama.checkpoint.rollback import roll_back
+
+    done = roll_back(run, step)
+    if as_json:
+        typer.echo(json_of(done.facts))
+        return
+    for name, aside in done.set_aside.items():
+        typer.echo(f"{name} set aside as {aside}")
+    typer.echo(f"the next start continues {done.path}")
+
+
 def _open(path: Path) -> tuple[Manifest, dict[str, Any], Stored]:
     """What the checkpoint at `path` says of itself, and its tensors. UserError if it is none, or not a whole one."""
     from megallama.checkpoint.format import TornCheckpointError, named_checkpoints, read_document, read_manifest

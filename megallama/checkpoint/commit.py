@@ -32,15 +32,16 @@ from megallama.checkpoint.format import (
     write_json,
     write_manifest,
 )
+from megallama.checkpoint.health import is_healthy
 from megallama.errors import UserError
 
-PARTIAL, DROPPED, TORN = "partial", "dropped", "torn"
-"""What follows a checkpoint's name and a dot: being written, being deleted, set aside."""
+PARTIAL, DROPPED, TORN, UNDONE = "partial", "dropped", "torn", "undone"
+"""What follows a checkpoint's name and a dot: being written, being deleted, not whole, undone by a return."""
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest `keep`, every one at a multiple of `keep_every` steps, and the best."""
+    """Which checkpoints stay: the newest `keep` healthy ones, all at multiples of `keep_every`, and the best."""
 
     keep: int
     keep_every: int = 0
@@ -78,25 +79,36 @@ def point(pointer: Path, name: str) -> None:
     sync_folder(pointer.parent)
 
 
-def tend(folder: Path, retention: Retention) -> list[str]:
-    """Point at the newest checkpoint and the best, and delete what `retention` does not keep.
+def tend(folder: Path, retention: Retention, *, proven: bool = True) -> list[str]:
+    """Point at the newest healthy checkpoint and the best, and delete what `retention` does not keep.
 
-    Returns what could not be done, a reason each: none of it harms a checkpoint. The newest stays whatever is asked.
+    The newest healthy one takes the place of an older one once it is `proven`: the run has trained on from it. What is
+    not healthy stays while it is the newest of all. Returns what could not be done, a reason each: none of it harms a
+    checkpoint. The newest stays whatever is asked.
     """
     try:
         found = complete_checkpoints(folder)
     except UserError as error:  # one of a newer format: what may go is not known
         return [str(error)]
-    best = best_of(found)
-    failures = []
-    for pointer, path in ((LATEST, found[0]), (BEST, best)):
-        if path is not None:
-            failures += _tried(partial(point, folder / pointer, path.name))
-    for old in found[max(1, retention.keep) :]:
+    if not found:
+        return []
+    healthy = [path for path in found if is_healthy(path)]
+    best = best_of(healthy)
+    failures = repoint(folder, (healthy or found)[0], best)
+    counted = healthy if proven else healthy[1:]
+    stay = {found[0], *healthy[:1], *counted[: retention.keep], best}
+    for old in found:
         permanent = retention.keep_every > 0 and step_of(old) % retention.keep_every == 0
-        if not permanent and old != best:
+        if not permanent and old not in stay:
             failures += _tried(partial(delete, old))
     return failures
+
+
+def repoint(folder: Path, latest: Path, best: Path | None) -> list[str]:
+    """Write both pointers, or delete the one to the best where there is none. Returns what could not be done."""
+    to_best = folder / BEST
+    done = partial(to_best.unlink, missing_ok=True) if best is None else partial(point, to_best, best.name)
+    return _tried(partial(point, folder / LATEST, latest.name)) + _tried(done)
 
 
 def delete(path: Path) -> None:
@@ -150,10 +162,10 @@ def tidy(folder: Path, damaged: Mapping[Path, str]) -> Iterator[str]:
         yield f"{path.name} is deleted now"
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a folder that is not a whole checkpoint, so that nothing takes it for one or collides with it."""
+def set_aside(path: Path, word: str = TORN) -> Path:
+    """Rename a folder, so that nothing takes it for a checkpoint or collides with it."""
     name, number = path.name.split(".")[0], 1
-    while (aside := path.with_name(f"{name}.{TORN}-{number}")).exists():
+    while (aside := path.with_name(f"{name}.{word}-{number}")).exists():
         number += 1
     path.rename(aside)
     return aside

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megallama.checkpoint.commit import DROPPED, PARTIAL, TORN
+from megallama.checkpoint.commit import DROPPED, PARTIAL, TORN, UNDONE
 from megallama.checkpoint.format import (
     BEST,
     LATEST,
@@ -18,12 +18,13 @@ from megallama.checkpoint.format import (
     read_document,
     read_manifest,
 )
+from megallama.checkpoint.health import is_healthy
 from megallama.errors import UserError
 from megallama.verify.layout import Layout
 
 COMPLETE = "complete"
-_NAME = re.compile(rf"step_(\d{{8,}})(?:\.({PARTIAL}|{TORN}|{DROPPED})(?:-.*)?)?")
-_LEFT_OVER = {PARTIAL: "unfinished", TORN: "set aside", DROPPED: "half deleted"}
+_NAME = re.compile(rf"step_(\d{{8,}})(?:\.({PARTIAL}|{TORN}|{UNDONE}|{DROPPED})(?:-.*)?)?")
+_LEFT_OVER = {PARTIAL: "unfinished", TORN: "set aside", UNDONE: "undone", DROPPED: "half deleted"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Entry:
     condition: str
     """COMPLETE as far as names and sizes tell, or what it is instead."""
     marks: tuple[str, ...]
-    """`latest`, `best`."""
+    """`latest`, `best`, `unhealthy`."""
     bytes: int
     """Of the files that are there."""
     saved: float | None
@@ -110,13 +111,17 @@ def _entry(path: Path, marked: dict[str, str]) -> Entry:
         path=path,
         step=int(match[1]),
         condition=_LEFT_OVER.get(match[2], condition),
-        marks=tuple(pointer for pointer, name in marked.items() if name == path.name),
+        marks=(*(pointer for pointer, name in marked.items() if name == path.name), *_health(path)),
         bytes=sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
         saved=saved,
         loss=loss,
         validation_loss=validation_loss,
         layout=layout,
     )
+
+
+def _health(path: Path) -> list[str]:
+    return [] if is_healthy(path) else ["unhealthy"]
 
 
 def _condition(path: Path) -> tuple[str, float | None]:

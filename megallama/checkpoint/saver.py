@@ -20,7 +20,7 @@ from uuid import uuid4
 import torch.distributed as dist
 
 from megallama.checkpoint.commit import PARTIAL, Retention
-from megallama.checkpoint.format import STATE, TENSORS, folder_name, why_torn
+from megallama.checkpoint.format import STATE, TENSORS, folder_name, step_of, why_torn
 from megallama.checkpoint.logical import LogicalTensor, logical_state
 from megallama.checkpoint.snapshot import Snapshot
 from megallama.checkpoint.writer import Answer, Writer
@@ -77,6 +77,11 @@ class Saver:
         attempt = [uuid4().hex[:8]]
         dist.broadcast_object_list(attempt, group=self._group)
         self._attempt = attempt[0]
+        self._committed, self._proven = 0, 0
+        self._unproven = True
+        """Whether the newest checkpoint replaces no older one yet."""
+        self._tending: Future[Answer] | None = None
+        self._notices: list[str] = []
 
     @property
     def busy(self) -> bool:
@@ -98,6 +103,24 @@ class Saver:
             self._pending, self.last_error = None, result.error
             self.failures = 0 if result.error is None else self.failures + 1
             self._results.append(result)
+        if self._tending is not None:
+            self._notices += _warnings(self._tending.result())
+            self._tending = None
+
+    def prove(self, step: int) -> None:
+        """Take note that the weights after `step` are good: from now on their checkpoint replaces older ones."""
+        self._proven = step
+        if self._rank == 0 and self._unproven and self._committed <= step:
+            self._unproven = False
+            self._tending = self._thread.submit(self._tend)
+
+    def take_notices(self) -> list[str]:
+        """What could not be done since the last call after checkpoints were proven; does not wait."""
+        if self._tending is not None and self._tending.done():
+            self._notices += _warnings(self._tending.result())
+            self._tending = None
+        taken, self._notices = self._notices, []
+        return taken
 
     def take_results(self) -> list[SaveResult]:
         """What became of the saves that ended since the last call, on this rank's clock; does not wait."""
@@ -168,7 +191,17 @@ class Saver:
             self._writer.order("drop", path=str(partial))
             return {"error": f"rank 0: {outcome['error']}"}
         # From here on the checkpoint exists, whatever becomes of the rest.
-        tended = self._writer.order("tend", path=str(self._folder), retention=asdict(self._retention))
-        warnings = [answer["error"] for answer in (outcome, tended) if "error" in answer]
+        self._committed = step_of(final)
+        tended = self._tend()
         cpu_seconds = sum(answer.get("cpu_seconds", 0.0) for answer in (outcome, tended))
-        return {"warnings": [*warnings, *tended.get("warnings", ())], "cpu_seconds": cpu_seconds}
+        return {"warnings": [*_warnings(outcome), *_warnings(tended)], "cpu_seconds": cpu_seconds}
+
+    def _tend(self) -> Answer:
+        """Retention, in which the newest checkpoint counts once it is proven."""
+        self._unproven = self._proven < self._committed
+        arguments = {"retention": asdict(self._retention), "proven": not self._unproven}
+        return self._writer.order("tend", path=str(self._folder), **arguments)
+
+
+def _warnings(answer: Answer) -> list[str]:
+    return [*([answer["error"]] if "error" in answer else []), *answer.get("warnings", ())]

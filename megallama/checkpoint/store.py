@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -25,13 +26,17 @@ from megallama.checkpoint.format import (
     damaged_files,
     named_checkpoints,
     read_manifest,
+    step_of,
     why_torn,
 )
+from megallama.checkpoint.health import candidates
 from megallama.checkpoint.logical import logical_state
+from megallama.checkpoint.rollback import asked_step, find, last_return
 from megallama.checkpoint.storage import ShardReader
 from megallama.checkpoint.tensors import Stored, is_weight, malformed
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.errors import UserError
+from megallama.events import METRICS
 from megallama.model.chunks import Chunks
 from megallama.parallel.mesh import ParallelMesh
 from megallama.plan.budget import Seen
@@ -91,6 +96,10 @@ class Start:
 
     resume: Path | None = None
     weights: Path | None = None
+    back: bool = False
+    """`checkpoint.resume` names the checkpoint: no other will do, and newer ones are undone."""
+    notices: tuple[str, ...] = ()
+    """What else there is to say of it."""
 
 
 def load(path: Path, engine: Engine, model: Chunks) -> TrainState:
@@ -128,12 +137,13 @@ def read_saved(path: Path) -> Saved:
 
 
 def state_document(
-    state: TrainState, loss: float, data: DataIdentity, model: ModelConfig, layout: dict[str, object]
+    state: TrainState, loss: float, healthy: bool, data: DataIdentity, model: ModelConfig, layout: dict[str, object]
 ) -> dict[str, object]:
-    """What state.json holds: the above, and for people the training loss of the step and the layout that saved it."""
+    """What state.json holds: the above, whether the run was going well, the training loss of the step, the layout."""
     return {
         "state": asdict(state),
         "loss": loss if math.isfinite(loss) else None,  # JSON knows no NaN
+        "healthy": healthy,
         "data": asdict(data),
         "model": model.model_dump(mode="json"),
         "layout": layout,
@@ -142,7 +152,7 @@ def state_document(
 
 def put_aside(run_dir: Path) -> None:
     """Rename what an earlier run left in `run_dir`: a run that starts over neither mixes with it nor drops it."""
-    names = ("checkpoints", "metrics.jsonl")
+    names = ("checkpoints", METRICS)
     free = next(n for n in count(1) if not any((run_dir / f"{name}.{n}").exists() for name in names))
     for name in names:
         if (run_dir / name).exists():
@@ -157,26 +167,29 @@ def pick_start(config: RunConfig, data: DataIdentity) -> Start:
     """
     settings, folder = config.checkpoint, Path(config.run.dir) / "checkpoints"
     if settings.resume != "never":
-        found = complete_checkpoints(folder)
+        found = [path for path in candidates(folder) if why_torn(path) is None]
+        start = _continue(config, folder, found[0]) if found else Start()
         # One whose state is damaged does not say what it is of. `confirm` passes it over.
-        known = next((path for path in found if not _state_damage(path)), None)
+        tried = [start.resume] if start.back and start.resume is not None else found
+        known = next((path for path in tried if not _state_damage(path)), None)
         if known is not None:
             _check_same_model(known, config.model, "run.dir")
             _check_same_data(known, data)
         if found:
-            return Start(resume=found[0])
+            return start
         if torn := named_checkpoints(folder):
             _refuse_to_start_over(folder, [f"{path.name}: {why_torn(path)}" for path in torn])
         if (folder / LATEST).exists():
             named = (folder / LATEST).read_text(errors="replace")
             _refuse_to_start_over(folder, [f"{LATEST} names {named!r}, which is not there"])
-    if settings.resume == "must":
-        raise UserError(f"checkpoint.resume=must, but {folder} holds no checkpoint; use checkpoint.resume=auto")
+    if settings.resume not in ("auto", "never"):
+        raise UserError(
+            f"checkpoint.resume={settings.resume}, but {folder} holds no checkpoint; use checkpoint.resume=auto"
+        )
     if settings.init_from is None:
         return Start()
     weights = Path(settings.init_from)
-    if folder.resolve() in weights.resolve().parents:
-        raise UserError(f"checkpoint.init_from={weights} is a checkpoint of run.dir itself; use another run.dir")
+    _refuse_own_weights(weights, folder)
     if weights not in complete_checkpoints(weights.parent):
         near = complete_checkpoints(weights / "checkpoints") or complete_checkpoints(weights.parent)
         fix = f"checkpoint.init_from={near[0]}" if near else "a folder such as runs/NAME/checkpoints/step_00001000"
@@ -184,6 +197,42 @@ def pick_start(config: RunConfig, data: DataIdentity) -> Start:
     _refuse_damaged_weights(weights, _state_damage(weights))
     _check_same_model(weights, config.model, "checkpoint.init_from")
     return Start(weights=weights)
+
+
+def _continue(config: RunConfig, folder: Path, newest: Path) -> Start:
+    """Continue the `newest` checkpoint, or that to which `checkpoint.resume` goes back. UserError if it is not there.
+
+    It goes back once: a job that is started again with the same words must not lose what it has done meanwhile.
+    """
+    resume, init_from, notices = config.checkpoint.resume, config.checkpoint.init_from, list[str]()
+    if init_from is not None:
+        _refuse_own_weights(Path(init_from), folder)
+        notices.append(f"checkpoint.init_from={init_from} was for the beginning of this run, which goes on now")
+    if resume in ("auto", "must"):
+        return Start(resume=newest, notices=tuple(notices))
+    step = asked_step(resume)
+    if step is not None and step == last_return(folder) and step_of(newest) >= step:
+        if step_of(newest) > step:
+            again = f"`megallama checkpoint rollback {shlex.quote(config.run.dir)} {step}` does it again"
+            notices.append(f"checkpoint.resume={resume} went back at an earlier start, and this one continues; {again}")
+        return Start(resume=newest, notices=tuple(notices))
+    try:
+        path = find(folder, resume)
+    except UserError as error:
+        raise UserError(f"checkpoint.resume={resume}: {error}") from None
+    if (reason := why_torn(path)) is not None:
+        raise UserError(f"checkpoint.resume={resume}: {path} is not whole ({reason}); use another step")
+    return Start(resume=path, back=True, notices=tuple(notices))
+
+
+def _refuse_own_weights(weights: Path, folder: Path) -> None:
+    """UserError where `checkpoint.init_from` leads into the checkpoints of the run itself."""
+    if folder.resolve() in weights.resolve().parents:
+        back = f"checkpoint.resume={step} to go back to it" if (step := asked_step(weights.name)) else "none of its own"
+        raise UserError(
+            f"checkpoint.init_from={weights} is a checkpoint of run.dir itself; use another run.dir to begin anew with "
+            f"its weights, or {back}"
+        )
 
 
 def agree(pick: Callable[[], Start], mesh: ParallelMesh) -> Start:
@@ -222,11 +271,13 @@ def confirm(start: Start, mesh: ParallelMesh) -> tuple[Start, dict[Path, str]]:
         return start, {}
     folder = start.resume.parent
     damaged: dict[Path, str] = {}
-    for path in _from_rank_0(named_checkpoints(folder), mesh):
+    for path in _from_rank_0([start.resume] if start.back else candidates(folder), mesh):
         reasons = _damage(path, mesh)
         if not reasons:
-            return Start(resume=path), damaged
+            return replace(start, resume=path), damaged
         damaged[path] = "; ".join(reasons)
+    if start.back:
+        raise UserError(f"checkpoint.resume names {start.resume}, which is damaged ({'; '.join(reasons)}); use another")
     _refuse_to_start_over(folder, [f"{path.name}: {why}" for path, why in damaged.items()])
 
 

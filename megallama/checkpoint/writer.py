@@ -111,8 +111,8 @@ def _commit(
     return {}
 
 
-def _tend(path: str, retention: dict[str, int]) -> Answer:
-    return {"warnings": tend(Path(path), Retention(**retention))}
+def _tend(path: str, retention: dict[str, int], proven: bool) -> Answer:
+    return {"warnings": tend(Path(path), Retention(**retention), proven=proven)}
 
 
 def _drop(path: str) -> Answer:

@@ -7,7 +7,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megallama.checkpoint.format import complete_checkpoints, step_of, write_json
+from megallama.checkpoint.format import step_of, write_json
+from megallama.checkpoint.health import healthy_checkpoints
 
 JOB = "job.json"
 """In the run directory: the job that last ran there."""
@@ -32,8 +33,8 @@ class Starts:
 
 
 def newest_step(run_dir: Path) -> int:
-    """The step of the newest checkpoint that is whole, or 0."""
-    return next(map(step_of, complete_checkpoints(run_dir / "checkpoints")), 0)
+    """The step of the newest checkpoint that is whole and healthy, or 0."""
+    return next(map(step_of, healthy_checkpoints(run_dir / "checkpoints")), 0)
 
 
 def read_starts(run_dir: Path) -> Starts:

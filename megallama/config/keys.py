@@ -120,7 +120,6 @@ _KINDS = {
     "float_type": "a number",
     "float_parsing": "a number",
     "finite_number": "a finite number",
-    "string_type": "text",
     "bool_type": "true or false",
     "model_type": "a mapping of keys",
     "model_attributes_type": "a mapping of keys",
@@ -129,6 +128,7 @@ _LISTS = {
     "optimizer.betas": "a list of two numbers such as [0.9, 0.95]",
     "parallel.layers_per_stage": "a list of whole numbers such as [8, 9, 9, 6]",
 }
+_TEXTS = {"checkpoint.resume": "the path of a checkpoint such as runs/quickstart/checkpoints/step_00000700"}
 _BOUNDS = {
     "greater_than_equal": ("at least", "ge"),
     "greater_than": ("more than", "gt"),
@@ -147,6 +147,8 @@ def _expectation(detail: ErrorDetails) -> str:
     # Of "missing" this is an element of a list; a missing key has its own sentence.
     if kind in ("tuple_type", "too_long", "missing"):
         return _LISTS.get(_key_of(detail), detail["msg"])
+    if kind in ("string_type", "string_pattern_mismatch"):
+        return _TEXTS.get(_key_of(detail), "text")
     return _KINDS.get(kind, detail["msg"])
 
 
@@ -160,7 +162,7 @@ def _nearest_value(details: list[ErrorDetails], value: Any) -> str:
             number = float("nan")
         if number.is_integer():
             return f"; write {int(number)}"
-    if "string_type" in kinds and isinstance(value, int | float):
+    if kinds == {"string_type"} and isinstance(value, int | float):
         return f'; write it in quotes, "{as_typed(value)}" (on a command line \'"{as_typed(value)}"\')'
     for detail in details:
         if detail["type"] == "literal_error":

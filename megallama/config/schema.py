@@ -64,6 +64,8 @@ Tokens = Annotated[
 Decay = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number_from_text)]
 
 
+CheckpointPath = Annotated[str, Field(pattern="/|^step_")]
+"""Told from a word by its slash, or by the name of its folder."""
 Schedule = Literal["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"]
 
 
@@ -283,8 +285,8 @@ class CheckpointConfig(Section):
     """Train on while a process of its own writes; false waits for it."""
     max_failures: int = Field(default=3, ge=1)
     """Saves in a row that could not be written, after which the run has failed."""
-    resume: Literal["auto", "must", "never"] = "auto"
-    """auto continues the newest checkpoint or starts fresh; must refuses that; never sets it aside and starts fresh."""
+    resume: Literal["auto", "must", "never"] | Annotated[int, Field(ge=1)] | CheckpointPath = "auto"
+    """auto continues or starts fresh; must only continues; never starts fresh; a step or path goes back to it once."""
     init_from: str | None = None
     """Checkpoint whose weights start a new run; moments and position start from zero."""
 

@@ -13,13 +13,12 @@ from typing import Any
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
+from megallama.events import METRICS, Event, read_events, standing
 
 SETTLING = 3
 """First steps of a start, in which kernels are compiled and memory is taken."""
 LEAST_EVENTS = 5
 """Fewer say nothing of what is usual."""
-
-Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,12 @@ class MeasuredRun:
 
 def read_run(folder: Path) -> MeasuredRun:
     """The run in `folder`; UserError if there is none, or if its last start had too few steps."""
-    for name in ("config.yaml", "environment.json", "metrics.jsonl"):
+    for name in ("config.yaml", "environment.json", METRICS):
         if not (folder / name).is_file():
             raise UserError(f"--calibrate={folder} is no run, for it has no {name}; give the run.dir of one")
     config = load_config(folder / "config.yaml")
     environment = _environment(folder / "environment.json")
-    seconds = steady_seconds(_events(folder / "metrics.jsonl"), config.logging.every)
+    seconds = steady_seconds(_events(folder / METRICS), config.logging.every)
     if len(seconds) < LEAST_EVENTS:
         raise UserError(
             f"--calibrate={folder} has {len(seconds)} train events of steady steps, and {LEAST_EVENTS} are needed; "
@@ -70,8 +69,9 @@ def steady_seconds(events: list[Event], every: int) -> list[float]:
     not in these seconds.
     """
     starts = [index for index, event in enumerate(events) if event["event"] == "resume"]
-    last = events[starts[-1] :] if starts else events
-    settled = (last[0]["step"] if starts else 0) + SETTLING
+    settled = (events[starts[-1]]["step"] if starts else 0) + SETTLING
+    # Of this start alone, also where it was undone: what stands of others ran somewhere else.
+    last = standing(events[starts[-1] :] if starts else events)
     found: dict[int, float] = {}
     saving = False
     for event in last:
@@ -109,28 +109,13 @@ def _is_count(value: Any) -> bool:
 
 
 def _events(path: Path) -> list[Event]:
-    """Whole lines only: a run that was killed may have left the last one torn."""
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except OSError as error:
-        raise _unreadable(path, str(error.strerror)) from None
-    return [_event(line, f"{path}, line {number},") for number, line in enumerate(lines, 1)]
-
-
-def _event(line: bytes, where: str) -> Event:
     """UserError for what no run writes, which could otherwise pass for a measurement."""
-    fix = "take the line out, or train again"
-    try:
-        event: Event = json.loads(line.decode())
-        name = event["event"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{where} is no event of a run; {fix}") from None
-    if name in ("train", "resume", "checkpoint", "checkpoint_failed"):
-        step = event.get("step")
-        if type(step) is not int or step < 0:
-            raise UserError(f"{where} is a {name} event whose step is {step}, not a whole number; {fix}")
-    if name == "train":
+    events = read_events(path)
+    for number, event in enumerate(events, 1):
         seconds: Any = event.get("seconds")
-        if type(seconds) not in (int, float) or not 0 < seconds < math.inf:
-            raise UserError(f"{where} is a train event whose seconds are {seconds}, not a number above 0; {fix}")
-    return event
+        if event["event"] == "train" and (type(seconds) not in (int, float) or not 0 < seconds < math.inf):
+            raise UserError(
+                f"{path}, line {number}, is a train event whose seconds are {seconds}, not a number above 0; "
+                "take the line out, or train again"
+            )
+    return events

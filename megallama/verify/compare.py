@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from megallama.checkpoint.tensors import EXP_AVG, Stored, is_weight, moment_name
 from megallama.config.schema import RunConfig
+from megallama.events import standing_events
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,8 @@ def read_trace(config: RunConfig) -> Trace:
 
 
 def events_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    """The events of a run of one kind, in order."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == kind]
+    """The events of a run of one kind that stand, in order."""
+    return [event for event in standing_events(run_dir) if event["event"] == kind]
 
 
 def train_losses(run_dir: Path) -> list[float]:

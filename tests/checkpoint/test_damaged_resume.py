@@ -245,5 +245,5 @@ def test_a_damaged_checkpoint_is_never_the_best_and_ends_no_save(tmp_path: Path)
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_null_in_the_state(loss: float) -> None:
     model = read_saved(CHECKPOINT).model
-    assert state_document(TrainState(), loss, DataIdentity("", 0), model, {})["loss"] is None
-    assert state_document(TrainState(), 1.5, DataIdentity("", 0), model, {})["loss"] == 1.5
+    assert state_document(TrainState(), loss, False, DataIdentity("", 0), model, {})["loss"] is None
+    assert state_document(TrainState(), 1.5, True, DataIdentity("", 0), model, {})["loss"] == 1.5

@@ -1,0 +1,31 @@
+"""Whether the state of a run is one that training can go on from: not a number in it has overflowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from megallama.parallel.mesh import ParallelMesh
+
+if TYPE_CHECKING:
+    from megallama.engine import Fragment
+
+
+def state_is_finite(fragments: Iterable[Fragment], mesh: ParallelMesh, *, squares: bool = False) -> bool:
+    """Whether weights and moments are finite on every rank, or the `squares` of the weights too.
+
+    Weights of 1e20 make activations that overflow in the next norm layer: no gradient is finite any more. One pass over
+    the state without copies, and one small all-reduce: every rank must call it.
+    """
+    sums = [torch.zeros((), device=mesh.device)]
+    for fragment in fragments:
+        sums += [tensor.sum() for tensor in (fragment.master, fragment.exp_avg, fragment.exp_avg_sq)]
+        if squares:
+            sums.append(torch.linalg.vector_norm(fragment.master))
+    finite = torch.isfinite(torch.stack(sums)).all().to(torch.int32)
+    if mesh.world.size > 1:
+        dist.all_reduce(finite, dist.ReduceOp.MIN, group=mesh.world.group)
+    return bool(finite)
