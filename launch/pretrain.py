@@ -13,29 +13,32 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megallama.config.load import load_config
 from megallama.errors import UserError
-from megallama.launcher import Ancestors, end_by_signals, hold_signals
+from megallama.launcher import Ancestors
+from megallama.signals import Signals, end_by_signals, hold_all_signals, hold_signals
 
 FIRST_SPEAKS_SECONDS = 10
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as one rank of the job and return its exit code; UserError for what the user can mend."""
+    launcher, signals = Ancestors(), Signals(speaks=os.environ.get("RANK", "0") == "0")
+    signals.take()  # before the imports, which take seconds
+    from megallama.config.load import load_config
+    from megallama.outcome import exit_code
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument(
         "--local_rank", help=argparse.SUPPRESS
     )  # the deepspeed launcher adds it; the environment counts
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that win over the file")
-    launcher = Ancestors()
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)
-    from megallama.outcome import exit_code
     from megallama.parallel.mesh import Launch
     from megallama.start import start
 
-    launch = replace(Launch.from_environment(), launcher=launcher)
+    launch = replace(Launch.from_environment(), launcher=launcher, signals=signals)
     return exit_code(start(config, launch).status, elastic=launch.elastic)
 
 
@@ -55,12 +58,10 @@ def run() -> None:
             time.sleep(FIRST_SPEAKS_SECONDS)
         print(f"megallama: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
         os._exit(2)
-    except KeyboardInterrupt:
-        os._exit(130)
     except Exception:
         print(f"megallama: rank {rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         os._exit(1)
-    hold_signals()
+    hold_all_signals()
     sys.exit(code)
 
 

@@ -193,7 +193,9 @@ _LINES: dict[str, Callable[[Event, int], str]] = {
     "notice": lambda e, _: e["text"],
     "resume": lambda e, _: f"step {e['step']}  continues {e['path']}",
     "skip": lambda e, _: f"step {e['step']}  gradient not finite: update skipped on every rank",
-    "stop": lambda e, _: f"step {e['step']}  {e['reason']}",
+    "stop": lambda e, _: (
+        f"step {e['step']}  {e['reason']}{'; the same command continues' if e['status'] == 'requeue' else ''}"
+    ),
 }
 
 

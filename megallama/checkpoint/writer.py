@@ -27,6 +27,8 @@ Answer = dict[str, Any]
 _SET_PARENT_DEATH_SIGNAL = 1
 _NICE = 10
 """A tenth of a core beside training on all cores; at 19 it would be a seventieth, and a save would take minutes."""
+_IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Slurm signals every process of a job, and a terminal those that it shows: a save must not end half way."""
 _LAST_OF_BEST_EFFORT = (2 << 13) | 7
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 
@@ -64,13 +66,18 @@ class Writer:
 
     def _start(self) -> subprocess.Popen[str]:
         words = [str(self._descriptor), str(self._size), str(os.getpid())]
-        return subprocess.Popen(
-            [sys.executable, "-m", "megallama.checkpoint.writer", *words],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=[self._descriptor],
-            text=True,
-        )
+        # The process begins with them blocked, as this thread has them then: until it can ignore them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-m", "megallama.checkpoint.writer", *words],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=[self._descriptor],
+                text=True,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def main(descriptor: int, size: int, parent: int) -> None:
@@ -94,7 +101,8 @@ def main(descriptor: int, size: int, parent: int) -> None:
 
 
 def _write(path: Path, content: memoryview) -> Answer:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.parent.mkdir(exist_ok=True)  # and no more: a run directory that is gone is not made anew
+    path.parent.mkdir(exist_ok=True)
     return asdict(write_bytes(path, content))
 
 
@@ -122,8 +130,8 @@ def _drop(path: str) -> Answer:
 
 def _stay_behind(parent: int) -> None:
     """Give way to training, end with the parent and by nothing else."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # Slurm signals every process of a job: a save must not end half way
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
     libc = ctypes.CDLL(None)
     libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     os.nice(_NICE)

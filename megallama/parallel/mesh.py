@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megallama.errors import UserError
 from megallama.launcher import Ancestors
 from megallama.parallel.topology import AxisName, Topology
+from megallama.signals import Signals
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _FAR_AWAY = "192.0.2.1"
@@ -48,6 +49,8 @@ class Launch:
     """Under torchrun, which takes every exit code but 0 for a failure of the rank."""
     launcher: Ancestors = field(default_factory=Ancestors, compare=False)
     """The launcher itself: as early as it was looked for, so early is its end noticed."""
+    signals: Signals = field(default_factory=Signals, compare=False)
+    """What signals ask of this process, if they were taken over."""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Launch:
