@@ -11,8 +11,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 REPEATED = (signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask for a save, however often they come."""
@@ -43,6 +43,16 @@ def end_by_signals() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     release_signals()
+
+
+@contextmanager
+def deaf(numbers: Iterable[signal.Signals]) -> Iterator[None]:
+    """Let these signals wait; in processes that are started meanwhile they wait for ever, or until those take them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Signals:

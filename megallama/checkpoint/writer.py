@@ -22,13 +22,14 @@ from typing import Any
 
 from megallama.checkpoint.commit import Retention, commit, tend
 from megallama.checkpoint.format import File, write_bytes
+from megallama.signals import deaf
 
 Answer = dict[str, Any]
 _SET_PARENT_DEATH_SIGNAL = 1
 _NICE = 10
 """A tenth of a core beside training on all cores; at 19 it would be a seventieth, and a save would take minutes."""
-_IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Slurm signals every process of a job, and a terminal those that it shows: a save must not end half way."""
+_NOT_HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""A save must not end half way."""
 _LAST_OF_BEST_EFFORT = (2 << 13) | 7
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 
@@ -66,9 +67,7 @@ class Writer:
 
     def _start(self) -> subprocess.Popen[str]:
         words = [str(self._descriptor), str(self._size), str(os.getpid())]
-        # The process begins with them blocked, as this thread has them then: until it can ignore them.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
-        try:
+        with deaf(_NOT_HEARD):  # Slurm signals every process of a job, a terminal all that it shows
             return subprocess.Popen(
                 [sys.executable, "-m", "megallama.checkpoint.writer", *words],
                 stdin=subprocess.PIPE,
@@ -76,8 +75,6 @@ class Writer:
                 pass_fds=[self._descriptor],
                 text=True,
             )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def main(descriptor: int, size: int, parent: int) -> None:
@@ -129,9 +126,7 @@ def _drop(path: str) -> Answer:
 
 
 def _stay_behind(parent: int) -> None:
-    """Give way to training, end with the parent and by nothing else."""
-    for number in _IGNORED:
-        signal.signal(number, signal.SIG_IGN)
+    """Give way to training, and end with the parent."""
     libc = ctypes.CDLL(None)
     libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     os.nice(_NICE)
