@@ -19,7 +19,7 @@ from megallama.config.schema import RunConfig
 from megallama.data.tokenizer import Tokenizer
 from megallama.errors import UserError
 from megallama.lock import RunLock
-from megallama.metrics import Metrics, environment, open_metrics
+from megallama.metrics import WANDB_ID, Metrics, environment, open_metrics
 from megallama.outcome import Reached, write_failure, write_outcome
 from megallama.parallel.mesh import ParallelMesh
 from megallama.peak import Peak
@@ -91,6 +91,7 @@ def _record(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, steps: 
     folder = Path(config.run.dir)
     if config.checkpoint.resume == "never":
         put_aside(folder)
+        (folder / WANDB_ID).unlink(missing_ok=True)
     shutil.rmtree(folder / "stacks", ignore_errors=True)  # of an earlier hang: who wrote none now would not be seen
     (folder / "config.yaml").write_text(dump_config(config))
     tokenizer.save(folder / "tokenizer")
