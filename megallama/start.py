@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
+from megallama.limits import check_limits
 from megallama.parallel.mesh import Launch, pick_device
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     rank alone, where that has too little memory.
     """
     check_config(config, launch.world_size)
+    check_limits(config, launch.world_size)
     device = pick_device(config.train.device, launch.local_rank)
     launch.prepare(device)
     # torch 2.13 renames collectives that 2.11 knows by their old names only; DeepSpeed and we use the old ones.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch.futures import Future
 
 from megallama.checkpoint.logical import LogicalTensor
 from megallama.checkpoint.tensors import ELEMENT
+from megallama.errors import UserError
+from megallama.limits import too_little
 
 
 class Snapshot:
@@ -40,6 +43,9 @@ class Snapshot:
         """Bytes."""
         # Anonymous: gone with the last process that has it, however that one ends; /dev/shm is small in containers.
         self.descriptor = os.memfd_create("megallama-checkpoint")
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)  # which counts for memory like this too
+        if limit != resource.RLIM_INFINITY and limit < self.size:
+            raise UserError(too_little(limit, "f", "bytes in one file", self.size))
         os.ftruncate(self.descriptor, max(self.size, 1))
         # Touched now, so that no save waits for the kernel to find and clear the pages.
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
