@@ -88,9 +88,8 @@ class Signals:
         """From now on there is something to save; `elastic`: under torchrun."""
         self._training, self._elastic = True, elastic
 
-    def hear(self, number: int) -> None:
-        """Do what one signal asks."""
-        now = time.monotonic()
+    def hear(self, number: int, now: float) -> None:
+        """Do what a signal asks that came at `now`, in seconds of any clock."""
         again = self._interrupted is not None and now - self._interrupted > _ECHO_SECONDS
         # torchrun passes the first Ctrl-C on as what it is, and makes SIGTERM of the second.
         if again and (number == signal.SIGINT or (number == signal.SIGTERM and self._elastic)):
@@ -106,7 +105,7 @@ class Signals:
         while True:
             for number in os.read(pipe, 64):
                 if number in STOP_SIGNALS:
-                    self.hear(number)
+                    self.hear(number, time.monotonic())
 
     def _end(self, number: int, reason: str) -> None:
         self._failed(reason)
