@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NoReturn
 
-from megallama.config.load import load_config
 from megallama.errors import SharedError, UnreachableError, UserError
-from megallama.launcher import end_by_signals, hold_signals
 from megallama.parallel.door import open_door
 from megallama.parallel.launch import Launch
+from megallama.signals import Signals, end_by_signals, hold_all_signals, hold_signals
 
 FIRST_SPEAKS_SECONDS = 10.0
 FIRST_LEAVES_SECONDS = 2.0
@@ -27,6 +26,11 @@ FIRST_LEAVES_SECONDS = 2.0
 def main(arguments: Sequence[str] | None = None, launch: Launch | None = None) -> int:
     """Train as one rank of the job and return its exit code; UserError for what the user can mend."""
     launch = launch or Launch.from_environment()
+    launch = replace(launch, signals=Signals(speaks=launch.rank == 0))
+    launch.signals.take()  # before the imports, which take seconds
+    from megallama.config.load import load_config
+    from megallama.outcome import exit_code
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument(
@@ -36,7 +40,6 @@ def main(arguments: Sequence[str] | None = None, launch: Launch | None = None) -
     options = parser.parse_intermixed_args(arguments)
     launch = replace(launch, door=open_door(launch))
     config = load_config(options.config, options.overrides)
-    from megallama.outcome import exit_code
     from megallama.start import start
 
     return exit_code(start(config, launch).status, elastic=launch.elastic)
@@ -54,12 +57,10 @@ def run() -> None:
         code = main(launch=launch)
     except UserError as error:
         refuse(launch, error)
-    except KeyboardInterrupt:
-        os._exit(130)
     except Exception:
         print(f"megallama: rank {launch.rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         os._exit(1)
-    hold_signals()
+    hold_all_signals()
     sys.exit(code)
 
 

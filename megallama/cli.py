@@ -15,6 +15,8 @@ from megallama.data.cli import data_app, tokenizer_app
 from megallama.errors import UserError
 from megallama.plan.cli import plan
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     help="Pretrain Llamas: plan a run, prepare its data, prove its layout, look at what it learnt.",
     no_args_is_help=True,
@@ -91,9 +93,13 @@ def generate(
 
 
 def main() -> None:
-    """Run a command; a user's mistake ends in one sentence and exit code 2."""
+    """Run a command; a user's mistake ends in one sentence and exit code 2, a Ctrl-C in one and 130."""
     try:
         app()
     except UserError as error:
         print(f"megallama: {error}", file=sys.stderr)
         sys.exit(2)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:  # typer makes it of a Ctrl-C, without a word
+            print("megallama: ended by Ctrl-C; the same command starts again", file=sys.stderr)
+        raise

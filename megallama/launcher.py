@@ -1,4 +1,4 @@
-"""The launcher above a rank: the signals with which it asks to stop, and whether it is still there.
+"""The launcher above a rank: whether it is still there.
 
 A signal to the `deepspeed` command, or one that torchrun does not handle, ends that command alone: its ranks train on
 with nobody to start or stop them. They notice by their ancestors, of which Linux tells.
@@ -7,28 +7,9 @@ with nobody to start or stop them. They notice by their ancestors, of which Linu
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _COMMANDS = {"torchrun", "deepspeed", "torch.distributed.run", "deepspeed.launcher.launch", "deepspeed.launcher.runner"}
-
-
-def hold_signals() -> None:
-    """Let signals wait: before a run can heed them they would kill it, and while the interpreter ends as well."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-
-
-def release_signals() -> None:
-    """Take signals, also those that have waited."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-
-
-def end_by_signals() -> None:
-    """Let signals end this process at once, as they do by default: it has nothing to save any more."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-    release_signals()
 
 
 class Ancestors:

@@ -24,7 +24,7 @@ class RunLock:
     """
 
     def __init__(self, run_dir: Path, handover_seconds: float = _HANDOVER_SECONDS) -> None:
-        path = run_dir / LOCK
+        self._path = path = run_dir / LOCK
         try:
             self._file = path.open("a+")
         except OSError as error:
@@ -48,6 +48,22 @@ class RunLock:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._file.close()
+
+    def lost(self) -> str | None:
+        """Why the run directory is not the holder's any more, as a sentence; None while it is."""
+        try:
+            there = os.stat(self._path)
+        except (FileNotFoundError, NotADirectoryError):
+            gone = self._path if self._path.parent.is_dir() else self._path.parent
+            return f"{gone} is gone: it was removed or renamed while the run was running, and nothing more is saved"
+        except OSError:  # the disk is away for a moment, which says nothing
+            return None
+        if os.path.samestat(there, os.fstat(self._file.fileno())):
+            return None
+        return (
+            f"{self._path} is another file now: the run directory was replaced while the run was running, "
+            "and nothing more is saved"
+        )
 
 
 def _taken(descriptor: int) -> bool:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.events import METRICS, Event
+
+WANDB_ID = "wandb_id"
+"""In the run directory: what Weights & Biases knows the run by."""
+_UPLOAD_SECONDS = 120.0
+"""That the end of a run waits for a network; what is not sent by then stays in the run directory."""
 
 
 class Sink(Protocol):
@@ -31,6 +37,8 @@ class JsonLines:
         content = path.read_bytes() if path.exists() else b""
         if content and not content.endswith(b"\n"):  # a start that was killed in the middle of a line
             os.truncate(path, content.rfind(b"\n") + 1)
+        self.found = content.count(b"\n")
+        """Lines of the starts before."""
         self._file = path.open("ab", buffering=0)
         self._waiting = bytearray()
 
@@ -80,30 +88,80 @@ class Terminal:
 
 
 class WandbSink:
-    """Weights & Biases; mode offline needs neither network nor account."""
+    """Weights & Biases, of which all starts of a run are one run; mode offline needs neither network nor account.
 
-    def __init__(self, config: RunConfig, run_dir: Path) -> None:
-        import wandb  # a second of import that runs without it need not pay
+    Weights & Biases counts rows, which never go back, and drops one that does. A step that is done again after a return
+    is another row of the same `step`. `row` is the first that no start before has written. What fails there is said,
+    and ends nothing.
+    """
 
+    def __init__(self, config: RunConfig, run_dir: Path, row: int) -> None:
         assert config.logging.wandb is not None
-        settings = config.logging.wandb
-        self._run = wandb.init(
-            project=settings.project,
-            name=settings.name or run_dir.name,
-            mode=settings.mode,
-            dir=str(run_dir),
-            config=config.model_dump(mode="json"),
-        )
+        self._row = row
+        self._run = _wandb_run(config, run_dir, config.logging.wandb.mode)
 
     def write(self, event: Event) -> None:
-        if "step" not in event:
+        if "step" not in event or self._run is None:
             return
         prefix = event["event"] if event["event"] != "eval" else f"eval/{event['split']}"
         numbers = {f"{prefix}/{key}": value for key, value in event.items() if isinstance(value, int | float)}
-        self._run.log(numbers, step=event["step"])
+        try:
+            self._run.log({"step": event["step"], **numbers}, step=self._row)
+        except Exception as error:
+            _say_lost(error, "the run goes on without")
+            self._run = None
+        self._row += 1
 
     def close(self) -> None:
-        self._run.finish()
+        try:
+            if self._run is not None:
+                self._run.finish()
+        except Exception as error:
+            _say_lost(error, "`wandb sync` sends what it did not get")
+
+
+def _wandb_run(config: RunConfig, run_dir: Path, mode: Literal["online", "offline"]) -> Any:
+    """The run of wandb that the run in `run_dir` is, offline where there is no network; None if it cannot be had."""
+    import wandb  # a second of import that runs without it need not pay
+
+    assert config.logging.wandb is not None
+    wanted = config.logging.wandb
+    try:
+        run = wandb.init(
+            project=wanted.project,
+            name=wanted.name or run_dir.name,
+            id=_wandb_id(run_dir),
+            resume="allow",
+            mode=mode,
+            dir=str(run_dir),
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(finish_timeout=_UPLOAD_SECONDS),
+        )
+        run.define_metric("*", step_metric="step")
+    except Exception as error:
+        if mode == "offline":
+            _say_lost(error, "the run goes on without")
+            return None
+        _say_lost(error, "what it would get is written offline, for `wandb sync`")
+        wandb.teardown()  # its process holds the id
+        return _wandb_run(config, run_dir, "offline")
+    return run
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """Of the run in `run_dir`, made by its first start."""
+    path = run_dir / WANDB_ID
+    found = path.read_text() if path.exists() else ""
+    if not found:
+        found = secrets.token_hex(4)
+        path.write_text(found)
+    return found
+
+
+def _say_lost(error: Exception, instead: str) -> None:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    with suppress(OSError):
+        print(f"megallama: Weights & Biases is not reached ({reason}); {instead}", file=sys.stderr)
 
 
 class Metrics:
@@ -140,9 +198,10 @@ def check_sinks(config: RunConfig) -> None:
 
 def open_metrics(config: RunConfig, run_dir: Path) -> Metrics:
     """All sinks of the run."""
-    sinks: list[Sink] = [JsonLines(run_dir / METRICS), Terminal()]
+    lines = JsonLines(run_dir / METRICS)
+    sinks: list[Sink] = [lines, Terminal()]
     if config.logging.wandb is not None:
-        sinks.append(WandbSink(config, run_dir))
+        sinks.append(WandbSink(config, run_dir, lines.found))
     return Metrics(sinks)
 
 
@@ -194,7 +253,9 @@ _LINES: dict[str, Callable[[Event], str]] = {
     "resume": lambda e: f"step {e['step']}  continues {e['path']}",
     "rollback": lambda e: f"step {e['step']}  went back to {e['path']}",
     "skip": lambda e: f"step {e['step']}  gradient not finite: update skipped on every rank",
-    "stop": lambda e: f"step {e['step']}  {e['reason']}",
+    "stop": lambda e: (
+        f"step {e['step']}  {e['reason']}{'; the same command continues' if e['status'] == 'requeue' else ''}"
+    ),
 }
 
 

@@ -1,24 +1,24 @@
 """What people, launchers and the clock ask of a run, and how its ranks agree on the step at which they follow.
 
-A signal sets a flag and nothing else; files are looked for by rank 0; after each step all ranks take the union.
+Files are looked for by rank 0; after each step all ranks take the union.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
 
-from megallama.launcher import STOP_SIGNALS, Ancestors, release_signals
+from megallama.lock import RunLock
 from megallama.outcome import STOP_FILE
+from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ParallelMesh
+from megallama.signals import release_signals
 
 SAVE_FILE = "SAVE"
 REASONS = ("a signal", "the end of the launcher", f"the file {STOP_FILE}", "train.max_minutes")
@@ -35,25 +35,30 @@ class Wishes:
     save: bool = False
     give_up: bool = False
     """A rank saw that going on is of no use."""
+    lost: str | None = None
+    """Why the run directory is not this run's any more: nothing may be written there. None while it is."""
 
 
 class Requests:
-    """Made once by each rank, in its main thread: it takes over the signals of the process."""
+    """Made once by each rank, in its main thread; `lock` is rank 0's, who holds it."""
 
     def __init__(
-        self, run_dir: Path, mesh: ParallelMesh, max_minutes: float | None, save_bytes: int, launcher: Ancestors
+        self,
+        run_dir: Path,
+        lock: RunLock | None,
+        mesh: ParallelMesh,
+        max_minutes: float | None,
+        save_bytes: int,
+        launch: Launch,
     ) -> None:
-        self._dir, self._mesh, self._launcher = run_dir, mesh, launcher
+        self._dir, self._lock, self._mesh, self._launch = run_dir, lock, mesh, launch
         self._deadline = None if max_minutes is None else time.monotonic() - _process_age() + 60 * max_minutes
         self._save_seconds, self._measured = save_bytes / _UNMEASURED_BYTES_PER_SECOND, False
         self._agreed: float | None = None
         self._longest_round = 0.0
-        self._signalled = False
         if mesh.rank == 0:
             for name in (STOP_FILE, SAVE_FILE):
                 _forget(run_dir / name)
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
         release_signals()
 
     def save_took(self, seconds: float) -> None:
@@ -72,24 +77,23 @@ class Requests:
         self._agreed = now
         needed = self._longest_round + self._save_seconds * (2 if saving else 1)
         late = self._deadline is not None and now + needed > self._deadline
+        lost = self._lock.lost() if self._lock is not None else None
         mine = [
-            self._signalled,
-            self._launcher.gone(),
+            self._launch.signals.asked,
+            self._launch.launcher.gone(),
             first and (self._dir / STOP_FILE).exists(),
             first and late,
             first and (self._dir / SAVE_FILE).exists(),
             give_up,
+            lost is not None,
         ]
-        *stops, save, give_up = _union(mine, self._mesh)
+        *stops, save, give_up, any_lost = _union(mine, self._mesh)
         if first and stops[2]:
             (self._dir / STOP_FILE).unlink(missing_ok=True)
         if first and save:
             (self._dir / SAVE_FILE).unlink(missing_ok=True)
         reason = next((reason for reason, asked in zip(REASONS, stops, strict=True) if asked), None)
-        return Wishes(reason, save, give_up)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
+        return Wishes(reason, save, give_up, (lost or f"{self._dir} is gone") if any_lost else None)
 
 
 def _forget(request: Path) -> None:

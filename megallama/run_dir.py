@@ -19,8 +19,8 @@ from megallama.config.schema import RunConfig
 from megallama.data.tokenizer import Tokenizer
 from megallama.errors import UserError
 from megallama.lock import RunLock
-from megallama.metrics import Metrics, environment, open_metrics
-from megallama.outcome import write_failure, write_outcome
+from megallama.metrics import WANDB_ID, Metrics, environment, open_metrics
+from megallama.outcome import Reached, write_failure, write_outcome
 from megallama.parallel.mesh import ParallelMesh
 from megallama.peak import Peak
 from megallama.plan.params import count_parameters
@@ -51,26 +51,28 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 
 @contextmanager
-def locked(config: RunConfig, mesh: ParallelMesh) -> Iterator[None]:
-    """Make the run directory this run's alone. UserError, on every rank, where another run holds it."""
-    folder, refusal = Path(config.run.dir), [""]
+def locked(config: RunConfig, mesh: ParallelMesh) -> Iterator[RunLock | None]:
+    """Make the run directory this run's alone: rank 0 gets the lock. UserError, on every rank, if another holds it."""
+    folder, refusal, lock = Path(config.run.dir), [""], None
     with ExitStack() as stack:
         if mesh.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                stack.enter_context(RunLock(folder))
+                lock = stack.enter_context(RunLock(folder))
             except UserError as error:
                 refusal = [str(error)]
         # Until it is this run's, no rank may touch it, not even to say that it has failed.
         dist.broadcast_object_list(refusal, group=mesh.world.group, device=mesh.device)
         if refusal[0]:
             raise UserError(refusal[0])
-        yield
+        yield lock
 
 
 @contextmanager
-def recorded(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, peak: Peak) -> Iterator[Metrics]:
-    """Record what runs in the run directory, which is locked, and how it fails if it does.
+def recorded(
+    config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, peak: Peak, reached: Reached
+) -> Iterator[Metrics]:
+    """Record what runs in the run directory, which is locked, and how and at which step it fails if it does.
 
     Metrics go nowhere on ranks other than 0.
     """
@@ -81,7 +83,7 @@ def recorded(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, peak: 
         except BaseException as error:
             failed = f"rank {mesh.rank}: {type(error).__name__}: {error}"
             reason = (str(error) if isinstance(error, UserError) else failed).splitlines()[0]
-            write_failure(Path(config.run.dir), reason)
+            write_failure(Path(config.run.dir), reason, reached.step)
             raise
 
 
@@ -89,6 +91,7 @@ def _record(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, peak: P
     folder = Path(config.run.dir)
     if config.checkpoint.resume == "never":
         put_aside(folder)
+        (folder / WANDB_ID).unlink(missing_ok=True)
     shutil.rmtree(folder / "stacks", ignore_errors=True)  # of an earlier hang: who wrote none now would not be seen
     (folder / "config.yaml").write_text(dump_config(config))
     tokenizer.save(folder / "tokenizer")

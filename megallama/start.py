@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from megallama.checkpoint.format import seen_before
 from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
+from megallama.limits import check_limits
 from megallama.parallel.launch import Launch
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     rank alone, where that has too little memory.
     """
     check_config(config, launch.world_size, seen_before(config))
+    check_limits(config, launch.world_size)
     from megallama.parallel.mesh import pick_device
 
     device = pick_device(config.train.device, launch.local_rank, own=launch.own_device)

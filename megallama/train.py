@@ -49,7 +49,7 @@ from megallama.metrics import Metrics, check_sinks
 from megallama.model.chunks import Chunks
 from megallama.model.llama import Seam
 from megallama.out_of_memory import memory_explained
-from megallama.outcome import Status, write_failure, write_outcome
+from megallama.outcome import Reached, Status, write_failure, write_outcome
 from megallama.pace import Pace
 from megallama.parallel.init import initialise
 from megallama.parallel.join import join
@@ -97,6 +97,7 @@ class Run:
     saver: Saver
     requests: Requests
     watchdog: Watchdog
+    reached: Reached
     peak: Peak
 
     @property
@@ -137,22 +138,40 @@ def train(config: RunConfig, launch: Launch, device: torch.device) -> Finished:
     check_weights(agree(pick, mesh), mesh)  # they are read, and nothing is written yet
     folder = Path(config.run.dir) / "checkpoints"
     peak = device_peak(device, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
+    reached = Reached()
     with ExitStack() as stack:
-        stack.enter_context(locked(config, mesh))
+        lock = stack.enter_context(locked(config, mesh))
         minutes, save_bytes = config.train.max_minutes, checkpoint_bytes(config)
-        requests = Requests(Path(config.run.dir), mesh, minutes, save_bytes, launch.launcher)
+        requests = Requests(Path(config.run.dir), lock, mesh, minutes, save_bytes, launch)
         start, damaged = confirm(agree(pick, mesh), mesh)  # whoever held the lock until now may have saved
-        metrics = stack.enter_context(recorded(config, mesh, tokenizer, peak))
-        watchdog = stack.enter_context(watched(config, mesh))
+        metrics = stack.enter_context(recorded(config, mesh, tokenizer, peak, reached))
+        launch.signals.record(lambda reason: write_failure(Path(config.run.dir), reason, reached.step))
+        watchdog = stack.enter_context(watched(config, mesh, reached))
         stack.enter_context(memory_explained(config, mesh))
         retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every)
         if mesh.rank == 0:
             put_in_order(folder, start, damaged, retention, metrics)
         model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
         saver = Saver(folder, engine, model, mesh, retention)
-        run = Run(config, mesh, model, engine, train_data, validation_data, metrics, saver, requests, watchdog, peak)
+        run = Run(
+            config,
+            mesh,
+            model,
+            engine,
+            train_data,
+            validation_data,
+            metrics,
+            saver,
+            requests,
+            watchdog,
+            reached,
+            peak,
+        )
         try:
-            ending = loop(run, start_state(run, start))
+            state = start_state(run, start)
+            reached.step = state.step
+            launch.signals.training(elastic=launch.elastic)
+            ending = loop(run, state)
         except BaseException:
             watchdog.now("end", patient=True)
             saver.rescue()
@@ -207,12 +226,12 @@ def data_identity(config: RunConfig, data: Loader) -> DataIdentity:
 
 
 @contextmanager
-def watched(config: RunConfig, mesh: ParallelMesh) -> Iterator[Watchdog]:
+def watched(config: RunConfig, mesh: ParallelMesh, reached: Reached) -> Iterator[Watchdog]:
     """A watchdog over this rank."""
     folder, settings = Path(config.run.dir), config.watchdog
     watchdog = Watchdog(
         folder / "stacks" / f"rank_{mesh.rank:05d}.txt",
-        lambda sentence: write_failure(folder, f"rank {mesh.rank}: {sentence}"),
+        lambda sentence: write_failure(folder, f"rank {mesh.rank}: {sentence}", reached.step),
         settings.factor,
         settings.least_seconds,
         settings.first_seconds,
@@ -291,6 +310,7 @@ def loop(run: Run, state: TrainState) -> Ending:
         if result.applied:
             run.saver.prove(state.step)
         state = state.after(run.config.train.global_batch_size, applied=result.applied)
+        run.reached.step = state.step
         skipped = 0 if result.applied else skipped + 1
         healthy = skipped == 0
         if begun.step > 0:
@@ -301,6 +321,8 @@ def loop(run: Run, state: TrainState) -> Ending:
         report_saves(run)
         hopeless = run.saver.failures >= run.config.checkpoint.max_failures
         wishes = run.requests.agree(saving=run.saver.busy, give_up=hopeless)
+        if wishes.lost is not None:
+            return abandon(run, state, wishes.lost)
         last = state.step >= run.last_step(state)
         ending = None if last else ending_after(run, state, skipped, wishes)
         evaluate_now, save_now, log_now = (due(n, state.step) or last for n in every)
@@ -325,6 +347,15 @@ def ending_after(run: Run, state: TrainState, skipped: int, wishes: Wishes) -> E
     if wishes.give_up:
         return Ending("failed", f"{run.config.checkpoint.max_failures} saves in a row failed: {run.saver.last_error}")
     return None if wishes.stop is None else Ending("requeue", f"stopped by {wishes.stop}")
+
+
+def abandon(run: Run, state: TrainState, reason: str) -> Ending:
+    """End a run whose directory was taken away: nothing is written at its place, which may be another's by now."""
+    run.watchdog.now("end", patient=True)
+    run.saver.wait()
+    report_saves(run)
+    run.metrics.write("stop", step=state.step, reason=reason, status="failed")
+    return Ending("failed", reason)
 
 
 def finish(run: Run, state: TrainState, loss: Tensor, ending: Ending | None, healthy: bool | None) -> Ending:

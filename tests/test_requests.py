@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from megallama.launcher import STOP_SIGNALS, Ancestors
-from megallama.parallel.mesh import ALONE, ParallelMesh
+from megallama.parallel.mesh import ALONE, Launch, ParallelMesh
 from megallama.parallel.topology import Topology
 from megallama.requests import Requests, _process_age
 
@@ -22,17 +20,14 @@ Make = Callable[[float], Requests]
 
 
 @pytest.fixture
-def requests(tmp_path: Path) -> Iterator[Make]:
+def requests(tmp_path: Path) -> Make:
     """Makes the requests of a run that has so many seconds left."""
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     mesh = ParallelMesh(Topology(), 0, torch.device("cpu"), ALONE, ALONE, ALONE, ALONE, ALONE)
 
     def make(seconds: float) -> Requests:
-        return Requests(tmp_path, mesh, (_process_age() + seconds) / 60, 10**9, Ancestors())
+        return Requests(tmp_path, None, mesh, (_process_age() + seconds) / 60, 10**9, Launch())
 
-    yield make
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return make
 
 
 @pytest.mark.parametrize(

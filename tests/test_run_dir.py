@@ -72,8 +72,8 @@ def test_a_rank_of_the_start_before_does_not_mark_this_one_failed(
     write_outcome(tmp_path, "running", 3, "")
     before = (tmp_path / OUTCOME).read_bytes()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    write_failure(tmp_path, "of the start before")
+    write_failure(tmp_path, "of the start before", 5)
     assert (tmp_path / OUTCOME).read_bytes() == before
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    write_failure(tmp_path, "of this one")
+    write_failure(tmp_path, "of this one", 5)
     assert b'"failed"' in (tmp_path / OUTCOME).read_bytes()

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import SavePlan, SavePlanner, StorageWriter
@@ -21,12 +23,15 @@ from torch.futures import Future
 
 from megallama.checkpoint.logical import LogicalTensor
 from megallama.checkpoint.tensors import ELEMENT
+from megallama.errors import UserError
+from megallama.limits import too_little
 
 
 class Snapshot:
     """Shared memory that holds copies of this rank's chunks of `state`, one behind the other.
 
-    Takes as many bytes as this rank writes, for as long as the run lasts; on CUDA they are pinned.
+    Takes as many bytes as this rank writes, for as long as the run lasts; on CUDA they are pinned. UserError, on every
+    rank, where the limit of a file's size is below what one of them writes.
     """
 
     def __init__(self, state: Mapping[str, LogicalTensor], rank: int, group: Any) -> None:
@@ -40,6 +45,11 @@ class Snapshot:
         """Bytes."""
         # Anonymous: gone with the last process that has it, however that one ends; /dev/shm is small in containers.
         self.descriptor = os.memfd_create("megallama-checkpoint")
+        largest = torch.tensor(self.size)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)  # which counts for memory like this too
+        if limit != resource.RLIM_INFINITY and limit < largest:
+            raise UserError(too_little(limit, "f", "bytes in one file", int(largest)))
         os.ftruncate(self.descriptor, max(self.size, 1))
         # Touched now, so that no save waits for the kernel to find and clear the pages.
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE

@@ -22,11 +22,14 @@ from typing import Any
 
 from megallama.checkpoint.commit import Retention, commit, tend
 from megallama.checkpoint.format import File, write_bytes
+from megallama.signals import deaf
 
 Answer = dict[str, Any]
 _SET_PARENT_DEATH_SIGNAL = 1
 _NICE = 10
 """A tenth of a core beside training on all cores; at 19 it would be a seventieth, and a save would take minutes."""
+_NOT_HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""A save must not end half way."""
 _LAST_OF_BEST_EFFORT = (2 << 13) | 7
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 
@@ -64,13 +67,14 @@ class Writer:
 
     def _start(self) -> subprocess.Popen[str]:
         words = [str(self._descriptor), str(self._size), str(os.getpid())]
-        return subprocess.Popen(
-            [sys.executable, "-m", "megallama.checkpoint.writer", *words],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=[self._descriptor],
-            text=True,
-        )
+        with deaf(_NOT_HEARD):  # Slurm signals every process of a job, a terminal all that it shows
+            return subprocess.Popen(
+                [sys.executable, "-m", "megallama.checkpoint.writer", *words],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=[self._descriptor],
+                text=True,
+            )
 
 
 def main(descriptor: int, size: int, parent: int) -> None:
@@ -94,7 +98,8 @@ def main(descriptor: int, size: int, parent: int) -> None:
 
 
 def _write(path: Path, content: memoryview) -> Answer:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.parent.mkdir(exist_ok=True)  # and no more: a run directory that is gone is not made anew
+    path.parent.mkdir(exist_ok=True)
     return asdict(write_bytes(path, content))
 
 
@@ -121,9 +126,7 @@ def _drop(path: str) -> Answer:
 
 
 def _stay_behind(parent: int) -> None:
-    """Give way to training, end with the parent and by nothing else."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # Slurm signals every process of a job: a save must not end half way
+    """Give way to training, and end with the parent."""
     libc = ctypes.CDLL(None)
     libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     os.nice(_NICE)

@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -32,6 +33,7 @@ from megallama.data.indexed import IndexedWriter, Tokens, bin_path, idx_path, op
 from megallama.data.progress import Counter
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.errors import UserError
+from megallama.signals import deaf
 
 BLOCK_CHARACTERS = 2_000_000
 
@@ -206,14 +208,25 @@ def _tokenized(
         return
     # Not fork: a copy of a process in which torch has started threads can hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_end_without_a_word) as pool:
         under_way: deque[tuple[Path, Future[None]]] = deque()
-        for block, shard in shards:
-            under_way.append((shard, pool.submit(_work, block, spec, shard)))
-            if len(under_way) > 2 * workers:
+        try:
+            for block, shard in shards:
+                with deaf((signal.SIGINT,)):  # which a terminal sends to all: a worker heeds it once it can be silent
+                    under_way.append((shard, pool.submit(_work, block, spec, shard)))
+                if len(under_way) > 2 * workers:
+                    yield _finished(*under_way.popleft())
+            while under_way:
                 yield _finished(*under_way.popleft())
-        while under_way:
-            yield _finished(*under_way.popleft())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _end_without_a_word() -> None:
+    """At a Ctrl-C, of which the process above speaks for all."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
 
 
 def _work(block: list[str], spec: str, shard: Path) -> None:

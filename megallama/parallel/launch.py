@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from megallama.errors import UserError
 from megallama.launcher import Ancestors
+from megallama.signals import Signals
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +78,8 @@ class Launch:
     """The launcher may show each rank its own device only, as `srun --gpus-per-task=1` does."""
     door: socket | None = field(default=None, compare=False)
     """Rank 0's listening socket, where it has been opened before the ranks meet."""
+    signals: Signals = field(default_factory=Signals, compare=False)
+    """What signals ask of this process, if they were taken over."""
     began: float = field(default_factory=time.monotonic, compare=False)
     """When this was made, by time.monotonic()."""
 

@@ -134,12 +134,23 @@ class Cold:
 
 
 @contextmanager
-def cold(command: list[str], home: Path, **variables: str) -> Iterator[Cold]:
-    """Start a command; nothing of it is left at the end. One test, one home: it marks the processes."""
+def cold(command: list[str], home: Path, *, own_group: bool = False, **variables: str) -> Iterator[Cold]:
+    """Start a command; nothing of it is left at the end. One test, one home: it marks the processes.
+
+    `own_group`: as the shell of a terminal starts it, whose Ctrl-C goes to its whole process group.
+    """
     home.mkdir(exist_ok=True)
     environment = clean_environment(home, OMP_NUM_THREADS="1", **variables)
     with (home / "out.log").open("w") as out, (home / "err.log").open("w") as err:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=own_group,
+        )
     try:
         yield Cold(process, home, plain=command[:2] == [sys.executable, PRETRAIN])
     finally:

@@ -1,0 +1,84 @@
+"""What `ulimit` allows is enough for a rank, or it is said before the run directory is made."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from megallama.config.load import load_config
+from megallama.errors import UserError
+from megallama.limits import check_limits
+from megallama.run_dir import checkpoint_bytes
+from tests.launching import PRETRAIN, arguments, events, execute, pretrain
+
+FILE_LIMIT = 10_000_000
+"""Bytes: more than the mean of the two stages, less than the larger."""
+
+
+@contextmanager
+def limited(number: int, soft: int) -> Iterator[None]:
+    before = resource.getrlimit(number)
+    resource.setrlimit(number, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(number, before)
+
+
+def test_a_limit_of_a_file_below_a_ranks_part_of_a_checkpoint_is_refused() -> None:
+    config = load_config("configs/debug.yaml", ["model.hidden_size=256"])
+    whole = checkpoint_bytes(config)
+    with limited(resource.RLIMIT_FSIZE, whole // 2):
+        check_limits(config, 2)
+        with pytest.raises(UserError) as refusal:
+            check_limits(config, 1)
+    assert str(refusal.value) == (
+        f"`ulimit -f` allows {whole // 2:,} bytes in one file, and a rank of this run needs {whole:,}; "
+        "use `ulimit -f unlimited`, or ask who sets it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "letter", "least", "more"),
+    [
+        (resource.RLIMIT_NOFILE, "n", "128", "1024"),
+        (resource.RLIMIT_AS, "v", "2,147,483,648", "unlimited"),
+    ],
+)
+def test_siblings_are_refused(number: int, letter: str, least: str, more: str) -> None:
+    config = load_config("configs/debug.yaml", [])
+    with limited(number, 100), pytest.raises(UserError) as refusal:
+        check_limits(config, 1)
+    assert f"`ulimit -{letter}` allows 100 " in str(refusal.value)
+    assert f"needs {least}; use `ulimit -{letter} {more}`" in str(refusal.value)
+
+
+def test_a_start_without_room_for_any_file_ends_in_a_sentence(byte_dataset: str, tmp_path: Path) -> None:
+    """Before torch, which looks for a folder for its own files, fails in its way."""
+    words = arguments(byte_dataset, tmp_path / "run")
+    # Its words go through a pipe: what it may not write to is a file.
+    command = ["sh", "-c", '(ulimit -f 0; "$@") 2>&1 | cat >&2', "sh", sys.executable, PRETRAIN, *words]
+    ended = execute(command, tmp_path)
+    assert ended.err.startswith("megallama: `ulimit -f` allows 0 bytes in one file") and ended.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_writes_more_than_its_share_is_refused_before_it_trains(byte_dataset: str, tmp_path: Path) -> None:
+    """Two of three layers are on the first stage."""
+    wide = ["model.num_hidden_layers=3", "model.hidden_size=128", "model.intermediate_size=1024"]
+    layout = ["parallel.pipeline=2", "train.micro_batch_size=1", "data.sequence_length=32"]
+    words = arguments(byte_dataset, tmp_path / "run", *wide, *layout)
+    results = pretrain(2, words, plant=small_files)
+    assert [code for code, _ in results] == [2, 2]
+    assert results[0] == results[1]
+    assert results[0][1].startswith(f"megallama: `ulimit -f` allows {FILE_LIMIT:,} bytes in one file")
+    assert events(tmp_path / "run", "train") == []
+
+
+def small_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, resource.RLIM_INFINITY))
