@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megallama.parallel.mesh import ALONE, Launch, ParallelMesh
+from megallama.parallel.launch import Launch
+from megallama.parallel.mesh import ALONE, ParallelMesh
 from megallama.parallel.topology import Topology
 from megallama.requests import Requests, _process_age
 
