@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import tiktoken
 
 from megallama.errors import UserError
+from megallama.whole_file import put
 
 END_OF_TEXT = "<|endoftext|>"
 RANKS_NAME = "ranks.tiktoken"
@@ -134,7 +135,7 @@ class TiktokenTokenizer:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RANKS_NAME).write_bytes(self._rank_lines)
+        put(folder / RANKS_NAME, self._rank_lines)
         _write_sidecar(folder, {"format": "tiktoken", "fingerprint": self.fingerprint, **self._rules()})
 
 
@@ -290,7 +291,7 @@ def _read_sidecar(folder: Path) -> dict[str, Any]:
 
 def _write_sidecar(folder: Path, content: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / SIDECAR_NAME).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    put(folder / SIDECAR_NAME, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
 def _download_encoding(name: str) -> tiktoken.Encoding:
