@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from megallama.data.indexed import IndexedDataset, open_indexed, token_dtype
+from megallama.data.tokenizer import LARGEST_ID
 from megallama.errors import UserError
 from megallama.regular_file import read_regular
 
 LARGEST_INFO = 64 << 20
-LARGEST_VOCABULARY = 1 << 31
-"""Ids are at most int32."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def _check_values(info: DatasetInfo) -> None:
     for name in ("tokenizer", "fingerprint", "inputs"):
         if not isinstance(getattr(info, name), str):
             raise ValueError(f"{name} is no string")
-    for name, end in (("vocab_size", LARGEST_VOCABULARY), ("documents", 1 << 63), ("tokens", 1 << 63)):
+    for name, end in (("vocab_size", LARGEST_ID + 2), ("documents", 1 << 63), ("tokens", 1 << 63)):
         value = getattr(info, name)
         if type(value) is not int or not 0 < value < end:
             raise ValueError(f"{name} is no number from 1 to {end - 1}")

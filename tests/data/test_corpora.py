@@ -79,8 +79,11 @@ def test_a_change_of_a_file_changes_the_state(tmp_path: Path) -> None:
         (b"[" * 100_000, r"a\.jsonl:2 is no JSON"),
         (b'{"text": "\xff"}', r"a\.jsonl:2 is no JSON"),
         (b'{"content": "x"}', r"a\.jsonl:2 has no text in field 'text', only content"),
-        (b'{"text": 3}', r"a\.jsonl:2 has no text"),
-        (b'["text"]', r"a\.jsonl:2 has no text"),
+        (b'{"text": 3}', r"a\.jsonl:2 has a number in field 'text', not text; .* --text-field"),
+        (b'{"text": null}', r"a\.jsonl:2 has null in field 'text'"),
+        (b'{"text": false}', r"a\.jsonl:2 has a boolean in field 'text'"),
+        (b'{"text": ["a"]}', r"a\.jsonl:2 has an array in field 'text'"),
+        (b'["text"]', r"a\.jsonl:2 is an array, not a JSON object; write it as {'text': \.\.\.}"),
     ],
 )
 def test_a_broken_line_is_named_by_file_and_line(tmp_path: Path, line: bytes, message: str) -> None:
