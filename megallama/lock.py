@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 from megallama.errors import UserError
 
@@ -44,24 +44,25 @@ class Lock:
 
     def __init__(self, path: Path, place: Place, *, folder: Path | None = None, handover_seconds: float = 0.0) -> None:
         self._path, self._place = path, place
-        self._folder = None if folder is None else os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        self._folder: int | None = None
+        with suppress(OSError):  # one that cannot be read cannot be locked; the file says what is wrong with it
+            self._folder = None if folder is None else os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         self._deadline = time.monotonic() + handover_seconds
-        self._file: IO[str] | None = None
         try:
             if self._folder is not None:
                 self._wait_for(self._folder, required=False)
             self._file = self._locked_file()
         except UserError:
-            self.release()
+            self._release_folder()
             raise
-        self._file.truncate(0)
         facts = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
-        self._file.write(json.dumps(facts))
-        self._file.flush()
+        with suppress(OSError):  # a full disk takes no facts; the lock holds without them
+            self._file.truncate(0)
+            self._file.write(json.dumps(facts).encode())
 
     def stands(self) -> bool:
         """Whether the file is still the one that is locked. Somebody who removed it has let others in."""
-        return self._file is not None and _is_at(self._file, self._path)
+        return not self._file.closed and _is_at(self._file, self._path)
 
     def check(self) -> None:
         """UserError unless it stands: for a writer, before it replaces anything."""
@@ -73,11 +74,8 @@ class Lock:
 
     def release(self) -> None:
         """Let others in."""
-        if self._file is not None:
-            self._file.close()
-        if self._folder is not None:
-            os.close(self._folder)
-        self._file = self._folder = None
+        self._file.close()
+        self._release_folder()
 
     def __enter__(self) -> Lock:
         return self
@@ -85,10 +83,15 @@ class Lock:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.release()
 
-    def _locked_file(self) -> IO[str]:
+    def _release_folder(self) -> None:
+        if self._folder is not None:
+            os.close(self._folder)
+        self._folder = None
+
+    def _locked_file(self) -> FileIO:
         while True:
             try:
-                file = self._path.open("a+")
+                file = self._path.open("ab", buffering=0)
             except OSError as error:
                 raise UserError(
                     f"{self._place.name} cannot be written ({self._path}: {error.strerror or error}); "
@@ -128,9 +131,9 @@ class Lock:
 class RunLock(Lock):
     """The lock of a run directory. A start waits a moment for one that is about to end."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, handover_seconds: float = _HANDOVER_SECONDS) -> None:
         place = Place(f"run.dir={run_dir}", f"stop that run (touch {run_dir / 'STOP'})", "use another run.dir")
-        super().__init__(run_dir / LOCK, place, folder=run_dir, handover_seconds=_HANDOVER_SECONDS)
+        super().__init__(run_dir / LOCK, place, folder=run_dir, handover_seconds=handover_seconds)
 
 
 @contextmanager
@@ -166,7 +169,7 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
-def _is_at(file: IO[str], path: Path) -> bool:
+def _is_at(file: FileIO, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:

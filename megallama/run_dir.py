@@ -22,6 +22,7 @@ from megallama.lock import RunLock
 from megallama.metrics import Metrics, environment, open_metrics
 from megallama.outcome import write_failure, write_outcome
 from megallama.parallel.mesh import ParallelMesh
+from megallama.parallel.plain import from_first
 from megallama.peak import Peak
 from megallama.plan.params import count_parameters
 
@@ -53,18 +54,17 @@ def checkpoint_bytes(config: RunConfig) -> int:
 @contextmanager
 def locked(config: RunConfig, mesh: ParallelMesh) -> Iterator[None]:
     """Make the run directory this run's alone. UserError, on every rank, where another run holds it."""
-    folder, refusal = Path(config.run.dir), [""]
+    folder, refusal = Path(config.run.dir), ""
     with ExitStack() as stack:
         if mesh.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 stack.enter_context(RunLock(folder))
             except UserError as error:
-                refusal = [str(error)]
+                refusal = str(error)
         # Until it is this run's, no rank may touch it, not even to say that it has failed.
-        dist.broadcast_object_list(refusal, group=mesh.world.group, device=mesh.device)
-        if refusal[0]:
-            raise UserError(refusal[0])
+        if refusal := from_first(refusal, mesh.world.group, mesh.device):
+            raise UserError(refusal)
         yield
 
 
