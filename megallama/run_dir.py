@@ -22,6 +22,7 @@ from megallama.lock import RunLock
 from megallama.metrics import WANDB_ID, Metrics, environment, open_metrics
 from megallama.outcome import Reached, write_failure, write_outcome
 from megallama.parallel.mesh import ParallelMesh
+from megallama.parallel.plain import from_first
 from megallama.peak import Peak
 from megallama.plan.params import count_parameters
 
@@ -53,18 +54,17 @@ def checkpoint_bytes(config: RunConfig) -> int:
 @contextmanager
 def locked(config: RunConfig, mesh: ParallelMesh) -> Iterator[RunLock | None]:
     """Make the run directory this run's alone: rank 0 gets the lock. UserError, on every rank, if another holds it."""
-    folder, refusal, lock = Path(config.run.dir), [""], None
+    folder, refusal, lock = Path(config.run.dir), "", None
     with ExitStack() as stack:
         if mesh.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 lock = stack.enter_context(RunLock(folder))
             except UserError as error:
-                refusal = [str(error)]
+                refusal = str(error)
         # Until it is this run's, no rank may touch it, not even to say that it has failed.
-        dist.broadcast_object_list(refusal, group=mesh.world.group, device=mesh.device)
-        if refusal[0]:
-            raise UserError(refusal[0])
+        if refusal := from_first(refusal, mesh.world.group, mesh.device):
+            raise UserError(refusal)
         yield lock
 
 

@@ -61,7 +61,10 @@ def test_a_lock_that_cannot_be_opened_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / LOCK).mkdir()
     with pytest.raises(UserError) as refusal:
         RunLock(tmp_path)
-    assert str(refusal.value) == f"{tmp_path / LOCK} cannot be written (Is a directory); use another run.dir"
+    assert (
+        str(refusal.value)
+        == f"run.dir={tmp_path} cannot be written ({tmp_path / LOCK}: Is a directory); use another run.dir"
+    )
 
 
 def test_a_rank_of_the_start_before_does_not_mark_this_one_failed(

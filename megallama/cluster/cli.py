@@ -16,8 +16,10 @@ from megallama.cluster.job_file import JOB_FILE, Allocation, job_file
 from megallama.cluster.queue import Job, cancel_waiting, my_jobs, of_run, submit
 from megallama.cluster.starts import read_starts
 from megallama.errors import UserError
+from megallama.lock import beside, output_lock
 from megallama.outcome import OUTCOME, STOP_FILE
 from megallama.plan.budget import total_steps
+from megallama.whole_file import put
 
 if TYPE_CHECKING:
     from megallama.config.schema import RunConfig
@@ -74,20 +76,21 @@ def launch(
 
 
 def send(run_dir: Path, text: str, chain: int) -> None:
-    """Write the job file and submit it, `chain` times. UserError where the run has a job already."""
+    """Write the job file and submit it, `chain` times. UserError where the run has a job, or is getting one."""
     if not Path("slurm/run.sh").is_file():
         raise UserError(f"{Path.cwd()} has no slurm/run.sh; go to the root of a checkout of megallama")
-    waiting = jobs_of(run_dir)
-    if waiting:
-        raise UserError(
-            f"run.dir={run_dir} has job {waiting[0].id} ({waiting[0].state}) already; see it with --status, "
-            "end it with --stop, or use another run.dir"
-        )
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     path = run_dir / JOB_FILE
-    path.write_text(text)
-    in_a_row = ["--dependency=singleton"] if chain > 1 else []
-    sent = [submit(*in_a_row, str(path)) for _ in range(chain)]
+    with output_lock(beside(path), f"{JOB_FILE} of run.dir={run_dir}", "run.dir"):
+        waiting = jobs_of(run_dir)
+        if waiting:
+            raise UserError(
+                f"run.dir={run_dir} has job {waiting[0].id} ({waiting[0].state}) already; see it with --status, "
+                "end it with --stop, or use another run.dir"
+            )
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        put(path, text.encode())
+        in_a_row = ["--dependency=singleton"] if chain > 1 else []
+        sent = [submit(*in_a_row, str(path)) for _ in range(chain)]
     typer.echo(f"job {', '.join(sent)}: {path}; its log is {run_dir}/logs/job-{sent[0]}.log")
 
 

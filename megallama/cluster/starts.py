@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megallama.checkpoint.format import step_of, write_json
 from megallama.checkpoint.health import healthy_checkpoints
+from megallama.whole_file import temporary
 
 JOB = "job.json"
 """In the run directory: the job that last ran there."""
@@ -46,6 +47,6 @@ def read_starts(run_dir: Path) -> Starts:
 
 def write_starts(run_dir: Path, starts: Starts) -> None:
     """Put them into the run directory."""
-    partial = run_dir / f".{JOB}"
+    partial = temporary(run_dir / JOB)
     write_json(partial, asdict(starts))
     partial.replace(run_dir / JOB)

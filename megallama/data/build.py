@@ -15,45 +15,38 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
 from megallama.data.corpora import describe_source, iterate_documents
-from megallama.data.indexed import IndexedWriter, Tokens, bin_path, idx_path, open_indexed, token_dtype
+from megallama.data.indexed import (
+    IndexedWriter,
+    Tokens,
+    bin_path,
+    idx_path,
+    token_dtype,
+)
+from megallama.data.info import DatasetInfo, info_path, open_described
 from megallama.data.progress import Counter
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.errors import UserError
+from megallama.lock import Lock, beside, output_lock
 from megallama.signals import deaf
+from megallama.whole_file import put, remove_leftovers, temporary
 
 BLOCK_CHARACTERS = 2_000_000
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What PREFIX.json says of a dataset that was built here."""
-
-    tokenizer: str
-    """As it was named to the build."""
-    fingerprint: str
-    """Of the tokenizer."""
-    vocab_size: int
-    eod_id: int
-    documents: int
-    tokens: int
-    """Ends of documents included."""
-    sources: list[dict[str, Any]]
-    inputs: str
-    """Hash over everything that determines the dataset."""
 
 
 def build_dataset(
@@ -82,10 +75,15 @@ def build_dataset(
     try:
         if not force and (found := _standing_dataset(prefix, inputs)):
             return found, True
-        blocks = _blocks_with_text(sources, text_field)
-        with _parts(prefix, inputs) as parts:
-            shards = _tokenized(blocks, parts, tokenizer, loaded, workers)
-            return _join(shards, prefix, empty, console or Console(stderr=True)), False
+        with output_lock(beside(Path(prefix)), f"--output {prefix}", "--output") as lock:
+            if not force and (found := _standing_dataset(prefix, inputs)):
+                return found, True
+            blocks = _blocks_with_text(sources, text_field)
+            for path in (bin_path(prefix), idx_path(prefix), info_path(prefix)):
+                remove_leftovers(path)
+            with _parts(prefix, inputs) as parts:
+                shards = _tokenized(blocks, parts, tokenizer, loaded, workers)
+                return _join(shards, prefix, empty, lock, console or Console(stderr=True)), False
     except BrokenProcessPool:
         raise UserError(
             f"a worker process of the build of {prefix} was killed, most likely for want of memory; the same command "
@@ -96,21 +94,6 @@ def build_dataset(
             f"the build of --output {prefix} was stopped ({error.strerror}); mend that and repeat the command, "
             "or choose another --output"
         ) from None
-
-
-def info_path(prefix: str) -> Path:
-    """Where the description of the dataset `prefix` is."""
-    return Path(f"{prefix}.json")
-
-
-def read_info(prefix: str) -> DatasetInfo | None:
-    """The description of a dataset; None beside a dataset made elsewhere, UserError if it is damaged."""
-    try:
-        return DatasetInfo(**json.loads(info_path(prefix).read_bytes()))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{info_path(prefix)} is damaged ({error}); build the dataset again") from None
 
 
 def tokenize_block(documents: Sequence[str], tokenizer: Tokenizer) -> tuple[Tokens, npt.NDArray[np.int32]]:
@@ -132,13 +115,12 @@ def _standing_dataset(prefix: str, inputs: str) -> DatasetInfo | None:
     """The dataset at PREFIX if it was made from `inputs`, None if there is none, UserError if it is another."""
     if not idx_path(prefix).exists():
         return None
-    info = read_info(prefix)
+    _, info = open_described(prefix)
     if info is None or info.inputs != inputs:
         raise UserError(
             f"{bin_path(prefix)} was made from other sources or another tokenizer; "
             "add --force to replace it or choose another --output"
         )
-    open_indexed(prefix)
     return info
 
 
@@ -150,13 +132,14 @@ def _parts(prefix: str, inputs: str) -> Iterator[Path]:
     try:
         yield parts
     except UserError:
-        shutil.rmtree(parts)  # A source is at fault: once it is mended, these are not its shards
+        shutil.rmtree(parts, ignore_errors=True)  # A source is at fault: once it is mended, these are not its shards
         raise
-    shutil.rmtree(parts)
+    # A build before this one may have been killed a moment ago, and its workers not have noticed yet.
+    shutil.rmtree(parts, ignore_errors=True)
 
 
-def _join(shards: Iterable[Path], prefix: str, empty: DatasetInfo, console: Console) -> DatasetInfo:
-    """Write the dataset of these shards; returns `empty` with their counts."""
+def _join(shards: Iterable[Path], prefix: str, empty: DatasetInfo, lock: Lock, console: Console) -> DatasetInfo:
+    """Write the dataset of these shards; returns `empty` with their counts. UserError where `lock` was removed."""
     writer = IndexedWriter(prefix, token_dtype(empty.vocab_size))
     try:
         with Counter(console) as counter:
@@ -165,8 +148,10 @@ def _join(shards: Iterable[Path], prefix: str, empty: DatasetInfo, console: Cons
                 writer.add(tokens, sizes)
                 counter.add(len(sizes), len(tokens))
         info = replace(empty, documents=counter.documents, tokens=counter.tokens)
+        writer.seal()
+        lock.check()
         idx_path(prefix).unlink(missing_ok=True)  # The index vouches for the two other files: it goes first, comes last
-        _put(info_path(prefix), (json.dumps(asdict(info), indent=1) + "\n").encode())
+        put(info_path(prefix), (json.dumps(asdict(info), indent=1) + "\n").encode())
         writer.close()
     finally:
         writer.discard()
@@ -208,7 +193,7 @@ def _tokenized(
         return
     # Not fork: a copy of a process in which torch has started threads can hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_end_without_a_word) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_stand_alone) as pool:
         under_way: deque[tuple[Path, Future[None]]] = deque()
         try:
             for block, shard in shards:
@@ -223,10 +208,18 @@ def _tokenized(
             raise
 
 
-def _end_without_a_word() -> None:
-    """At a Ctrl-C, of which the process above speaks for all."""
+def _stand_alone() -> None:
+    """End this worker without a word at a Ctrl-C, of which its parent speaks for all, and when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _work(block: list[str], spec: str, shard: Path) -> None:
@@ -246,21 +239,20 @@ def _finished(shard: Path, work: Future[None]) -> Path:
 
 
 def _write_shard(shard: Path, tokens: Tokens, sizes: npt.NDArray[np.int32]) -> None:
-    temporary = shard.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    path = temporary(shard)
+    with path.open("xb") as file:
         np.savez(file, tokens=tokens, sizes=sizes)
-    temporary.replace(shard)
+    path.replace(shard)
 
 
 def _read_shard(shard: Path) -> tuple[Tokens, npt.NDArray[np.int32]]:
-    with np.load(shard) as content:
-        return content["tokens"], content["sizes"]
-
-
-def _put(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        with np.load(shard) as content:
+            return content["tokens"], content["sizes"]
+    except (ValueError, EOFError, KeyError, BadZipFile) as error:
+        raise UserError(
+            f"{shard}, which a stopped build left, is damaged ({error}) and removed; repeat the command"
+        ) from None
 
 
 def _hash(content: Any) -> str:

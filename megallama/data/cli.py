@@ -50,11 +50,9 @@ def data_info_command(
 
     Example: megallama data info data/stdlib
     """
-    from megallama.data.build import read_info
-    from megallama.data.indexed import open_indexed
+    from megallama.data.info import open_described
 
-    dataset = open_indexed(prefix)
-    info = read_info(prefix)
+    dataset, info = open_described(prefix)
     facts: dict[str, Any] = {
         "prefix": prefix,
         "documents": dataset.num_documents,

@@ -26,6 +26,7 @@ import zstandard
 
 from megallama.data.tokenizer import without_surrogates
 from megallama.errors import UserError
+from megallama.regular_file import open_regular
 
 STDLIB = "stdlib"
 STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"})
@@ -34,7 +35,10 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 DOCUMENT_BYTES = 1 << 20
 LARGEST_RECORD = 64 << 20
 LARGEST_WINDOW = 1 << 27
-LARGEST_RATIO = 1000
+LARGEST_GAP = 1 << 30
+LONGEST_GAP = 1_000_000
+"""Bytes and lines in a row without text that are read. No corpus has as many; a bomb of a few megabytes has, in any
+compression, while text that repeats itself may shrink as far."""
 # A few bytes of zstd can stand for 128 KiB: small input chunks bound what one call can return to about 128 MiB.
 ZSTD_CHUNK = 4 << 10
 CHUNK = 1 << 20
@@ -96,7 +100,7 @@ def _refusals_named(place: str | Path) -> Iterator[None]:
 
 def _open(path: Path) -> BinaryIO:
     with _refusals_named(path):
-        return path.open("rb")
+        return open_regular(path)
 
 
 def _stdlib_files() -> list[Path]:
@@ -135,31 +139,62 @@ def _decoded(text: bytes, path: Path) -> str:
 
 
 def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
+    last, gap = 0, 0  # the last line with text, and the bytes since then
     with _open(path) as file:
         for number, line in enumerate(_lines(_chunks(file, path), path), start=1):
-            if line.strip():
-                yield _text_of(line, text_field, f"{path}:{number}")
+            if line.strip() and (text := _text_of(line, text_field, f"{path}:{number}")):
+                last, gap = number, 0
+                yield text
+                continue
+            gap += len(line)
+            if number - last > LONGEST_GAP or gap > LARGEST_GAP:
+                raise UserError(
+                    f"{path} has {number - last:,} lines of {gap:,} bytes in a row without text after line {last}: "
+                    "refused as a bomb; take them out"
+                )
 
 
 def _text_of(line: bytes, text_field: str, place: str) -> str:
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise UserError(f"{place} is no JSON object of text: it is nested too deeply; take the line out") from None
+    except ValueError as error:
         raise UserError(f"{place} is no JSON object: {error}") from None
-    text = record.get(text_field) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        found = ", ".join(sorted(record)[:8]) if isinstance(record, dict) else type(record).__name__
+    if not isinstance(record, dict):
+        raise UserError(f"{place} is {_json_type(record)}, not a JSON object; write it as {{{text_field!r}: ...}}")
+    if text_field not in record:
+        found = ", ".join(sorted(record)[:8])
         raise UserError(
             f"{place} has no text in field {text_field!r}, only {found or 'nothing'}; name it: --text-field"
         )
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise UserError(
+            f"{place} has {_json_type(text)} in field {text_field!r}, not text; take the line out, or name another "
+            "field: --text-field"
+        )
     return without_surrogates(text)  # JSON can escape half a surrogate pair
+
+
+def _json_type(value: object) -> str:
+    """What JSON calls it."""
+    names = {
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "an array",
+        dict: "an object",
+    }
+    return names.get(type(value), "null")
 
 
 def _chunks(file: Any, path: Path) -> Iterator[bytes]:
     """Decompressed content in pieces of bounded size."""
     try:
         if path.suffix == ".zst":
-            yield from _zstd_chunks(file, path)
+            yield from _zstd_chunks(file)
         elif path.suffix == ".gz":
             with gzip.open(file) as unzipped:
                 while chunk := unzipped.read(CHUNK):
@@ -171,23 +206,19 @@ def _chunks(file: Any, path: Path) -> Iterator[bytes]:
         raise UserError(f"{path} is damaged or cut short: {error}") from None
 
 
-def _zstd_chunks(file: Any, path: Path) -> Iterator[bytes]:
+def _zstd_chunks(file: Any) -> Iterator[bytes]:
     """All frames of a zstd file. Not `stream_reader`: that ends in silence where a file is cut short."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
     frame = None
-    taken, given = 0, 0
     while rest := file.read(ZSTD_CHUNK):
-        taken += len(rest)
         while rest:
             frame = frame or decompressor.decompressobj()
             chunk = frame.decompress(rest)
             rest = b""
             if frame.eof:
                 rest, frame = frame.unused_data, None
-            given += len(chunk)
-            if given > LARGEST_RECORD and given > LARGEST_RATIO * taken:
-                raise UserError(f"{path} grows over {LARGEST_RATIO} times when decompressed: refused as a bomb")
-            yield chunk
+            for start in range(0, len(chunk), CHUNK):
+                yield chunk[start : start + CHUNK]
     if frame is not None:
         raise EOFError("the last zstd frame has no end")
 

@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 
 from megallama.config.schema import DataConfig
-from megallama.data.build import read_info
-from megallama.data.indexed import IndexedDataset, Tokens, idx_path, open_indexed
+from megallama.data.indexed import Tokens, idx_path
+from megallama.data.info import open_described
 from megallama.data.tokenizer import load_tokenizer
 from megallama.errors import UserError
 
@@ -26,8 +26,7 @@ class TokenDataset:
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
-        self.info = read_info(prefix)
-        self.indexed: IndexedDataset = open_indexed(prefix)
+        self.indexed, self.info = open_described(prefix)
 
     @cached_property
     def fingerprint(self) -> str:

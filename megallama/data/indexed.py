@@ -29,6 +29,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megallama.errors import UserError
+from megallama.regular_file import open_regular
+from megallama.whole_file import temporary
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -53,14 +55,15 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class IndexedWriter:
-    """Writes a dataset under temporary names; `close` makes it appear, the index last."""
+    """Writes a dataset under temporary names of its own; `close` makes it appear, the index last."""
 
     def __init__(self, prefix: str, dtype: np.dtype[Any]) -> None:
         self._prefix = prefix
         self._dtype = dtype
         self._sizes: list[npt.NDArray[np.int32]] = []
         bin_path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._bin = _temporary(bin_path(prefix)).open("wb")
+        self._bin_path, self._idx_path = temporary(bin_path(prefix)), temporary(idx_path(prefix))
+        self._bin = self._bin_path.open("xb")
 
     def add(self, tokens: Tokens, sizes: npt.NDArray[np.int32]) -> None:
         """Append whole documents: their ids one after the other, and the length of each."""
@@ -69,23 +72,29 @@ class IndexedWriter:
         self._bin.write(np.ascontiguousarray(tokens).data)
         self._sizes.append(sizes)
 
-    def close(self) -> None:
-        """Put both files in place, durably; a dataset that stood there is gone before the first changes."""
+    def seal(self) -> None:
+        """Bring both files to the disk, under their temporary names."""
         sizes = np.concatenate([np.zeros(0, "<i4"), *self._sizes]).astype("<i4")
-        with _temporary(idx_path(self._prefix)).open("wb") as file:
+        with self._idx_path.open("xb") as file:
             file.write(index_bytes(sizes, self._dtype))
             _sync(file)
         _sync(self._bin)
         self._bin.close()
+
+    def close(self) -> None:
+        """Put both files in place; a dataset that stood there is gone before the first changes."""
+        if not self._bin.closed:
+            self.seal()
         idx_path(self._prefix).unlink(missing_ok=True)
-        _temporary(bin_path(self._prefix)).replace(bin_path(self._prefix))
-        _temporary(idx_path(self._prefix)).replace(idx_path(self._prefix))
+        self._bin_path.replace(bin_path(self._prefix))
+        self._idx_path.replace(idx_path(self._prefix))
 
     def discard(self) -> None:
-        """Remove what was written under the temporary name."""
+        """Remove what was written under temporary names."""
         with contextlib.suppress(OSError):  # a full disk refuses the rest of the buffer again
             self._bin.close()
-        _temporary(bin_path(self._prefix)).unlink(missing_ok=True)
+        for path in (self._bin_path, self._idx_path):
+            path.unlink(missing_ok=True)
 
 
 def index_bytes(sizes: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> bytes:
@@ -120,16 +129,25 @@ class IndexedDataset:
 def open_indexed(prefix: str) -> IndexedDataset:
     """Map PREFIX.bin and PREFIX.idx; UserError if one is missing, empty, cut short, or does not fit the other."""
     for path in (idx_path(prefix), bin_path(prefix)):
-        if not path.is_file():
-            raise UserError(
-                f"{path} does not exist; build the dataset with `megallama data build SOURCE --output {prefix}`"
-            )
-        if not path.stat().st_size:
-            raise UserError(f"{path} is empty; build the dataset again")
+        _check_file(path, prefix)
     dtype, sizes, pointers, documents = _read_index(idx_path(prefix))
     _check_layout(prefix, dtype, sizes, pointers, documents)
     starts = np.concatenate([pointers // dtype.itemsize, np.array([sizes.sum(dtype=np.int64)])])
     return IndexedDataset(prefix, np.asarray(np.memmap(bin_path(prefix), dtype, mode="r")), starts[documents])
+
+
+def _check_file(path: Path, prefix: str) -> None:
+    try:
+        with open_regular(path) as file:
+            empty = not file.read(1)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist; build the dataset with `megallama data build SOURCE --output {prefix}`"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend that, or build the dataset again") from None
+    if empty:
+        raise UserError(f"{path} is empty; build the dataset again")
 
 
 def _read_index(
@@ -160,21 +178,17 @@ def _check_layout(
     pointers: npt.NDArray[np.int64],
     documents: npt.NDArray[np.int64],
 ) -> None:
+    # Signs and bounds first: then no sum below can wrap around.
+    closed = len(documents) > 0 and documents[0] == 0 and documents[-1] == len(sizes)
+    sound = closed and (sizes >= 0).all() and documents.min() >= 0 and (np.diff(documents) >= 0).all()
     found, expected = bin_path(prefix).stat().st_size, int(sizes.sum(dtype=np.int64)) * dtype.itemsize
-    if found != expected:
+    if sound and found != expected:
         raise UserError(
             f"{bin_path(prefix)} has {found} bytes and its index promises {expected}: cut short, or of another dataset"
         )
-    in_order = pointers[:1].sum() == 0 and np.array_equal(
-        pointers[1:], pointers[:-1] + sizes[:-1].astype("<i8") * dtype.itemsize
-    )
-    closed = len(documents) > 0 and documents[0] == 0 and documents[-1] == len(sizes)
-    if not (in_order and closed and (sizes >= 0).all() and (np.diff(documents) >= 0).all()):
+    begins = np.cumsum(sizes, dtype=np.int64) - sizes
+    if not sound or not np.array_equal(pointers, begins * dtype.itemsize):
         raise UserError(f"{idx_path(prefix)} is damaged: sequences or documents are out of order; build it again")
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
 
 
 def _sync(file: IO[bytes]) -> None:

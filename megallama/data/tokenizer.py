@@ -12,6 +12,7 @@ import binascii
 import difflib
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,23 +22,18 @@ from typing import Any, Protocol
 
 import tiktoken
 
+from megallama.data.split_pattern import LLAMA3_PATTERN, R50K_PATTERN, check_pattern
 from megallama.errors import UserError
+from megallama.regular_file import read_regular
+from megallama.whole_file import put
 
 END_OF_TEXT = "<|endoftext|>"
 RANKS_NAME = "ranks.tiktoken"
 SIDECAR_NAME = "megallama_tokenizer.json"
 
-R50K_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-
-# Llama 3 publishes its ranks as `tokenizer.model`; pattern and special tokens stand in its code only
-# (llama-models, models/llama3/tokenizer.py).
 LLAMA3_NUM_RANKS = 128_000
 LLAMA3_NUM_SPECIAL = 256
 LLAMA3_END = "<|end_of_text|>"
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 LLAMA3_NAMED = (
     "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 finetune_right_pad_id step_id "
     "start_header_id end_header_id eom_id eot_id python_tag image"
@@ -48,6 +44,10 @@ LONGEST_TEXT = 400_000
 LONGEST_RUN = 25_000
 
 DOWNLOAD_SECONDS = 60.0
+
+LARGEST_FILE = 256 << 20
+LARGEST_ID = (1 << 31) - 2
+"""The ids of a dataset are at most int32, and so is the size of the vocabulary."""
 
 
 class Tokenizer(Protocol):
@@ -120,8 +120,18 @@ class TiktokenTokenizer:
 
     def encode(self, text: str) -> list[int]:
         if len(text) <= LONGEST_RUN:
+            return self._ids(text)
+        return [i for piece in safe_pieces(text) for i in self._ids(piece)]
+
+    def _ids(self, text: str) -> list[int]:
+        try:
             return self._encoding.encode_ordinary(text)
-        return [i for piece in safe_pieces(text) for i in self._encoding.encode_ordinary(piece)]
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust, derived from BaseException and importable nowhere
+                raise
+            raise UserError(
+                f"tokenizer {self._encoding.name} cannot split {text[:40]!r} ({error}); use another"
+            ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(self._token_bytes(i) for i in ids).decode(errors="replace")
@@ -134,7 +144,7 @@ class TiktokenTokenizer:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RANKS_NAME).write_bytes(self._rank_lines)
+        put(folder / RANKS_NAME, self._rank_lines)
         _write_sidecar(folder, {"format": "tiktoken", "fingerprint": self.fingerprint, **self._rules()})
 
 
@@ -145,9 +155,9 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if spec in tiktoken.list_encoding_names():
         return TiktokenTokenizer(_download_encoding(spec), END_OF_TEXT)
     path = Path(spec)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's methods, it takes any name
         return _load_folder(path)
-    if path.is_file():
+    if os.path.isfile(path):
         if path.name == RANKS_NAME and (path.parent / SIDECAR_NAME).exists():
             return _load_folder(path.parent)
         return _load_rank_file(path)
@@ -164,25 +174,43 @@ def without_surrogates(text: str) -> str:
 
 
 def read_rank_file(path: Path) -> dict[bytes, int]:
+    """Token bytes -> rank, of a rank file that stands alone: its ranks are 0, 1, 2, ... UserError if they are not."""
+    ranks = _read_ranks(path)
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise UserError(
+            f"{path} is no complete tiktoken rank file: its {len(ranks)} ranks must be 0 to {len(ranks) - 1}"
+        )
+    return ranks
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
     """Token bytes -> rank. Not tiktoken's own reader: that caches by path and gives the old ranks of a changed file."""
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(_content(path).splitlines(), start=1):
         if not line:
             continue
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            encoded, rank = line.split()
+            token = base64.b64decode(encoded, validate=True)
+            if ranks.setdefault(token, int(rank)) != int(rank):
+                raise ValueError("a second rank of one token")
         except (ValueError, binascii.Error):
             raise UserError(
                 f"{path}:{number} is no `base64 rank` line of a tiktoken rank file: {line[:40]!r}"
             ) from None
-    missing = sum(bytes([byte]) not in ranks for byte in range(256))
-    if missing or sorted(ranks.values()) != list(range(len(ranks))):
-        raise UserError(
-            f"{path} is no complete tiktoken rank file: {missing} of the 256 single bytes are missing and its "
-            f"{len(ranks)} ranks must be 0 to {max(len(ranks) - 1, 255)}"
-        )
+    if missing := sum(bytes([byte]) not in ranks for byte in range(256)):
+        raise UserError(f"{path} is no complete tiktoken rank file: {missing} of the 256 single bytes are missing")
     return ranks
+
+
+def _content(path: Path) -> bytes:
+    """UserError if it cannot be read, but FileNotFoundError if it is not there."""
+    try:
+        return read_regular(path, LARGEST_FILE)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend that, or save or train it again") from None
 
 
 def rank_lines(ranks: dict[bytes, int]) -> bytes:
@@ -259,17 +287,44 @@ def _load_folder(folder: Path) -> Tokenizer:
     try:
         if sidecar["format"] != "bytes":
             rules = {name: sidecar[name] for name in ("pattern", "special_tokens", "end_of_document")}
-            ranks = read_rank_file(folder / RANKS_NAME)
+            ranks = _read_ranks(folder / RANKS_NAME)
             found = _fingerprint(rules, rank_lines(ranks))
         expected = sidecar["fingerprint"]
     except (KeyError, FileNotFoundError) as missing:
         raise UserError(f"tokenizer folder {folder} is incomplete ({missing}); save or train it again") from None
-    # Before tiktoken sees the rules: what it raises at damaged ones has many types.
+    except RecursionError:
+        raise UserError(f"{folder / SIDECAR_NAME} is nested too deeply; save or train the tokenizer again") from None
     if found != expected:
         raise UserError(f"tokenizer folder {folder} was changed after it was saved; save or train it again")
     if not rules:
         return ByteTokenizer()
-    return _build_tokenizer(folder.name, ranks, rules["pattern"], rules["special_tokens"], rules["end_of_document"])
+    pattern, special_tokens, end = rules["pattern"], rules["special_tokens"], rules["end_of_document"]
+    try:
+        _check_ids(ranks, special_tokens, end)
+        if not isinstance(pattern, str):
+            raise UserError("the pattern is no text")
+        check_pattern(pattern)
+    except UserError as error:
+        raise UserError(f"tokenizer folder {folder} is damaged: {error}; save or train it again") from None
+    return _build_tokenizer(folder.name, ranks, pattern, special_tokens, end)
+
+
+def _check_ids(ranks: dict[bytes, int], special_tokens: Any, end: Any) -> None:
+    """UserError, as a clause, unless each token has an id of its own that a dataset can hold, and `end` has one."""
+    if not isinstance(special_tokens, dict) or not isinstance(end, str) or end not in special_tokens:
+        raise UserError(f"its special tokens do not hold its end of document {str(end)[:40]!r}")
+    taken = set(ranks.values())
+    if len(taken) < len(ranks):
+        raise UserError(f"two tokens of {RANKS_NAME} have one rank")
+    for token, number in [*ranks.items(), *special_tokens.items()]:
+        if type(number) is not int or not 0 <= number <= LARGEST_ID:
+            raise UserError(f"the id of {token[:40]!r} is no whole number from 0 to {LARGEST_ID}")
+    for name, number in special_tokens.items():
+        if number in taken:
+            raise UserError(f"the id {number} of the special token {name[:40]!r} is that of another token")
+        if not name or without_surrogates(name) != name:
+            raise UserError(f"the name {name[:40]!r} of a special token is no text")
+        taken.add(number)
 
 
 def _fingerprint(rules: dict[str, Any], ranks: bytes) -> str:
@@ -277,20 +332,23 @@ def _fingerprint(rules: dict[str, Any], ranks: bytes) -> str:
 
 
 def _read_sidecar(folder: Path) -> dict[str, Any]:
+    path = folder / SIDECAR_NAME
     try:
-        sidecar = json.loads((folder / SIDECAR_NAME).read_bytes())
+        sidecar = json.loads(_content(path))
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {SIDECAR_NAME}; name a folder from `megallama tokenizer train`") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply; save or train the tokenizer again") from None
     except ValueError as error:
-        raise UserError(f"{folder / SIDECAR_NAME} is no JSON ({error}); save or train the tokenizer again") from None
+        raise UserError(f"{path} is no JSON ({error}); save or train the tokenizer again") from None
     if not isinstance(sidecar, dict):
-        raise UserError(f"{folder / SIDECAR_NAME} is no JSON object; save or train the tokenizer again")
+        raise UserError(f"{path} is no JSON object; save or train the tokenizer again")
     return sidecar
 
 
 def _write_sidecar(folder: Path, content: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / SIDECAR_NAME).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    put(folder / SIDECAR_NAME, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
 def _download_encoding(name: str) -> tiktoken.Encoding:

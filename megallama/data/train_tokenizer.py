@@ -16,12 +16,15 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from megallama.data.corpora import describe_source, iterate_documents
 from megallama.data.tokenizer import (
+    RANKS_NAME,
     SIDECAR_NAME,
     TiktokenTokenizer,
     load_tokenizer,
     tokenizer_from_ranks,
 )
 from megallama.errors import UserError
+from megallama.lock import output_lock
+from megallama.whole_file import put, remove_leftovers
 
 # More text hardly changes the merges, and costs time and memory.
 TRAINING_CHARACTERS = 200_000_000
@@ -44,15 +47,27 @@ def train_tokenizer(
     try:
         if not force and (found := _standing_tokenizer(Path(folder), origin)):
             return found, True
-        ranks = learn_ranks(iterate_documents(sources, text_field), vocab_size - 1)
-        tokenizer = tokenizer_from_ranks(ranks)
-        tokenizer.save(Path(folder))
-        (Path(folder) / TRAINING_NAME).write_bytes(origin)
+        with output_lock(Path(folder) / ".lock", f"--output {folder}", "--output") as lock:
+            if not force and (found := _standing_tokenizer(Path(folder), origin)):
+                return found, True
+            ranks = learn_ranks(iterate_documents(sources, text_field), vocab_size - 1)
+            tokenizer = tokenizer_from_ranks(ranks)
+            lock.check()
+            _replace(Path(folder), tokenizer, origin)
     except OSError as error:
         raise UserError(
             f"the tokenizer --output {folder} cannot be made ({error.strerror}); mend that or choose another --output"
         ) from None
     return tokenizer, False
+
+
+def _replace(folder: Path, tokenizer: TiktokenTokenizer, origin: bytes) -> None:
+    """Put the tokenizer into the folder; its side file, which vouches for the others, goes first and comes last."""
+    for name in (SIDECAR_NAME, RANKS_NAME, TRAINING_NAME):
+        remove_leftovers(folder / name)
+    (folder / SIDECAR_NAME).unlink(missing_ok=True)
+    put(folder / TRAINING_NAME, origin)
+    tokenizer.save(folder)
 
 
 def learn_ranks(documents: Iterable[str], num_ranks: int) -> dict[bytes, int]:

@@ -13,12 +13,14 @@ import yaml
 
 from megallama.config.load import parse_yaml, read_text
 from megallama.errors import UserError
+from megallama.lock import beside, output_lock
 from megallama.plan.calibration import MeasuredStep, fitted_efficiency
 from megallama.plan.hardware import USER_FILE, Gpu, gpu_of_driver, load_hardware
 from megallama.plan.measured import MeasuredRun, read_run
 from megallama.plan.table import Part, Row
 from megallama.plan.time_report import check_type
 from megallama.plan.workload import workload
+from megallama.whole_file import put
 
 SOFTWARE = "calibrated"
 """The generation of software under which the constant is written."""
@@ -40,10 +42,11 @@ def calibrate(folder: Path, hardware: Path | None = None) -> list[Part]:
             f"give one with this driver_name in {file}"
         )
     check_type(run.config, gpu)
-    figures = _measured_cpu(run) if gpu.kind == "cpu" else {}
-    step = MeasuredStep(workload(run.config, run.world_size), gpu.model_copy(update=figures), run.step_seconds)
-    efficiency = float(f"{fitted_efficiency([step]):.4g}")
-    lay_down(file, gpu.key, figures, efficiency)
+    with output_lock(beside(file), f"--hardware={file}", "--hardware"):
+        figures = _measured_cpu(run) if gpu.kind == "cpu" else {}
+        step = MeasuredStep(workload(run.config, run.world_size), gpu.model_copy(update=figures), run.step_seconds)
+        efficiency = float(f"{fitted_efficiency([step]):.4g}")
+        lay_down(file, gpu.key, figures, efficiency)
     return [_part(folder, run, gpu, figures, efficiency, file)]
 
 
@@ -58,13 +61,11 @@ def lay_down(file: Path, key: str, figures: Mapping[str, Any], efficiency: float
     entry = tree.get(key) or {}
     constants = {name: value for name, value in (entry.get("efficiency") or {}).items() if name != SOFTWARE}
     tree[key] = {**entry, **figures, "efficiency": {SOFTWARE: efficiency, **constants}}
-    partial = file.with_name(f".{file.name}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if "#" in text:
-            file.with_name(f"{file.name}.bak").write_text(text)
-        partial.write_text(yaml.safe_dump(tree, sort_keys=False))
-        partial.replace(file)
+            put(file.with_name(f"{file.name}.bak"), text.encode())
+        put(file, yaml.safe_dump(tree, sort_keys=False).encode())
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error.strerror}); give another by --hardware FILE") from None
 

@@ -236,7 +236,7 @@ def _search(
 ) -> None:
     """Print the fastest layouts, and write the winner where asked to."""
     from megallama.plan.search import search
-    from megallama.plan.search_report import check_targets, search_dictionary, search_parts, write_winner
+    from megallama.plan.search_report import held_targets, search_dictionary, search_parts, write_winner
     from megallama.plan.time_report import check_type
 
     gpu = device.gpu()
@@ -244,16 +244,15 @@ def _search(
         raise UserError("--search needs how many GPUs of which kind; add --gpus 64 --gpu h100")
     world_size = count("--gpus", flags.gpus, 10**7, "64")
     check_type(config, gpu)
-    if write is not None:
-        check_targets(write, sbatch)
-    result = search(config, world_size, gpu, device.software)
-    if as_json:
-        typer.echo(json.dumps(search_dictionary(result, gpu), indent=2))
-    else:
-        _print(search_parts(result, gpu), as_json=False)
-    if write is not None:
-        for line in write_winner(result.found[0], gpu, write, sbatch):
-            typer.echo(line, err=as_json)
+    with held_targets(write, sbatch):
+        result = search(config, world_size, gpu, device.software)
+        if as_json:
+            typer.echo(json.dumps(search_dictionary(result, gpu), indent=2))
+        else:
+            _print(search_parts(result, gpu), as_json=False)
+        if write is not None:
+            for line in write_winner(result.found[0], gpu, write, sbatch):
+                typer.echo(line, err=as_json)
 
 
 def _timeline(config: RunConfig, world_size: int) -> str:

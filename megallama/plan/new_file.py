@@ -15,24 +15,32 @@ def check_new_file(option: str, path: Path, example: str) -> None:
         # Made and removed: permissions, full disks and lengths of names are all asked this way.
         path.touch(exist_ok=False)
     except FileExistsError:
-        raise UserError(f"{path} exists, and is not written over; give another name, or remove it") from None
+        raise _there(path) from None
     except OSError as error:
         raise _cannot(path, error) from None
     path.unlink()
 
 
-def write_new_files(texts: dict[Path, str]) -> None:
+def write_new_files(contents: dict[Path, bytes]) -> None:
     """Write all of them or none; UserError where one exists or cannot be written."""
     made: list[Path] = []
     try:
-        for path, text in texts.items():
-            with path.open("x", encoding="utf-8") as file:
+        for path, content in contents.items():
+            with path.open("xb") as file:
                 made.append(path)
-                file.write(text)
+                file.write(content)
+    except FileExistsError:
+        for each in made:
+            each.unlink()
+        raise _there(path) from None
     except OSError as error:
         for each in made:
             each.unlink()
         raise _cannot(path, error) from None
+
+
+def _there(path: Path) -> UserError:
+    return UserError(f"{path} exists, and is not written over; give another name, or remove it")
 
 
 def _cannot(path: Path, error: OSError) -> UserError:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
+from megallama.lock import beside, output_lock
 from megallama.plan.ledger import memory_rows
 from megallama.plan.memory import MemoryRow
-from megallama.plan.new_file import check_new_file
+from megallama.plan.new_file import check_new_file, write_new_files
 from megallama.plan.orders import Kind, action_lists
 from megallama.plan.simulation import Span, bubble, makespan, relative_seconds, simulate
 
@@ -46,11 +48,10 @@ def plot_plan(config: RunConfig, world_size: int, path: Path) -> None:
     UserError if the run is not legal there, if `path` cannot be such a file, or if matplotlib is not installed.
     """
     check_target(path)
-    figure = draw_plan(config, world_size)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise UserError(f"--plot={path} cannot be written ({error.strerror}); use another file") from None
+    with output_lock(beside(path), f"--plot={path}", "--plot"):
+        picture = BytesIO()
+        draw_plan(config, world_size).savefig(picture, format=path.suffix[1:].lower(), dpi=150)
+        write_new_files({path: picture.getvalue()})
 
 
 def check_target(path: Path) -> None:

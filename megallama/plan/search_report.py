@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from megallama.cluster.job_file import Allocation, job_file
 from megallama.config.load import dump_config
 from megallama.errors import UserError
+from megallama.lock import beside, output_lock
 from megallama.plan.cost import speed
 from megallama.plan.fit import usable_bytes
 from megallama.plan.hardware import Gpu
@@ -72,14 +75,20 @@ def _layout(one: Candidate, gpu: Gpu) -> dict[str, Any]:
     }
 
 
-def check_targets(config_path: Path, job_path: Path | None) -> None:
-    """UserError unless both files of `write_winner` can be made: to be asked before a search, not after it."""
-    check_new_file("--write", config_path, "run.yaml")
-    if job_path is None:
-        return
-    check_new_file("--sbatch", job_path, "run.sh")
-    if job_path.resolve() == config_path.resolve():
-        raise UserError(f"--sbatch={job_path} is the file of --write as well; give another name, as run.sh")
+@contextmanager
+def held_targets(config_path: Path | None, job_path: Path | None) -> Iterator[None]:
+    """Keep both files of `write_winner` for this command: before a search, not after it.
+
+    UserError unless they can be made, or while another command is about to write them.
+    """
+    with ExitStack() as stack:
+        for option, path, example in (("--write", config_path, "run.yaml"), ("--sbatch", job_path, "run.sh")):
+            if path is not None:
+                check_new_file(option, path, example)
+                if option == "--sbatch" and config_path is not None and path.resolve() == config_path.resolve():
+                    raise UserError(f"--sbatch={path} is the file of --write as well; give another name, as run.sh")
+                stack.enter_context(output_lock(beside(path), f"{option}={path}", option))
+        yield
 
 
 def write_winner(winner: Candidate, gpu: Gpu, config_path: Path, job_path: Path | None) -> list[str]:
@@ -96,7 +105,7 @@ def write_winner(winner: Candidate, gpu: Gpu, config_path: Path, job_path: Path 
         allocation = Allocation(-(-winner.world_size // per_node), per_node, gpu.kind == "gpu", "7-00:00:00", 300)
         run_dir = Path(winner.config.run.dir).absolute()
         files[job_path] = job_file(config_path.absolute(), (), run_dir, "%x-%j.log", allocation)
-    write_new_files(files)
+    write_new_files({path: text.encode() for path, text in files.items()})
     return [f"wrote {path}" for path in files]
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
 import zstandard
 
+from megallama.data import corpora
 from megallama.data.corpora import describe_source, iterate_documents, source_files
 from megallama.errors import UserError
 
@@ -79,8 +82,11 @@ def test_a_change_of_a_file_changes_the_state(tmp_path: Path) -> None:
         (b"[" * 100_000, r"a\.jsonl:2 is no JSON"),
         (b'{"text": "\xff"}', r"a\.jsonl:2 is no JSON"),
         (b'{"content": "x"}', r"a\.jsonl:2 has no text in field 'text', only content"),
-        (b'{"text": 3}', r"a\.jsonl:2 has no text"),
-        (b'["text"]', r"a\.jsonl:2 has no text"),
+        (b'{"text": 3}', r"a\.jsonl:2 has a number in field 'text', not text; .* --text-field"),
+        (b'{"text": null}', r"a\.jsonl:2 has null in field 'text'"),
+        (b'{"text": false}', r"a\.jsonl:2 has a boolean in field 'text'"),
+        (b'{"text": ["a"]}', r"a\.jsonl:2 has an array in field 'text'"),
+        (b'["text"]', r"a\.jsonl:2 is an array, not a JSON object; write it as {'text': \.\.\.}"),
     ],
 )
 def test_a_broken_line_is_named_by_file_and_line(tmp_path: Path, line: bytes, message: str) -> None:
@@ -100,11 +106,56 @@ def test_a_damaged_archive_is_refused(tmp_path: Path, documents: list[str], suff
         list(iterate_documents([str(path)]))
 
 
-def test_a_zstd_bomb_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(zstandard.compress(b"\n" * (100 << 20)))
-    with pytest.raises(UserError, match="bomb"):
+def packed(suffix: str, content: bytes) -> bytes:
+    pack = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.zst": zstandard.compress}
+    return pack[suffix](content)
+
+
+FORMATS = pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
+
+
+@FORMATS
+@pytest.mark.parametrize(
+    ("unit", "times"),
+    [(b"\n", 60_000), (b'{"text": ""}\n', 60_000), (b" " * 999 + b"\n", 6000)],
+    ids=["newlines", "empty documents", "blanks"],
+)
+def test_a_bomb_is_refused_in_every_compression(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, unit: bytes, times: int
+) -> None:
+    monkeypatch.setattr(corpora, "LARGEST_GAP", 5_000_000)
+    monkeypatch.setattr(corpora, "LONGEST_GAP", 50_000)
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(packed(suffix, b'{"text": "a"}\n' + unit * times))
+    with pytest.raises(UserError, match=rf"a\.{suffix} has .* in a row without text after line 1: refused as a bomb"):
         list(iterate_documents([str(path)]))
+
+
+def test_a_bomb_of_newlines_is_read_for_a_moment_only(tmp_path: Path) -> None:
+    """A hundred megabytes of a file that goes on for ever."""
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b"\n" * (100 << 20), 1))
+    begin = time.process_time()
+    with pytest.raises(UserError, match="1,000,001 lines of 1,000,001 bytes in a row without text after line 0"):
+        list(iterate_documents([str(path)]))
+    assert time.process_time() - begin < 5
+
+
+@FORMATS
+def test_text_that_repeats_itself_is_no_bomb(tmp_path: Path, suffix: str) -> None:
+    """It may shrink by more than a thousand times, as a bomb does."""
+    content = (json.dumps({"text": "the same text again and again. " * 2000}).encode() + b"\n" * 1000) * 300
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(packed(suffix, content))
+    assert sum(1 for _ in iterate_documents([str(path)])) == 300
+    if suffix == "jsonl.zst":
+        assert len(content) > 1000 * path.stat().st_size
+
+
+def test_a_source_that_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=r"a\.jsonl cannot be read \(it is no regular file\)"):
+        list(iterate_documents([str(tmp_path / "a.jsonl")]))
 
 
 def test_a_record_over_the_limit_is_refused(tmp_path: Path) -> None:

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import tiktoken
 
+from megallama.data.split_pattern import LLAMA3_PATTERN, R50K_PATTERN
 from megallama.data.tokenizer import (
-    LLAMA3_PATTERN,
     LONGEST_RUN,
     LONGEST_TEXT,
-    R50K_PATTERN,
     load_tokenizer,
     rank_lines,
     read_rank_file,

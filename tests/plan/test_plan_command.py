@@ -313,7 +313,7 @@ def test_what_a_search_cannot_write_or_price_is_said_before_it_begins(
 
 def test_files_are_written_together_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no/run\.sh cannot be written \(No such file or directory\); give a path"):
-        write_new_files({tmp_path / "run.yaml": "a", tmp_path / "no" / "run.sh": "b"})
+        write_new_files({tmp_path / "run.yaml": b"a", tmp_path / "no" / "run.sh": b"b"})
     assert list(tmp_path.iterdir()) == []
 
 
