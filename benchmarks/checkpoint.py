@@ -38,7 +38,8 @@ from megallama.checkpoint.commit import Retention
 from megallama.checkpoint.format import folder_name
 from megallama.checkpoint.logical import logical_state
 from megallama.checkpoint.saver import Saver
-from megallama.checkpoint.store import DataIdentity, TrainState, load, state_document
+from megallama.checkpoint.state import DataIdentity, TrainState, state_document
+from megallama.checkpoint.store import load
 from megallama.checkpoint.tensors import is_weight
 from megallama.config.check import check_config
 from megallama.config.load import load_config

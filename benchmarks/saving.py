@@ -31,7 +31,7 @@ from rich.table import Table
 
 from megallama.checkpoint.commit import Retention
 from megallama.checkpoint.saver import Saver, SaveResult
-from megallama.checkpoint.store import DataIdentity, TrainState, state_document
+from megallama.checkpoint.state import DataIdentity, TrainState, state_document
 from megallama.config.check import check_config
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """`path`, open to read bytes; OSError if it cannot be, or is a FIFO, a device or anything else but a file."""
+def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
+    """`path`, open to read bytes; OSError if it cannot be, or is a FIFO, a device or anything else but a file.
+
+    Without `follow`, a symbolic link is none either.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, flags)
     except ValueError:
         raise OSError(errno.EINVAL, "its name is not legal") from None
     file = open(descriptor, "rb")  # noqa: SIM115
@@ -22,9 +26,9 @@ def open_regular(path: Path) -> BinaryIO:
     return file
 
 
-def read_regular(path: Path, most: int) -> bytes:
+def read_regular(path: Path, most: int, *, follow: bool = True) -> bytes:
     """The content of `path`; OSError as `open_regular`, or if it has more than `most` bytes."""
-    with open_regular(path) as file:
+    with open_regular(path, follow=follow) as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it has more than {most:,} bytes")

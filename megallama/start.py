@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
-from megallama.checkpoint.format import seen_before
+from megallama.checkpoint.state import seen_before
 from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
 from megallama.limits import check_limits

@@ -20,22 +20,11 @@ from torch import Tensor
 from megallama.agreement import check_same, facts_of
 from megallama.checkpoint.commit import Retention, tend, tidy
 from megallama.checkpoint.finite import state_is_finite
-from megallama.checkpoint.format import seen_before
 from megallama.checkpoint.health import way_back
 from megallama.checkpoint.rollback import pass_over, record_return, return_to
 from megallama.checkpoint.saver import Saver
-from megallama.checkpoint.store import (
-    DataIdentity,
-    Start,
-    TrainState,
-    agree,
-    check_weights,
-    confirm,
-    load,
-    load_initial_weights,
-    pick_start,
-    state_document,
-)
+from megallama.checkpoint.state import DataIdentity, TrainState, seen_before, state_document
+from megallama.checkpoint.store import Start, agree, check_weights, confirm, load, load_initial_weights, pick_start
 from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
 from megallama.data.loader import Loader, MicroBatch, prefetched
@@ -127,7 +116,8 @@ def train(config: RunConfig, launch: Launch, device: torch.device) -> Finished:
     topology = Topology(pp=config.parallel.pipeline, dp=batching.dp_size, tp=config.parallel.tensor)
     train_data, validation_data = open_data(config, topology, launch.rank)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    pick = partial(pick_start, config, data_identity(config, train_data))
+    identity = data_identity(config, train_data)
+    pick = partial(pick_start, config, identity)
     pick()  # each rank for itself: what a user can mend is said before any waits for another
 
     facts = facts_of(config, train_data, validation_data, tokenizer)
@@ -143,7 +133,9 @@ def train(config: RunConfig, launch: Launch, device: torch.device) -> Finished:
         lock = stack.enter_context(locked(config, mesh))
         minutes, save_bytes = config.train.max_minutes, checkpoint_bytes(config)
         requests = Requests(Path(config.run.dir), lock, mesh, minutes, save_bytes, launch)
-        start, damaged = confirm(agree(pick, mesh), mesh)  # whoever held the lock until now may have saved
+        start, damaged = confirm(
+            agree(pick, mesh), config, identity, mesh
+        )  # whoever held the lock until now may have saved
         metrics = stack.enter_context(recorded(config, mesh, tokenizer, peak, reached))
         launch.signals.record(lambda reason: write_failure(Path(config.run.dir), reason, reached.step))
         watchdog = stack.enter_context(watched(config, mesh, reached))

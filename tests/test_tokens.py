@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from megallama.checkpoint.format import STATE, newest_seen
+from megallama.checkpoint.format import STATE
+from megallama.checkpoint.state import newest_seen
 from megallama.cluster.cli import reached
 from megallama.cluster.job import main
 from megallama.config.load import load_config

@@ -146,8 +146,8 @@ def rollback_command(
 def _open(path: Path) -> tuple[Manifest, dict[str, Any], Stored]:
     """What the checkpoint at `path` says of itself, and its tensors. UserError if it is none, or not a whole one."""
     from megallama.checkpoint.format import TornCheckpointError, named_checkpoints, read_document, read_manifest
+    from megallama.checkpoint.inspect import promised
     from megallama.checkpoint.listing import is_one
-    from megallama.checkpoint.tensors import Stored
     from megallama.errors import UserError
 
     if not is_one(path):
@@ -155,6 +155,6 @@ def _open(path: Path) -> tuple[Manifest, dict[str, Any], Stored]:
         fix = near[0] if near else "a folder such as runs/quickstart/checkpoints/step_00000700"
         raise UserError(f"{path} is not a checkpoint; give {fix}")
     try:
-        return read_manifest(path), read_document(path), Stored(path)
+        return read_manifest(path), read_document(path), promised(path)
     except TornCheckpointError as error:
         raise UserError(f"{path} is not a whole checkpoint ({error}); give another") from None

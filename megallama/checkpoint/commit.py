@@ -22,8 +22,9 @@ from megallama.checkpoint.format import (
     TornCheckpointError,
     complete_checkpoints,
     damaged_files,
+    folder_name,
     named_checkpoints,
-    read_document,
+    named_step,
     read_manifest,
     step_of,
     sync_folder,
@@ -33,6 +34,7 @@ from megallama.checkpoint.format import (
     write_manifest,
 )
 from megallama.checkpoint.health import is_healthy
+from megallama.checkpoint.state import read_saved
 from megallama.errors import UserError
 
 PARTIAL, DROPPED, TORN, UNDONE = "partial", "dropped", "torn", "undone"
@@ -58,17 +60,33 @@ def commit(
 ) -> None:
     """Make the files `written` into `unfinished`, and JSON files of `documents`, the checkpoint `final`.
 
-    OSError if that fails, if this node does not see what another has written, or if there is a folder of that name that
-    is not empty: nothing is overwritten.
+    What stands there, as a checkpoint that was renamed, is moved out of the way: nothing is overwritten. OSError if
+    that fails, or if this node does not see what another has written.
     """
     for name, file in written.items():
         if (unfinished / name).stat().st_size != file.bytes:  # or it is not there: the nodes do not share the folder
             raise OSError(errno.EIO, os.strerror(errno.EIO), unfinished / name)
     files = dict(written) | {name: write_json(unfinished / name, value) for name, value in documents.items()}
-    write_manifest(unfinished, Manifest(step_of(final), saved, versions, files))
+    write_manifest(unfinished, Manifest(named_step(final), saved, versions, files))
     sync_folder(unfinished)
+    make_way(final)
     unfinished.rename(final)
     sync_folder(final.parent)
+
+
+def make_way(name: Path) -> None:
+    """Move what stands at `name`: a whole checkpoint to the name of its own step where that is free, else aside."""
+    if not os.path.lexists(name):
+        return
+    try:
+        torn = why_torn(name) is not None
+    except UserError:  # of a newer format, which is left as it is
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name) from None
+    own = name.with_name(folder_name(step_of(name)))
+    if torn or os.path.lexists(own):
+        set_aside(name, TORN if torn else UNDONE)
+    else:
+        name.rename(own)
 
 
 def point(pointer: Path, name: str) -> None:
@@ -100,7 +118,7 @@ def tend(folder: Path, retention: Retention, *, proven: bool = True) -> list[str
     for old in found:
         permanent = retention.keep_every > 0 and step_of(old) % retention.keep_every == 0
         if not permanent and old not in stay:
-            failures += _tried(partial(delete, old))
+            failures += _tried(partial(delete, old), old)
     return failures
 
 
@@ -108,21 +126,29 @@ def repoint(folder: Path, latest: Path, best: Path | None) -> list[str]:
     """Write both pointers, or delete the one to the best where there is none. Returns what could not be done."""
     to_best = folder / BEST
     done = partial(to_best.unlink, missing_ok=True) if best is None else partial(point, to_best, best.name)
-    return _tried(partial(point, folder / LATEST, latest.name)) + _tried(done)
+    return _tried(partial(point, folder / LATEST, latest.name), folder / LATEST) + _tried(done, to_best)
 
 
 def delete(path: Path) -> None:
     """Delete a checkpoint. It has another name from the first moment on: half of one is never taken for a whole."""
     doomed = path.with_name(f"{path.name}.{DROPPED}")
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    _remove(doomed)
 
 
-def _tried(action: Callable[[], None]) -> list[str]:
+def _remove(doomed: Path) -> None:
+    """Remove a folder, or the link in its place: what that leads to may be another run's."""
+    if doomed.is_symlink():
+        doomed.unlink()
+    else:
+        shutil.rmtree(doomed)
+
+
+def _tried(action: Callable[[], None], path: Path) -> list[str]:
     try:
         action()
     except OSError as error:
-        return [f"{error.filename}: {error.strerror}"]
+        return [f"{error.filename or path}: {error.strerror or error}"]
     return []
 
 
@@ -138,10 +164,9 @@ def _validation_loss(path: Path) -> float | None:
     try:
         if damaged_files(path, read_manifest(path), [STATE]):
             return None
-        loss: float | None = read_document(path)["state"]["validation_loss"]
+        return read_saved(path).state.validation_loss
     except TornCheckpointError:
         return None
-    return loss
 
 
 def tidy(folder: Path, damaged: Mapping[Path, str]) -> Iterator[str]:
@@ -158,8 +183,8 @@ def tidy(folder: Path, damaged: Mapping[Path, str]) -> Iterator[str]:
         if (reason := why_torn(path)) is not None:
             yield f"{path.name} is not whole: {reason}; set aside as {set_aside(path).name}"
     for path in sorted(folder.glob(f"step_*.{DROPPED}")):
-        shutil.rmtree(path, ignore_errors=True)
-        yield f"{path.name} is deleted now"
+        left = _tried(partial(_remove, path), path)
+        yield f"{path.name} cannot be deleted ({left[0]})" if left else f"{path.name} is deleted now"
 
 
 def set_aside(path: Path, word: str = TORN) -> Path:

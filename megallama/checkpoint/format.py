@@ -9,16 +9,16 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from megallama.errors import UserError
-from megallama.plan.budget import NOTHING_SEEN, Seen
-
-if TYPE_CHECKING:
-    from megallama.config.schema import RunConfig
+from megallama.regular_file import open_regular, read_regular
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -26,7 +26,17 @@ TENSORS = "tensors.json"
 STATE = "state.json"
 LATEST = "latest"
 BEST = "best"
-_NAME = re.compile(r"step_(\d{8,})")
+_NAME = re.compile(r"step_[0-9]{8,15}")
+NUMBERS = re.compile(r"rank_[0-9]{5,9}\.bin")
+"""Names of the files that hold numbers."""
+LARGEST = 1 << 53
+"""Of the integers in a checkpoint: up to here every reader of JSON has them exactly."""
+Count = Annotated[int, Field(ge=0, lt=LARGEST)]
+_YEAR_9000 = 2.2e11
+LARGEST_STATE = 1 << 20
+"""Bytes; a state has two kilobytes."""
+_LARGEST_MANIFEST = 1 << 27
+"""Bytes: a million files."""
 _PIECE = 1 << 24
 """Bytes read or written at once."""
 
@@ -39,16 +49,16 @@ class TornCheckpointError(Exception):
 class File:
     """What a file of a checkpoint must be."""
 
-    bytes: int
-    sha256: str
+    bytes: Annotated[int, Field(ge=0, lt=1 << 63)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
 class Manifest:
     """The last file that is written into a checkpoint: what all others must be."""
 
-    step: int
-    saved: float
+    step: Count
+    saved: Annotated[float, Field(ge=0, lt=_YEAR_9000)]
     """Seconds since 1970."""
     versions: dict[str, str]
     files: dict[str, File]
@@ -59,19 +69,40 @@ class Manifest:
         return sum(file.bytes for file in self.files.values())
 
 
+_CONTENT = TypeAdapter(Manifest)
+
+
 def folder_name(step: int) -> str:
     """The name of the checkpoint after `step`."""
     return f"step_{step:08d}"
 
 
 def step_of(path: Path) -> int:
-    """The step that a checkpoint's name says."""
+    """The step of a checkpoint: what its manifest says or, without a legal one, its name. Folders may be renamed."""
+    try:
+        return _read_content(path).step
+    except (TornCheckpointError, UserError):
+        return named_step(path)
+
+
+def named_step(path: Path) -> int:
+    """The step that the name of a checkpoint says."""
     return int(path.name.removeprefix("step_"))
 
 
+def holds(path: Path, step: int, saved: float) -> bool:
+    """Whether what stands at `path` is the whole checkpoint of `step` that was saved at that time."""
+    try:
+        found = read_manifest(path)
+    except (TornCheckpointError, UserError):
+        return False
+    return (found.step, found.saved) == (step, saved)
+
+
 def named_checkpoints(folder: Path) -> list[Path]:
-    """What is named as a checkpoint under `folder`, newest first, whole or not."""
-    return sorted((path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)), key=step_of, reverse=True)
+    """What is named as a checkpoint under `folder`, whole or not: the newest first, of one step its own name first."""
+    steps = {path: step_of(path) for path in folder.glob("step_*") if _NAME.fullmatch(path.name)}
+    return sorted(steps, key=lambda path: (-steps[path], path.name != folder_name(steps[path]), path.name))
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -91,37 +122,59 @@ def why_torn(path: Path) -> str | None:
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the checkpoint at `path`, its files looked at but not read.
 
-    TornCheckpointError if it is missing or damaged, or a file is missing or of another size. UserError for a format
-    that this version does not know.
+    TornCheckpointError if it is missing or damaged, or a file is missing, no file of a checkpoint, or of another size.
+    UserError for a format that this version does not know.
     """
+    manifest = _read_content(path)
+    for name in (TENSORS, STATE):
+        if name not in manifest.files:
+            raise TornCheckpointError(f"{MANIFEST} names no {name}")
+    for name, file in manifest.files.items():
+        if Path(name).name != name:
+            raise TornCheckpointError(f"{MANIFEST} names the file {name!r:.80} outside the folder")
+        if name not in (TENSORS, STATE) and not NUMBERS.fullmatch(name):
+            raise TornCheckpointError(f"{MANIFEST} names the file {name!r:.80}, which is none of a checkpoint")
+        try:
+            found = (path / name).lstat()
+        except OSError:
+            raise TornCheckpointError(f"{name} is missing") from None
+        if not stat.S_ISREG(found.st_mode):
+            raise TornCheckpointError(f"{name} is no regular file")
+        if found.st_size != file.bytes:
+            raise TornCheckpointError(f"{name} has {found.st_size} bytes, not {file.bytes}")
+    return manifest
+
+
+def _read_content(path: Path) -> Manifest:
+    """What the manifest of `path` says of itself. TornCheckpointError and UserError as `read_manifest`."""
     try:
-        tree = json.loads((path / MANIFEST).read_bytes())
+        tree = json.loads(read_regular(path / MANIFEST, _LARGEST_MANIFEST, follow=False))
         number, content, sha256 = tree["format"], tree["content"], tree["sha256"]
+        sealed = sha256 == _hash_of(content)
     except FileNotFoundError:
         raise TornCheckpointError(f"it has no {MANIFEST}") from None
     except OSError as error:
         raise TornCheckpointError(f"{MANIFEST} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise TornCheckpointError(f"{MANIFEST} is damaged") from None
-    if isinstance(number, int) and number > FORMAT:
+    if type(number) is int and number > FORMAT:
         raise UserError(
             f"{path} is a checkpoint of format {number}, and this megallama reads up to {FORMAT}; use a newer megallama"
         )
-    if number != FORMAT or sha256 != _hash_of(content):
+    if type(number) is not int or number != FORMAT or not sealed:
         raise TornCheckpointError(f"{MANIFEST} is damaged")
-    files = {name: File(**file) for name, file in content["files"].items()}
-    for name in (TENSORS, STATE):
-        if name not in files:
-            raise TornCheckpointError(f"{MANIFEST} names no {name}")
-    for name, file in files.items():
-        if Path(name).name != name:
-            raise TornCheckpointError(f"{MANIFEST} names the file {name!r} outside the folder")
-        found = path / name
-        if not found.is_file():
-            raise TornCheckpointError(f"{name} is missing")
-        if found.stat().st_size != file.bytes:
-            raise TornCheckpointError(f"{name} has {found.stat().st_size} bytes, not {file.bytes}")
-    return Manifest(content["step"], content["saved"], content["versions"], files)
+    try:
+        return _CONTENT.validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        raise malformed(MANIFEST, error) from None
+
+
+def malformed(name: str, error: ValidationError) -> TornCheckpointError:
+    """What to raise where the JSON of a file is not what it should be."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    found = f"{place:.120} is {first['input']!r:.60}: " if place else ""
+    return TornCheckpointError(f"{name} is malformed: {found}{first['msg']}")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -133,32 +186,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_document(path: Path) -> dict[str, Any]:
     """What the state.json of a checkpoint holds. TornCheckpointError if it is no JSON object."""
     try:
-        document = json.loads((path / STATE).read_bytes())
+        document = json.loads(read_regular(path / STATE, LARGEST_STATE, follow=False))
     except OSError as error:
         raise TornCheckpointError(f"{STATE} cannot be read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise TornCheckpointError(f"{STATE} is damaged") from None
     if not isinstance(document, dict):
         raise TornCheckpointError(f"{STATE} is damaged")
     return document
-
-
-def seen_before(config: RunConfig) -> Seen:
-    """How far the run is that a start continues, as its newest checkpoint says: enough to check its length."""
-    return NOTHING_SEEN if config.checkpoint.resume == "never" else newest_seen(Path(config.run.dir) / "checkpoints")
-
-
-def newest_seen(folder: Path) -> Seen:
-    """How far the newest whole checkpoint under `folder` is that says so in legal numbers; nothing without one."""
-    for path in complete_checkpoints(folder):
-        try:
-            state = read_document(path)["state"]
-            step, samples, first_batch = state["step"], state["samples"], state.get("first_batch")
-        except (TornCheckpointError, RecursionError, KeyError, TypeError, AttributeError):
-            continue
-        if all(type(number) is int and number > 0 for number in (step, samples, first_batch or samples)):
-            return Seen(step, samples, first_batch)
-    return NOTHING_SEEN
 
 
 def damaged_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
@@ -179,7 +214,7 @@ def hash_file(path: Path) -> str | None:
     """SHA-256 of a file; None if it cannot be read."""
     digest = hashlib.sha256()
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path, follow=False) as file:
             while piece := file.read(_PIECE):
                 digest.update(piece)
     except OSError:

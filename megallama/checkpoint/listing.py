@@ -17,13 +17,14 @@ from megallama.checkpoint.format import (
     named_checkpoints,
     read_document,
     read_manifest,
+    step_of,
 )
 from megallama.checkpoint.health import is_healthy
 from megallama.errors import UserError
 from megallama.verify.layout import Layout
 
 COMPLETE = "complete"
-_NAME = re.compile(rf"step_(\d{{8,}})(?:\.({PARTIAL}|{TORN}|{UNDONE}|{DROPPED})(?:-.*)?)?")
+_NAME = re.compile(rf"step_([0-9]{{8,15}})(?:\.({PARTIAL}|{TORN}|{UNDONE}|{DROPPED})(?:-.*)?)?")
 _LEFT_OVER = {PARTIAL: "unfinished", TORN: "set aside", UNDONE: "undone", DROPPED: "half deleted"}
 
 
@@ -109,7 +110,7 @@ def _entry(path: Path, marked: dict[str, str]) -> Entry:
     loss, validation_loss, layout = _facts(path)
     return Entry(
         path=path,
-        step=int(match[1]),
+        step=int(match[1]) if match[2] else step_of(path),
         condition=_LEFT_OVER.get(match[2], condition),
         marks=(*(pointer for pointer, name in marked.items() if name == path.name), *_health(path)),
         bytes=sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
@@ -140,7 +141,7 @@ def _facts(path: Path) -> tuple[float | None, float | None, str | None]:
         document = read_document(path)
         loss, validation_loss = document["loss"], document["state"]["validation_loss"]
         return _number(loss), _number(validation_loss), layout_name(document["layout"])
-    except (TornCheckpointError, ValueError, KeyError, TypeError):
+    except (TornCheckpointError, ValueError, KeyError, TypeError, OverflowError):
         return None, None, None
 
 

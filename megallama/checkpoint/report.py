@@ -60,7 +60,7 @@ def print_difference(fields: Sequence[FieldDifference], tensors: Sequence[Tensor
 
 
 def _plain(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return value if isinstance(value, str) and value.isprintable() else json.dumps(value, default=str)
 
 
 def _file(file: Mapping[str, Any]) -> str:

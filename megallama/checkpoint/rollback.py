@@ -77,10 +77,15 @@ def pass_over(path: Path) -> Iterator[str]:
 
 def find(folder: Path, asked: int | str) -> Path:
     """The checkpoint under `folder` that is asked for by its step, its name or its path. UserError if there is none."""
-    step, found = asked_step(asked), {step_of(path): path for path in named_checkpoints(folder)}
+    named = named_checkpoints(folder)
+    step, found = asked_step(asked), {step_of(path): path for path in reversed(named)}
     elsewhere = "/" in str(asked) and Path(str(asked)).resolve().parent != folder.resolve()
-    if step in found and not elsewhere:
-        return found[step]
+    if not elsewhere:  # a folder that was renamed is found by its name, and by the step that it says
+        by_name = {path.name: path for path in named}
+        if (path := by_name.get(Path(str(asked)).name)) is not None:
+            return path
+        if step is not None and step in found:
+            return found[step]
     near = sorted(sorted(found, key=lambda there: abs(there - (step or 0)))[:2])
     fix = f"the nearest of them is of step {' or '.join(map(str, near))}" if near else "it has none at all"
     if step is not None and not elsewhere and (aside := sorted(folder.glob(f"{folder_name(step)}.{UNDONE}-*"))):

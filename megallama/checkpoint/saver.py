@@ -20,7 +20,7 @@ from uuid import uuid4
 import torch.distributed as dist
 
 from megallama.checkpoint.commit import PARTIAL, Retention
-from megallama.checkpoint.format import STATE, TENSORS, folder_name, step_of, why_torn
+from megallama.checkpoint.format import STATE, TENSORS, folder_name, holds, named_step
 from megallama.checkpoint.logical import LogicalTensor, logical_state
 from megallama.checkpoint.snapshot import Snapshot
 from megallama.checkpoint.writer import Answer, Writer
@@ -178,20 +178,21 @@ class Saver:
             for rank, answer in enumerate(answers)
         }
         documents = {TENSORS: {"dtype": "float32", "tensors": self._snapshot.tensors}, STATE: state}
+        saved = time.time()
         outcome = self._writer.order(
             "commit",
             partial=str(partial),
             final=str(final),
             written=written,
             documents=documents,
-            saved=time.time(),
+            saved=saved,
             versions={package: version(package) for package in ("megallama", "torch", "deepspeed")},
         )
-        if "error" in outcome and not (final.exists() and why_torn(final) is None):
+        if "error" in outcome and not holds(final, named_step(final), saved):
             self._writer.order("drop", path=str(partial))
             return {"error": f"rank 0: {outcome['error']}"}
         # From here on the checkpoint exists, whatever becomes of the rest.
-        self._committed = step_of(final)
+        self._committed = named_step(final)
         tended = self._tend()
         cpu_seconds = sum(answer.get("cpu_seconds", 0.0) for answer in (outcome, tended))
         return {"warnings": [*_warnings(outcome), *_warnings(tended)], "cpu_seconds": cpu_seconds}

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from megallama.checkpoint.format import (
@@ -22,7 +19,6 @@ from megallama.checkpoint.format import (
     STATE,
     TornCheckpointError,
     complete_checkpoints,
-    damage,
     damaged_files,
     named_checkpoints,
     read_manifest,
@@ -30,64 +26,21 @@ from megallama.checkpoint.format import (
     why_torn,
 )
 from megallama.checkpoint.health import candidates
+from megallama.checkpoint.inspect import inspect, promised, wrong_numbers
 from megallama.checkpoint.logical import logical_state
 from megallama.checkpoint.rollback import asked_step, find, last_return
+from megallama.checkpoint.state import DataIdentity, TrainState, read_saved
 from megallama.checkpoint.storage import ShardReader
-from megallama.checkpoint.tensors import Stored, is_weight, malformed
+from megallama.checkpoint.tensors import Stored, is_weight
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.errors import UserError
 from megallama.events import METRICS
 from megallama.model.chunks import Chunks
 from megallama.parallel.mesh import ParallelMesh
-from megallama.plan.budget import Seen
+from megallama.parallel.plain import from_first, of_all
 
 if TYPE_CHECKING:
     from megallama.engine import Engine
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """Everything that progresses, beside weights and moments."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    samples: int = 0
-    """Sequences consumed: the position in the data."""
-    updates: int = 0
-    """Steps whose update was applied; fewer than `step` where a gradient was not finite."""
-    validation_loss: float | None = None
-    """Of these very weights, where it was evaluated and is finite."""
-    first_batch: Annotated[int, Field(ge=1, strict=True)] | None = None
-    """Sequences of the first step, the unit of a schedule by tokens; older checkpoints do not say."""
-
-    @property
-    def seen(self) -> Seen:
-        """How far the run is."""
-        return Seen(self.step, self.samples, self.first_batch)
-
-    def after(self, samples: int, *, applied: bool) -> TrainState:
-        """The state one step of `samples` sequences later."""
-        return TrainState(self.step + 1, self.samples + samples, self.updates + applied, first_batch=self.first_batch)
-
-
-@dataclass(frozen=True)
-class DataIdentity:
-    """What a position in the data refers to: another dataset or seed would make it point elsewhere, silently."""
-
-    fingerprint: str
-    seed: int
-
-
-class Saved(BaseModel):
-    """What a state.json says to whoever goes on from its checkpoint."""
-
-    model_config = ConfigDict(frozen=True)
-
-    state: TrainState
-    data: DataIdentity
-    model: ModelConfig
 
 
 @dataclass(frozen=True)
@@ -120,34 +73,10 @@ def load_initial_weights(path: Path, engine: Engine, model: Chunks) -> None:
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """The fp32 weights of a checkpoint by Hugging Face name, in this process alone. UserError if it is damaged."""
-    if reasons := damage(path) or _malformed(path, Stored, read_saved):
+    if reasons := inspect(path):
         raise UserError(f"the checkpoint {path} is damaged ({'; '.join(reasons)}); use another")
-    stored = Stored(path)
+    stored = promised(path)
     return {name: torch.from_numpy(stored.read(name)) for name in stored.shapes if is_weight(name)}
-
-
-def read_saved(path: Path) -> Saved:
-    """The state.json of a checkpoint. TornCheckpointError if it is malformed."""
-    try:
-        return Saved.model_validate_json((path / STATE).read_bytes())
-    except OSError as error:
-        raise TornCheckpointError(f"{STATE} cannot be read: {error.strerror}") from None
-    except ValidationError as error:
-        raise malformed(STATE, error) from None
-
-
-def state_document(
-    state: TrainState, loss: float, healthy: bool, data: DataIdentity, model: ModelConfig, layout: dict[str, object]
-) -> dict[str, object]:
-    """What state.json holds: the above, whether the run was going well, the training loss of the step, the layout."""
-    return {
-        "state": asdict(state),
-        "loss": loss if math.isfinite(loss) else None,  # JSON knows no NaN
-        "healthy": healthy,
-        "data": asdict(data),
-        "model": model.model_dump(mode="json"),
-        "layout": layout,
-    }
 
 
 def put_aside(run_dir: Path) -> None:
@@ -173,8 +102,7 @@ def pick_start(config: RunConfig, data: DataIdentity) -> Start:
         tried = [start.resume] if start.back and start.resume is not None else found
         known = next((path for path in tried if not _state_damage(path)), None)
         if known is not None:
-            _check_same_model(known, config.model, "run.dir")
-            _check_same_data(known, data)
+            _check_same_run(known, config, data)
         if found:
             return start
         if torn := named_checkpoints(folder):
@@ -240,16 +168,20 @@ def agree(pick: Callable[[], Start], mesh: ParallelMesh) -> Start:
 
     Rank 0's view counts: another node may still see the folder of a moment ago.
     """
-    start, refusal = Start(), ""
+    said: dict[str, Any] = {}
     if mesh.rank == 0:
         try:
             start = pick()
+            paths = {"resume": start.resume, "weights": start.weights}
+            said = {name: None if path is None else str(path) for name, path in paths.items()}
+            said |= {"back": start.back, "notices": start.notices}
         except UserError as error:
-            refusal = str(error)
-    start, refusal = _from_rank_0((start, refusal), mesh)
-    if refusal:
-        raise UserError(refusal)
-    return start
+            said = {"refusal": str(error)}
+    said = from_first(said, mesh.world.group, mesh.device)
+    if "refusal" in said:
+        raise UserError(said["refusal"])
+    resume, weights = (None if said[name] is None else Path(said[name]) for name in ("resume", "weights"))
+    return Start(resume, weights, said["back"], tuple(said["notices"]))
 
 
 def check_weights(start: Start, mesh: ParallelMesh) -> None:
@@ -261,19 +193,22 @@ def check_weights(start: Start, mesh: ParallelMesh) -> None:
         _refuse_damaged_weights(start.weights, _damage(start.weights, mesh))
 
 
-def confirm(start: Start, mesh: ParallelMesh) -> tuple[Start, dict[Path, str]]:
-    """Where the run begins after every byte was read and held against its hash, and what is passed over and why.
+def confirm(start: Start, config: RunConfig, data: DataIdentity, mesh: ParallelMesh) -> tuple[Start, dict[Path, str]]:
+    """Where the run begins after all that it reads was looked at, and what is passed over and why.
 
-    Ranks share the reading, and rename nothing. UserError if there were checkpoints and none is whole. Every rank must
-    call it.
+    Every byte is held against its hash, and what the files say against what they promise. Ranks share the reading, and
+    rename nothing. UserError if there were checkpoints and none is sound, or the first sound one is of something else.
+    Every rank must call it.
     """
     if start.resume is None:
         return start, {}
     folder = start.resume.parent
     damaged: dict[Path, str] = {}
-    for path in _from_rank_0([start.resume] if start.back else candidates(folder), mesh):
+    named = [start.resume] if start.back else candidates(folder)
+    for path in map(Path, from_first([str(path) for path in named], mesh.world.group, mesh.device)):
         reasons = _damage(path, mesh)
         if not reasons:
+            _check_same_run(path, config, data)
             return replace(start, resume=path), damaged
         damaged[path] = "; ".join(reasons)
     if start.back:
@@ -281,38 +216,36 @@ def confirm(start: Start, mesh: ParallelMesh) -> tuple[Start, dict[Path, str]]:
     _refuse_to_start_over(folder, [f"{path.name}: {why}" for path, why in damaged.items()])
 
 
-def _from_rank_0(value: T, mesh: ParallelMesh) -> T:
-    box = [value]
-    dist.broadcast_object_list(box, group=mesh.world.group, device=mesh.device)
-    return box[0]
-
-
 def _state_damage(path: Path) -> list[str]:
     """What is wrong with the state.json of `path`, whose manifest is sound."""
-    return damaged_files(path, read_manifest(path), [STATE]) or _malformed(path, read_saved)
+    return damaged_files(path, read_manifest(path), [STATE]) or _broken(path, read_saved)
 
 
 def _damage(path: Path, mesh: ParallelMesh) -> list[str]:
-    """What is wrong with the files of `path` or, if nothing is, with what they say; the same list on every rank."""
+    """What is wrong with the files of `path`, else with what they say, else with the numbers; alike on every rank."""
+    stored: list[Stored] = []
     try:
         manifest = read_manifest(path)
-        mine = damaged_files(path, manifest, sorted(manifest.files)[mesh.rank :: mesh.world.size])
+        names = sorted(manifest.files)[mesh.rank :: mesh.world.size]
+        mine = damaged_files(path, manifest, names)
     except TornCheckpointError as error:
         mine = [str(error)]
-    return _all_of(mine, mesh) or _all_of(_malformed(path, Stored, read_saved), mesh)
+    return (
+        _all_of(mine, mesh)
+        or _all_of(_broken(path, lambda path: stored.append(promised(path))), mesh)
+        or _all_of(wrong_numbers(stored[0], names), mesh)
+    )
 
 
 def _all_of(mine: list[str], mesh: ParallelMesh) -> list[str]:
-    every: list[list[str]] = [[] for _ in range(mesh.world.size)]
-    dist.all_gather_object(every, mine, group=mesh.world.group)
+    every = of_all(mine, mesh.world.group, mesh.device)
     return sorted({reason for reasons in every for reason in reasons})
 
 
-def _malformed(path: Path, *readers: Callable[[Path], object]) -> list[str]:
-    """What is wrong with what the sound files of `path` say, as the first of `readers` to refuse it tells."""
+def _broken(path: Path, read: Callable[[Path], object]) -> list[str]:
+    """Which promise the sound files of `path` break, as `read` tells."""
     try:
-        for read in readers:
-            read(path)
+        read(path)
     except TornCheckpointError as error:
         return [str(error)]
     return []
@@ -328,6 +261,12 @@ def _refuse_to_start_over(folder: Path, reasons: list[str]) -> NoReturn:
         f"{folder} has held checkpoints and none is whole now ({'; '.join(reasons)}); put one back, or start over with "
         "checkpoint.resume=never, which deletes nothing"
     )
+
+
+def _check_same_run(path: Path, config: RunConfig, data: DataIdentity) -> None:
+    """UserError when the checkpoint of the run directory is of another model or of other data than the run."""
+    _check_same_model(path, config.model, "run.dir")
+    _check_same_data(path, data)
 
 
 def _check_same_model(path: Path, model: ModelConfig, named_by: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megallama.checkpoint.format import TENSORS, File, TornCheckpointError, read_manifest
+from megallama.checkpoint.format import (
+    LARGEST,
+    NUMBERS,
+    TENSORS,
+    Count,
+    File,
+    TornCheckpointError,
+    malformed,
+    read_manifest,
+)
+from megallama.regular_file import read_regular
 
 Array = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -23,6 +33,12 @@ Shape = tuple[int, ...]
 ELEMENT = 4
 """Bytes of an fp32 number: everything in a checkpoint is one."""
 EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
+Extent = Annotated[int, Field(ge=1, lt=LARGEST)]
+_DIMENSIONS = Field(min_length=1, max_length=8)
+_LARGEST_TABLE = 1 << 26
+"""Bytes that tensors.json may have in any case; beyond that as many as the numbers, of which it takes a thousandth."""
+_LEAST_BLOCKS, _BLOCKS_PER_CHUNK = 1 << 24, 1 << 12
+"""Of the grid that the edges of a tensor's chunks make: some thousand ranks make a thousandth of it."""
 MOMENTS = EXP_AVG, EXP_AVG_SQ
 _OPTIMIZER = "optimizer."
 
@@ -42,11 +58,11 @@ class Chunk(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True)
 
-    offset: tuple[Annotated[int, Field(ge=0)], ...]
+    offset: Annotated[tuple[Count, ...], _DIMENSIONS]
     """Where it begins in the tensor."""
-    shape: tuple[Annotated[int, Field(ge=1)], ...]
+    shape: Annotated[tuple[Extent, ...], _DIMENSIONS]
     file: str
-    start: int = Field(ge=0, multiple_of=ELEMENT)
+    start: int = Field(ge=0, lt=LARGEST, multiple_of=ELEMENT)
     """Its first byte in the file."""
 
     @property
@@ -65,7 +81,7 @@ class Places(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True)
 
-    shape: tuple[Annotated[int, Field(ge=1)], ...]
+    shape: Annotated[tuple[Extent, ...], _DIMENSIONS]
     chunks: tuple[Chunk, ...]
 
 
@@ -111,6 +127,11 @@ class Stored:
         """The parts of one tensor: where each begins, and its numbers, mapped from the file."""
         return ((chunk.offset, self._map(chunk)) for chunk in self._tensors[name].chunks)
 
+    def numbers(self, file: str) -> Iterator[tuple[str, Array]]:
+        """The parts of all tensors that are in one file: the tensor's name, and its numbers, mapped from the file."""
+        for name, tensor in self._tensors.items():
+            yield from ((name, self._map(chunk)) for chunk in tensor.chunks if chunk.file == file)
+
     def _map(self, chunk: Chunk) -> Array:
         if chunk.file not in self._maps:
             # Private and writable: torch takes no memory that is read-only, and nothing reaches the file.
@@ -122,11 +143,12 @@ class Stored:
 def read_places(path: Path, files: Mapping[str, File]) -> dict[str, Places]:
     """Where every tensor of the checkpoint at `path` is in `files`, those of its manifest.
 
-    TornCheckpointError if tensors.json is malformed, names a place that is not there, or says of an element never or
-    twice where it is.
+    TornCheckpointError if tensors.json is malformed, names a place that is not there, says of an element never or
+    twice where it is, or has one place for two.
     """
+    most = max(_LARGEST_TABLE, sum(file.bytes for name, file in files.items() if NUMBERS.fullmatch(name)))
     try:
-        tensors = _Document.model_validate_json((path / TENSORS).read_bytes()).tensors
+        tensors = _Document.model_validate_json(read_regular(path / TENSORS, most, follow=False)).tensors
     except OSError as error:
         raise TornCheckpointError(f"{TENSORS} cannot be read: {error.strerror}") from None
     except ValidationError as error:
@@ -135,21 +157,16 @@ def read_places(path: Path, files: Mapping[str, File]) -> dict[str, Places]:
         for chunk in tensor.chunks:
             _check_chunk(name, tensor, chunk, files)
         _check_cover(name, tensor)
+    _check_bytes(tensors)
     return tensors
-
-
-def malformed(name: str, error: ValidationError) -> TornCheckpointError:
-    """What to raise where the JSON of a file is not what it should be."""
-    first = error.errors()[0]
-    place = ".".join(map(str, first["loc"]))
-    found = f"{place} is {first['input']!r:.60}: " if place else ""
-    return TornCheckpointError(f"{name} is malformed: {found}{first['msg']}")
 
 
 def _check_chunk(name: str, tensor: Places, chunk: Chunk, files: Mapping[str, File]) -> None:
     """TornCheckpointError if there is no such place in the tensor, or in the files."""
     if chunk.file not in files:
-        raise TornCheckpointError(f"{TENSORS} names the file {chunk.file!r}, which is not in the manifest")
+        raise TornCheckpointError(f"{TENSORS} names the file {chunk.file!r:.80}, which is not in the manifest")
+    if not NUMBERS.fullmatch(chunk.file):
+        raise TornCheckpointError(f"{TENSORS} has numbers of {name} in {chunk.file}")
     if chunk.start + chunk.bytes > files[chunk.file].bytes:
         raise TornCheckpointError(f"{TENSORS} has a chunk of {name} beyond the end of {chunk.file}")
     ranks = len(tensor.shape), len(chunk.offset), len(chunk.shape)
@@ -167,6 +184,9 @@ def _check_cover(name: str, tensor: Places) -> None:
     end = first + np.array([chunk.shape for chunk in tensor.chunks], dtype=np.int64).reshape(first.shape)
     # Between neighbouring edges of chunks all elements are in the same chunks: one count stands for a block of them.
     edges = [np.unique([0, size, *first[:, dim], *end[:, dim]]) for dim, size in enumerate(tensor.shape)]
+    blocks = math.prod(map(len, edges))
+    if blocks > max(_LEAST_BLOCKS, _BLOCKS_PER_CHUNK * len(tensor.chunks)):
+        raise TornCheckpointError(f"{TENSORS} cuts {name} into {blocks} blocks by {len(tensor.chunks)} chunks")
     counts = _counts(edges, first, end)
     wrong = np.argwhere(counts != 1)
     if len(wrong):
@@ -174,6 +194,19 @@ def _check_cover(name: str, tensor: Places) -> None:
         times = int(counts[tuple(wrong[0])])
         found = f"{times} chunks" if times else "no chunk"
         raise TornCheckpointError(f"{TENSORS} has element {element} of {name} in {found}")
+
+
+def _check_bytes(tensors: Mapping[str, Places]) -> None:
+    """TornCheckpointError if a byte of a file is in two chunks."""
+    taken: dict[str, list[tuple[int, int, str]]] = {}
+    for name, tensor in tensors.items():
+        for chunk in tensor.chunks:
+            taken.setdefault(chunk.file, []).append((chunk.start, chunk.start + chunk.bytes, name))
+    for file, places in taken.items():
+        places.sort()
+        for (_, end, name), (start, _, other) in pairwise(places):
+            if start < end:
+                raise TornCheckpointError(f"{TENSORS} has byte {start} of {file} in {name} and in {other}")
 
 
 def _counts(edges: list[Indices], first: Indices, end: Indices) -> Indices:

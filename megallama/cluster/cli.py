@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megallama.checkpoint.format import newest_seen, seen_before
+from megallama.checkpoint.state import newest_seen, seen_before
 from megallama.cluster.job_file import JOB_FILE, Allocation, job_file
 from megallama.cluster.queue import Job, cancel_waiting, my_jobs, of_run, submit
 from megallama.cluster.starts import read_starts

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megallama.checkpoint.format import newest_seen
+from megallama.checkpoint.state import newest_seen
 from megallama.cluster.starts import Starts, newest_step, read_starts, write_starts
 from megallama.cluster.verdict import bad_nodes, read_reports, refuse_apart
 from megallama.config.check import check_config

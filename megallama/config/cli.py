@@ -23,7 +23,7 @@ def config(
     Example: megallama config configs/7b.yaml train.micro_batch_size=2 --gpus 128
     """
     # The schema takes a quarter of a second to import, which no other command need wait for.
-    from megallama.checkpoint.format import seen_before
+    from megallama.checkpoint.state import seen_before
     from megallama.config.check import check_config
     from megallama.config.json_schema import json_schema
     from megallama.config.load import dump_config, load_config

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megallama.checkpoint.format import MANIFEST, File, Manifest, hash_file, read_manifest, write_manifest
+from megallama.checkpoint.format import (
+    MANIFEST,
+    STATE,
+    File,
+    Manifest,
+    folder_name,
+    hash_file,
+    read_manifest,
+    write_manifest,
+)
 
 FIXTURE = Path(__file__).parent / "fixtures" / "format-1"
 CHECKPOINT = FIXTURE / "step_00000003"
@@ -65,3 +75,12 @@ def edit_manifest(checkpoint: Path, change: Callable[[Any], object]) -> None:
     content = json.loads((checkpoint / MANIFEST).read_bytes())
     change(content)
     (checkpoint / MANIFEST).write_text(json.dumps(content))
+
+
+def copy_as(path: Path, step: int, folder: Path | None = None) -> Path:
+    """Copy a checkpoint, beside itself or into `folder`, as that of a step in its name, its manifest and its state."""
+    copy = shutil.copytree(path, (folder or path.parent) / folder_name(step))
+    edit(copy / STATE, lambda content: content["state"].update(step=step, samples=4 * step, updates=step))
+    manifest = read_manifest(copy)
+    write_manifest(copy, Manifest(step, manifest.saved, manifest.versions, manifest.files))
+    return copy

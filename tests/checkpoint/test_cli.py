@@ -20,7 +20,7 @@ from megallama.checkpoint import progress
 from megallama.checkpoint.cli import checkpoint_app
 from megallama.checkpoint.format import BEST, LATEST, STATE, read_document, read_manifest
 from megallama.errors import UserError
-from tests.checkpoint.damaging import CHECKPOINT, edit, edit_manifest, flip
+from tests.checkpoint.damaging import CHECKPOINT, copy_as, edit, edit_manifest, flip
 from tests.checkpoint.test_inspect import EMBEDDING, put
 
 
@@ -78,7 +78,7 @@ def test_list_as_json_has_what_the_table_has_at_full_precision(run: Path) -> Non
 def test_verify_says_a_line_for_each_checkpoint_and_fails_if_one_is_damaged(run: Path) -> None:
     sound = run / "checkpoints" / "step_00000003"
     assert call("verify", run) == call("verify", sound) == (0, f"{sound}: sound\n")
-    damaged = shutil.copytree(sound, sound.with_name("step_00000005"))
+    damaged = copy_as(sound, 5)
     flip(damaged / "rank_00001.bin")
     flip(damaged / STATE)
     reasons = ["rank_00001.bin is damaged", "state.json is damaged"]

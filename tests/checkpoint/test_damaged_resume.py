@@ -11,7 +11,7 @@ import pytest
 
 from megallama.checkpoint.commit import Retention, best_of, tend
 from megallama.checkpoint.format import LATEST, MANIFEST, STATE, TENSORS, complete_checkpoints
-from megallama.checkpoint.store import DataIdentity, TrainState, read_saved, state_document
+from megallama.checkpoint.state import DataIdentity, TrainState, read_saved, state_document
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.generate import load_run

@@ -14,7 +14,8 @@ import torch
 
 from megallama.checkpoint.format import FORMAT, MANIFEST, STATE, TENSORS, read_document, read_manifest
 from megallama.checkpoint.inspect import inspect
-from megallama.checkpoint.store import TrainState, load_weights, read_saved
+from megallama.checkpoint.state import TrainState, read_saved
+from megallama.checkpoint.store import load_weights
 from megallama.checkpoint.tensors import Stored
 from megallama.data.tokenizer import load_tokenizer
 from megallama.generate import Sampling, generate, load_run

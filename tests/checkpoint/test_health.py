@@ -21,7 +21,7 @@ from megallama.checkpoint.rollback import roll_back
 from megallama.checkpoint.tensors import is_weight
 from megallama.cluster.starts import newest_step
 from megallama.generate import load_run
-from tests.checkpoint.damaging import CHECKPOINT, edit, rewrite
+from tests.checkpoint.damaging import CHECKPOINT, copy_as, edit, rewrite
 from tests.launching import arguments, events, pretrain
 
 STEPS = 10
@@ -225,7 +225,7 @@ def folder(tmp_path: Path) -> Path:
     """Checkpoints of the steps 1 to 5, of which the last two are not healthy; the last has the lowest loss."""
     folder = tmp_path / "run" / "checkpoints"
     for step in range(1, 6):
-        path = shutil.copytree(CHECKPOINT, folder / f"step_{step:08d}")
+        path = copy_as(CHECKPOINT, step, folder)
         edit(path / STATE, lambda content, step=step: content["state"].update(validation_loss=6.0 - step))
     for step in (4, 5):
         edit(folder / f"step_{step:08d}" / STATE, lambda content: content.update(healthy=False))

@@ -18,7 +18,8 @@ import megallama.train
 from megallama.checkpoint.commit import Retention
 from megallama.checkpoint.format import complete_checkpoints
 from megallama.checkpoint.saver import Saver
-from megallama.checkpoint.store import DataIdentity, load, state_document
+from megallama.checkpoint.state import DataIdentity, state_document
+from megallama.checkpoint.store import load
 from megallama.config.check import check_config
 from megallama.config.schema import RunConfig
 from megallama.data.loader import Loader

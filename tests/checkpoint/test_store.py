@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megallama.checkpoint.format import BEST, LATEST, MANIFEST, STATE, TENSORS, complete_checkpoints
-from megallama.checkpoint.store import load_weights, read_saved
+from megallama.checkpoint.state import read_saved
+from megallama.checkpoint.store import load_weights
 from megallama.checkpoint.tensors import Stored
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from megallama.checkpoint.format import STATE, TornCheckpointError, newest_seen, seen_before
-from megallama.checkpoint.store import read_saved
+from megallama.checkpoint.format import STATE, TornCheckpointError
+from megallama.checkpoint.state import newest_seen, read_saved, seen_before
 from megallama.config.check import check_config
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig

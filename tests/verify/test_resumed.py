@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import megallama.train
 import megallama.verify.verify
-from megallama.checkpoint.store import TrainState
+from megallama.checkpoint.state import TrainState
 from megallama.cli import app
 from megallama.engine import Engine
 from megallama.model.chunks import Chunks

@@ -1,0 +1,133 @@
+"""What the state.json of a checkpoint says: where the run stood, in which data, with which model. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megallama.checkpoint.format import (
+    LARGEST_STATE,
+    STATE,
+    Count,
+    TornCheckpointError,
+    complete_checkpoints,
+    malformed,
+    read_manifest,
+)
+from megallama.config.check import check_model
+from megallama.config.schema import ModelConfig
+from megallama.errors import UserError
+from megallama.plan.budget import NOTHING_SEEN, Seen
+from megallama.regular_file import read_regular
+
+if TYPE_CHECKING:
+    from megallama.config.schema import RunConfig
+
+_LARGEST_BATCH = 1 << 31
+"""Sequences of a step; more than a run ever had."""
+Batch = Annotated[int, Field(ge=1, lt=_LARGEST_BATCH)]
+Loss = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that progresses, beside weights and moments."""
+
+    step: Count = 0
+    """Optimizer steps done."""
+    samples: Count = 0
+    """Sequences consumed: the position in the data."""
+    updates: Count = 0
+    """Steps whose update was applied; fewer than `step` where a gradient was not finite."""
+    validation_loss: Loss | None = None
+    """Of these very weights, where it was evaluated and is finite."""
+    first_batch: Batch | None = None
+    """Sequences of the first step, the unit of a schedule by tokens; older checkpoints do not say."""
+
+    @property
+    def seen(self) -> Seen:
+        """How far the run is."""
+        return Seen(self.step, self.samples, self.first_batch)
+
+    def after(self, samples: int, *, applied: bool) -> TrainState:
+        """The state one step of `samples` sequences later."""
+        return TrainState(self.step + 1, self.samples + samples, self.updates + applied, first_batch=self.first_batch)
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """What a position in the data refers to: another dataset or seed would make it point elsewhere, silently."""
+
+    fingerprint: Annotated[str, Field(max_length=1000)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Saved(BaseModel):
+    """What a state.json says to whoever goes on from its checkpoint."""
+
+    model_config = ConfigDict(frozen=True)
+
+    state: TrainState
+    data: DataIdentity
+    model: ModelConfig
+    loss: Loss | None
+    healthy: bool = True
+    """Whether the run was going well; older checkpoints do not say."""
+
+
+def state_document(
+    state: TrainState, loss: float, healthy: bool, data: DataIdentity, model: ModelConfig, layout: dict[str, object]
+) -> dict[str, object]:
+    """What state.json holds: the above, whether the run was going well, the training loss of the step, the layout."""
+    return {
+        "state": asdict(state),
+        "loss": loss if math.isfinite(loss) else None,  # JSON knows no NaN
+        "healthy": healthy,
+        "data": asdict(data),
+        "model": model.model_dump(mode="json"),
+        "layout": layout,
+    }
+
+
+def read_saved(path: Path) -> Saved:
+    """What the state.json of a checkpoint says. TornCheckpointError if it cannot be so.
+
+    UserError for a format that this version does not know.
+    """
+    try:
+        saved = Saved.model_validate_json(read_regular(path / STATE, LARGEST_STATE, follow=False), strict=True)
+    except OSError as error:
+        raise TornCheckpointError(f"{STATE} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        raise malformed(STATE, error) from None
+    try:
+        check_model(saved.model)
+    except UserError as error:
+        raise TornCheckpointError(f"{STATE} names no Llama: {error}") from None
+    state, step = saved.state, read_manifest(path).step
+    if state.step != step:
+        raise TornCheckpointError(f"{STATE} says step {state.step}, and the manifest {step}")
+    if state.updates > state.step:
+        raise TornCheckpointError(f"{STATE} says {state.updates} updates in {state.step} steps")
+    if not state.step <= state.samples <= state.step * _LARGEST_BATCH:
+        raise TornCheckpointError(f"{STATE} says {state.samples} sequences in {state.step} steps")
+    return saved
+
+
+def seen_before(config: RunConfig) -> Seen:
+    """How far the run is that a start continues, as its newest checkpoint says: enough to check its length."""
+    return NOTHING_SEEN if config.checkpoint.resume == "never" else newest_seen(Path(config.run.dir) / "checkpoints")
+
+
+def newest_seen(folder: Path) -> Seen:
+    """How far the newest whole checkpoint under `folder` is that says so in legal numbers; nothing without one."""
+    for path in complete_checkpoints(folder):
+        try:
+            return read_saved(path).state.seen
+        except TornCheckpointError:
+            continue
+    return NOTHING_SEEN
