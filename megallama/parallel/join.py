@@ -13,6 +13,7 @@ import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 import psutil
@@ -80,6 +81,19 @@ def tell(launch: Launch, sentence: str, seconds: float) -> bool:
     return True
 
 
+def stay(launch: Launch, sentence: str, seconds: float) -> None:
+    """Let the others know, for so long at most, that rank 0, which has met nobody yet, has said why the job ends.
+
+    Where nobody ends them: srun leaves the other tasks alone unless it is told otherwise.
+    """
+    if dist.is_initialized():
+        return
+    with suppress(UserError, RuntimeError):
+        store = _of_job(launch, _connected(launch, seconds, seconds))
+        _refuse(store, sentence)
+        _be_heard(store, launch.world_size - 1, seconds)
+
+
 def _meet(launch: Launch, device: torch.device) -> dist.Store:
     """The store at which all ranks have come together. SharedError, on each, where they do not."""
     store = _of_job(launch, _connected(launch, answer_seconds(launch), MEETING_SECONDS))
@@ -88,7 +102,7 @@ def _meet(launch: Launch, device: torch.device) -> dist.Store:
         if refusal is None:
             return dist.PrefixStore("torch", store)
         if launch.rank == 0:
-            _be_heard(store, launch.world_size - 1)
+            _be_heard(store, launch.world_size - 1, _LEAVING_SECONDS)
         else:
             store.add("heard", 1)
     except dist.DistError:
@@ -277,10 +291,10 @@ def _alone(launch: Launch, waited: float) -> str:
     )
 
 
-def _be_heard(store: dist.Store, others: int) -> None:
-    """Rank 0 hosts the store: it stays until the others know how this ends, or for a moment, as some may not come."""
+def _be_heard(store: dist.Store, others: int, seconds: float) -> None:
+    """Rank 0 hosts the store: it stays until the others know how this ends, or for so long: some may not come."""
     store.set("said", "")
-    deadline = time.monotonic() + _LEAVING_SECONDS
+    deadline = time.monotonic() + seconds
     while store.add("heard", 0) < others and time.monotonic() < deadline:
         time.sleep(0.02)
 

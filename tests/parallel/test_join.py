@@ -246,6 +246,20 @@ def test_half_an_environment_is_one_sentence_under_python(tmp_path: Path) -> Non
     assert_one_sentence(outcome.err, ["RANK=0 is set and WORLD_SIZE is not"])
 
 
+def test_a_mistake_that_all_tasks_of_srun_make_is_told_once(tmp_path: Path) -> None:
+    """Though nobody ends the others when rank 0 leaves."""
+    script = (
+        f"export SLURM_JOB_ID={free_port() % 20000} SLURM_STEP_ID=0 SLURM_NTASKS=2 SLURM_TASKS_PER_NODE=2\n"
+        'SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!\n'
+        'SLURM_PROCID=1 SLURM_LOCALID=1 "$@"; second=$?\n'
+        "wait $first; echo $? $second"
+    )
+    command = [sys.executable, PRETRAIN, *arguments("nowhere", tmp_path / "run", "train.stepz=4")]
+    outcome = execute(["bash", "-c", script, "two", *command], tmp_path)
+    assert outcome.out == "2 2\n"
+    assert_one_sentence(outcome.err, ["train.stepz", "train.steps"])
+
+
 def by_hand(rank: int, address: str, port: int) -> dict[str, str]:
     return {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(port)}
 
