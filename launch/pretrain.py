@@ -38,7 +38,6 @@ def main(arguments: Sequence[str] | None = None, launch: Launch | None = None) -
     )  # the deepspeed launcher adds it; the environment counts
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that win over the file")
     options = parser.parse_intermixed_args(arguments)
-    launch = replace(launch, door=open_door(launch))
     config = load_config(options.config, options.overrides)
     from megallama.start import start
 
@@ -54,6 +53,7 @@ def run() -> None:
     launch = Launch()
     try:
         launch = Launch.from_environment()
+        launch = replace(launch, door=open_door(launch))
         code = main(launch=launch)
     except UserError as error:
         refuse(launch, error)
@@ -66,24 +66,33 @@ def run() -> None:
 
 def refuse(launch: Launch, error: UserError) -> NoReturn:
     """Leave with 2, one rank having said why: rank 0 at once, another where rank 0 does not say it for it."""
-    who = ""
+    sentence = str(error)
     if launch.rank != 0:
+        sentence = f"rank {launch.rank}: {error}"
         # What every rank finds the first says, and a launcher ends the others when it leaves.
         end_by_signals()
-        who, until = f"rank {launch.rank}: ", time.monotonic() + FIRST_SPEAKS_SECONDS
-        if isinstance(error, SharedError | UnreachableError):
-            until = time.monotonic() + FIRST_LEAVES_SECONDS
-            said = isinstance(error, SharedError)
-        else:
-            from megallama.parallel.join import tell
-
-            said = tell(launch, who + str(error), FIRST_SPEAKS_SECONDS)
-        if not said or isinstance(error, SharedError):
-            time.sleep(max(0.0, until - time.monotonic()))
-        if said:
+        if said_by_first(launch, error, sentence):
             os._exit(2)
-    print(f"megallama: {who}{error}", file=sys.stderr, flush=True)
+    print(f"megallama: {sentence}", file=sys.stderr, flush=True)
+    if launch.door is not None and launch.by_tasks:
+        from megallama.parallel.join import stay
+
+        stay(launch, sentence, FIRST_SPEAKS_SECONDS)
     os._exit(2)
+
+
+def said_by_first(launch: Launch, error: UserError, sentence: str) -> bool:
+    """Whether rank 0 says it, after the time that it takes rank 0 to do so."""
+    if isinstance(error, SharedError | UnreachableError):
+        time.sleep(FIRST_LEAVES_SECONDS)
+        return isinstance(error, SharedError)
+    from megallama.parallel.join import tell
+
+    until = time.monotonic() + FIRST_SPEAKS_SECONDS
+    if tell(launch, sentence, FIRST_SPEAKS_SECONDS):
+        return True
+    time.sleep(max(0.0, until - time.monotonic()))
+    return False
 
 
 if __name__ == "__main__":

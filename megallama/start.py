@@ -25,7 +25,7 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     check_limits(config, launch.world_size)
     from megallama.parallel.mesh import pick_device
 
-    device = pick_device(config.train.device, launch.local_rank, own=launch.own_device)
+    device = pick_device(config.train.device, launch.local_rank, own=launch.by_tasks)
     launch.prepare(device)
     # torch 2.13 renames collectives that 2.11 knows by their old names only; DeepSpeed and we use the old ones.
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)

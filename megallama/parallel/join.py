@@ -1,7 +1,7 @@
 """How ranks meet: at a store that rank 0 or torchrun hosts, with one verdict for all, before torch connects them.
 
 A rank that cannot take part makes its sentence the verdict. So no rank waits in a collective for one that has left,
-and none goes on with ranks that are not of its job. Whatever is waited for here, a signal to end ends the waiting.
+and none goes on with ranks that are not of its job. A signal to end ends the waiting, after some seconds.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 import psutil
@@ -30,6 +31,7 @@ MEETING_SECONDS = 600.0
 _CONNECTING = timedelta(seconds=2)
 """That a store of torch's tries again and again, with a warning each, where a connection breaks."""
 _LEAVING_SECONDS = 2.0
+_SIGNAL_SECONDS = 5.0
 _FAR_AWAY = "192.0.2.1"
 """Nobody's, by RFC 5737: the way there is the default route."""
 _GO = b"go"
@@ -80,6 +82,19 @@ def tell(launch: Launch, sentence: str, seconds: float) -> bool:
     return True
 
 
+def stay(launch: Launch, sentence: str, seconds: float) -> None:
+    """Let the others know, for so long at most, that rank 0, which has met nobody yet, has said why the job ends.
+
+    Where nobody ends them: srun leaves the other tasks alone unless it is told otherwise.
+    """
+    if dist.is_initialized():
+        return
+    with suppress(UserError, RuntimeError):
+        store = _of_job(launch, _connected(launch, seconds, seconds))
+        _refuse(store, sentence)
+        _be_heard(store, launch.world_size - 1, seconds)
+
+
 def _meet(launch: Launch, device: torch.device) -> dist.Store:
     """The store at which all ranks have come together. SharedError, on each, where they do not."""
     store = _of_job(launch, _connected(launch, answer_seconds(launch), MEETING_SECONDS))
@@ -88,7 +103,7 @@ def _meet(launch: Launch, device: torch.device) -> dist.Store:
         if refusal is None:
             return dist.PrefixStore("torch", store)
         if launch.rank == 0:
-            _be_heard(store, launch.world_size - 1)
+            _be_heard(store, launch.world_size - 1, _LEAVING_SECONDS)
         else:
             store.add("heard", 1)
     except dist.DistError:
@@ -107,10 +122,11 @@ def _connected(launch: Launch, answer_within: float, within: float) -> dist.Stor
     """
     hosts = launch.rank == 0 and not launch.hosted
     search = _Search(launch, (launch.door or open_door(launch)) if hosts else None)
+    patience = _Patience()
     search.start()
     try:
         while not search.ended.wait(0.1):
-            _heed_signals()
+            patience.check()
             waited, failed = time.monotonic() - search.began, time.monotonic() - search.failed
             if not search.answered and waited > answer_within:
                 raise silent(launch, search.why, waited)
@@ -243,13 +259,13 @@ def _end(store: dist.Store, sentence: str) -> str:
 
 def _wait(launch: Launch, store: dist.Store, key: str) -> bool:
     """Wait for `key`, or for a verdict; whether `key` is there. Too long a wait becomes the verdict."""
-    began, pause = time.monotonic(), 0.005
+    began, pause, patience = time.monotonic(), 0.005, _Patience()
     # A launcher of torch's has started the others, and says so where one ends.
     alone_for = answer_seconds(launch) if launch.world_size == launch.local_world_size else MEETING_SECONDS
     while not store.check([key]):
         if store.check(["verdict"]):
             return False
-        _heed_signals()
+        patience.check()
         waited = time.monotonic() - began
         if waited > MEETING_SECONDS:
             _refuse(store, _missing(launch, store, waited))
@@ -277,18 +293,31 @@ def _alone(launch: Launch, waited: float) -> str:
     )
 
 
-def _be_heard(store: dist.Store, others: int) -> None:
-    """Rank 0 hosts the store: it stays until the others know how this ends, or for a moment, as some may not come."""
+def _be_heard(store: dist.Store, others: int, seconds: float) -> None:
+    """Rank 0 hosts the store: it stays until the others know how this ends, or for so long: some may not come."""
     store.set("said", "")
-    deadline = time.monotonic() + _LEAVING_SECONDS
+    deadline = time.monotonic() + seconds
     while store.add("heard", 0) < others and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
-def _heed_signals() -> None:
-    """End at once where a signal waits that asks for it: nothing has begun. USR1 asks for a save, and waits on."""
-    if signal.sigpending() - {signal.SIGUSR1}:
-        end_by_signals()
+class _Patience:
+    """Where a signal to end waits while this rank waits for others, for how long it still does.
+
+    A signal that comes to all ranks is heeded after the first step, with a save; one that a launcher sends since
+    another rank has failed would be held until its SIGKILL. USR1 always asks for a save.
+    """
+
+    def __init__(self) -> None:
+        self._asked = math.inf
+
+    def check(self) -> None:
+        """End the process where the signal has waited too long: nothing has begun that could be saved."""
+        now = time.monotonic()
+        if signal.sigpending() - {signal.SIGUSR1}:
+            self._asked = min(self._asked, now)
+        if now - self._asked > _SIGNAL_SECONDS:
+            end_by_signals()
 
 
 def talk_over(address: str) -> None:

@@ -74,8 +74,8 @@ class Launch:
     """The launcher itself hosts the store at which ranks meet, and rank 0 does not."""
     variables: str = "RANK and WORLD_SIZE"
     """Those that said so."""
-    own_device: bool = False
-    """The launcher may show each rank its own device only, as `srun --gpus-per-task=1` does."""
+    by_tasks: bool = False
+    """Under srun or mpirun, which may show each rank its own device only, and srun lets ranks outlive each other."""
     door: socket | None = field(default=None, compare=False)
     """Rank 0's listening socket, where it has been opened before the ranks meet."""
     signals: Signals = field(default_factory=Signals, compare=False)
@@ -181,7 +181,7 @@ def _ranks(said: Said, names: _Names, local_world_size: int) -> Launch:
         attempt=said.get("TORCHELASTIC_RESTART_COUNT", "0"),
         hosted=names is _TORCH and said.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         variables=f"{names.rank} and {size_name}",
-        own_device=names is not _TORCH,
+        by_tasks=names is not _TORCH,
     )
 
 

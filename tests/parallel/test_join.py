@@ -226,24 +226,39 @@ def serve(listener: socket.socket, said: bytes) -> None:
             return
 
 
-def test_left_over_variables_are_told_under_python(byte_dataset: str, tmp_path: Path) -> None:
+def test_left_over_variables_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a shell inside another job: of two ranks, one."""
-    outcome = execute(
-        [sys.executable, PRETRAIN, *arguments(byte_dataset, tmp_path / "run")],
-        tmp_path,
-        MEGALLAMA_ANSWER_SECONDS="1",
-        **by_hand(0, "127.0.0.1", free_port()),
-    )
-    assert (outcome.code, outcome.out) == (2, "")
-    words = ["of 2 ranks only rank 0 has come", "unset RANK and WORLD_SIZE", "MEGALLAMA_ANSWER_SECONDS"]
-    assert_one_sentence(outcome.err, words)
-    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("MEGALLAMA_ANSWER_SECONDS", "1")
+    with pytest.raises(SharedError) as refused:
+        run_here(Launch(0, 0, 2, 2, port=free_port()))
+    for words in ("of 2 ranks only rank 0 has come", "unset RANK and WORLD_SIZE", "set MEGALLAMA_ANSWER_SECONDS"):
+        assert words in str(refused.value)
+
+
+def test_no_number_of_seconds_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGALLAMA_ANSWER_SECONDS", "soon")
+    with pytest.raises(UserError, match="MEGALLAMA_ANSWER_SECONDS='soon' is not a number of seconds above 0; use 20"):
+        run_here(Launch(1, 1, 2, 2, port=free_port()))
 
 
 def test_half_an_environment_is_one_sentence_under_python(tmp_path: Path) -> None:
     outcome = execute([sys.executable, PRETRAIN, *arguments("nowhere", tmp_path / "run")], tmp_path, RANK="0")
     assert (outcome.code, outcome.out) == (2, "")
     assert_one_sentence(outcome.err, ["RANK=0 is set and WORLD_SIZE is not"])
+
+
+def test_a_mistake_that_all_tasks_of_srun_make_is_told_once(tmp_path: Path) -> None:
+    """Though nobody ends the others when rank 0 leaves."""
+    script = (
+        f"export SLURM_JOB_ID={free_port() % 20000} SLURM_STEP_ID=0 SLURM_NTASKS=2 SLURM_TASKS_PER_NODE=2\n"
+        'SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!\n'
+        'SLURM_PROCID=1 SLURM_LOCALID=1 "$@"; second=$?\n'
+        "wait $first; echo $? $second"
+    )
+    command = [sys.executable, PRETRAIN, *arguments("nowhere", tmp_path / "run", "train.stepz=4")]
+    outcome = execute(["bash", "-c", script, "two", *command], tmp_path)
+    assert outcome.out == "2 2\n"
+    assert_one_sentence(outcome.err, ["train.stepz", "train.steps"])
 
 
 def by_hand(rank: int, address: str, port: int) -> dict[str, str]:
