@@ -17,6 +17,7 @@ from torch import Tensor
 from megallama.checkpoint.format import (
     LATEST,
     STATE,
+    TENSORS,
     TornCheckpointError,
     complete_checkpoints,
     damaged_files,
@@ -100,7 +101,7 @@ def pick_start(config: RunConfig, data: DataIdentity) -> Start:
         start = _continue(config, folder, found[0]) if found else Start()
         # One whose state is damaged does not say what it is of. `confirm` passes it over.
         tried = [start.resume] if start.back and start.resume is not None else found
-        known = next((path for path in tried if not _state_damage(path)), None)
+        known = next((path for path in tried if not _senseless(path)), None)
         if known is not None:
             _check_same_run(known, config, data)
         if found:
@@ -122,7 +123,7 @@ def pick_start(config: RunConfig, data: DataIdentity) -> Start:
         near = complete_checkpoints(weights / "checkpoints") or complete_checkpoints(weights.parent)
         fix = f"checkpoint.init_from={near[0]}" if near else "a folder such as runs/NAME/checkpoints/step_00001000"
         raise UserError(f"checkpoint.init_from={weights} is not a complete checkpoint; use {fix}")
-    _refuse_damaged_weights(weights, _state_damage(weights))
+    _refuse_damaged_weights(weights, _senseless(weights))
     _check_same_model(weights, config.model, "checkpoint.init_from")
     return Start(weights=weights)
 
@@ -216,9 +217,9 @@ def confirm(start: Start, config: RunConfig, data: DataIdentity, mesh: ParallelM
     _refuse_to_start_over(folder, [f"{path.name}: {why}" for path, why in damaged.items()])
 
 
-def _state_damage(path: Path) -> list[str]:
-    """What is wrong with the state.json of `path`, whose manifest is sound."""
-    return damaged_files(path, read_manifest(path), [STATE]) or _broken(path, read_saved)
+def _senseless(path: Path) -> list[str]:
+    """What is wrong with what `path`, whose manifest is sound, says of itself."""
+    return damaged_files(path, read_manifest(path), [STATE, TENSORS]) or _broken(path, promised)
 
 
 def _damage(path: Path, mesh: ParallelMesh) -> list[str]:
