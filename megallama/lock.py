@@ -157,7 +157,7 @@ def output_lock(lock_file: Path, name: str, option: str) -> Iterator[Lock]:
                 yield lock
             finally:
                 if lock.stands():
-                    lock_file.unlink()  # while it is held: who waits for it sees that it is another's no longer
+                    lock_file.unlink(missing_ok=True)  # while it is held: who waits for it sees that it is another's no longer
     finally:
         with suppress(OSError):
             for folder in made:
