@@ -173,8 +173,8 @@ def output_lock(lock_file: Path, name: str, option: str) -> Iterator[Lock]:
             try:
                 yield lock
             finally:
-                if lock.stands():
-                    lock_file.unlink()  # while it is held: who waits for it sees that it is another's no longer
+                if lock.stands():  # it goes while it is held: who waits for it sees that it is gone
+                    lock_file.unlink(missing_ok=True)
     finally:
         with suppress(OSError):
             for folder in made:

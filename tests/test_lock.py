@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ from megallama.data.indexed import open_indexed
 from megallama.data.tokenizer import load_tokenizer
 from megallama.data.train_tokenizer import train_tokenizer
 from megallama.errors import UserError
-from megallama.lock import LOCK, RunLock, beside, output_lock
+from megallama.lock import LOCK, Lock, Place, RunLock, beside, output_lock
 from tests.launching import ROOT
 from tests.plan.test_calibrate import made_run
 
@@ -247,29 +247,27 @@ def test_a_run_is_refused_after_somebody_removed_the_lock_of_a_live_one(tmp_path
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
 
 
-def test_many_who_want_one_output_have_it_one_at_a_time(tmp_path: Path) -> None:
-    """The file comes and goes all the time."""
-    inside, most, turns = [0], [0], [0]
+def test_who_waited_for_a_lock_that_was_taken_away_holds_the_next(tmp_path: Path) -> None:
+    """Its holder removes the file as it ends: a lock on that keeps nobody out."""
+    path, waiting = tmp_path / LOCK, []
+    first = RunLock(tmp_path)
+    waiter = threading.Thread(target=lambda: waiting.append(Lock(path, Place("X", "wait", "go"), handover_seconds=60)))
+    waiter.start()
+    wait_for(lambda: [link for link in links() if link == str(path)] == [str(path)] * 2)
+    path.unlink()
+    first.release()
+    waiter.join()
+    with waiting[0], pytest.raises(UserError, match="in use"):
+        Lock(path, Place("X", "wait", "go"))
 
-    def write() -> None:
-        for _ in range(200):
-            try:
-                with output_lock(tmp_path / "new" / ".X.lock", "X", "X"):
-                    inside[0] += 1
-                    most[0] = max(most[0], inside[0])
-                    turns[0] += 1
-                    inside[0] -= 1
-            except UserError:
-                continue
 
-    threads = [threading.Thread(target=write) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (most[0], inside[0]) == (1, 0)
-    assert turns[0] >= 4
-    assert not list(tmp_path.rglob("*.lock"))
+def links() -> list[str]:
+    """The files that this process has open."""
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            found.append(os.readlink(descriptor))
+    return found
 
 
 def test_a_full_disk_takes_no_facts_but_the_lock_holds(tmp_path: Path) -> None:

@@ -109,6 +109,24 @@ def test_a_stopped_build_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not list(tmp_path.glob("*.parts-*"))
 
 
+def test_a_damaged_block_of_a_stopped_build_is_told_and_made_again(
+    formats: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix, command = str(tmp_path / "d"), ([formats["jsonl"]], str(tmp_path / "d"), "bytes")
+    with monkeypatch.context() as stopped:
+        stopped.setattr(build, "_join", lambda shards, *_: pytest.fail(f"stopped after {next(shards)}"))
+        with pytest.raises(pytest.fail.Exception):
+            build_dataset(*command, workers=1)
+    (shard,) = tmp_path.glob("d.parts-*/*.npz")
+    for content in (b"", b"PK", shard.read_bytes()[:-30]):
+        shard.parent.mkdir(exist_ok=True)
+        shard.write_bytes(content)
+        with pytest.raises(UserError, match=r"\.npz, which a stopped build left, is damaged .*; repeat the command$"):
+            build_dataset(*command, workers=1)
+        assert not shard.parent.exists()
+    assert build_dataset(*command, workers=1)[0].documents == open_indexed(prefix).num_documents
+
+
 def write_unseen(source: Path, text: str) -> None:
     """Size and time of the file are those that it had: to a build it is the same."""
     source.write_text(text)

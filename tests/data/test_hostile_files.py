@@ -100,7 +100,8 @@ def bytes_changed(draw: st.DrawFn, *names: str) -> Mutation:
 @st.composite
 def json_changed(draw: st.DrawFn, name: str, keys: list[str]) -> Mutation:
     """A value of a JSON object is another, or gone, or one is added."""
-    key, value = draw(st.sampled_from([*keys, "new"])), draw(st.sampled_from([*VALUES, "gone", "deep"]))
+    key = draw(st.sampled_from([*keys, "new"]))
+    value = draw(st.one_of(st.integers(1, 400), st.sampled_from([*VALUES, "gone", "deep"])))
 
     def change(files: Files) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +86,15 @@ def test_wrong_fields_are_refused(write_dataset: Write, offset: int, byte: int, 
     content[offset] = byte
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
+        open_indexed(str(path.with_suffix("")))
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_what_is_no_regular_file_is_refused_at_once(write_dataset: Write, suffix: str) -> None:
+    path = Path(write_dataset("d", [[1, 2, 3]]) + suffix)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=rf"d\{suffix} cannot be read \(it is no regular file\)"):
         open_indexed(str(path.with_suffix("")))
 
 

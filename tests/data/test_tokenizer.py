@@ -140,6 +140,9 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
         load_tokenizer("r50k_bse")
     with pytest.raises(UserError, match=r"'no/such/file'.*bytes"):
         load_tokenizer("no/such/file")
+    for name in ("x" * 300, "a\0b"):
+        with pytest.raises(UserError, match=r"is no file, no folder and no known encoding"):
+            load_tokenizer(name)
 
 
 def test_a_name_that_cannot_be_downloaded_is_refused_in_seconds(
