@@ -33,7 +33,7 @@ from megallama.data.indexed import IndexedWriter, Tokens, bin_path, idx_path, op
 from megallama.data.progress import Counter
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.errors import UserError
-from megallama.signals import deaf
+from megallama.signals import interrupt_later
 
 BLOCK_CHARACTERS = 2_000_000
 
@@ -212,7 +212,7 @@ def _tokenized(
         under_way: deque[tuple[Path, Future[None]]] = deque()
         try:
             for block, shard in shards:
-                with deaf((signal.SIGINT,)):  # which a terminal sends to all: a worker heeds it once it can be silent
+                with interrupt_later():  # a terminal sends it to all: a worker heeds it once it can be silent
                     under_way.append((shard, pool.submit(_work, block, spec, shard)))
                 if len(under_way) > 2 * workers:
                     yield _finished(*under_way.popleft())
