@@ -502,6 +502,7 @@ def test_a_hang_under_torchrun_ends_the_job(byte_dataset: str, tmp_path: Path) -
         assert run.process.wait(60) != 0
         assert outliving(tmp_path) == []
     assert outcome(run_dir)["status"] == "failed"
+    assert outcome(run_dir)["step"] >= 1
     assert "most recent call first" in (run_dir / "stacks" / "rank_00000.txt").read_text()
 
 
