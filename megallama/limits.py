@@ -10,7 +10,7 @@ from megallama.run_dir import checkpoint_bytes
 
 LEAST_OPEN_FILES = 128
 """A rank alone takes 40."""
-LEAST_ADDRESSES = 2 << 30
+LEAST_ADDRESSES = 1 << 30
 """Bytes: torch and its threads."""
 LEAST_FILE = 1 << 20
 """Bytes: what a rank writes beside checkpoints."""

@@ -55,6 +55,23 @@ def deaf(numbers: Iterable[signal.Signals]) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def interrupt_later() -> Iterator[None]:
+    """Let a Ctrl-C wait until the end of the block, and be `deaf` to it; in the main thread."""
+    pressed: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        # Threads of libraries hear what this one is deaf to.
+        signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        with deaf((signal.SIGINT,)):
+            yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)
+
+
 class Signals:
     """What signals have asked of this process, once it has called `take`."""
 

@@ -47,7 +47,7 @@ def test_a_limit_of_a_file_below_a_ranks_part_of_a_checkpoint_is_refused() -> No
     ("number", "letter", "least", "more"),
     [
         (resource.RLIMIT_NOFILE, "n", "128", "1024"),
-        (resource.RLIMIT_AS, "v", "2,147,483,648", "unlimited"),
+        (resource.RLIMIT_AS, "v", "1,073,741,824", "unlimited"),
     ],
 )
 def test_siblings_are_refused(number: int, letter: str, least: str, more: str) -> None:

@@ -43,7 +43,7 @@ from megallama.data.progress import Counter
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.errors import UserError
 from megallama.lock import Lock, beside, output_lock
-from megallama.signals import deaf
+from megallama.signals import interrupt_later
 from megallama.whole_file import put, remove_leftovers, temporary
 
 BLOCK_CHARACTERS = 2_000_000
@@ -197,7 +197,7 @@ def _tokenized(
         under_way: deque[tuple[Path, Future[None]]] = deque()
         try:
             for block, shard in shards:
-                with deaf((signal.SIGINT,)):  # which a terminal sends to all: a worker heeds it once it can be silent
+                with interrupt_later():  # a terminal sends it to all: a worker heeds it once it can be silent
                     under_way.append((shard, pool.submit(_work, block, spec, shard)))
                 if len(under_way) > 2 * workers:
                     yield _finished(*under_way.popleft())

@@ -8,13 +8,14 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -56,12 +57,14 @@ from tests.launching import (
     outliving,
     pretrain,
     processes_of,
+    tree,
 )
 
 pytestmark = pytest.mark.faults
 
 ENDLESS = ["train.steps=100000", "checkpoint.every=0"]
 """Until somebody says stop; saves when somebody says save."""
+MAY_MOUNT = subprocess.run(["unshare", "-rm", "true"], stderr=subprocess.DEVNULL).returncode == 0
 SMALL_FILE = 1000
 """Bytes."""
 
@@ -90,10 +93,7 @@ def test_a_save_that_one_rank_cannot_write_is_dropped_by_all(byte_dataset: str, 
     assert_nothing_left(tmp_path)
 
 
-@pytest.mark.skipif(
-    subprocess.run(["unshare", "-rm", "true"], stderr=subprocess.DEVNULL).returncode != 0,
-    reason="this user may not mount a small disk",
-)
+@pytest.mark.skipif(not MAY_MOUNT, reason="this user may not mount a small disk")
 def test_a_disk_that_is_full_costs_saves_and_not_the_run(byte_dataset: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     (run_dir / "checkpoints").mkdir(parents=True)
@@ -114,6 +114,26 @@ def test_a_disk_that_is_full_costs_saves_and_not_the_run(byte_dataset: str, tmp_
         assert run.process.wait(60) == 75
     (failed,) = events(run_dir, "checkpoint_failed")
     assert failed["reason"].endswith("rank_00000.bin: No space left on device")
+
+
+@pytest.mark.skipif(not MAY_MOUNT, reason="this user may not mount a small disk")
+def test_a_disk_that_fills_at_the_end_has_room_for_the_outcome(byte_dataset: str, tmp_path: Path) -> None:
+    disk, kept = tmp_path / "disk", tmp_path / "outcome.json"
+    disk.mkdir()
+    mount = f'mount -t tmpfs -o size=16m none {disk} && "$@"; code=$?; cp {disk}/run/outcome.json {kept}; exit $code'
+    start = ["unshare", "-rm", "sh", "-c", mount, "sh", *command("python", 1)]
+    with cold([*start, *words(byte_dataset, disk / "run", ALONE, *ENDLESS)], tmp_path) as run:
+        wait_for(lambda: any(trains(pid, disk / "run") for pid in processes_of(tmp_path)), run)
+        rank = next(pid for pid in processes_of(tmp_path) if trains(pid, disk / "run"))
+        seen = Path(f"/proc/{rank}/root{disk}")
+        with suppress(OSError), (seen / "other data").open("wb", buffering=0) as other:
+            while True:
+                other.write(bytes(1 << 10))
+        os.kill(rank, signal.SIGTERM)
+        assert run.process.wait(60) == 1, run.errors()
+    said = json.loads(kept.read_text())
+    assert (said["status"], said["reason"][:21]) == ("failed", "the last save failed:")
+    assert said["step"] >= 1
 
 
 def test_a_save_that_cannot_be_committed_is_dropped_by_all(byte_dataset: str, tmp_path: Path) -> None:
@@ -159,6 +179,7 @@ def test_the_save_in_flight_is_not_lost_when_a_rank_fails(byte_dataset: str, tmp
         run.results()
     assert saved_steps(run_dir) == [4]
     assert outcome(run_dir)["reason"].endswith("RuntimeError: planted")
+    assert outcome(run_dir)["step"] == 4
 
 
 def fail_behind_a_save(step: int) -> None:
@@ -481,7 +502,99 @@ def test_a_hang_under_torchrun_ends_the_job(byte_dataset: str, tmp_path: Path) -
         assert run.process.wait(60) != 0
         assert outliving(tmp_path) == []
     assert outcome(run_dir)["status"] == "failed"
+    assert outcome(run_dir)["step"] >= 1
     assert "most recent call first" in (run_dir / "stacks" / "rank_00000.txt").read_text()
+
+
+# --- what is taken away from it
+
+
+def removed(run_dir: Path) -> str:
+    shutil.rmtree(run_dir)
+    return f"{run_dir} is gone: "
+
+
+def renamed(run_dir: Path) -> str:
+    run_dir.rename(run_dir.with_name("elsewhere"))
+    return f"{run_dir} is gone: "
+
+
+def replaced(run_dir: Path) -> str:
+    run_dir.rename(run_dir.with_name("elsewhere"))
+    run_dir.mkdir()
+    (run_dir / "lock").touch()
+    return f"{run_dir / 'lock'} is another file now: "
+
+
+def unlocked(run_dir: Path) -> str:
+    (run_dir / "lock").unlink()
+    return f"{run_dir / 'lock'} is gone: "
+
+
+@pytest.mark.parametrize("taken", [removed, renamed, replaced, unlocked])
+def test_a_run_whose_directory_is_taken_away_fails_and_writes_nothing_there(
+    taken: Callable[[Path], str], byte_dataset: str, tmp_path: Path
+) -> None:
+    """All ranks end; what stands there is somebody else's by now."""
+    run_dir = tmp_path / "run"
+    with forked(2, words(byte_dataset, run_dir, DP2, *ENDLESS), tmp_path) as run:
+        save(run, run_dir, "checkpoint")
+        sentence = taken(run_dir)
+        before = tree(run_dir)
+        assert run.results() == [(1, "")] * 2
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert last.partition("  ")[2].startswith(sentence), last
+    metrics = "metrics.jsonl"  # open all the time
+    assert {**tree(run_dir), metrics: b""} == {**before, metrics: b""}
+    assert_nothing_left(tmp_path)
+
+
+def test_a_run_whose_directory_is_gone_at_its_last_step_is_not_made_anew(byte_dataset: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = words(byte_dataset, run_dir, ALONE, "train.steps=4", "checkpoint.every=0")
+    assert pretrain(1, arguments, plant=partial(remove_in_step, 4)) == [(1, "")]
+    assert not run_dir.exists()
+
+
+def remove_in_step(step: int) -> None:
+    import megallama.train
+
+    train: Any = megallama.train
+    original, calls = train.train_step, []
+
+    def watched(run: Any, *rest: Any) -> Any:
+        calls.append(run)
+        if len(calls) == step:
+            shutil.rmtree(run.dir)
+        return original(run, *rest)
+
+    train.train_step = watched
+
+
+def test_a_save_in_flight_makes_no_directory_anew(byte_dataset: str, tmp_path: Path) -> None:
+    """It had begun when the directory went."""
+    run_dir = tmp_path / "run"
+    with forked(1, words(byte_dataset, run_dir, ALONE, *ENDLESS), tmp_path) as run:
+        save(run, run_dir, "checkpoint")
+        (writer,) = writers(run, tmp_path).values()
+        os.kill(writer, signal.SIGSTOP)
+        (run_dir / "SAVE").touch()
+        wait_for(lambda: waiting_orders(writer) > 0, run)
+        shutil.rmtree(run_dir)
+        os.kill(writer, signal.SIGCONT)
+        assert run.results() == [(1, "")]
+    assert not run_dir.exists()
+
+
+def test_checkpoints_that_are_removed_are_saved_again(byte_dataset: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with forked(1, words(byte_dataset, run_dir, ALONE, *ENDLESS), tmp_path) as run:
+        save(run, run_dir, "checkpoint")
+        shutil.rmtree(run_dir / "checkpoints")
+        save(run, run_dir, "checkpoint")
+        stop(run_dir)
+        assert run.results() == [(75, "")]
+    assert saved_steps(run_dir) == steps(run_dir, "checkpoint")[1:]
 
 
 # --- what is kept, what is left over
@@ -652,6 +765,15 @@ def save(run: Running, run_dir: Path, kind: str) -> None:
 
 def stop(run_dir: Path) -> None:
     (run_dir / "STOP").touch()
+
+
+def trains(pid: int, run_dir: Path) -> bool:
+    """Whether the process is a rank that has trained a step, on a disk that it may see alone."""
+    try:
+        started = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:2] == [PRETRAIN.encode()]
+        return started and b'"train"' in Path(f"/proc/{pid}/root{run_dir}/metrics.jsonl").read_bytes()
+    except OSError:
+        return False
 
 
 def recorded(run_dir: Path, kind: str) -> bool:

@@ -194,9 +194,9 @@ def test_a_terminal_that_is_closed_is_one_save(byte_dataset: str, tmp_path: Path
 
 def test_a_second_ctrl_c_ends_at_once(byte_dataset: str, tmp_path: Path) -> None:
     """Here while the disk stands still."""
-    arguments = words(byte_dataset, tmp_path / "run", ALONE, f"train.steps={STEPS}", "checkpoint.every=0")
+    arguments = words(byte_dataset, tmp_path / "run", ALONE, "train.steps=100000")
     with cold([*command("python", 1), *arguments], tmp_path, own_group=True) as run:
-        wait_until_trained(run, tmp_path / "run", 3)
+        wait_until_trained(run, tmp_path / "run", 3)  # it has saved by then
         kill([pid for pid in processes_of(tmp_path) if pid != run.process.pid], signal.SIGSTOP)
         while not run.over():
             kill([run.process.pid], signal.SIGINT)
@@ -206,8 +206,8 @@ def test_a_second_ctrl_c_ends_at_once(byte_dataset: str, tmp_path: Path) -> None
     assert run.errors().splitlines() == [FIRST_PRESS, SECOND_PRESS]
     said = outcome(tmp_path / "run")
     assert (said["status"], said["reason"]) == ("failed", SECOND_PRESS.removeprefix("megallama: ").partition(";")[0])
-    assert said["step"] == steps(tmp_path / "run", "train")[-1] >= 3
-    assert saved_steps(tmp_path / "run") == []
+    assert said["step"] >= steps(tmp_path / "run", "train")[-1] >= 3
+    assert saved_steps(tmp_path / "run")[-1] < said["step"]
 
 
 def test_a_second_ctrl_c_ends_a_rank_that_waits_for_ever(byte_dataset: str, tmp_path: Path) -> None:

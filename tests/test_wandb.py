@@ -1,0 +1,151 @@
+"""Weights & Biases: one run however often it is started, no row lost, and nothing that fails there ends a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from wandb.proto import wandb_internal_pb2
+
+from tests.launching import ROOT, arguments, clean_environment, events, pretrain
+
+OFFLINE = "logging.wandb={project: tests, mode: offline}"
+ONE_EVENT = """
+import sys
+from pathlib import Path
+from megallama.config.load import load_config
+from megallama.metrics import open_metrics
+
+config = load_config("configs/debug.yaml", ["logging.wandb={project: tests}"])
+with open_metrics(config, Path(sys.argv[1]), 4) as metrics:
+    metrics.write("eval", step=1, split="train", loss=1.0, perplexity=2.0)
+"""
+
+
+def test_all_starts_of_a_run_are_one_run_whose_repeated_steps_are_kept(byte_dataset: str, tmp_path: Path) -> None:
+    """Until one begins anew."""
+    run_dir = tmp_path / "run"
+    words = arguments(byte_dataset, run_dir, OFFLINE, "checkpoint.every=1", "checkpoint.keep=9", "evaluation.every=0")
+    assert pretrain(1, [*words, "train.stop_after=3"])[0][0] == 0
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000003")  # back to the second step
+    assert pretrain(1, words)[0][0] == 0
+    known = (run_dir / "wandb_id").read_text()
+    assert pretrain(1, [*words, "train.stop_after=1", "checkpoint.resume=never"])[0][0] == 0
+    before, after, anew = recorded(run_dir)
+    assert before.keys() == after.keys() == {known}
+    assert anew.keys() == {(run_dir / "wandb_id").read_text()} != {known}
+    (first,), (second,) = before.values(), after.values()
+    assert [row["step"] for row in first if "train/loss" in row] == [1, 2, 3]
+    assert [row["step"] for row in second if "train/loss" in row] == [3, 4]
+    counted = [row["_step"] for row in [*first, *second]]
+    assert counted == sorted(set(counted)), "it drops what goes back"
+
+
+def test_a_process_of_wandb_that_is_killed_ends_no_run(byte_dataset: str, tmp_path: Path) -> None:
+    words = arguments(byte_dataset, tmp_path / "run", OFFLINE, "evaluation.every=0")
+    ((code, said),) = pretrain(1, words, plant=kill_wandb)
+    assert code == 0
+    assert said.count("megallama: Weights & Biases is not reached (") == 1
+    assert "; the run goes on without\n" in said
+    assert [event["step"] for event in events(tmp_path / "run", "train")] == [1, 2, 3, 4]
+
+
+def kill_wandb() -> None:
+    """In the second step."""
+    import megallama.train
+
+    train: Any = megallama.train
+    original, calls = train.train_step, []
+
+    def watched(*words: Any) -> Any:
+        calls.append(words)
+        if len(calls) == 2:
+            served = [child for child in psutil.Process().children() if "wandb-core" in child.name()]
+            assert served
+            for child in served:
+                os.kill(child.pid, signal.SIGKILL)
+                child.wait()
+        return original(*words)
+
+    train.train_step = watched
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Weights & Biases on a bad day."""
+
+    def do_POST(self) -> None:
+        self.send_response(400)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    """The address of a server that refuses everything."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_run_that_is_not_reached_online_is_written_offline(refusing: str, tmp_path: Path) -> None:
+    environment = clean_environment(tmp_path, WANDB_BASE_URL=refusing, WANDB_API_KEY="a" * 40)
+    command = [sys.executable, "-c", ONE_EVENT, str(tmp_path)]
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stderr
+    assert said.count("megallama: Weights & Biases is not reached (") == 1
+    assert "; what it would get is written offline, for `wandb sync`\n" in said
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert [row["eval/train/loss"] for row in rows(file)[1]] == [1.0]
+
+
+def recorded(run_dir: Path) -> list[dict[str, list[dict[str, float]]]]:
+    """For each start, in their order, the rows that it wrote by the id of the run."""
+    files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    return [dict([rows(file)]) for file in files]
+
+
+def rows(file: Path) -> tuple[str, list[dict[str, float]]]:
+    """Id and numbers of a run, as wandb has written them."""
+    run, found = "", []
+    for content in log_records(file.read_bytes()):
+        record = wandb_internal_pb2.Record.FromString(content)
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            run = record.run.run_id
+        elif kind == "history":
+            items = record.history.item
+            found.append({"/".join(item.nested_key) or item.key: float(item.value_json) for item in items})
+    return run, found
+
+
+def log_records(content: bytes) -> Iterator[bytes]:
+    """The records of a log in LevelDB's format, behind a header of seven bytes."""
+    block, header, whole, last = 1 << 15, 7, 1, 4
+    place, record = header, b""
+    while place + header <= len(content):
+        if block - place % block < header:
+            place += block - place % block
+            continue
+        _, length, kind = struct.unpack("<IHB", content[place : place + header])
+        record += content[place + header : place + header + length]
+        place += header + length
+        if kind in (whole, last):
+            yield record
+            record = b""
