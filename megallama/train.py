@@ -445,7 +445,7 @@ def report_saves(run: Run) -> None:
             run.requests.save_took(result.seconds)
             run.metrics.write("checkpoint", step=result.step, path=str(result.path), bytes=result.bytes, **seconds)
         else:
-            count = {"failures": run.saver.failures}
+            count = {"failures": result.failures}
             run.metrics.write("checkpoint_failed", step=result.step, reason=result.error, **seconds, **count)
         for warning in result.warnings:
             run.metrics.write("notice", text=warning)
