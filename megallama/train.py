@@ -39,7 +39,7 @@ from megallama.config.schema import RunConfig
 from megallama.data.loader import Loader, MicroBatch, prefetched
 from megallama.data.tokenizer import load_tokenizer
 from megallama.engine import Engine, StepResult
-from megallama.errors import UserError
+from megallama.errors import NotFiniteError
 from megallama.evaluate import evaluate
 from megallama.forecast import report_forecast
 from megallama.labels import IGNORED
@@ -238,18 +238,18 @@ def start_state(run: Run, start: Start) -> TrainState:
         run.metrics.write("resume", step=state.step, samples=state.samples, path=str(start.resume))
         if not state_is_finite(run.engine.fragments(), run.mesh):
             what = f"weights or moments of {start.resume} are not finite"
-            raise UserError(f"{what}; {way_back(run.dir, state.step)}")
+            raise NotFiniteError(f"{what}; {way_back(run.dir, state.step)}")
         return state
     if start.weights is not None:
         load_initial_weights(start.weights, run.engine, run.model)
         if not state_is_finite(run.engine.fragments(), run.mesh):
             what = f"checkpoint.init_from={start.weights} has weights that are not finite"
-            raise UserError(f"{what}; use another checkpoint")
+            raise NotFiniteError(f"{what}; use another checkpoint")
     return TrainState()
 
 
 def check_loaded(run: Run, step: int, done: int, skipped: int, loss: Tensor) -> None:
-    """UserError where what was loaded at `step` cannot be trained on, as the steps `done` since then show.
+    """NotFiniteError where what was loaded at `step` cannot be trained on, as the steps `done` since then show.
 
     That is so if the first loss is not finite, or if the weights are large beyond measure and two steps were skipped:
     of one its data may be the reason. Every rank must call it.
@@ -260,7 +260,7 @@ def check_loaded(run: Run, step: int, done: int, skipped: int, loss: Tensor) -> 
     if done == skipped == 2 and not state_is_finite(run.engine.fragments(), run.mesh, squares=True):
         why = "are too large: no gradient is finite"
     if why:
-        raise UserError(f"the weights that were loaded at step {step} {why}; {way_back(run.dir, step)}")
+        raise NotFiniteError(f"the weights that were loaded at step {step} {why}; {way_back(run.dir, step)}")
 
 
 def loop(run: Run, state: TrainState) -> Ending:
