@@ -15,3 +15,7 @@ class SharedError(UserError):
 
 class UnreachableError(UserError):
     """A UserError of a rank that cannot reach the others, and has nobody to say it for it."""
+
+
+class NotFiniteError(UserError):
+    """What a run has loaded cannot be trained on: a weight, a moment or the first loss is not finite."""

@@ -30,7 +30,7 @@ from megallama.config.schema import RunConfig
 from megallama.data.loader import Loader, MicroBatch, prefetched
 from megallama.data.tokenizer import load_tokenizer
 from megallama.engine import Engine, StepResult
-from megallama.errors import UserError
+from megallama.errors import NotFiniteError
 from megallama.evaluate import evaluate
 from megallama.forecast import report_forecast
 from megallama.labels import IGNORED
@@ -259,18 +259,18 @@ def start_state(run: Run, start: Start) -> TrainState:
         run.metrics.write("resume", step=state.step, samples=state.samples, path=str(start.resume))
         if not state_is_finite(run.engine.fragments(), run.mesh):
             what = f"weights or moments of {start.resume} are not finite"
-            raise UserError(f"{what}; {way_back(run.dir, state.step)}")
+            raise NotFiniteError(f"{what}; {way_back(run.dir, state.step)}")
         return state
     if start.weights is not None:
         load_initial_weights(start.weights, run.engine, run.model)
         if not state_is_finite(run.engine.fragments(), run.mesh):
             what = f"checkpoint.init_from={start.weights} has weights that are not finite"
-            raise UserError(f"{what}; use another checkpoint")
+            raise NotFiniteError(f"{what}; use another checkpoint")
     return TrainState(first_batch=run.config.train.global_batch_size)
 
 
 def check_loaded(run: Run, step: int, done: int, skipped: int, loss: Tensor) -> None:
-    """UserError where what was loaded at `step` cannot be trained on, as the steps `done` since then show.
+    """NotFiniteError where what was loaded at `step` cannot be trained on, as the steps `done` since then show.
 
     That is so if the first loss is not finite, or if the weights are large beyond measure and two steps were skipped:
     of one its data may be the reason. Every rank must call it.
@@ -281,7 +281,7 @@ def check_loaded(run: Run, step: int, done: int, skipped: int, loss: Tensor) -> 
     if done == skipped == 2 and not state_is_finite(run.engine.fragments(), run.mesh, squares=True):
         why = "are too large: no gradient is finite"
     if why:
-        raise UserError(f"the weights that were loaded at step {step} {why}; {way_back(run.dir, step)}")
+        raise NotFiniteError(f"the weights that were loaded at step {step} {why}; {way_back(run.dir, step)}")
 
 
 def loop(run: Run, state: TrainState) -> Ending:
@@ -480,7 +480,7 @@ def report_saves(run: Run) -> None:
             run.requests.save_took(result.seconds)
             run.metrics.write("checkpoint", step=result.step, path=str(result.path), bytes=result.bytes, **seconds)
         else:
-            count = {"failures": run.saver.failures}
+            count = {"failures": result.failures}
             run.metrics.write("checkpoint_failed", step=result.step, reason=result.error, **seconds, **count)
         for warning in result.warnings:
             run.metrics.write("notice", text=warning)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -52,6 +52,8 @@ class SaveResult:
     """Of tensors, over all ranks."""
     warnings: Sequence[str] = ()
     """What else could not be done, as deleting an old checkpoint."""
+    failures: int = 0
+    """Saves in a row, up to this one, that were dropped."""
 
 
 class Saver:
@@ -102,7 +104,7 @@ class Saver:
             result = self._pending.result()
             self._pending, self.last_error = None, result.error
             self.failures = 0 if result.error is None else self.failures + 1
-            self._results.append(result)
+            self._results.append(replace(result, failures=self.failures))
         if self._tending is not None:
             self._notices += _warnings(self._tending.result())
             self._tending = None

@@ -7,8 +7,10 @@ metrics and its checkpoints.
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import lcm
 from pathlib import Path
@@ -20,7 +22,7 @@ from torch import Tensor
 from megallama.config.check import check_config
 from megallama.config.schema import RunConfig, RunSection
 from megallama.data.build import build_dataset
-from megallama.errors import UserError
+from megallama.errors import NotFiniteError, UserError
 from megallama.model.llama import Llama
 from megallama.parallel.init import initialise
 from megallama.parallel.launch import Launch
@@ -203,8 +205,15 @@ def _resume(config: RunConfig, saved: RunConfig, layout: Layout, plant: Plant | 
     (folder / "checkpoints" / name).symlink_to(Path(saved.run.dir) / "checkpoints" / name)
     checkpoint = config.checkpoint.model_copy(update={"resume": "must", "every": 0})
     again = config.model_copy(update={"run": RunSection(dir=str(folder)), "checkpoint": checkpoint})
-    _train(again, layout, plant)
-    return train_losses(folder)
+    run_ranks(resume_rank, layout.world_size, again, plant)
+    losses = train_losses(folder)
+    return losses + [math.nan] * (steps - (steps + 1) // 2 - len(losses))
+
+
+def resume_rank(launch: Launch, config: RunConfig, plant: Plant | None) -> None:
+    """One rank that continues a checkpoint: what it refuses to train on leaves steps without a loss."""
+    with suppress(NotFiniteError):
+        train_rank(launch, config, plant)
 
 
 def _train(config: RunConfig, layout: Layout, plant: Plant | None) -> list[dict[str, str]]:
