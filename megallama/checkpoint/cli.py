@@ -1,4 +1,4 @@
-"""`megallama checkpoint ...`: what a run has saved, and going back to it. Reads with numpy: no command waits for torch."""
+"""`megallama checkpoint ...`: what a run has saved, and going back to it. Reads with numpy: none waits for torch."""
 
 from __future__ import annotations
 
