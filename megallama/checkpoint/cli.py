@@ -1,4 +1,4 @@
-"""`megallama checkpoint ...`: what a run has saved. Reads with numpy, so no command waits for torch."""
+"""`megallama checkpoint ...`: what a run has saved, and going back to it. Reads with numpy: none waits for torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Checkpoint = Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, as .../checkpoints/step_00001000.")]
 
-checkpoint_app = typer.Typer(help="Look at what a run has saved.", no_args_is_help=True)
+checkpoint_app = typer.Typer(help="Look at what a run has saved, and go back to it.", no_args_is_help=True)
 
 
 @checkpoint_app.command("list")

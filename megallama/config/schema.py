@@ -278,7 +278,7 @@ class CheckpointConfig(Section):
     every: int = Field(default=0, ge=0)
     """Steps between saves; 0 saves at the end only."""
     keep: int = Field(default=2, ge=1)
-    """Newest checkpoints kept; the one with the lowest validation loss is kept beside them."""
+    """Newest healthy checkpoints kept; the one with the lowest validation loss is kept beside them."""
     keep_every: int = Field(default=0, ge=0)
     """Checkpoints of steps that are multiples of this are kept for ever; 0 for none."""
     asynchronous: bool = True

@@ -162,7 +162,7 @@ def test_what_is_no_checkpoint_is_refused_with_one_that_is(run: Path, tmp_path: 
         assert sentence in str(refused.value), words
 
 
-@pytest.mark.parametrize("command", ["list", "verify", "show", "diff"])
+@pytest.mark.parametrize("command", ["list", "verify", "show", "diff", "rollback"])
 def test_help_shows_an_example(command: str) -> None:
     assert f"Example: megallama checkpoint {command}" in " ".join(call(command, "--help")[1].split())
 
@@ -171,7 +171,7 @@ def test_no_command_imports_torch(run: Path) -> None:
     """A user who looks at a checkpoint waits for what he asked for."""
     path = run / "checkpoints" / "step_00000003"
     program = "import sys; sys.modules['torch'] = None; from megallama.cli import main; main()"
-    for words in (["list", run], ["verify", run], ["show", path], ["diff", path, path]):
+    for words in (["list", run], ["verify", run], ["show", path], ["diff", path, path], ["rollback", run, 3]):
         command = [sys.executable, "-c", program, "checkpoint", *map(str, words)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "200"})
         assert (done.returncode, done.stderr) == (0, ""), words

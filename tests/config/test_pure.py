@@ -30,7 +30,13 @@ for module in {modules!r}:
 
 
 def pure_modules() -> list[str]:
-    modules = ["megallama.errors", "megallama.schedule", "megallama.parallel.topology", "megallama.data.sampler"]
+    modules = [
+        "megallama.errors",
+        "megallama.events",
+        "megallama.schedule",
+        "megallama.parallel.topology",
+        "megallama.data.sampler",
+    ]
     for package in PACKAGES:
         files = sorted(Path(package.__path__[0]).glob("*.py"))
         modules += [f"{package.__name__}.{file.stem}" for file in files if file.stem != "__init__"]
