@@ -57,9 +57,12 @@ def deaf(numbers: Iterable[signal.Signals]) -> Iterator[None]:
 
 @contextmanager
 def interrupt_later() -> Iterator[None]:
-    """Let a Ctrl-C wait until the end of the block, and be `deaf` to it; in the main thread."""
+    """Let a Ctrl-C wait until the end of the block, and be `deaf` to it. Other threads than the main one get none."""
     pressed: list[int] = []
     before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     if before is not signal.SIG_IGN:
         # Threads of libraries hear what this one is deaf to.
         signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))

@@ -28,7 +28,7 @@ from megallama.config.load import load_config
 from megallama.metrics import open_metrics
 
 config = load_config("configs/debug.yaml", ["logging.wandb={project: tests}"])
-with open_metrics(config, Path(sys.argv[1]), 4) as metrics:
+with open_metrics(config, Path(sys.argv[1])) as metrics:
     metrics.write("eval", step=1, split="train", loss=1.0, perplexity=2.0)
 """
 

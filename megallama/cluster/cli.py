@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megallama.checkpoint.state import newest_seen, seen_before
 from megallama.cluster.job_file import JOB_FILE, Allocation, job_file
 from megallama.cluster.queue import Job, cancel_waiting, my_jobs, of_run, submit
 from megallama.cluster.starts import read_starts
@@ -47,6 +46,7 @@ def launch(
     Run it from the root of a checkout. Example: megallama launch configs/7b.yaml --nodes 16 --option=--partition=gpu
     """
     # The schema takes a quarter of a second to import, which no other command need wait for.
+    from megallama.checkpoint.state import seen_before
     from megallama.config.check import check_config
     from megallama.config.load import load_config
 
@@ -113,6 +113,8 @@ def print_status(config: RunConfig, run_dir: Path) -> None:
 
 def reached(config: RunConfig, run_dir: Path) -> str:
     """How far the run is."""
+    from megallama.checkpoint.state import newest_seen
+
     seen = newest_seen(run_dir / "checkpoints")
     return f"newest checkpoint: step {seen.step} of {total_steps(config, seen)}"
 
