@@ -1,5 +1,10 @@
 """What a user can get wrong."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """A mistake of the user's: one sentence with the offending value and the nearest legal fix.
@@ -13,9 +18,20 @@ class SharedError(UserError):
     """A UserError that every rank raises, with the same words: rank 0 says it for all."""
 
 
+@contextmanager
+def alike() -> Iterator[None]:
+    """Raise a UserError of the block as a SharedError: every rank comes to the same one there. Also a decorator."""
+    try:
+        yield
+    except SharedError:
+        raise
+    except UserError as error:
+        raise SharedError(str(error)) from None
+
+
 class UnreachableError(UserError):
     """A UserError of a rank that cannot reach the others, and has nobody to say it for it."""
 
 
-class NotFiniteError(UserError):
+class NotFiniteError(SharedError):
     """What a run has loaded cannot be trained on: a weight, a moment or the first loss is not finite."""

@@ -17,7 +17,7 @@ from megallama.checkpoint.store import put_aside
 from megallama.config.load import dump_config
 from megallama.config.schema import RunConfig
 from megallama.data.tokenizer import Tokenizer
-from megallama.errors import UserError
+from megallama.errors import SharedError, UserError
 from megallama.lock import RunLock
 from megallama.metrics import WANDB_ID, Metrics, environment, open_metrics
 from megallama.outcome import Reached, write_failure, write_outcome
@@ -64,7 +64,7 @@ def locked(config: RunConfig, mesh: ParallelMesh) -> Iterator[RunLock | None]:
                 refusal = str(error)
         # Until it is this run's, no rank may touch it, not even to say that it has failed.
         if refusal := from_first(refusal, mesh.world.group, mesh.device):
-            raise UserError(refusal)
+            raise SharedError(refusal)
         yield lock
 
 

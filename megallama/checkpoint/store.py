@@ -34,7 +34,7 @@ from megallama.checkpoint.state import DataIdentity, TrainState, read_saved
 from megallama.checkpoint.storage import ShardReader
 from megallama.checkpoint.tensors import Stored, is_weight
 from megallama.config.schema import ModelConfig, RunConfig
-from megallama.errors import UserError
+from megallama.errors import SharedError, UserError, alike
 from megallama.events import METRICS
 from megallama.model.chunks import Chunks
 from megallama.parallel.mesh import ParallelMesh
@@ -180,11 +180,12 @@ def agree(pick: Callable[[], Start], mesh: ParallelMesh) -> Start:
             said = {"refusal": str(error)}
     said = from_first(said, mesh.world.group, mesh.device)
     if "refusal" in said:
-        raise UserError(said["refusal"])
+        raise SharedError(said["refusal"])
     resume, weights = (None if said[name] is None else Path(said[name]) for name in ("resume", "weights"))
     return Start(resume, weights, said["back"], tuple(said["notices"]))
 
 
+@alike()
 def check_weights(start: Start, mesh: ParallelMesh) -> None:
     """Hold every byte of weights to begin from against its hash. UserError if they are damaged.
 
@@ -194,6 +195,7 @@ def check_weights(start: Start, mesh: ParallelMesh) -> None:
         _refuse_damaged_weights(start.weights, _damage(start.weights, mesh))
 
 
+@alike()
 def confirm(start: Start, config: RunConfig, data: DataIdentity, mesh: ParallelMesh) -> tuple[Start, dict[Path, str]]:
     """Where the run begins after all that it reads was looked at, and what is passed over and why.
 
