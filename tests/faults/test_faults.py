@@ -137,22 +137,22 @@ def test_a_disk_that_fills_at_the_end_has_room_for_the_outcome(byte_dataset: str
 
 
 def test_a_save_that_cannot_be_committed_is_dropped_by_all(byte_dataset: str, tmp_path: Path) -> None:
-    """All ranks have written; what stands in the way is at the name that the checkpoint would have."""
+    """All ranks have written; at the name that the checkpoint would have is one that a newer version made."""
     run_dir, taken = tmp_path / "run", 4
     more = ["train.steps=6", "checkpoint.every=2"]
     with forked(2, words(byte_dataset, run_dir, DP2, *more), tmp_path, plant=partial(put_in_the_way, taken)) as run:
         assert run.results() == [(0, "")] * 2
     (failed,) = events(run_dir, "checkpoint_failed")
     assert failed["step"] == taken
-    assert failed["reason"].startswith("rank 0: ") and failed["reason"].endswith("Directory not empty")
+    assert failed["reason"].startswith("rank 0: ") and failed["reason"].endswith("File exists")
     assert partial_saves(run_dir) == set()
     assert steps(run_dir, "checkpoint") == [2, 6]
     in_the_way = run_dir / "checkpoints" / f"step_{taken:08d}"
-    assert [path.name for path in in_the_way.iterdir()] == ["of somebody else"]
+    assert [path.name for path in in_the_way.iterdir()] == ["manifest.json"]
 
 
 def put_in_the_way(step: int) -> None:
-    """At the third step, since a start would set it aside."""
+    """At the third step, since a start would refuse it."""
     import megallama.train
 
     train: Any = megallama.train
@@ -163,7 +163,7 @@ def put_in_the_way(step: int) -> None:
         if len(calls) == 3:
             folder = run.dir / "checkpoints" / f"step_{step:08d}"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "of somebody else").touch()
+            (folder / "manifest.json").write_text('{"format": 2, "content": {}, "sha256": ""}')
         return original(run, *rest)
 
     train.train_step = watched
