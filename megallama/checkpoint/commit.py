@@ -57,11 +57,11 @@ def commit(
     documents: Mapping[str, object],
     saved: float,
     versions: dict[str, str],
-) -> None:
+) -> list[str]:
     """Make the files `written` into `unfinished`, and JSON files of `documents`, the checkpoint `final`.
 
-    What stands there, as a checkpoint that was renamed, is moved out of the way: nothing is overwritten. OSError if
-    that fails, or if this node does not see what another has written.
+    What stands there, as a checkpoint that was renamed, is moved out of the way: nothing is overwritten. Returns a
+    sentence if there was. OSError if that fails, or if this node does not see what another has written.
     """
     for name, file in written.items():
         if (unfinished / name).stat().st_size != file.bytes:  # or it is not there: the nodes do not share the folder
@@ -69,24 +69,29 @@ def commit(
     files = dict(written) | {name: write_json(unfinished / name, value) for name, value in documents.items()}
     write_manifest(unfinished, Manifest(named_step(final), saved, versions, files))
     sync_folder(unfinished)
-    make_way(final)
+    moved = make_way(final)
     unfinished.rename(final)
     sync_folder(final.parent)
+    return moved
 
 
-def make_way(name: Path) -> None:
-    """Move what stands at `name`: a whole checkpoint to the name of its own step where that is free, else aside."""
+def make_way(name: Path) -> list[str]:
+    """Move what stands at `name`: a whole checkpoint to the name of its own step where that is free, else aside.
+
+    Returns a sentence if there was anything.
+    """
     if not os.path.lexists(name):
-        return
+        return []
     try:
         torn = why_torn(name) is not None
     except UserError:  # of a newer format, which is left as it is
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name) from None
     own = name.with_name(folder_name(step_of(name)))
     if torn or os.path.lexists(own):
-        set_aside(name, TORN if torn else UNDONE)
+        own = set_aside(name, TORN if torn else UNDONE)
     else:
         name.rename(own)
+    return [f"{name.name} was in the way of the checkpoint of that step, and is {own.name} now"]
 
 
 def point(pointer: Path, name: str) -> None:

@@ -169,11 +169,16 @@ def _read_content(path: Path) -> Manifest:
         raise malformed(MANIFEST, error) from None
 
 
+def plain(text: str) -> str:
+    """A word of a checkpoint as it may stand in a sentence: on one line, without escape sequences, not too long."""
+    return text if text.isprintable() and len(text) <= 120 else f"{text!r:.120}"
+
+
 def malformed(name: str, error: ValidationError) -> TornCheckpointError:
     """What to raise where the JSON of a file is not what it should be."""
     first = error.errors()[0]
-    place = ".".join(map(str, first["loc"]))
-    found = f"{place:.120} is {first['input']!r:.60}: " if place else ""
+    place = plain(".".join(map(str, first["loc"])))
+    found = f"{place} is {first['input']!r:.60}: " if place else ""
     return TornCheckpointError(f"{name} is malformed: {found}{first['msg']}")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megallama.checkpoint.format import STATE, TornCheckpointError, damaged_files, read_manifest
+from megallama.checkpoint.format import STATE, TornCheckpointError, damaged_files, plain, read_manifest
 from megallama.checkpoint.state import read_saved
 from megallama.checkpoint.tensors import EXP_AVG_SQ, MOMENTS, Shape, Stored, moment_name
 from megallama.config.schema import ModelConfig
@@ -90,4 +90,4 @@ def _refuse(what: str, names: Sequence[str]) -> None:
     """One reason for all of them: a checkpoint of another model lacks hundreds."""
     if names:
         others = f" and {len(names) - 1} more tensors are" if len(names) > 1 else " is"
-        raise TornCheckpointError(f"{names[0]}{others} {what}")
+        raise TornCheckpointError(f"{plain(names[0])}{others} {what}")

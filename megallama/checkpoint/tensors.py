@@ -23,6 +23,7 @@ from megallama.checkpoint.format import (
     File,
     TornCheckpointError,
     malformed,
+    plain,
     read_manifest,
 )
 from megallama.regular_file import read_regular
@@ -103,6 +104,10 @@ class Stored:
     def __init__(self, path: Path) -> None:
         self._path, files = path, read_manifest(path).files
         self._tensors = read_places(path, files)
+        self._by_file: dict[str, list[tuple[str, Chunk]]] = {}
+        for name, tensor in self._tensors.items():
+            for chunk in tensor.chunks:
+                self._by_file.setdefault(chunk.file, []).append((name, chunk))
         self._maps: dict[str, Array] = {}
 
     @property
@@ -129,8 +134,7 @@ class Stored:
 
     def numbers(self, file: str) -> Iterator[tuple[str, Array]]:
         """The parts of all tensors that are in one file: the tensor's name, and its numbers, mapped from the file."""
-        for name, tensor in self._tensors.items():
-            yield from ((name, self._map(chunk)) for chunk in tensor.chunks if chunk.file == file)
+        return ((name, self._map(chunk)) for name, chunk in self._by_file.get(file, ()))
 
     def _map(self, chunk: Chunk) -> Array:
         if chunk.file not in self._maps:
@@ -155,8 +159,8 @@ def read_places(path: Path, files: Mapping[str, File]) -> dict[str, Places]:
         raise malformed(TENSORS, error) from None
     for name, tensor in tensors.items():
         for chunk in tensor.chunks:
-            _check_chunk(name, tensor, chunk, files)
-        _check_cover(name, tensor)
+            _check_chunk(plain(name), tensor, chunk, files)
+        _check_cover(plain(name), tensor)
     _check_bytes(tensors)
     return tensors
 
@@ -206,7 +210,9 @@ def _check_bytes(tensors: Mapping[str, Places]) -> None:
         places.sort()
         for (_, end, name), (start, _, other) in pairwise(places):
             if start < end:
-                raise TornCheckpointError(f"{TENSORS} has byte {start} of {file} in {name} and in {other}")
+                raise TornCheckpointError(
+                    f"{TENSORS} has byte {start} of {file} in {plain(name)} and in {plain(other)}"
+                )
 
 
 def _counts(edges: list[Indices], first: Indices, end: Indices) -> Indices:

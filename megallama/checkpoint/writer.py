@@ -112,8 +112,7 @@ def _commit(
     versions: dict[str, str],
 ) -> Answer:
     files = {name: File(**file) for name, file in written.items()}
-    commit(Path(partial), Path(final), files, documents, saved, versions)
-    return {}
+    return {"warnings": commit(Path(partial), Path(final), files, documents, saved, versions)}
 
 
 def _tend(path: str, retention: dict[str, int], proven: bool) -> Answer:

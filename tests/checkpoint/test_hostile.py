@@ -318,6 +318,14 @@ SENSELESS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a manifest elsewhere": (link_out(MANIFEST), "manifest.json cannot be read"),
     "numbers elsewhere": (link_out("rank_00001.bin"), "rank_00001.bin is no regular file"),
     "a tensor missing": (table(lambda tensors: tensors.pop(NORM)), f"{NORM} is missing"),
+    "a tensor with a name for a terminal": (
+        table(lambda tensors: tensors.update({"\x1b[31m\n": tensors.pop(NORM)})),
+        f"{NORM} is missing",
+    ),
+    "a tensor more": (
+        table(lambda tensors: tensors.update({"\x1b[31m": tensors[NORM]})),
+        "tensors.json has byte \\d+ of rank_00000.bin in '.x1b\\[31m' and in model.norm|in model.norm.*x1b",
+    ),
     "a tensor without dimensions": (table(lambda tensors: tensors[NORM].update(shape=[])), "shape is \\[\\]"),
     "a tensor of another shape": (
         table(lambda tensors: tensors.update({NORM: tensors[EMBEDDING], EMBEDDING: tensors[NORM]})),
@@ -378,6 +386,7 @@ def test_a_sealed_checkpoint_that_makes_no_sense_is_told_refused_and_passed_over
     change(path)
     (told,) = inspect(path)
     assert re.search(reason, told), told
+    assert told.isprintable()
     with pytest.raises(UserError, match=f"the checkpoint {path} is damaged"):
         load_weights(path)
     assert start_at(path.parent.parent, mesh) == path.with_name(folder_name(OLDER))

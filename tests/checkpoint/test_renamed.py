@@ -129,6 +129,8 @@ def test_a_run_goes_on_from_a_renamed_checkpoint_and_comes_to_its_end(byte_datas
     assert [event["step"] for event in events(run, "train")] == [1, 2, 3, 4]
     assert [event["step"] for event in events(run, "resume")] == [2, 4]
     assert events(run, "checkpoint_failed") == []
+    moved = "step_00000003 was in the way of the checkpoint of that step, and is step_00000001 now"
+    assert moved in [event["text"] for event in events(run, "notice")]
     assert steps(run / "checkpoints") == {
         f"step_{name:08d}": step for name, step in ((4, 4), (3, 3), (1000, 2), (1, 1))
     }
