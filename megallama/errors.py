@@ -6,12 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def printable(text: str) -> str:
+    """The text with escapes in the place of line ends, control characters and others that do not print."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 class UserError(ValueError):
     """A mistake of the user's: one sentence with the offending value and the nearest legal fix.
 
     Commands print the sentence alone and leave with exit code 2; nothing has been written,
-    unless a run was under way that ran out of memory.
+    unless a run was under way that ran out of memory. What it quotes reaches no terminal raw.
     """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(printable(sentence))
 
 
 class SharedError(UserError):

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from megallama.config.schema import RunConfig
-from megallama.errors import UserError
+from megallama.errors import UserError, printable
 from megallama.events import METRICS, Event
 
 WANDB_ID = "wandb_id"
@@ -72,6 +72,7 @@ class Terminal:
         line = _line(event)
         if line is None:
             return
+        line = printable(line)  # names of files are in it
         passing = self._live and event["event"] == "train"
         padding = " " * max(0, self._shown - len(line))
         with suppress(OSError):  # a log on a full disk, or nobody who reads any more: no reason to end the run

@@ -57,9 +57,11 @@ def locked(config: RunConfig, mesh: ParallelMesh) -> Iterator[RunLock | None]:
     folder, refusal, lock = Path(config.run.dir), "", None
     with ExitStack() as stack:
         if mesh.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
             try:
+                folder.mkdir(parents=True, exist_ok=True)
                 lock = stack.enter_context(RunLock(folder))
+            except OSError as error:
+                refusal = f"run.dir={folder} cannot be made ({error.strerror}); use another run.dir"
             except UserError as error:
                 refusal = str(error)
         # Until it is this run's, no rank may touch it, not even to say that it has failed.

@@ -49,6 +49,7 @@ if [ -z "$run_dir" ]; then
 fi
 mkdir -p "$run_dir/logs"
 log=$run_dir/logs/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+log_of_srun=${log//%/%%} # which makes other words of %j and its like
 
 # A step with one task on each node, cut short by no signal. One that came is passed on as the file STOP, and again while
 # the step lives: ranks that have not begun yet take an older file for their predecessors'.
@@ -93,7 +94,7 @@ if [ "${MEGALLAMA_PREFLIGHT:-yes}" != no ]; then
   # Nodes end at different times, and one that fails must not silence the others.
   # shellcheck disable=SC2016
   # srun writes the file itself, line by line: a node that does not see the run directory could not open one there.
-  on_nodes --wait=0 --kill-on-bad-exit=0 --label --output="$log-preflight.log" "${in_container[@]}" \
+  on_nodes --wait=0 --kill-on-bad-exit=0 --label --output="$log_of_srun-preflight.log" "${in_container[@]}" \
     bash -c 'trap "" USR1; exec "$@"' preflight timeout -k 30 "${MEGALLAMA_PREFLIGHT_SECONDS:-900}" \
     python -m megallama.cluster.preflight --address "$address" --port "$port" --ranks-per-node "$per_node" \
     --token "$log-token" --nodes "$names" "$config" "$@" || true
@@ -112,7 +113,7 @@ if [ -z "$signalled$cancelled" ] && [ "$looked" -eq 0 ]; then
   echo "$nodes nodes of $per_node ranks; rendezvous $address:$port; output in $log-rankN.log"
   # torchrun would die of USR1, which is for its ranks. SLURM_NODEID is each node's own, so rank 0 is on the first.
   # shellcheck disable=SC2016,SC2086
-  MEGALLAMA_LOG=$log on_nodes --wait=60 --kill-on-bad-exit=1 --output="$log-node%n.log" --open-mode=append \
+  MEGALLAMA_LOG=$log on_nodes --wait=60 --kill-on-bad-exit=1 --output="$log_of_srun-node%n.log" --open-mode=append \
     "${in_container[@]}" bash -c 'trap "" USR1; exec torchrun --node-rank="$SLURM_NODEID" "$@"' torchrun \
     --nnodes="$nodes" --nproc-per-node="$per_node" --master-addr="$address" --master-port="$port" \
     ${MEGALLAMA_TORCHRUN:-} --no-python \

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megallama.cluster.job_file import JOB_FILE, Allocation, job_file
+from megallama.cluster.job_file import JOB_FILE, Allocation, job_file, log_of
 from megallama.cluster.queue import Job, cancel_waiting, my_jobs, of_run, submit
 from megallama.cluster.starts import read_starts
 from megallama.errors import UserError
@@ -68,7 +68,7 @@ def launch(
         allocation = Allocation(
             asked, per_node, config.train.device != "cpu", limit, signal_seconds, tuple(option or ())
         )
-        text = job_file(config_path, overrides or (), run_dir, f"{run_dir}/logs/job-%j.log", allocation)
+        text = job_file(config_path, overrides or (), run_dir, log_of(run_dir), allocation)
         if dry_run:
             typer.echo(text, nl=False)
         else:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megallama.errors import UserError
+
 JOB_FILE = "job.sh"
 """In the run directory."""
 
@@ -32,10 +34,16 @@ def job_name(run_dir: Path) -> str:
     return "megallama-" + re.sub(r"[^A-Za-z0-9._-]", "_", run_dir.name)
 
 
+def log_of(run_dir: Path) -> str:
+    """The log of each of a run's jobs, as sbatch takes it: `%j` is the job's number, and any other `%` is one."""
+    return f"{str(run_dir).replace('%', '%%')}/logs/job-%j.log"
+
+
 def job_file(config: Path, overrides: Sequence[str], run_dir: Path, log: str, allocation: Allocation) -> str:
     """Its text. It calls slurm/run.sh of the folder that it is submitted from; words after the file are overrides.
 
-    Slurm makes no folder for `log`, and runs no job whose log it cannot open.
+    Slurm makes no folder for `log`, and runs no job whose log it cannot open. UserError for an option that a line of
+    sbatch cannot carry.
     """
     asked = [
         f"--job-name={job_name(run_dir)}",
@@ -55,9 +63,25 @@ def job_file(config: Path, overrides: Sequence[str], run_dir: Path, log: str, al
     return "\n".join(
         [
             "#!/usr/bin/env bash",
-            *(f"#SBATCH {shlex.quote(option)}" for option in asked),
+            *(f"#SBATCH {_quoted(option)}" for option in asked),
             *ranks,
-            f'exec bash "$SLURM_SUBMIT_DIR/slurm/run.sh" {shlex.join([str(config), *overrides])} "$@"',
+            f'exec bash "$SLURM_SUBMIT_DIR/slurm/run.sh" {shlex.join([_no_option(str(config)), *overrides])} "$@"',
             "",
         ]
     )
+
+
+def _quoted(option: str) -> str:
+    """An option in a line that begins with #SBATCH. The line is a comment to the shell: what follows it would run."""
+    if not option.startswith("-"):
+        raise UserError(f"--option={option} is no option of sbatch; write for example --option=--partition=gpu")
+    for char in option:
+        if not char.isprintable() or char in "'\\":
+            raise UserError(
+                f"the option {option} of sbatch holds {char!r}, which no line of a job file can carry; use another name"
+            )
+    return shlex.quote(option)
+
+
+def _no_option(path: str) -> str:
+    return f"./{path}" if path.startswith("-") else path

@@ -174,7 +174,7 @@ def _nearest_value(details: list[ErrorDetails], value: Any) -> str:
 
 def as_typed(value: Any) -> str:
     """A value as it stands in YAML, cut where it is long."""
-    bare = isinstance(value, str) and not value.isdigit()
+    bare = isinstance(value, str) and not value.isdigit() and value.isprintable()
     text = value if bare else json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -51,6 +51,21 @@ def _tokens_from_text(value: object) -> object:
     return whole
 
 
+MOST_NAME_BYTES, MOST_PATH_BYTES = 255, 4095
+"""Linux's limits on a component of a path and on all of it."""
+
+
+def _name(value: str) -> str:
+    """A name or a path: it goes to files, logs, job files and terminals, some of which a line end would split."""
+    if not value.isprintable():
+        raise PydanticCustomError("name", "text without line ends, control characters and others that do not print")
+    encoded = value.encode()
+    if max(map(len, encoded.split(b"/"))) > MOST_NAME_BYTES or len(encoded) > MOST_PATH_BYTES:
+        raise PydanticCustomError("name", f"names of at most {MOST_NAME_BYTES} bytes, {MOST_PATH_BYTES} in a path")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
 Real = Annotated[float, BeforeValidator(_number_from_text)]
 Tokens = Annotated[
     int,
@@ -64,7 +79,7 @@ Tokens = Annotated[
 Decay = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number_from_text)]
 
 
-CheckpointPath = Annotated[str, Field(pattern="/|^step_")]
+CheckpointPath = Annotated[Name, Field(pattern="/|^step_")]
 """Told from a word by its slash, or by the name of its folder."""
 Schedule = Literal["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"]
 
@@ -130,20 +145,20 @@ class ModelConfig(Section):
 class RunSection(Section):
     """Where the run lives."""
 
-    dir: str = Field(default="runs/default", min_length=1)
+    dir: Name = Field(default="runs/default", min_length=1)
     """Run directory: config, metrics, checkpoints, tokenizer."""
 
 
 class DataConfig(Section):
     """What is read."""
 
-    path: str
+    path: Name
     """Prefix of an indexed dataset: PATH.bin and PATH.idx, as `megallama data build` or Megatron-LM make them."""
-    tokenizer: str = "bytes"
+    tokenizer: Name = "bytes"
     """`bytes`, a tiktoken encoding by name (r50k_base), a tiktoken rank file, or a folder from `tokenizer train`."""
     sequence_length: int = Field(default=2048, ge=1)
     """Tokens per sample that the model predicts."""
-    validation_path: str | None = None
+    validation_path: Name | None = None
     """Prefix of a dataset kept for validation; null takes the tail of `path`."""
     validation_fraction: Real = Field(default=0.01, ge=0, lt=1)
     """Share of the documents at the end of `path` kept for validation when validation_path is null."""
@@ -287,7 +302,7 @@ class CheckpointConfig(Section):
     """Saves in a row that could not be written, after which the run has failed."""
     resume: Literal["auto", "must", "never"] | Annotated[int, Field(ge=1)] | CheckpointPath = "auto"
     """auto continues or starts fresh; must only continues; never starts fresh; a step or path goes back to it once."""
-    init_from: str | None = None
+    init_from: Name | None = None
     """Checkpoint whose weights start a new run; moments and position start from zero."""
 
 
@@ -305,9 +320,9 @@ class WatchdogConfig(Section):
 class WandbConfig(Section):
     """Weights & Biases; without an account use mode: offline."""
 
-    project: str
+    project: Name
     """Project name."""
-    name: str | None = None
+    name: Name | None = None
     """Name of the run; null takes the name of the run directory."""
     mode: Literal["online", "offline"] = "online"
     """offline writes into the run directory and needs no account."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.runs import assert_same_run, outcome, saved_steps
+from tests.launching import ROOT
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import STEPS, small, wait_for_steps
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.slurm
 def test_launch_sends_shows_and_stops_a_run_which_goes_on_later(
     cluster: Cluster, byte_dataset: str, straight_tp2: Path, tmp_path: Path
 ) -> None:
-    run_dir = tmp_path / "a run"
+    run_dir = tmp_path / 'a $(touch PWNED) `run` of 100%j #1 "x" *'
     words = ["configs/7b.yaml", *small(byte_dataset, run_dir)]
 
     def launch(*more: str, check: bool = True) -> str:
@@ -45,6 +46,8 @@ def test_launch_sends_shows_and_stops_a_run_which_goes_on_later(
     assert f"step {STEPS}  done" in followed
     assert json.loads((run_dir / "environment.json").read_text())["topology"]["tp"] == 2
     assert_same_run(run_dir, straight_tp2)
+    assert list(run_dir.glob("logs/job-*.log"))
+    assert not any(Path(path).exists() for path in ("PWNED", run_dir / "PWNED", ROOT / "PWNED"))
 
 
 def test_a_job_that_slurm_refuses_is_one_sentence(cluster: Cluster, byte_dataset: str, tmp_path: Path) -> None:
