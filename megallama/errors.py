@@ -11,6 +11,12 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def check_printable(option: str, name: str) -> None:
+    """UserError where the `name` of a file that the words of `option` are to make does not print."""
+    if not name.isprintable():
+        raise UserError(f"{option} {name} holds line ends or other characters that do not print; use another name")
+
+
 class UserError(ValueError):
     """A mistake of the user's: one sentence with the offending value and the nearest legal fix.
 

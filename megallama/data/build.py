@@ -41,7 +41,7 @@ from megallama.data.indexed import (
 from megallama.data.info import DatasetInfo, info_path, open_described
 from megallama.data.progress import Counter
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
-from megallama.errors import UserError
+from megallama.errors import UserError, check_printable
 from megallama.lock import Lock, beside, output_lock
 from megallama.signals import interrupt_later
 from megallama.whole_file import put, remove_leftovers, temporary
@@ -104,6 +104,7 @@ def tokenize_block(documents: Sequence[str], tokenizer: Tokenizer) -> tuple[Toke
 
 
 def _check_name(prefix: str) -> None:
+    check_printable("--output", prefix)
     if os.path.basename(prefix) in ("", ".", ".."):
         raise UserError(
             f"--output {prefix!r} ends without a name for the files; use for example --output "

@@ -22,7 +22,7 @@ from megallama.data.tokenizer import (
     load_tokenizer,
     tokenizer_from_ranks,
 )
-from megallama.errors import UserError
+from megallama.errors import UserError, check_printable
 from megallama.lock import output_lock
 from megallama.whole_file import put, remove_leftovers
 
@@ -41,6 +41,7 @@ def train_tokenizer(
     """
     if not folder:
         raise UserError("--output '' names no folder; use for example --output tokenizer")
+    check_printable("--output", folder)
     if vocab_size < 257:
         raise UserError(f"--vocab-size {vocab_size} is less than the 256 bytes and the end of document; least: 257")
     origin = _origin(sources, vocab_size, text_field)

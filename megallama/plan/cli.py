@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megallama.errors import UserError
+from megallama.errors import UserError, check_printable
 from megallama.plan.quantity import count, number
 from megallama.plan.sizing import size
 from megallama.plan.sizing_flags import Flags, amount, read_flags
@@ -68,6 +68,8 @@ def plan(
     """
     flags = Flags(flops, params, tokens, gpus, days, gpu, mfu, unique_tokens, vocab)
     device = Device(gpu, software, hardware, price)
+    for option, path in (("--write", write), ("--sbatch", sbatch), ("--plot", plot)):
+        check_printable(option, str(path or ""))
     chosen = (("--timeline", timeline), ("--check", check), ("--search", search), ("--plot", plot))
     modes = [name for name, wanted in chosen if wanted]
     if modes and (clashing := modes[1:] + _unused(modes[0], flags, device, as_json)):
