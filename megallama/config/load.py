@@ -19,17 +19,39 @@ from megallama.config.importing import model_from_foreign
 from megallama.config.keys import LEGAL_KEYS, SECTIONS, as_typed, explain, nearest_key, refuse_unknown, unknown_key
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
+from megallama.regular_file import open_regular
 
 Tree = dict[str, Any]
 
-# A run's YAML has a few kilobytes; whatever is larger is another file, given by mistake.
+# A run's YAML has a few kilobytes, some hundred values and three levels; whatever has more is another file.
 LARGEST_FILE = 1 << 20
+MOST_VALUES, MOST_LEVELS = 10_000, 20
 
 
 class _Loader(yaml.SafeLoader):
-    """safe_load that refuses a key given twice, of which YAML takes the last, and aliases, which grow without end."""
+    """safe_load that refuses a key given twice, of which YAML takes the last, and aliases, which grow without end.
+
+    Also more values and levels than a run can have: the parser is slow, and goes as deep as the text.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._values, self._level = 0, 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self._values += 1
+        self._level += 1
+        for count, most, what in ((self._values, MOST_VALUES, "values"), (self._level, MOST_LEVELS, "levels")):
+            if count > most:
+                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+                raise yaml.composer.ComposerError(
+                    None, None, f"more than {most:,} {what}, which no run has; give the file of a run", mark
+                )
+        node = self._composed(parent, index)
+        self._level -= 1
+        return node
+
+    def _composed(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(
@@ -63,7 +85,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     _resolve_import(tree, path.parent)
     try:
         # By way of JSON: strict there, pydantic takes a list for a tuple, but neither `true` nor "3" for a number.
-        return RunConfig.model_validate_json(json.dumps(tree, default=str, skipkeys=True), strict=True)
+        content = json.dumps(tree, default=str, skipkeys=True, ensure_ascii=False).encode()
+        return RunConfig.model_validate_json(content, strict=True)
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end]
+        raise UserError(f"{path}: {half!r} is half of a character; write the character itself") from None
     except ValidationError as error:
         raise UserError(explain(error)) from None
 
@@ -106,13 +132,13 @@ def _read_tree(path: Path) -> Tree:
 
 def read_text(path: Path) -> str:
     """The file's text; UserError with near names if there is no such file, or if it cannot be a configuration."""
-    if not path.exists():
-        raise UserError(f"there is no file {path}; {_near_files(path)}")
     if path.is_dir():
         raise UserError(f"{path} is a directory; {_near_files(path / 'config.yaml')}")
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(LARGEST_FILE + 1)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}; {_near_files(path)}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; give a readable file") from None
     if len(content) > LARGEST_FILE:
@@ -143,7 +169,7 @@ def _apply_override(tree: Tree, override: str) -> None:
     if not equals or not key:
         known = nearest_key(key) or "train.steps"
         raise UserError(f"the override {override} is not KEY=VALUE; write it as {known}=VALUE")
-    value = parse_yaml(text, f"{key}={text}")
+    value = parse_yaml(text, f"{key}={as_typed(text)}")
     if key not in LEGAL_KEYS:
         raise UserError(unknown_key(key))
     refuse_unknown(value, where="", prefix=f"{key}.")
@@ -167,6 +193,6 @@ def _resolve_import(tree: Tree, folder: Path) -> None:
     path = folder / name
     try:
         foreign = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         raise UserError(f"model.import={name}: not legal JSON; expected a config.json or params.json") from None
     tree["model"] = {**model_from_foreign(foreign, name), **model}

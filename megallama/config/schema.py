@@ -51,6 +51,8 @@ def _tokens_from_text(value: object) -> object:
     return whole
 
 
+MOST_LAYERS, MOST_WIDTH, MOST_SEQUENCES, MOST_RANKS, MOST_STEPS = 10_000, 10**7, 10**9, 10**6, 10**12
+"""Far beyond any run: a number above them is a slip of the hand, and would keep a plan busy for hours."""
 MOST_NAME_BYTES, MOST_PATH_BYTES = 255, 4095
 """Linux's limits on a component of a path and on all of it."""
 
@@ -79,6 +81,7 @@ Tokens = Annotated[
 Decay = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number_from_text)]
 
 
+LayersPerStage = Annotated[tuple[Annotated[int, Field(ge=1, le=MOST_LAYERS)], ...], Field(max_length=MOST_LAYERS)]
 CheckpointPath = Annotated[Name, Field(pattern="/|^step_")]
 """Told from a word by its slash, or by the name of its folder."""
 Schedule = Literal["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"]
@@ -95,28 +98,28 @@ class RopeScaling(Section):
     """llama3: wavelengths above original_max_position_embeddings / low_freq_factor are stretched in full."""
     high_freq_factor: Real = Field(default=4.0, gt=0)
     """llama3: wavelengths below original_max_position_embeddings / high_freq_factor are kept."""
-    original_max_position_embeddings: int = Field(default=8192, ge=1)
+    original_max_position_embeddings: int = Field(default=8192, ge=1, le=MOST_SEQUENCES)
     """llama3: the sequence length before stretching."""
 
 
 class ModelConfig(Section):
     """The shape of the Llama, under Hugging Face's names."""
 
-    vocab_size: int = Field(ge=1)
+    vocab_size: int = Field(ge=1, le=MOST_WIDTH)
     """Tokens the model knows; padded on each rank for speed, never in a checkpoint."""
-    hidden_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=1, le=MOST_WIDTH)
     """Width of the residual stream."""
-    intermediate_size: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1, le=MOST_WIDTH)
     """Width of the SwiGLU product."""
-    num_hidden_layers: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1, le=MOST_LAYERS)
     """Decoder layers."""
-    num_attention_heads: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1, le=MOST_WIDTH)
     """Query heads."""
-    num_key_value_heads: int | None = Field(default=None, ge=1)
+    num_key_value_heads: int | None = Field(default=None, ge=1, le=MOST_WIDTH)
     """Key and value heads (arXiv 2305.13245); null means as many as query heads."""
-    head_dim: int | None = Field(default=None, ge=2)
+    head_dim: int | None = Field(default=None, ge=2, le=MOST_WIDTH)
     """Size of one head; null means hidden_size / num_attention_heads."""
-    max_position_embeddings: int = Field(default=2048, ge=1)
+    max_position_embeddings: int = Field(default=2048, ge=1, le=MOST_SEQUENCES)
     """Longest sequence the model is meant for."""
     rms_norm_eps: Real = Field(default=1e-5, gt=0)
     """Added to the mean square in RMSNorm."""
@@ -156,7 +159,7 @@ class DataConfig(Section):
     """Prefix of an indexed dataset: PATH.bin and PATH.idx, as `megallama data build` or Megatron-LM make them."""
     tokenizer: Name = "bytes"
     """`bytes`, a tiktoken encoding by name (r50k_base), a tiktoken rank file, or a folder from `tokenizer train`."""
-    sequence_length: int = Field(default=2048, ge=1)
+    sequence_length: int = Field(default=2048, ge=1, le=MOST_SEQUENCES)
     """Tokens per sample that the model predicts."""
     validation_path: Name | None = None
     """Prefix of a dataset kept for validation; null takes the tail of `path`."""
@@ -169,19 +172,19 @@ class DataConfig(Section):
 class ParallelConfig(Section):
     """How one copy of the model is spread; data parallelism is what the world size leaves over."""
 
-    tensor: int = Field(default=1, ge=1)
+    tensor: int = Field(default=1, ge=1, le=MOST_RANKS)
     """tp: ranks that share each weight matrix; keep within one node (arXiv 1909.08053)."""
-    pipeline: int = Field(default=1, ge=1)
+    pipeline: int = Field(default=1, ge=1, le=MOST_RANKS)
     """pp: stages that the layers are cut into."""
-    context: int = Field(default=1, ge=1)
+    context: int = Field(default=1, ge=1, le=MOST_RANKS)
     """cp: ranks that share each sequence."""
     sequence: bool | None = None
     """Sequence parallelism between the tensor-parallel regions (arXiv 2205.05198); null means on when tensor > 1."""
     schedule: Schedule = "1f1b"
     """Order of forward and backward: one stage per rank (1f1b), several (interleaved1f1b), or two in a V."""
-    chunks: int = Field(default=2, ge=2)
+    chunks: int = Field(default=2, ge=2, le=MOST_LAYERS)
     """Stages per rank under interleaved1f1b; 1f1b has one, the V-shaped schedules two."""
-    layers_per_stage: tuple[Annotated[int, Field(ge=1)], ...] | Literal["balanced", "even"] = "balanced"
+    layers_per_stage: LayersPerStage | Literal["balanced", "even"] = "balanced"
     """Decoder layers of each stage in the order of the model; balanced counts the output head's work, even does not."""
 
     @property
@@ -195,7 +198,7 @@ class ZeroConfig(Section):
 
     stage: int = Field(default=1, ge=0, le=3)
     """1 cuts optimizer state over data-parallel ranks, 2 gradients as well, 3 parameters as well."""
-    bucket_elements: int = Field(default=100_000_000, ge=1)
+    bucket_elements: int = Field(default=100_000_000, ge=1, le=MOST_STEPS)
     """Elements per collective in gradient reduction and parameter gathering; ZeRO 3 gathers twice as many ahead."""
     communication_dtype: Literal["bf16", "fp32"] = "fp32"
     """Type in which gradients cross data-parallel ranks; bf16 halves the bytes and rounds the sum."""
@@ -211,15 +214,15 @@ _LENGTH_SAID = {
 class TrainConfig(Section):
     """The step."""
 
-    steps: Annotated[int, Field(ge=1)] | Literal["chinchilla"] | None = "chinchilla"
+    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | Literal["chinchilla"] | None = "chinchilla"
     """Optimizer steps of the run; `chinchilla`: the compute-optimal tokens for this model size; null with tokens."""
     tokens: Tokens | None = None
     """Tokens of the run, in place of steps: 3T, 300B, 1.5e9; it ends with the first step that reaches them."""
-    stop_after: int | None = Field(default=None, ge=1)
+    stop_after: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     """Save and end, successfully, once this step is done; the schedule still spans the whole run."""
-    micro_batch_size: int = Field(default=1, ge=1)
+    micro_batch_size: int = Field(default=1, ge=1, le=MOST_SEQUENCES)
     """Sequences in one forward on one data-parallel rank."""
-    global_batch_size: int = Field(default=1, ge=1)
+    global_batch_size: int = Field(default=1, ge=1, le=MOST_SEQUENCES)
     """Sequences per optimizer step over all ranks."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Type of weights and activations; master weights, moments and gradient sums are fp32 in both."""
@@ -231,7 +234,7 @@ class TrainConfig(Section):
     """Activations computed again in backward: none, the SwiGLU product, or whole layers."""
     max_minutes: Annotated[Real, Field(gt=0)] | None = None
     """Save and leave, to be started again, in time for the save to end this long after the process began."""
-    max_skipped: int = Field(default=100, ge=1)
+    max_skipped: int = Field(default=100, ge=1, le=MOST_STEPS)
     """Steps in a row whose gradient is not finite, after which the run has failed."""
     compile: bool = False
     """Run each layer through torch.compile; needs a compiler on the machine."""
@@ -270,37 +273,37 @@ class ScheduleConfig(Section):
 
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Form after warm-up; wsd holds the peak and falls linearly over the last decay_steps."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=MOST_STEPS)
     """Steps of linear rise from zero."""
     min_lr: Real = Field(default=0.0, ge=0)
     """Learning rate at the last step."""
-    decay_steps: int | None = Field(default=None, ge=1)
+    decay_steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     """wsd: steps of the final fall; null means a tenth of the run."""
 
 
 class EvaluationConfig(Section):
     """Loss on held-out and on training data."""
 
-    every: int = Field(default=0, ge=0)
+    every: int = Field(default=0, ge=0, le=MOST_STEPS)
     """Steps between evaluations; 0 evaluates at the beginning and the end only."""
-    samples: int = Field(default=64, ge=1)
+    samples: int = Field(default=64, ge=1, le=MOST_SEQUENCES)
     """Sequences evaluated on each split, rounded up to whole global micro-batches."""
 
 
 class CheckpointConfig(Section):
     """What is saved and where a run starts from."""
 
-    every: int = Field(default=0, ge=0)
+    every: int = Field(default=0, ge=0, le=MOST_STEPS)
     """Steps between saves; 0 saves at the end only."""
-    keep: int = Field(default=2, ge=1)
+    keep: int = Field(default=2, ge=1, le=MOST_STEPS)
     """Newest healthy checkpoints kept; the one with the lowest validation loss is kept beside them."""
-    keep_every: int = Field(default=0, ge=0)
+    keep_every: int = Field(default=0, ge=0, le=MOST_STEPS)
     """Checkpoints of steps that are multiples of this are kept for ever; 0 for none."""
     asynchronous: bool = True
     """Train on while a process of its own writes; false waits for it."""
-    max_failures: int = Field(default=3, ge=1)
+    max_failures: int = Field(default=3, ge=1, le=MOST_STEPS)
     """Saves in a row that could not be written, after which the run has failed."""
-    resume: Literal["auto", "must", "never"] | Annotated[int, Field(ge=1)] | CheckpointPath = "auto"
+    resume: Literal["auto", "must", "never"] | Annotated[int, Field(ge=1, le=MOST_STEPS)] | CheckpointPath = "auto"
     """auto continues or starts fresh; must only continues; never starts fresh; a step or path goes back to it once."""
     init_from: Name | None = None
     """Checkpoint whose weights start a new run; moments and position start from zero."""
@@ -331,7 +334,7 @@ class WandbConfig(Section):
 class LoggingConfig(Section):
     """What is printed and recorded."""
 
-    every: int = Field(default=1, ge=1)
+    every: int = Field(default=1, ge=1, le=MOST_STEPS)
     """Steps between train events; each one waits for the device once."""
     wandb: WandbConfig | None = None
     """Weights & Biases; null for none."""
