@@ -25,9 +25,7 @@ FIRST_LEAVES_SECONDS = 2.0
 
 def main(arguments: Sequence[str] | None = None, launch: Launch | None = None) -> int:
     """Train as one rank of the job and return its exit code; UserError for what the user can mend."""
-    launch = launch or Launch.from_environment()
-    launch = replace(launch, signals=Signals(speaks=launch.rank == 0))
-    launch.signals.take()  # before the imports, which take seconds
+    launch = launch or launch_here()
     from megallama.config.load import load_config
     from megallama.outcome import exit_code
 
@@ -44,6 +42,15 @@ def main(arguments: Sequence[str] | None = None, launch: Launch | None = None) -
     return exit_code(start(config, launch).status, elastic=launch.elastic)
 
 
+def launch_here() -> Launch:
+    """What the launcher says of this process, whose signals are heeded from here on: imports take seconds."""
+    signals = Signals()
+    signals.take()
+    launch = replace(Launch.from_environment(), signals=signals)
+    signals.speaks = launch.rank == 0
+    return launch
+
+
 def run() -> None:
     """Run `main` and leave: 0 when done, 75 to be started again, 2 after one sentence of the user's mistake, 1 else.
 
@@ -52,7 +59,7 @@ def run() -> None:
     hold_signals()
     launch = Launch()
     try:
-        launch = Launch.from_environment()
+        launch = launch_here()
         launch = replace(launch, door=open_door(launch))
         code = main(launch=launch)
     except UserError as error:

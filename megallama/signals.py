@@ -78,10 +78,11 @@ def interrupt_later() -> Iterator[None]:
 class Signals:
     """What signals have asked of this process, once it has called `take`."""
 
-    def __init__(self, *, speaks: bool = True) -> None:
+    def __init__(self) -> None:
         self.asked = False
         """Whether to save and leave."""
-        self._speaks = speaks
+        self.speaks = True
+        """Whether to tell the terminal: one rank does it for all."""
         self._failed: Callable[[str], None] = lambda reason: None
         self._training, self._elastic = False, False
         self._interrupted: float | None = None
@@ -133,7 +134,7 @@ class Signals:
         os._exit(128 + number)
 
     def _say(self, sentence: str) -> None:
-        if self._speaks:
+        if self.speaks:
             with suppress(OSError):  # the terminal may be what is gone
                 os.write(_STDERR, f"megallama: {sentence}\n".encode())
 

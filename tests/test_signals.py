@@ -19,7 +19,8 @@ import signal, sys
 from megallama.signals import Signals
 
 first, later, launcher, seconds = sys.argv[1:]
-signals = Signals(speaks=False)
+signals = Signals()
+signals.speaks = False
 signals.training(elastic=launcher == "torchrun")
 signals.hear(signal.Signals[first], 0.0)
 signals.hear(signal.Signals[later], float(seconds))

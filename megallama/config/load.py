@@ -190,9 +190,9 @@ def _resolve_import(tree: Tree, folder: Path) -> None:
     name = model.pop("import")
     if not isinstance(name, str):
         raise UserError(f"model.import={as_typed(name)} is not legal; expected a path to config.json or params.json")
-    path = folder / name
+    text = read_text(folder / name)
     try:
-        foreign = json.loads(read_text(path))
+        foreign = json.loads(text)
     except (ValueError, RecursionError):
         raise UserError(f"model.import={name}: not legal JSON; expected a config.json or params.json") from None
     tree["model"] = {**model_from_foreign(foreign, name), **model}

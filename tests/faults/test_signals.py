@@ -15,6 +15,7 @@ from threading import Event
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from megallama.parallel.spawn import RankFailedError
 from tests.faults.conftest import Undisturbed
@@ -235,6 +236,8 @@ def test_a_ctrl_c_before_there_is_a_run_ends_at_once(moment: str, byte_dataset: 
             wait_for(lambda: "libtorch" in maps.read_text(), run)
         else:
             wait_for(lambda: listens(port), run)
+            store = dist.PrefixStore("megallama/0", dist.TCPStore("127.0.0.1", port, wait_for_workers=False))
+            wait_for(lambda: store.add("here", 0) == 1, run)
         os.kill(run.process.pid, signal.SIGINT)
         assert run.process.wait(LEAVE_SECONDS) == INTERRUPTED
     assert run.errors().splitlines() == [EARLY_PRESS]
