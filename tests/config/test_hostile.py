@@ -1,0 +1,175 @@
+"""Configurations that nobody should write: one sentence and exit code 2, or what they say, by each command."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megallama.cli import main
+from megallama.config.check import check_config
+from megallama.config.keys import LEGAL_KEYS
+from megallama.config.load import dump_config, load_config
+from megallama.errors import UserError
+from megallama.run_dir import check_run_dir
+from tests.checkpoint.test_hostile import mutated
+from tests.launching import ROOT
+
+EXAMPLES = 600
+BASES = [yaml.safe_load((ROOT / "configs" / name).read_text()) for name in ("debug.yaml", "7b.yaml", "8b.yaml")]
+FOREIGN = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+}
+TEXTS = st.sampled_from(
+    [
+        *("null", "true", "0", "-1", "1e400", ".inf", "-.inf", ".nan", "1e308", "1e-320", "9" * 40, "9" * 5000),
+        *("0x1F", "1:30", "2020-01-01", "!!binary aGk=", "!!set {a}", "!!python/name:os.system", "<<", "*a", "&a 1"),
+        *("? ", "- ", "[", "{", "]", '"', "'", "#", "%", "\t", "\r\n", "\n\n", "\ufeff", "\0", "\x1b[31m", "\x85"),
+        *("\u2028", "\u202e", '"\\ud800"', '"\\0"', '"a\\nb"', "x" * 300, "é" * 200, "[" * 50, "{a: " * 30, "[1, 2]"),
+        *("{a: 1}", "~", "|", ">", "3T", "1e9", "-5B", "chinchilla", "llama3", "zbvzerobubble", "dualpipev", "auto"),
+        *("../..", "/", "parallel.tensor", "model:", "run: {dir: /dev/null/x}", "$(touch PWNED)", "`id`", "%j", "-x"),
+    ]
+)
+OVERRIDES = st.lists(
+    st.tuples(st.sampled_from([*LEGAL_KEYS, "model.layers", "trian.steps", "", "."]), TEXTS).map("=".join), max_size=3
+)
+
+
+def run(*words: str) -> tuple[int, str, str]:
+    """A command as its user gives it: exit code, stdout, stderr."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["megallama", *words]
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            main()
+    except SystemExit as end:
+        return int(end.code or 0), out.getvalue(), err.getvalue()
+    finally:
+        sys.argv = before
+    return 0, out.getvalue(), err.getvalue()
+
+
+def config_text(data: st.DataObject) -> str:
+    """A real configuration with some of its values or of its characters changed."""
+    base = deepcopy(data.draw(st.sampled_from(BASES)))
+    if data.draw(st.booleans()):
+        return json.dumps(mutated(base, data))
+    text: str = yaml.safe_dump(base, sort_keys=False)
+    for _ in range(data.draw(st.integers(0, 3))):
+        at = data.draw(st.integers(0, len(text)))
+        until = data.draw(st.sampled_from((at, at + 1, at + 7, text.find("\n", at) + 1)))
+        text = text[:at] + data.draw(TEXTS) + text[max(at, until) :]
+    return text
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hostile")
+
+
+@settings(
+    max_examples=EXAMPLES,
+    derandomize=True,
+    deadline=10_000,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(data=st.data())
+def test_whatever_a_configuration_says_it_is_legal_or_a_sentence(data: st.DataObject, folder: Path) -> None:
+    path, foreign = folder / "run.yaml", folder / "foreign.json"
+    path.write_text(config_text(data), encoding="utf-8", errors="surrogatepass", newline="")
+    overrides = [word for word in data.draw(OVERRIDES) if "\0" not in word]  # no command line carries a zero byte
+    if data.draw(st.integers(0, 4)) == 0:
+        foreign.write_text(json.dumps(mutated(FOREIGN, data)))
+        overrides.append("model={import: foreign.json}")
+    words = [str(path), *(f"x{word}" if word.startswith("-") else word for word in overrides)]
+    gpus = data.draw(st.sampled_from((1, 8, 128)))
+    command = data.draw(st.sampled_from(("config", "plan", "launch", "train")))
+    if command == "train":
+        try:
+            config = load_config(words[0], words[1:])
+            check_config(config, gpus)
+            check_run_dir(config)
+        except UserError as refused:
+            assert_one_sentence(f"megallama: {refused}\n")
+        return
+    more = {"config": [], "plan": [f"--gpus={gpus}", "--gpu=h100"], "launch": ["--dry-run"]}[command]
+    code, out, err = run(command, *words, *more)
+    assert code in (0, 2), (code, err)
+    if code == 2:
+        assert_one_sentence(err)
+        return
+    config = load_config(words[0], words[1:])
+    (folder / "dumped.yaml").write_text(dump_config(config))
+    assert load_config(folder / "dumped.yaml") == config
+    if command == "plan":
+        assert not re.search(r"\b(nan|inf)\b", out), out
+    if command == "launch":
+        comments, code_lines = (
+            re.findall(r"^#SBATCH.*$", out, re.MULTILINE),
+            re.sub(r"^#.*$", "", out, flags=re.MULTILINE),
+        )
+        assert len(comments) > 8
+        assert "PWNED" not in code_lines.replace("'", "\0'").split("exec bash")[0]
+
+
+def assert_one_sentence(err: str) -> None:
+    assert re.fullmatch(r"megallama: .+\n", err), err
+    assert err[:-1].isprintable(), err
+    assert len(err) < 12_000
+    assert "Traceback" not in err
+
+
+def test_numbers_that_overflow_in_a_formula_are_refused_or_planned(folder: Path) -> None:
+    for word in (f"model.rope_theta={math.nextafter(math.inf, 0)}", "optimizer.eps=5e-324", "optimizer.lr=1e308"):
+        code, out, err = run("plan", str(ROOT / "configs" / "7b.yaml"), word, "--gpus=128", "--gpu=h100")
+        assert code in (0, 2)
+        assert not re.search(r"\b(nan|inf)\b|Traceback", out + err)
+
+
+@pytest.mark.parametrize("flag", ["--flops", "--params", "--tokens"])
+@pytest.mark.parametrize("value", ["1e400", "nan", "inf", "-1", "0", "1e308", "9" * 5000, "\x1b[31m", "1:30"])
+def test_hostile_sizes_are_one_sentence(flag: str, value: str) -> None:
+    code, _, err = run("plan", f"{flag}={value}")
+    assert code == 2, value
+    assert_one_sentence(err)
+
+
+def test_a_file_that_never_ends_is_no_configuration(folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    for path in (folder / "pipe", Path("/dev/zero"), Path("/dev/stdin")):
+        code, _, err = run("plan", str(path), "--gpus=8")
+        assert (code, err) == (2, f"megallama: {path} cannot be read: it is no regular file; give a readable file\n")
+
+
+def test_text_without_end_is_refused_at_once(folder: Path) -> None:
+    for content, found in {
+        "model: [" + "1," * 500_000 + "]": "more than 10,000 values",
+        "model: " + "[" * 100_000 + "]" * 100_000: "more than 20 levels",
+        "model: " + "{a: " * 100_000: "more than 20 levels",
+        "x" * (1 << 20) + "y": "larger than 1048576 bytes",
+    }.items():
+        (folder / "long.yaml").write_text(content)
+        code, _, err = run("config", str(folder / "long.yaml"))
+        assert code == 2
+        assert found in err
+        code, _, err = run("config", str(ROOT / "configs" / "debug.yaml"), f"train={content}")
+        assert code == 2
+        assert_one_sentence(err)
