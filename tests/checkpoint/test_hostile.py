@@ -129,10 +129,10 @@ def places_in(tree: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places_in(tree[key], (*at, key))
 
 
-def mutated(tree: Any, data: st.DataObject) -> Any:
-    """The document with one value replaced, dropped, repeated or exchanged, one to three times over."""
+def mutated(tree: Any, data: st.DataObject, most: int = 3) -> Any:
+    """The document with one value replaced, dropped, repeated or exchanged, once or up to `most` times over."""
     tree = json.loads(json.dumps(tree))
-    for _ in range(data.draw(st.integers(1, 3))):
+    for _ in range(data.draw(st.integers(1, most))):
         places = list(places_in(tree))
         if not places:
             break
