@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,9 @@ def pretrain_here(launch: Launch, words: list[str], plant: Plant | None) -> tupl
     stderr = io.StringIO()
     with redirect_stderr(stderr):
         try:
-            code = load_pretrain().main(words)
+            program = load_pretrain()
+            here = program.launch_here()
+            code = program.main(words, replace(here, door=launch.door) if here.port == launch.port else here)
         except UserError as error:
             return 2, f"megallama: {error}\n"
     return code, stderr.getvalue()

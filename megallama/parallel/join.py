@@ -121,7 +121,8 @@ def _connected(launch: Launch, answer_within: float, within: float) -> dist.Stor
     By a thread: looking up a name and waiting for a store cannot be interrupted, and signals must be.
     """
     hosts = launch.rank == 0 and not launch.hosted
-    search = _Search(launch, (launch.door or open_door(launch)) if hosts else None)
+    opened = launch.door is not None and launch.door.fileno() >= 0  # by now a store of before may have closed it
+    search = _Search(launch, (launch.door if opened else open_door(launch)) if hosts else None)
     patience = _Patience()
     search.start()
     try:

@@ -36,16 +36,19 @@ def run_ranks(
     rank's failure ends the others. RankFailedError if a rank fails, or after `timeout` seconds.
     """
     context = _context()
-    port = _free_port()
+    # Open from here on, and handed to the first rank: a port that is only known to be free may be taken meanwhile.
+    door = socket.create_server((LOOPBACK, 0))
     links, processes = [], []
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
         call = pickle.dumps((function, arguments))
-        process = context.Process(target=_rank, args=(call, theirs, rank, world_size, port, log), daemon=True)
+        place = rank, world_size, door.getsockname()[1], door if rank == 0 else None
+        process = context.Process(target=_rank, args=(call, theirs, *place, log), daemon=True)
         process.start()
         theirs.close()
         links.append(ours)
         processes.append(process)
+    door.close()
     try:
         return _collect(links, timeout)
     finally:
@@ -74,7 +77,15 @@ def _collect(links: Sequence[Connection], timeout: float) -> list[Any]:
     return [results[rank] for rank in range(len(links))]
 
 
-def _rank(call: bytes, link: Connection, rank: int, world_size: int, port: int, log: Path | None) -> None:
+def _rank(
+    call: bytes,
+    link: Connection,
+    rank: int,
+    world_size: int,
+    port: int,
+    door: socket.socket | None,
+    log: Path | None,
+) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -82,7 +93,8 @@ def _rank(call: bytes, link: Connection, rank: int, world_size: int, port: int, 
     with Path(log or os.devnull).open("a", buffering=1) as sink, redirect_stdout(sink), redirect_stderr(sink):
         try:
             function, arguments = pickle.loads(call)
-            answer = (False, function(Launch(rank, rank, world_size, world_size, port=port), *arguments))
+            launch = Launch(rank, rank, world_size, world_size, port=port, door=door)
+            answer = (False, function(launch, *arguments))
         except BaseException:
             answer = (True, traceback.format_exc())
             print(answer[1])
@@ -98,10 +110,3 @@ def _context() -> ForkServerContext:
     # The second is what deepspeed imports only when it is set up, and with it torch's compiler: seconds for each rank.
     context.set_forkserver_preload(["megallama.train", "deepspeed.runtime.zero.muon.muon_optimizer"])
     return context
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port

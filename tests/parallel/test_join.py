@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megallama.errors import SharedError, UnreachableError, UserError
-from megallama.parallel.door import ANSWER_SECONDS, open_door
+from megallama.parallel.door import ANSWER_SECONDS
 from megallama.parallel.join import join, tell
 from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import run_ranks
@@ -154,7 +154,7 @@ def test_a_rank_0_that_dies_at_the_door_does_not_keep_the_others() -> None:
 def meet_at_a_closed_door(launch: Launch) -> str:
     """Rank 0 leaves when rank 1 has come."""
     if launch.rank == 0:
-        door = open_door(launch)
+        door = launch.door
         assert door is not None
         for _ in range(2):  # the look whether it answers, and the store's own connection
             door.accept()[0].close()
