@@ -50,7 +50,7 @@ def test_a_folder_that_is_read_only_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    wide = ["model.hidden_size=1048576", "model.intermediate_size=16777216"]
+    wide = ["model.hidden_size=1048576", "model.intermediate_size=10000000"]
     config = load_config("configs/debug.yaml", [f"run.dir={tmp_path}/run", *wide])
     with pytest.raises(UserError, match=r"GB of free disk, and a checkpoint takes [\d.]+ GB; free some, or use"):
         check_run_dir(config)

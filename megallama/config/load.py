@@ -132,9 +132,9 @@ def _read_tree(path: Path) -> Tree:
 
 def read_text(path: Path) -> str:
     """The file's text; UserError with near names if there is no such file, or if it cannot be a configuration."""
-    if path.is_dir():
-        raise UserError(f"{path} is a directory; {_near_files(path / 'config.yaml')}")
     try:
+        if path.is_dir():
+            raise UserError(f"{path} is a directory; {_near_files(path / 'config.yaml')}")
         with open_regular(path) as file:
             content = file.read(LARGEST_FILE + 1)
     except FileNotFoundError:
@@ -170,6 +170,7 @@ def _apply_override(tree: Tree, override: str) -> None:
         known = nearest_key(key) or "train.steps"
         raise UserError(f"the override {override} is not KEY=VALUE; write it as {known}=VALUE")
     value = parse_yaml(text, f"{key}={as_typed(text)}")
+    _refuse_comment(key, text)
     if key not in LEGAL_KEYS:
         raise UserError(unknown_key(key))
     refuse_unknown(value, where="", prefix=f"{key}.")
@@ -180,6 +181,14 @@ def _apply_override(tree: Tree, override: str) -> None:
             node[section] = {}
         node = node[section]
     node[leaf] = {} if value is None and key in SECTIONS else value
+
+
+def _refuse_comment(key: str, text: str) -> None:
+    """UserError where YAML takes the end of an override for a comment: on a command line it is a part of the value."""
+    if "#" in text:
+        node = yaml.compose(text, Loader=_Loader)
+        if text[node.end_mark.index if node else 0 :].strip():
+            raise UserError(f"{key}={as_typed(text)}: YAML reads no further than the #; write it in quotes, '\"...\"'")
 
 
 def _resolve_import(tree: Tree, folder: Path) -> None:

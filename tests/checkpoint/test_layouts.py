@@ -220,6 +220,6 @@ def copy_then_train(launch: Launch, config: RunConfig, copy: Path) -> Rows:
     model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
     state = load(complete_checkpoints(Path(config.run.dir) / "checkpoints")[0], engine, model)
     saver = Saver(copy, engine, model, mesh, Retention(keep=1))
-    saver.save(state.step, state_document(state, 0.0, DataIdentity("", 0), config.model, {}))
+    saver.save(state.step, state_document(state, 0.0, True, DataIdentity("", 0), config.model, {}))
     saver.close()
     return train_recorded(launch, config)

@@ -158,6 +158,24 @@ def test_a_file_that_never_ends_is_no_configuration(folder: Path) -> None:
         assert (code, err) == (2, f"megallama: {path} cannot be read: it is no regular file; give a readable file\n")
 
 
+def test_the_end_of_an_override_is_no_comment() -> None:
+    """A run would go to another directory without a word."""
+    for word in ("run.dir=a #b", "run.dir=#b", "data.path=x # y", "optimizer.lr=1e-3 #"):
+        code, _, err = run("config", str(ROOT / "configs" / "debug.yaml"), word)
+        assert code == 2
+        assert_one_sentence(err)
+        assert "YAML reads no further than the #" in err
+    assert load_config(ROOT / "configs" / "debug.yaml", ['run.dir="a #b"']).run.dir == "a #b"
+    assert load_config(ROOT / "configs" / "debug.yaml", ["run.dir=a#b"]).run.dir == "a#b"
+
+
+def test_a_name_that_is_too_long_for_a_file_is_one_sentence() -> None:
+    for path in ("x" * 300, "x" * 5000):
+        code, _, err = run("config", path)
+        assert code == 2
+        assert_one_sentence(err)
+
+
 def test_text_without_end_is_refused_at_once(folder: Path) -> None:
     for content, found in {
         "model: [" + "1," * 500_000 + "]": "more than 10,000 values",

@@ -74,9 +74,12 @@ def test_norm_weights_are_one() -> None:
 
 
 def test_a_shard_costs_in_proportion_to_the_shard() -> None:
-    began = time.process_time()
-    draw((8192, 512))
-    whole = time.process_time() - began
-    began = time.process_time()
-    draw((8192, 512), (4096, 0), (512, 512))
-    assert time.process_time() - began < whole / 4
+    """Of several rounds the fastest counts: other programs only add."""
+
+    def seconds(*shard: tuple[int, int]) -> float:
+        began = time.process_time()
+        draw((8192, 512), *shard)
+        return time.process_time() - began
+
+    whole, part = (min(seconds(*shard) for _ in range(5)) for shard in ((), ((4096, 0), (512, 512))))
+    assert part < whole / 4

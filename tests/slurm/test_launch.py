@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slurm
 def test_launch_sends_shows_and_stops_a_run_which_goes_on_later(
     cluster: Cluster, byte_dataset: str, straight_tp2: Path, tmp_path: Path
 ) -> None:
-    run_dir = tmp_path / 'a $(touch PWNED) `run` of 100%j #1 "x" *'
+    run_dir = tmp_path / 'a $(touch PWNED) `run` of 100%j n#1 "x" *'
     words = ["configs/7b.yaml", *small(byte_dataset, run_dir)]
 
     def launch(*more: str, check: bool = True) -> str:
