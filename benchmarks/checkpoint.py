@@ -128,7 +128,7 @@ def contenders(engine: Engine, model: Chunks, mesh: ParallelMesh, folder: Path) 
     saver = Saver(folder / "megallama", engine, model, mesh, Retention(keep=1))
 
     def save_ours(_: Path) -> None:
-        saver.save(STATE.step, state_document(STATE, 0.0, DataIdentity("", 0), model.config, {}))
+        saver.save(STATE.step, state_document(STATE, 0.0, True, DataIdentity("", 0), model.config, {}))
         saver.wait()
 
     def load_ours(folder: Path) -> None:

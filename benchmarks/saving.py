@@ -91,7 +91,7 @@ def measure(
     def save() -> None:
         nonlocal number
         number += 1
-        saver.save(number, state_document(TrainState(number), 0.0, DataIdentity("", 0), config.model, {}))
+        saver.save(number, state_document(TrainState(number), 0.0, True, DataIdentity("", 0), config.model, {}))
 
     def timed(*parts: Any) -> float:
         dist.barrier(mesh.world.group)
