@@ -104,11 +104,11 @@ def test_what_would_end_a_line_of_a_job_file_is_in_no_name_and_no_option(char: s
 
 
 @pytest.mark.parametrize(
-    "name", ["x" * 256, "é" * 128, f"{'x' * 200}/" * 21], ids=["a component", "of two bytes each", "a path"]
+    "name", ["x" * 256, "é" * 128, f"{'x' * 200}/" * 5], ids=["a component", "of two bytes each", "a path"]
 )
 def test_a_name_that_linux_has_no_room_for_is_refused_before_anything_is_looked_at(name: str) -> None:
     for key in ("run.dir", "data.path", "data.tokenizer", "checkpoint.init_from"):
-        with pytest.raises(UserError, match="names of at most 255 bytes, 4095 in a path"):
+        with pytest.raises(UserError, match="names of at most 255 bytes, 1000 in a path"):
             load_config(ROOT / "configs" / "debug.yaml", [f"{key}={name}"])
 
 

@@ -53,8 +53,8 @@ def _tokens_from_text(value: object) -> object:
 
 MOST_LAYERS, MOST_WIDTH, MOST_SEQUENCES, MOST_RANKS, MOST_STEPS = 10_000, 10**7, 10**9, 10**6, 10**12
 """Far beyond any run: a number above them is a slip of the hand, and would keep a plan busy for hours."""
-MOST_NAME_BYTES, MOST_PATH_BYTES = 255, 4095
-"""Linux's limits on a component of a path and on all of it."""
+MOST_NAME_BYTES, MOST_PATH_BYTES = 255, 1000
+"""Linux's limit on a component of a path, and sbatch's on a path, less what stands before and behind it."""
 
 
 def _name(value: str) -> str:
