@@ -38,13 +38,15 @@ _GO = b"go"
 
 
 def join(launch: Launch, device: torch.device) -> None:
-    """Make torch's process group of all ranks: gloo on CPU, nccl on CUDA.
+    """Make torch's process group of all ranks, where this process has none yet: gloo on CPU, nccl on CUDA.
 
     UserError where a rank does not come, cannot, or is not of this job.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return
     if launch.world_size == 1:
         # A store in memory: one process needs no port and no address.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)

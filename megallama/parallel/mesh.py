@@ -60,8 +60,7 @@ def pick_device(wanted: str, local_rank: int, *, own: bool = False) -> torch.dev
 
 def build_mesh(topology: Topology, launch: Launch, device: torch.device) -> ParallelMesh:
     """Build every group, after joining the job where that is not done; all ranks must call this."""
-    if not dist.is_initialized():
-        join(launch, device)
+    join(launch, device)
 
     def axis(*names: AxisName) -> Axis:
         mine = None
