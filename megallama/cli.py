@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -98,6 +99,11 @@ def main() -> None:
         app()
     except UserError as error:
         print(f"megallama: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"megallama: {UserError(f'{error.filename} is too long for the name of a file')}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
         if end.code == _INTERRUPTED:  # typer makes it of a Ctrl-C, without a word

@@ -33,7 +33,8 @@ CHECKPOINT_BYTES = 12
 def check_run_dir(config: RunConfig) -> None:
     """UserError where the run directory cannot be made or written to, or has no room for a checkpoint."""
     folder = Path(config.run.dir)
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    # Also a link that leads nowhere is there: no folder can be made in its place.
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
         raise UserError(f"run.dir={folder} cannot be made: {there} is not a folder; use another run.dir")
     if not os.access(there, os.W_OK | os.X_OK):

@@ -57,6 +57,16 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_link_that_leads_nowhere_is_no_folder_and_none_can_be_made_there(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for name in ("link", "link/below"):
+        with pytest.raises(UserError) as refusal:
+            check_run_dir(load_config("configs/debug.yaml", [f"run.dir={tmp_path}/{name}"]))
+        assert str(refusal.value) == (
+            f"run.dir={tmp_path}/{name} cannot be made: {tmp_path}/link is not a folder; use another run.dir"
+        )
+
+
 def test_a_lock_that_cannot_be_opened_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / LOCK).mkdir()
     with pytest.raises(UserError) as refusal:

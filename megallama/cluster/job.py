@@ -37,6 +37,8 @@ def begin(arguments: argparse.Namespace) -> None:
     nodes, per_node = arguments.nodes, arguments.ranks_per_node
     config = load_config(arguments.config, arguments.overrides)
     run_dir = Path(config.run.dir).absolute()
+    if "\\" in str(run_dir):
+        raise UserError(f"run.dir={run_dir} holds a backslash, which srun takes out of names; use another run.dir")
     seen = newest_seen(run_dir / "checkpoints")
     try:
         check_config(config, nodes * per_node, seen)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megallama.config.schema import ModelConfig, RunConfig
+from megallama.config.schema import MOST_STAGES, ModelConfig, RunConfig
 from megallama.errors import UserError
 from megallama.plan.budget import NOTHING_SEEN, Seen, schedule_batch, schedule_steps, total_steps
 from megallama.plan.stages import V_SHAPED, balanced, chunks, legal_micro_batches
@@ -165,6 +165,11 @@ def _check_stages(config: RunConfig, world_size: int) -> None:
             f"model.num_hidden_layers={model.num_hidden_layers} is fewer than {words} stages; "
             f"nearest legal for a world size of {world_size}: parallel.pipeline={max(dividing or fitting)}"
         )
+    if stages > MOST_STAGES:
+        raise UserError(
+            f"{words} stages are more than {MOST_STAGES}; nearest legal: "
+            f"parallel.chunks={MOST_STAGES // parallel.pipeline}"
+        )
     split = parallel.layers_per_stage
     if isinstance(split, tuple) and (len(split) != stages or sum(split) != model.num_hidden_layers):
         even = ", ".join(map(str, balanced(model.num_hidden_layers, stages, 0.0)))
@@ -200,7 +205,9 @@ def _check_micro_batches(config: RunConfig, count: int, dp: int) -> None:
     parallel, train = config.parallel, config.train
     if legal_micro_batches(parallel, count):
         return
-    legal = [n for n in range(1, count + 2 * parallel.pipeline + 1) if legal_micro_batches(parallel, n)]
+    reach = 2 * parallel.pipeline  # what a schedule takes is no further away
+    around = range(max(1, count - reach), count + reach + 1)
+    legal = [n for n in around if legal_micro_batches(parallel, n)]
     batches = [n * train.micro_batch_size * dp for n in _nearest(legal, count)]
     raise UserError(
         f"train.global_batch_size / (train.micro_batch_size * dp) = {train.global_batch_size} / "

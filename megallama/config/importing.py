@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from megallama.config.keys import as_typed
+from megallama.config.schema import MOST_WIDTH
 from megallama.errors import UserError
 
 Tree = dict[str, Any]
@@ -45,15 +47,14 @@ def model_from_hugging_face(foreign: Tree, name: str) -> Tree:
     """From `config.json` as transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) writes it."""
     for key, only in _FIXED:
         if foreign.get(key, only) != only:
-            raise UserError(
-                f"model.import={name} has {key}={foreign[key]}, which is not Llama's; expected {key}={only}"
-            )
+            found, expected = as_typed(foreign[key]), as_typed(only)
+            raise UserError(f"model.import={name} has {key}={found}, which is not Llama's; expected {key}={expected}")
     model = {key: foreign[key] for key in _SAME_NAME if foreign.get(key) is not None}
     rope: Tree = {}
     for key in ("rope_scaling", "rope_parameters"):
         value = foreign.get(key)
         if not isinstance(value, dict | None):
-            raise UserError(f"model.import={name} has {key}={value!r}; expected a mapping or null")
+            raise UserError(f"model.import={name} has {key}={as_typed(value)}; expected a mapping or null")
         rope |= value or {}
     theta = rope.get("rope_theta", foreign.get("rope_theta"))
     if theta is not None:
@@ -62,7 +63,7 @@ def model_from_hugging_face(foreign: Tree, name: str) -> Tree:
     if kind in ("linear", "llama3"):
         model["rope_scaling"] = {"rope_type": kind} | {key: rope[key] for key in _SCALING if rope.get(key) is not None}
     elif kind != "default":
-        raise UserError(f"model.import={name} has rope_type={kind}; expected default, linear or llama3")
+        raise UserError(f"model.import={name} has rope_type={as_typed(kind)}; expected default, linear or llama3")
     return model
 
 
@@ -74,9 +75,12 @@ def model_from_meta(foreign: Tree, name: str) -> Tree:
     take it from the tokenizer) is left out, and so are lengths, which Meta does not write down.
     """
     dim, multiple_of, multiplier = foreign["dim"], foreign.get("multiple_of", 256), foreign.get("ffn_dim_multiplier")
-    for key, value in (("dim", dim), ("multiple_of", multiple_of), ("ffn_dim_multiplier", multiplier or 1)):
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise UserError(f"model.import={name} has {key}={value}; expected a number above 0")
+    sizes = [("dim", dim, 1), ("multiple_of", multiple_of, 1)]
+    for key, value, least in sizes if multiplier is None else [*sizes, ("ffn_dim_multiplier", multiplier, 0.001)]:
+        if not isinstance(value, int | float) or not least <= value <= MOST_WIDTH:
+            raise UserError(
+                f"model.import={name} has {key}={as_typed(value)}; expected a number from {least} to {MOST_WIDTH}"
+            )
     missing = [key for key in ("n_layers", "n_heads") if key not in foreign]
     if missing:
         raise UserError(f"model.import={name} has no {missing[0]}; expected a Meta params.json")

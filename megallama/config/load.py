@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,16 @@ Tree = dict[str, Any]
 # A run's YAML has a few kilobytes, some hundred values and three levels; whatever has more is another file.
 LARGEST_FILE = 1 << 20
 MOST_VALUES, MOST_LEVELS = 10_000, 20
+LONGEST_NUMBER = 100
+"""Characters: what more of them stand for, Python prints and floats hold no longer."""
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class _Loader(yaml.SafeLoader):
     """safe_load that refuses a key given twice, of which YAML takes the last, and aliases, which grow without end.
 
-    Also more values and levels than a run can have: the parser is slow, and goes as deep as the text.
+    Also tags, which make of a text what it is not, numbers without end, and more values and levels than a run can have:
+    the parser is slow, and goes as deep as the text.
     """
 
     def __init__(self, stream: str) -> None:
@@ -52,12 +57,20 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _composed(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(
-                None, None, f"the alias *{event.anchor} is not read here; write the value out", event.start_mark
-            )
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        problem = None
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"the alias *{event.anchor} is not read here; write the value out"
+        elif event.tag is not None:
+            problem = f"the tag {event.tag} is not read here; leave it out"
+        if problem is not None:
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        if node.tag in _NUMBERS and len(node.value) > LONGEST_NUMBER:
+            raise yaml.constructor.ConstructorError(None, None, _too_long(len(node.value)), node.start_mark)
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -113,6 +126,31 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: not legal YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise UserError(f"{where}: nested too deeply; a run has at most three levels") from None
+
+
+def _too_long(characters: int) -> str:
+    return f"a number of {characters} characters; a run has none of more than {LONGEST_NUMBER}"
+
+
+def parse_json(text: str, where: str) -> Any:
+    """One JSON document by the same rules; `where` begins the sentence of a UserError."""
+    level = 0
+    for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[][{}]', text):
+        level += (found[0] in "[{") - (found[0] in "]}")
+        if level > MOST_LEVELS:
+            line = 1 + text.count("\n", 0, found.start())
+            raise UserError(f"{where}, line {line}: more than {MOST_LEVELS} levels, which no model has")
+
+    def whole(digits: str) -> int:
+        if len(digits) > LONGEST_NUMBER:
+            raise UserError(f"{where}: {_too_long(len(digits))}")
+        return int(digits)
+
+    try:
+        return json.loads(text, parse_int=whole)
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"{where}: not legal JSON at {at}; expected a config.json or params.json") from None
 
 
 def _read_tree(path: Path) -> Tree:
@@ -199,9 +237,5 @@ def _resolve_import(tree: Tree, folder: Path) -> None:
     name = model.pop("import")
     if not isinstance(name, str):
         raise UserError(f"model.import={as_typed(name)} is not legal; expected a path to config.json or params.json")
-    text = read_text(folder / name)
-    try:
-        foreign = json.loads(text)
-    except (ValueError, RecursionError):
-        raise UserError(f"model.import={name}: not legal JSON; expected a config.json or params.json") from None
+    foreign = parse_json(read_text(folder / name), f"model.import={name}")
     tree["model"] = {**model_from_foreign(foreign, name), **model}

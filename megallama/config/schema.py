@@ -53,6 +53,8 @@ def _tokens_from_text(value: object) -> object:
 
 MOST_LAYERS, MOST_WIDTH, MOST_SEQUENCES, MOST_RANKS, MOST_STEPS = 10_000, 10**7, 10**9, 10**6, 10**12
 """Far beyond any run: a number above them is a slip of the hand, and would keep a plan busy for hours."""
+MOST_PIPELINE, MOST_STAGES = 128, 512
+"""A plan lays every action of every rank out in time."""
 MOST_NAME_BYTES, MOST_PATH_BYTES = 255, 1000
 """Linux's limit on a component of a path, and sbatch's on a path, less what stands before and behind it."""
 
@@ -174,7 +176,7 @@ class ParallelConfig(Section):
 
     tensor: int = Field(default=1, ge=1, le=MOST_RANKS)
     """tp: ranks that share each weight matrix; keep within one node (arXiv 1909.08053)."""
-    pipeline: int = Field(default=1, ge=1, le=MOST_RANKS)
+    pipeline: int = Field(default=1, ge=1, le=MOST_PIPELINE)
     """pp: stages that the layers are cut into."""
     context: int = Field(default=1, ge=1, le=MOST_RANKS)
     """cp: ranks that share each sequence."""

@@ -20,6 +20,7 @@ from megallama.plan.memory import MemoryRow
 from megallama.plan.new_file import check_new_file, write_new_files
 from megallama.plan.orders import Kind, action_lists
 from megallama.plan.simulation import Span, bubble, makespan, relative_seconds, simulate
+from megallama.plan.timeline import refuse_long
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +34,9 @@ _PER_RANK = 0.35
 """Inches of the timeline."""
 _MOST_NUMBERED = 16
 """Micro-batches up to which a number fits into a forward."""
+
+_MOST_DRAWN = 10_000
+"""Micro-batches times stages: each takes milliseconds."""
 
 _KINDS: dict[Kind, tuple[str, str]] = {
     "F": ("forward", "tab:blue"),
@@ -68,6 +72,8 @@ def draw_plan(config: RunConfig, world_size: int) -> Figure:
     from matplotlib.figure import Figure
 
     batching = check_config(config, world_size)
+    if config.parallel.pipeline > 1:
+        refuse_long(config, batching.gradient_accumulation_steps, _MOST_DRAWN)
     rows, ranks = memory_rows(config, batching.dp_size), config.parallel.pipeline
     if ranks == 1:
         figure = Figure(figsize=(_WIDTH, 4.5), layout="constrained")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megallama.config.check import divisors, legal_tensors
-from megallama.config.schema import RunConfig
+from megallama.config.schema import MOST_PIPELINE, RunConfig
 from megallama.plan.fit import rank_bytes, usable_bytes
 from megallama.plan.hardware import Gpu
 from megallama.plan.search_space import choices, pipeline_sizes, refusal, tensor_sizes, with_layout
@@ -27,7 +27,8 @@ def legal_gpus(config: RunConfig, world_size: int, gpu: Gpu) -> str:
     """The end of a sentence: the nearest GPUs below and above that have a legal layout; empty if none has."""
     node, copies = int(gpu.gpus_per_node or 1), divisors(config.train.global_batch_size)
     tensors = [tp for tp in legal_tensors(config) if tp <= node]
-    sizes = {tp * pp * dp for tp in tensors for pp in range(1, config.model.num_hidden_layers + 1) for dp in copies}
+    most = min(config.model.num_hidden_layers, MOST_PIPELINE)
+    sizes = {tp * pp * dp for tp in tensors for pp in range(1, most + 1) for dp in copies}
     whole = sorted(size for size in sizes if size <= node or size % node == 0)
     below, above = [size for size in whole if size < world_size], [size for size in whole if size > world_size]
     found = []

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megallama.config.check import check_config, divisors, dp_size, legal_tensors
-from megallama.config.schema import RunConfig
+from megallama.config.schema import MOST_PIPELINE, RunConfig
 from megallama.errors import UserError
 from megallama.plan.hardware import Gpu
 from megallama.plan.stages import chunks, legal_micro_batches
@@ -26,6 +26,8 @@ SCHEDULES = (
 )
 """With the stages of each rank."""
 MOST_MICRO_BATCH = 64
+MOST_STAGES = 256
+"""Fewer than a run may have: a search lays out hundreds of layouts."""
 
 
 def tensor_sizes(config: RunConfig, world_size: int, gpu: Gpu, reject: Reject) -> list[int]:
@@ -44,11 +46,11 @@ def tensor_sizes(config: RunConfig, world_size: int, gpu: Gpu, reject: Reject) -
 def pipeline_sizes(config: RunConfig, ranks: int, tp: int, reject: Reject) -> list[int]:
     """pp that divide the ranks, with a layer for each stage and a batch for each copy."""
     layers, batch = config.model.num_hidden_layers, config.train.global_batch_size
-    dividing = divisors(ranks)
-    many = [pp for pp in dividing if pp > layers]
-    uneven = [pp for pp in dividing if pp <= layers and batch % (ranks // pp)]
+    dividing, most = divisors(ranks), min(layers, MOST_PIPELINE)
+    many = [pp for pp in dividing if pp > most]
+    uneven = [pp for pp in dividing if pp <= most and batch % (ranks // pp)]
     for out, where, why in (
-        (many, f"pp above {layers}", f"more stages than {layers} layers"),
+        (many, f"pp above {most}", f"more stages than {f'{layers} layers' if most == layers else most}"),
         (uneven, f"tp {tp}, {_several('pp', uneven)}", f"dp does not divide train.global_batch_size={batch}"),
     ):
         reject(where, why, sum(_count(config, pp, ranks) for pp in out))
@@ -85,6 +87,8 @@ def refusal(config: RunConfig, world_size: int) -> str | None:
     """Why training would refuse the layout, in the words of a class of layouts."""
     parallel, layers = config.parallel, config.model.num_hidden_layers
     each = chunks(parallel)
+    if parallel.pipeline * each > MOST_STAGES:
+        return f"{parallel.schedule} with {each} stages on each rank has more than {MOST_STAGES} stages"
     if parallel.pipeline * each > layers:
         return f"{parallel.schedule} with {each} stages on each rank has more stages than {layers} layers"
     count = config.train.global_batch_size // (dp_size(config, world_size) * config.train.micro_batch_size)

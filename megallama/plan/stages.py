@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from heapq import heapify, heapreplace
 
 from megallama.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megallama.plan.params import count_parameters
@@ -64,10 +65,13 @@ def balanced(layers: int, stages: int, head: float) -> tuple[int, ...]:
     The slowest stage sets the pace, so each layer goes where the stage is the cheapest; the surplus of a division goes
     to middle stages before the first, which has the embedding's memory.
     """
-    split = [1] * stages
+    split, extra = [1] * stages, [*[0.0] * (stages - 1), head]
+    cheapest = [(1 + extra[index], index == 0, index) for index in range(stages)]
+    heapify(cheapest)
     for _ in range(layers - stages):
-        cost = [count + (head if index == stages - 1 else 0.0) for index, count in enumerate(split)]
-        split[min(range(stages), key=lambda index: (cost[index], index == 0, index))] += 1
+        _, first, index = cheapest[0]
+        split[index] += 1
+        heapreplace(cheapest, (split[index] + extra[index], first, index))
     return tuple(split)
 
 

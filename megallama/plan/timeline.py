@@ -5,16 +5,38 @@ from __future__ import annotations
 from math import ceil, floor
 
 from megallama.config.schema import RunConfig
+from megallama.errors import UserError
 from megallama.plan.orders import Action, action_lists
 from megallama.plan.simulation import Span, bubble, kept, makespan, relative_seconds, simulate
-from megallama.plan.stages import stages
+from megallama.plan.stages import chunks, stages
 
 # Sums of floats differ by less from what they should be, and no action that does something takes less.
 _NOTHING = 1e-9
 
 
+MOST_WRITTEN = 100_000
+"""Micro-batches times stages: more are gigabytes, which nobody reads."""
+
+
+def refuse_long(config: RunConfig, micro_batches: int, most: int) -> None:
+    """UserError for a step of more than `most` micro-batches times stages, with the longest that is not."""
+    pipeline = config.parallel.pipeline
+    # A multiple of the pipeline, twice it at least: a number that every schedule takes.
+    longest = max(2, most // (pipeline * chunks(config.parallel)) // pipeline) * pipeline
+    if micro_batches > longest:
+        sequences = config.train.global_batch_size // micro_batches
+        raise UserError(
+            f"train.global_batch_size={config.train.global_batch_size} makes {micro_batches} micro-batches, too many "
+            f"to draw; nearest legal: train.global_batch_size={longest * sequences}"
+        )
+
+
 def timeline(config: RunConfig, micro_batches: int, width: int) -> str:
-    """The step of a run as `draw` shows it, with the share of waiting and what is kept under it."""
+    """The step of a run as `draw` shows it, with the share of waiting and what is kept under it.
+
+    UserError for one of too many micro-batches.
+    """
+    refuse_long(config, micro_batches, MOST_WRITTEN)
     lists = action_lists(config.parallel, micro_batches)
     spans = simulate(lists, relative_seconds(config))
     ideal = 1 / (1 - bubble(spans))

@@ -46,6 +46,15 @@ def test_failures_are_counted_until_a_checkpoint_is_newer(
     assert read_starts(tmp_path) == Starts("7", 40, 1)
 
 
+def test_a_run_directory_that_srun_would_misspell_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        begin(tmp_path / "a\\b")
+    assert "a\\b holds a backslash, which srun takes out of names; use another run.dir\n" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_starts_that_slurm_ends_are_no_failures_but_do_not_go_on_for_ever(tmp_path: Path) -> None:
     for count in range(1, 21):
         begin(tmp_path)

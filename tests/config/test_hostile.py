@@ -21,6 +21,7 @@ from megallama.config.check import check_config
 from megallama.config.keys import LEGAL_KEYS
 from megallama.config.load import dump_config, load_config
 from megallama.errors import UserError
+from megallama.plan.timeline import refuse_long
 from megallama.run_dir import check_run_dir
 from tests.checkpoint.test_hostile import mutated
 from tests.launching import ROOT
@@ -37,12 +38,14 @@ FOREIGN = {
     "num_attention_heads": 4,
     "rope_scaling": {"rope_type": "linear", "factor": 2.0},
 }
+META = {"dim": 64, "multiple_of": 32, "ffn_dim_multiplier": 1.5, "n_layers": 2, "n_heads": 4, "vocab_size": 256}
 TEXTS = st.sampled_from(
     [
         *("null", "true", "0", "-1", "1e400", ".inf", "-.inf", ".nan", "1e308", "1e-320", "9" * 40, "9" * 5000),
         *("0x1F", "1:30", "2020-01-01", "!!binary aGk=", "!!set {a}", "!!python/name:os.system", "<<", "*a", "&a 1"),
         *("? ", "- ", "[", "{", "]", '"', "'", "#", "%", "\t", "\r\n", "\n\n", "\ufeff", "\0", "\x1b[31m", "\x85"),
         *("\u2028", "\u202e", '"\\ud800"', '"\\0"', '"a\\nb"', "x" * 300, "é" * 200, "[" * 50, "{a: " * 30, "[1, 2]"),
+        *("!!timestamp x", "!!bool x", "!!int ''", "0x" + "f" * 5000, "1" + ":1" * 3000, "1" + ":1" * 3000 + ".5"),
         *("{a: 1}", "~", "|", ">", "3T", "1e9", "-5B", "chinchilla", "llama3", "zbvzerobubble", "dualpipev", "auto"),
         *("../..", "/", "parallel.tensor", "model:", "run: {dir: /dev/null/x}", "$(touch PWNED)", "`id`", "%j", "-x"),
     ]
@@ -97,7 +100,7 @@ def test_whatever_a_configuration_says_it_is_legal_or_a_sentence(data: st.DataOb
     path.write_text(config_text(base, data), encoding="utf-8", errors="surrogatepass", newline="")
     overrides = [word for word in data.draw(OVERRIDES) if "\0" not in word]  # no command line carries a zero byte
     if data.draw(st.integers(0, 9)) == 0:
-        foreign.write_text(json.dumps(mutated(FOREIGN, data)))
+        foreign.write_text(json.dumps(mutated(data.draw(st.sampled_from((FOREIGN, META))), data)))
         overrides.append("model={import: foreign.json}")
     words = [str(path), *(f"x{word}" if word.startswith("-") else word for word in overrides)]
     command = data.draw(st.sampled_from(("config", "plan", "launch", "train")))
@@ -149,6 +152,95 @@ def test_hostile_sizes_are_one_sentence(flag: str, value: str) -> None:
     code, _, err = run("plan", f"{flag}={value}")
     assert code == 2, value
     assert_one_sentence(err)
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("train.steps=0x" + "f" * 5000, "a number of 5002 characters; a run has none of more than 100"),
+        ("train.steps=1" + ":1" * 3000, "a number of 6001 characters"),
+        ("optimizer.lr=1" + ":1" * 3000 + ".5", "a number of 6003 characters"),
+        ("train.dtype=!!timestamp x", "the tag tag:yaml.org,2002:timestamp is not read here; leave it out"),
+        ("train.compile=!!bool x", "the tag tag:yaml.org,2002:bool is not read here"),
+        ("train.steps=!!int ''", "the tag tag:yaml.org,2002:int is not read here"),
+    ],
+    ids=["hexadecimal", "base 60", "base 60 with a point", "timestamp", "bool", "int"],
+)
+def test_what_yaml_cannot_build_is_one_sentence(word: str, sentence: str) -> None:
+    code, _, err = run("config", str(ROOT / "configs" / "debug.yaml"), word)
+    assert code == 2
+    assert sentence in err
+    assert_one_sentence(err)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (json.dumps(META | {"dim": 1e308}), "has dim=1e+308; expected a number from 1 to 10000000"),
+        (json.dumps(META | {"dim": 10**90}), "has dim=1000"),
+        (json.dumps(META | {"multiple_of": 1e-320}), "has multiple_of=1e-320; expected a number from 1 to"),
+        (json.dumps(META | {"ffn_dim_multiplier": []}), "has ffn_dim_multiplier=[]; expected a number from 0.001 to"),
+        (json.dumps(META | {"ffn_dim_multiplier": ""}), "has ffn_dim_multiplier=; expected a number from 0.001 to"),
+        (json.dumps(META | {"ffn_dim_multiplier": 1e308}), "has ffn_dim_multiplier=1e+308; expected"),
+        (json.dumps(FOREIGN | {"model_type": ["x" * 5000]}), "which is not Llama's; expected model_type=llama"),
+        ('{"hidden_size": ' + "9" * 5000 + "}", "model.import=foreign.json: a number of 5000 characters"),
+        ('{\n"hidden_size": ' + "[" * 100_000, "model.import=foreign.json, line 2: more than 20 levels"),
+        ('{"hidden_size": ' + "[" * 500 + "]" * 500 + "}", "model.import=foreign.json, line 1: more than 20 levels"),
+        ('{"hidden_size": "' + "[" * 500 + '"', "model.import=foreign.json: not legal JSON at line 1, column 519"),
+    ],
+)
+def test_an_import_that_overflows_is_one_sentence(content: str, sentence: str, folder: Path) -> None:
+    (folder / "foreign.json").write_text(content)
+    (folder / "imports.yaml").write_text("model: {import: foreign.json}\ndata: {path: x}\n")
+    code, _, err = run("config", str(folder / "imports.yaml"))
+    assert code == 2
+    assert sentence in err
+    assert_one_sentence(err)
+    assert len(err) < 300
+
+
+def test_a_step_too_long_to_draw_is_refused_with_the_longest(folder: Path) -> None:
+    config = str(ROOT / "configs" / "7b.yaml")
+    for mode in (["--timeline"], [f"--plot={folder / 'plan.png'}"]):
+        code, _, err = run("plan", config, "--gpus=128", *mode, "train.global_batch_size=1000000000")
+        assert code == 2
+        assert_one_sentence(err)
+        (longest,) = re.findall(r"too many to draw; nearest legal: train.global_batch_size=(\d+)", err)
+        refuse_long(load_config(config), int(longest) // 64, {"--timeline": 100_000}.get(mode[0], 10_000))
+    assert not (folder / "plan.png").exists()
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved1f1b", "zbvzerobubble"])
+def test_an_impossible_number_of_micro_batches_is_told_at_once(schedule: str) -> None:
+    words = [f"parallel.schedule={schedule}", "train.global_batch_size=1000000000", "train.micro_batch_size=1"]
+    words += ["parallel.tensor=1", "model.num_hidden_layers=64", "parallel.pipeline=7"]
+    code, _, err = run("config", str(ROOT / "configs" / "7b.yaml"), *words, "--gpus=7")
+    if schedule == "interleaved1f1b":
+        assert (
+            "cannot run over parallel.pipeline=7; nearest legal: train.global_batch_size=999999994 or 1000000001" in err
+        )
+    else:
+        assert code == 0, err
+
+
+def test_a_pipeline_of_more_stages_than_any_is_refused() -> None:
+    config = str(ROOT / "configs" / "7b.yaml")
+    deep = ["model.num_hidden_layers=10000", "parallel.tensor=1", "train.global_batch_size=4096"]
+    code, _, err = run("plan", config, *deep, "parallel.pipeline=5000", "--gpus=5000")
+    assert (code, err) == (2, "megallama: parallel.pipeline=5000 is not legal; expected at most 128\n")
+    more = ["parallel.pipeline=64", "parallel.schedule=interleaved1f1b", "parallel.chunks=100"]
+    code, _, err = run("plan", config, *deep, *more, "--gpus=64")
+    assert code == 2
+    assert "= 64 * 100 = 6400 stages are more than 512; nearest legal: parallel.chunks=8" in err
+
+
+@pytest.mark.parametrize(
+    "words", [("generate",), ("checkpoint", "list"), ("checkpoint", "verify"), ("plan", "--calibrate")]
+)
+def test_a_folder_whose_name_is_too_long_is_one_sentence(words: tuple[str, ...]) -> None:
+    code, _, err = run(*words, "x" * 300)
+    assert code == 2
+    assert re.fullmatch(rf"megallama: {'x' * 300}(/\w+(\.\w+)?)? is too long for the name of a file\n", err)
 
 
 def test_a_file_that_never_ends_is_no_configuration(folder: Path) -> None:

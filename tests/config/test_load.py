@@ -224,7 +224,10 @@ def test_a_bad_override_gets_one_sentence_whose_advice_loads(
         ("train: {seed: 1, seed: 2}\n", "the key seed is given twice"),
         ("a: &x [1]\nb: *x\n", "line 2, column 4: the alias *x is not read here"),
         ("model: [\n", "line 2, column 1: "),
-        ("model: !!python/object:os.system {}\n", "could not determine a constructor"),
+        (
+            "model: !!python/object:os.system {}\n",
+            "the tag tag:yaml.org,2002:python/object:os.system is not read here",
+        ),
         ("x: " + "[" * 20000, "line 1, column 23: more than 20 levels, which no run has"),
         ("trian: {steps: 3}\n", "unknown key trian; did you mean train?"),
         ("lr: 3\n", "unknown key lr; did you mean optimizer.lr?"),
