@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NoReturn
 
-from megallama.errors import SharedError, UnreachableError, UserError
+from megallama.errors import SharedError, UnreachableError, UserError, refuse_hidden
 from megallama.parallel.door import open_door
 from megallama.parallel.launch import Launch
 from megallama.signals import Signals, end_by_signals, hold_all_signals, hold_signals
@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None, launch: Launch | None = None) -
         "--local_rank", help=argparse.SUPPRESS
     )  # the deepspeed launcher adds it; the environment counts
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that win over the file")
+    refuse_hidden(
+        sys.argv[1:] if arguments is None else arguments
+    )  # argparse prints what it does not know as it stands
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)
     from megallama.start import start

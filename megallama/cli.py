@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +15,7 @@ from megallama.checkpoint.cli import checkpoint_app
 from megallama.cluster.cli import launch
 from megallama.config.cli import config
 from megallama.data.cli import data_app, tokenizer_app
-from megallama.errors import UserError
+from megallama.errors import UserError, refuse_hidden
 from megallama.plan.cli import plan
 
 _INTERRUPTED = 130
@@ -93,9 +95,17 @@ def generate(
     typer.echo(write(model, tokenizer, prompt, max_tokens, sampling))
 
 
+def _names(words: Sequence[str]) -> list[str]:
+    """The words of a command but its prompt: that is text, which may have lines."""
+    return [
+        word for before, word in pairwise(["", *words]) if before != "--prompt" and not word.startswith("--prompt=")
+    ]
+
+
 def main() -> None:
     """Run a command; a user's mistake ends in one sentence and exit code 2, a Ctrl-C in one and 130."""
     try:
+        refuse_hidden(_names(sys.argv[1:]))
         app()
     except UserError as error:
         print(f"megallama: {error}", file=sys.stderr)

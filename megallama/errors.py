@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -15,6 +15,13 @@ def check_printable(option: str, name: str) -> None:
     """UserError where the `name` of a file that the words of `option` are to make does not print."""
     if not name.isprintable():
         raise UserError(f"{option} {name} holds line ends or other characters that do not print; use another name")
+
+
+def refuse_hidden(words: Sequence[str]) -> None:
+    """UserError for the first word of a command line that holds a character that does not print."""
+    for word in words:
+        if not word.isprintable():
+            raise UserError(f"{word} holds a character that does not print; give it, or its file, another name")
 
 
 class UserError(ValueError):

@@ -6,7 +6,7 @@ import resource
 
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.run_dir import checkpoint_bytes
+from megallama.room import checkpoint_bytes
 
 LEAST_OPEN_FILES = 128
 """A rank alone takes 40."""

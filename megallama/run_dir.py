@@ -1,9 +1,8 @@
-"""The run directory: room for a checkpoint, one run at a time, and a record of what runs there."""
+"""The run directory: one run at a time, and a record of what runs there."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,32 +23,6 @@ from megallama.outcome import Reached, write_failure, write_outcome
 from megallama.parallel.mesh import ParallelMesh
 from megallama.parallel.plain import from_first
 from megallama.peak import Peak
-from megallama.plan.params import count_parameters
-
-CHECKPOINT_BYTES = 12
-"""Per parameter: weight and two moments in fp32."""
-
-
-def check_run_dir(config: RunConfig) -> None:
-    """UserError where the run directory cannot be made or written to, or has no room for a checkpoint."""
-    folder = Path(config.run.dir)
-    # Also a link that leads nowhere is there: no folder can be made in its place.
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir():
-        raise UserError(f"run.dir={folder} cannot be made: {there} is not a folder; use another run.dir")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"run.dir={folder} cannot be written: {there} is read-only for this user; use another run.dir")
-    free, needed = shutil.disk_usage(there).free, checkpoint_bytes(config)
-    if free < needed:
-        raise UserError(
-            f"run.dir={folder} has {free / 1e9:.2f} GB of free disk, and a checkpoint takes {needed / 1e9:.2f} GB; "
-            "free some, or use another run.dir"
-        )
-
-
-def checkpoint_bytes(config: RunConfig) -> int:
-    """What one checkpoint takes, names and places of tensors left out."""
-    return CHECKPOINT_BYTES * count_parameters(config.model).total
 
 
 @contextmanager

@@ -50,7 +50,8 @@ from megallama.plan.budget import schedule_batch, total_steps
 from megallama.plan.flops import flops_per_token
 from megallama.plan.stages import stages
 from megallama.requests import Requests, Wishes
-from megallama.run_dir import check_run_dir, checkpoint_bytes, locked, recorded
+from megallama.room import check_run_dir, checkpoint_bytes
+from megallama.run_dir import locked, recorded
 from megallama.schedule import next_rate
 from megallama.watchdog import Watchdog
 

@@ -17,6 +17,9 @@ trap 'cancelled=yes' TERM
 [ $# -ge 1 ] || refuse "run.sh needs a CONFIG; submit one of the files beside it: sbatch slurm/7b.sh"
 config=$1
 shift
+case $config in
+  -*) config=./$config ;; # no option of those who get it
+esac
 [ -n "${SLURM_JOB_ID:-}" ] || refuse "not inside a Slurm job; submit it: sbatch slurm/7b.sh"
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || refuse "a job array would train one run many times; submit without --array, and" \
   "once more with --dependency=singleton for each job that is to follow"

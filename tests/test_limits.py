@@ -13,7 +13,7 @@ import pytest
 from megallama.config.load import load_config
 from megallama.errors import UserError
 from megallama.limits import check_limits
-from megallama.run_dir import checkpoint_bytes
+from megallama.room import checkpoint_bytes
 from tests.launching import PRETRAIN, arguments, events, execute, pretrain
 
 FILE_LIMIT = 10_000_000

@@ -14,7 +14,7 @@ from megallama.config.load import load_config
 from megallama.errors import UserError
 from megallama.lock import LOCK, RunLock
 from megallama.outcome import OUTCOME, write_failure, write_outcome
-from megallama.run_dir import check_run_dir
+from megallama.room import check_run_dir
 
 NOBODY = 65534
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -10,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megallama.cluster.job_file import Allocation, job_file, log_of
-from megallama.config.load import load_config
-from megallama.errors import UserError
+from megallama.cluster.job_file import Allocation, job_file
 from tests.launching import BIN
 
 ROOT = Path(__file__).parent.parent
@@ -57,67 +54,12 @@ def test_a_written_job_file_asks_for_what_the_shipped_one_asks(script: Path, tmp
     assert written == asked
 
 
-HOSTILE = [
-    *("x y", "x'y", 'x"y', "x$(touch PWNED)", "x`touch PWNED`", "x;touch PWNED", "x&&touch PWNED", "x|touch PWNED"),
-    *("x\\", "-x", "--wrap=touch PWNED", "x*", "~", "$HOME", "#x", "%j", "x #y", "é", "x" * 200),
-]
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_job_file_runs_nothing_that_a_name_says(name: str, tmp_path: Path) -> None:
-    """Its words reach run.sh as they are, and every other line is a comment; or the name is refused."""
-    checkout = tmp_path / "checkout"
-    (checkout / "slurm").mkdir(parents=True)
-    (checkout / "slurm" / "run.sh").write_text('printf "%s\\0" "$@" > words\n')
-    allocation = Allocation(1, 1, False, "1:00:00", 60, [f"--comment={name}"])
-    words = [f"run.dir={name}", name]
-    run_dir = Path("/runs") / name
-    if "'" in name or "\\" in name:
-        with pytest.raises(UserError, match="which no line of a job file can carry"):
-            job_file(Path(name), words, run_dir, log_of(run_dir), allocation)
-        return
-    text = job_file(Path(name), words, run_dir, log_of(run_dir), allocation)
-    (tmp_path / "job.sh").write_text(text)
-    subprocess.run(
-        ["bash", tmp_path / "job.sh"], cwd=tmp_path, env={"SLURM_SUBMIT_DIR": str(checkout), **os.environ}, check=True
-    )
-    first, *others = (tmp_path / "words").read_text().split("\0")
-    assert first in (name, f"./{name}")
-    assert not first.startswith("-")
-    assert others == [*words, ""]
-    assert not list(tmp_path.rglob("PWNED"))
-    code = [line for line in text.splitlines() if not line.startswith("#")]
-    assert [line.split()[0] for line in code] == ["export", "exec"]
-    assert f"{name.replace('%', '%%')}/logs/job-%j.log" in text
-
-
-@pytest.mark.parametrize("char", ["\n", "\r", "\0", "\x1b", "\x85", "\u2028", "\u202e"])
-def test_what_would_end_a_line_of_a_job_file_is_in_no_name_and_no_option(char: str, tmp_path: Path) -> None:
-    hostile = f"runs/x{char}touch PWNED{char}"
-    with pytest.raises(UserError, match="line ends, control characters") as refused:
-        load_config(ROOT / "configs" / "debug.yaml", [f"run.dir={json.dumps(hostile)}"])
-    assert str(refused.value).isprintable()
-    allocation = Allocation(1, 1, False, "1:00:00", 60, [f"--comment=x{char}touch PWNED"])
-    with pytest.raises(UserError, match="which no line of a job file can carry") as refused:
-        job_file(Path("c.yaml"), [], Path("/runs/x"), "%x.log", allocation)
-    assert str(refused.value).isprintable()
-
-
-@pytest.mark.parametrize(
-    "name", ["x" * 256, "é" * 128, f"{'x' * 200}/" * 5], ids=["a component", "of two bytes each", "a path"]
-)
-def test_a_name_that_linux_has_no_room_for_is_refused_before_anything_is_looked_at(name: str) -> None:
-    for key in ("run.dir", "data.path", "data.tokenizer", "checkpoint.init_from"):
-        with pytest.raises(UserError, match="names of at most 255 bytes, 1000 in a path"):
-            load_config(ROOT / "configs" / "debug.yaml", [f"{key}={name}"])
-
-
 def test_without_slurm_there_is_one_sentence(tmp_path: Path) -> None:
     found = _bash(tmp_path, ROOT / "slurm" / "7b.sh", PATH=os.environ["PATH"])
     assert found.returncode == 2
     assert found.stderr == "megallama: not inside a Slurm job; submit it: sbatch slurm/7b.sh\n"
     launched = subprocess.run(
-        [BIN / "megallama", "launch", "configs/7b.yaml", f"run.dir={tmp_path / 'run'}"],
+        [BIN / "megallama", "launch", "configs/debug.yaml", "--per-node=1", f"run.dir={tmp_path / 'run'}"],
         cwd=ROOT,
         env={"PATH": "/usr/bin", "HOME": str(tmp_path)},
         capture_output=True,
@@ -161,6 +103,22 @@ def test_a_container_is_around_every_command_on_the_nodes(image: str, words: str
         assert any(what in call for call in calls)
     for call in calls:
         assert words.format(root=ROOT) in call
+
+
+def test_names_reach_the_nodes_as_they_are(tmp_path: Path) -> None:
+    """A config that begins as an option does, a run directory that srun would take for a pattern."""
+    checkout, run_dir = tmp_path / "checkout", tmp_path / "%j 'a' $(touch PWNED)"
+    shutil.copytree(ROOT / "slurm", checkout / "slurm")
+    shutil.copy(ROOT / "configs" / "debug.yaml", checkout / "-c.yaml")
+    _stand_in(tmp_path, srun=SRUN, scontrol=SCONTROL)
+    variables = {**JOB, "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_NUM_NODES": "2", "SAID": str(tmp_path / "said")}
+    path = f"{tmp_path / 'bin'}:{BIN}:{os.environ['PATH']}"
+    found = _bash(checkout, checkout / "slurm" / "run.sh", "-c.yaml", f"run.dir={run_dir}", PATH=path, **variables)
+    assert "megallama: " not in found.stderr
+    preflight = (tmp_path / "said").read_text().splitlines()[0]
+    assert f"--output={tmp_path}/%%j 'a' $(touch PWNED)/logs/{os.getpid()}-0-preflight.log" in preflight
+    assert preflight.endswith(f"n1,n2 ./-c.yaml run.dir={run_dir} ")
+    assert sorted(path.name for path in checkout.iterdir()) == ["-c.yaml", "slurm"]
 
 
 JOB = {

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megallama.cluster.job_file import JOB_FILE, Allocation, job_file, log_of
+from megallama.cluster.job_file import JOB_FILE, Allocation, job_file, log_of, log_pattern
 from megallama.cluster.queue import Job, cancel_waiting, my_jobs, of_run, submit
 from megallama.cluster.starts import read_starts
-from megallama.errors import UserError
+from megallama.errors import UserError, printable
 from megallama.lock import beside, output_lock
 from megallama.outcome import OUTCOME, STOP_FILE
 from megallama.plan.budget import total_steps
@@ -49,6 +49,7 @@ def launch(
     from megallama.checkpoint.state import seen_before
     from megallama.config.check import check_config
     from megallama.config.load import load_config
+    from megallama.room import check_run_dir
 
     config = load_config(config_path, overrides or ())
     run_dir = Path(config.run.dir).absolute()
@@ -68,10 +69,11 @@ def launch(
         allocation = Allocation(
             asked, per_node, config.train.device != "cpu", limit, signal_seconds, tuple(option or ())
         )
-        text = job_file(config_path, overrides or (), run_dir, log_of(run_dir), allocation)
+        text = job_file(config_path, overrides or (), run_dir, log_pattern(run_dir), allocation)
         if dry_run:
             typer.echo(text, nl=False)
         else:
+            check_run_dir(config)
             send(run_dir, text, chain)
 
 
@@ -91,7 +93,7 @@ def send(run_dir: Path, text: str, chain: int) -> None:
         put(path, text.encode())
         in_a_row = ["--dependency=singleton"] if chain > 1 else []
         sent = [submit(*in_a_row, str(path)) for _ in range(chain)]
-    typer.echo(f"job {', '.join(sent)}: {path}; its log is {run_dir}/logs/job-{sent[0]}.log")
+    typer.echo(f"job {', '.join(sent)}: {path}; its log is {log_of(run_dir, sent[0])}")
 
 
 def jobs_of(run_dir: Path) -> list[Job]:
@@ -122,7 +124,7 @@ def reached(config: RunConfig, run_dir: Path) -> str:
 def _ending(run_dir: Path) -> str:
     with suppress(OSError, ValueError, KeyError):
         outcome = json.loads((run_dir / OUTCOME).read_text())
-        reason = f": {outcome['reason']}" if outcome["reason"] else ""
+        reason = f": {printable(outcome['reason'])}" if outcome["reason"] else ""
         return f"last start: {outcome['status']} at step {outcome['step']}{reason}"
     return "it has not begun to train"
 

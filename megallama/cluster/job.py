@@ -15,13 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from megallama.checkpoint.state import newest_seen
+from megallama.cluster.job_file import log_pattern
 from megallama.cluster.starts import Starts, newest_step, read_starts, write_starts
 from megallama.cluster.verdict import bad_nodes, read_reports, refuse_apart
 from megallama.config.check import check_config
 from megallama.config.load import load_config
-from megallama.errors import UserError
+from megallama.errors import UserError, printable
 from megallama.outcome import BY_STOP_FILE, OUTCOME
 from megallama.plan.budget import total_steps
+from megallama.room import check_run_dir
 
 MOST_FAILURES = 3
 MOST_STARTS = 20
@@ -37,8 +39,8 @@ def begin(arguments: argparse.Namespace) -> None:
     nodes, per_node = arguments.nodes, arguments.ranks_per_node
     config = load_config(arguments.config, arguments.overrides)
     run_dir = Path(config.run.dir).absolute()
-    if "\\" in str(run_dir):
-        raise UserError(f"run.dir={run_dir} holds a backslash, which srun takes out of names; use another run.dir")
+    log_pattern(run_dir)
+    check_run_dir(config)
     seen = newest_seen(run_dir / "checkpoints")
     try:
         check_config(config, nodes * per_node, seen)
@@ -73,7 +75,7 @@ def nodes(arguments: argparse.Namespace) -> None:
     bad = bad_nodes(reports, expected)
     for node, reasons in bad.items():
         print(node)
-        print(f"{node} cannot take part: {'; '.join(reasons)}", file=sys.stderr)
+        print(f"{node} cannot take part: {printable('; '.join(reasons))}", file=sys.stderr)
     if len(bad) > 1 and 2 * len(bad) > len(expected):
         first = next(iter(bad))
         raise UserError(
@@ -94,10 +96,11 @@ def after(arguments: argparse.Namespace) -> None:
         print("stopped by the file STOP: submit the job again to go on", file=sys.stderr)
     elif status == "requeue" or _may_fail_again(run_dir, arguments.most_failures):
         print(REQUEUE)
-        print(f"start again: {reason}", file=sys.stderr)
+        print(f"start again: {printable(reason)}", file=sys.stderr)
     else:
         print(END, code or 1)
-        print(f"megallama: {_led_nowhere(read_starts(run_dir), run_dir)}; the last one: {reason}", file=sys.stderr)
+        why = f"{_led_nowhere(read_starts(run_dir), run_dir)}; the last one: {reason}"
+        print(f"megallama: {printable(why)}", file=sys.stderr)
 
 
 def _may_fail_again(run_dir: Path, most_failures: int) -> bool:

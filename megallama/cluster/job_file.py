@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megallama.errors import UserError
+from megallama.errors import UserError, refuse_hidden
 
 JOB_FILE = "job.sh"
 """In the run directory."""
@@ -34,16 +34,26 @@ def job_name(run_dir: Path) -> str:
     return "megallama-" + re.sub(r"[^A-Za-z0-9._-]", "_", run_dir.name)
 
 
-def log_of(run_dir: Path) -> str:
-    """The log of each of a run's jobs, as sbatch takes it: `%j` is the job's number, and any other `%` is one."""
-    return f"{str(run_dir).replace('%', '%%')}/logs/job-%j.log"
+def log_of(run_dir: Path, job: str) -> str:
+    """The log of a job of `megallama launch`, by its number."""
+    return f"{run_dir}/logs/job-{job}.log"
+
+
+def log_pattern(run_dir: Path) -> str:
+    """`log_of` the job, as sbatch and srun take it: `%j` is the job's number, and any other `%` is one.
+
+    UserError for a backslash, which makes them take all of it as it stands.
+    """
+    if "\\" in str(run_dir):
+        raise UserError(f"run.dir={run_dir} holds a backslash, which Slurm takes in no log's name; use another run.dir")
+    return log_of(Path(str(run_dir).replace("%", "%%")), "%j")
 
 
 def job_file(config: Path, overrides: Sequence[str], run_dir: Path, log: str, allocation: Allocation) -> str:
     """Its text. It calls slurm/run.sh of the folder that it is submitted from; words after the file are overrides.
 
-    Slurm makes no folder for `log`, and runs no job whose log it cannot open. UserError for an option that a line of
-    sbatch cannot carry.
+    `log` is a pattern of sbatch's, see `log_pattern`. Slurm makes no folder for it, and runs no job whose log it cannot
+    open. UserError for a word that would end its line, or that sbatch would take for something else than an option.
     """
     asked = [
         f"--job-name={job_name(run_dir)}",
@@ -59,29 +69,25 @@ def job_file(config: Path, overrides: Sequence[str], run_dir: Path, log: str, al
         "--open-mode=append",
         *allocation.options,
     ]
+    words = [str(config), *overrides]
+    refuse_hidden([*words, *asked])
     ranks = [] if allocation.gpus else [f"export MEGALLAMA_NPROC_PER_NODE={allocation.ranks_per_node}"]
     return "\n".join(
         [
             "#!/usr/bin/env bash",
             *(f"#SBATCH {_quoted(option)}" for option in asked),
             *ranks,
-            f'exec bash "$SLURM_SUBMIT_DIR/slurm/run.sh" {shlex.join([_no_option(str(config)), *overrides])} "$@"',
+            f'exec bash "$SLURM_SUBMIT_DIR/slurm/run.sh" {shlex.join(words)} "$@"',
             "",
         ]
     )
 
 
 def _quoted(option: str) -> str:
-    """An option in a line that begins with #SBATCH. The line is a comment to the shell: what follows it would run."""
-    if not option.startswith("-"):
-        raise UserError(f"--option={option} is no option of sbatch; write for example --option=--partition=gpu")
-    for char in option:
-        if not char.isprintable() or char in "'\\":
-            raise UserError(
-                f"the option {option} of sbatch holds {char!r}, which no line of a job file can carry; use another name"
-            )
-    return shlex.quote(option)
+    """An option in a line that begins with #SBATCH. The line is a comment to the shell: what follows it would run.
 
-
-def _no_option(path: str) -> str:
-    return f"./{path}" if path.startswith("-") else path
+    As sbatch reads it, which is not as a shell does: a backslash counts within quotes.
+    """
+    if not option.startswith("-") or option.startswith("--wrap"):
+        raise UserError(f"--option={option} is no option of a job file; write one as --option=--partition=gpu")
+    return shlex.quote(option).replace("\\", "\\\\")

@@ -53,11 +53,13 @@ def my_jobs() -> list[Job]:
 
 
 _SEPARATOR = "\x1f"
+_WIDEST = 4096
+"""Of a path, on Linux."""
 
 
 def _long(fields: str) -> str:
     """Fields of squeue's --Format without its cut at 20 characters."""
-    return ",".join(f"{field}:1000{_SEPARATOR}" for field in fields.split(","))
+    return ",".join(f"{field}:{_WIDEST}{_SEPARATOR}" for field in fields.split(","))
 
 
 def _call(*words: str) -> str:

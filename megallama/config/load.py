@@ -226,7 +226,7 @@ def _refuse_comment(key: str, text: str) -> None:
     if "#" in text:
         node = yaml.compose(text, Loader=_Loader)
         if text[node.end_mark.index if node else 0 :].strip():
-            raise UserError(f"{key}={as_typed(text)}: YAML reads no further than the #; write it in quotes, '\"...\"'")
+            raise UserError(f"{key}={as_typed(text)}: YAML reads no further than the #; write {key}={json.dumps(text)}")
 
 
 def _resolve_import(tree: Tree, folder: Path) -> None:

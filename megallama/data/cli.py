@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from megallama.errors import printable
+
 Sources = Annotated[
     list[str],
     typer.Argument(metavar="SOURCE...", help="`stdlib`, a .txt, .jsonl, .jsonl.gz or .jsonl.zst file, or a folder."),
@@ -112,4 +114,4 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(facts))
         return
     for name, value in facts.items():
-        typer.echo(f"{name:12} {'unknown' if value is None else value}")
+        typer.echo(f"{name:12} {'unknown' if value is None else printable(str(value))}")

@@ -22,7 +22,7 @@ from megallama.config.keys import LEGAL_KEYS
 from megallama.config.load import dump_config, load_config
 from megallama.errors import UserError
 from megallama.plan.timeline import refuse_long
-from megallama.run_dir import check_run_dir
+from megallama.room import check_run_dir
 from tests.checkpoint.test_hostile import mutated
 from tests.launching import ROOT
 

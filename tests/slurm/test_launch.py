@@ -14,18 +14,24 @@ from tests.slurm.runs import STEPS, small, wait_for_steps
 
 pytestmark = pytest.mark.slurm
 
+ODD = "a 100%j, $(touch PWNED) `run` 'a' \"b\" *;n#1é"
+"""What a shell, sbatch and srun would each take for something else."""
+
 
 def test_launch_sends_shows_and_stops_a_run_which_goes_on_later(
     cluster: Cluster, byte_dataset: str, straight_tp2: Path, tmp_path: Path
 ) -> None:
-    run_dir = tmp_path / 'a $(touch PWNED) `run` of 100%j n#1 "x" *'
+    run_dir = tmp_path / ODD
     words = ["configs/7b.yaml", *small(byte_dataset, run_dir)]
 
     def launch(*more: str, check: bool = True) -> str:
         return cluster.call("megallama", "launch", *words, *more, check=check, timeout=120, MEGALLAMA_PREFLIGHT="no")
 
-    sent = launch("--nodes", "2", "--per-node", "1", "--chain", "2", "--option=--nodelist=n1,n2")
+    options = ["--option=--nodelist=n1,n2", f"--option=--comment={ODD} a\\b"]
+    sent = launch("--nodes", "2", "--per-node", "1", "--chain", "2", *options)
     assert f"{run_dir}/job.sh" in sent
+    job = sent.removeprefix("job ").partition(",")[0]
+    assert f"Comment={ODD} a\\b" in cluster.call("scontrol", "show", "job", job)
     assert "already; see it with --status" in launch("--nodes", "2", "--per-node", "1", check=False)
     wait_for_steps(cluster, run_dir, 5)
     status = launch("--status")
