@@ -54,7 +54,7 @@ def verify_command(
 ) -> None:
     """Read checkpoints to the last byte: hashes, every tensor of the model once, every number finite.
 
-    Exit code 1 if one is damaged. Example: megallama checkpoint verify runs/quickstart
+    Exit code 2 if one is damaged. Example: megallama checkpoint verify runs/quickstart
     """
     from megallama.checkpoint.inspect import inspect
     from megallama.checkpoint.listing import checkpoints_at
@@ -71,7 +71,7 @@ def verify_command(
     if as_json:
         checkpoints = [{"path": path, "sound": not reasons, "reasons": reasons} for path, reasons in verdicts.items()]
         typer.echo(json_of({"passed": passed, "checkpoints": checkpoints}))
-    raise typer.Exit(0 if passed else 1)
+    raise typer.Exit(0 if passed else 2)
 
 
 @checkpoint_app.command("show")

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megallama.config.keys import as_typed
 from megallama.config.schema import MOST_STAGES, ModelConfig, RunConfig
 from megallama.errors import UserError
 from megallama.plan.budget import NOTHING_SEEN, Seen, schedule_batch, schedule_steps, total_steps
@@ -174,8 +175,8 @@ def _check_stages(config: RunConfig, world_size: int) -> None:
     if isinstance(split, tuple) and (len(split) != stages or sum(split) != model.num_hidden_layers):
         even = ", ".join(map(str, balanced(model.num_hidden_layers, stages, 0.0)))
         raise UserError(
-            f"parallel.layers_per_stage={list(split)} has {len(split)} stages and {sum(split)} layers; {words} and "
-            f"model.num_hidden_layers={model.num_hidden_layers}, so use for example [{even}]"
+            f"parallel.layers_per_stage={as_typed(list(split))} has {len(split)} stages and {sum(split)} layers; "
+            f"{words} and model.num_hidden_layers={model.num_hidden_layers}, so use for example [{even}]"
         )
 
 

@@ -80,12 +80,12 @@ def unknown_key(key: str) -> str:
     """The sentence about a key that no run has, ending in the nearest or in all that could stand there."""
     near = _near(key)
     if near:
-        return f"unknown key {key}; did you mean {_or(near)}?"
+        return f"unknown key {_cut(key)}; did you mean {_or(near)}?"
     parent = key.rpartition(".")[0]
     while parent not in _PARENTS:
         parent = parent.rpartition(".")[0]
     siblings = [legal.rpartition(".")[2] for legal in LEGAL_KEYS if legal.rpartition(".")[0] == parent]
-    return f"unknown key {key}; legal {f'in {parent}' if parent else 'sections'}: {', '.join(siblings)}"
+    return f"unknown key {_cut(key)}; legal {f'in {parent}' if parent else 'sections'}: {', '.join(siblings)}"
 
 
 def explain(error: ValidationError) -> str:
@@ -176,6 +176,10 @@ def as_typed(value: Any) -> str:
     """A value as it stands in YAML, cut where it is long."""
     bare = isinstance(value, str) and not value.isdigit() and value.isprintable()
     text = value if bare else json.dumps(value, default=str)
+    return _cut(text)
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

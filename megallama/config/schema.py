@@ -51,7 +51,7 @@ def _tokens_from_text(value: object) -> object:
     return whole
 
 
-MOST_LAYERS, MOST_WIDTH, MOST_SEQUENCES, MOST_RANKS, MOST_STEPS = 10_000, 10**7, 10**9, 10**6, 10**12
+MOST_LAYERS, MOST_WIDTH, MOST_SEQUENCES, MOST_RANKS, MOST_STEPS = 2_000, 10**7, 10**9, 10**6, 10**12
 """Far beyond any run: a number above them is a slip of the hand, and would keep a plan busy for hours."""
 MOST_PIPELINE, MOST_STAGES = 128, 512
 """A plan lays every action of every rank out in time."""

@@ -225,13 +225,21 @@ def test_an_impossible_number_of_micro_batches_is_told_at_once(schedule: str) ->
 
 def test_a_pipeline_of_more_stages_than_any_is_refused() -> None:
     config = str(ROOT / "configs" / "7b.yaml")
-    deep = ["model.num_hidden_layers=10000", "parallel.tensor=1", "train.global_batch_size=4096"]
+    deep = ["model.num_hidden_layers=1900", "parallel.tensor=1", "train.global_batch_size=4096"]
     code, _, err = run("plan", config, *deep, "parallel.pipeline=5000", "--gpus=5000")
     assert (code, err) == (2, "megallama: parallel.pipeline=5000 is not legal; expected at most 128\n")
-    more = ["parallel.pipeline=64", "parallel.schedule=interleaved1f1b", "parallel.chunks=100"]
+    more = ["parallel.pipeline=64", "parallel.schedule=interleaved1f1b", "parallel.chunks=29"]
     code, _, err = run("plan", config, *deep, *more, "--gpus=64")
     assert code == 2
-    assert "= 64 * 100 = 6400 stages are more than 512; nearest legal: parallel.chunks=8" in err
+    assert "= 64 * 29 = 1856 stages are more than 512; nearest legal: parallel.chunks=8" in err
+
+
+def test_a_sentence_is_short_whatever_it_quotes() -> None:
+    config, numbers = str(ROOT / "configs" / "7b.yaml"), list(range(1, 2001))
+    for override in (f"parallel.layers_per_stage={numbers}", f"train.{'x' * 3000}=1", f"data.path={numbers}"):
+        code, _, err = run("plan", config, override)
+        assert code == 2
+        assert len(err) < 500
 
 
 @pytest.mark.parametrize(
