@@ -51,7 +51,9 @@ def test_a_run_directory_that_srun_would_misspell_is_refused(
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         begin(tmp_path / "a\\b")
-    assert "a\\b holds a backslash, which srun takes out of names; use another run.dir\n" in capsys.readouterr().err
+    assert (
+        "a\\b holds a backslash, which Slurm takes in no log's name; use another run.dir\n" in capsys.readouterr().err
+    )
     assert list(tmp_path.iterdir()) == []
 
 
