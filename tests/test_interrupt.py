@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -43,17 +44,22 @@ def test_a_build_ends_in_one_sentence_and_goes_on_later(moment: str, tmp_path: P
 
 
 def test_other_commands_end_in_one_sentence(tmp_path: Path) -> None:
-    """Here one that reads its configuration, which never comes to an end."""
-    os.mkfifo(tmp_path / "run.yaml")
+    """Here one whose output nobody takes, which begins to write it and waits."""
+    taken, given = os.pipe()
+    fcntl.fcntl(given, fcntl.F_SETPIPE_SZ, 4096)
     with (tmp_path / "err").open("w") as err:
         process = subprocess.Popen(
-            [str(BIN / "megallama"), "config", str(tmp_path / "run.yaml")],
+            [str(BIN / "megallama"), "config", "--schema"],
             cwd=ROOT,
             env=clean_environment(tmp_path),
+            stdout=given,
             stderr=err,
             start_new_session=True,
         )
-    with (tmp_path / "run.yaml").open("w"):  # it has opened it too
+    os.close(given)
+    with os.fdopen(taken, "rb") as output:
+        output.read(1)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(30) == 130
+        output.read()
+    assert process.wait(30) == 130
     assert (tmp_path / "err").read_text() == "megallama: ended by Ctrl-C; the same command starts again\n"
