@@ -25,15 +25,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from megallama.config.check import check_config
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.model.chunks import Chunks
+from megallama.layout.check import check_config
+from megallama.layout.topology import Topology
+from megallama.model.stages import Chunks
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ParallelMesh, build_mesh
 from megallama.parallel.spawn import run_ranks
-from megallama.parallel.topology import Topology
 
 Way = Literal["fp32", "hand-over", "hand-over at the end", "grad_dtype"]
 WAYS: tuple[Way, ...] = ("hand-over", "hand-over at the end", "grad_dtype")
@@ -53,12 +53,12 @@ def measure(launch: Launch, config: RunConfig, way: Way) -> Found:
     """One step's gradients of this rank."""
     device = torch.device("cpu")
     launch.prepare(device)
-    import megallama.engine
-    from megallama.train import build_model  # brings deepspeed with it, which looks for a device: after `prepare`
+    import megallama.train.engine
+    from megallama.train.loop import build_model  # brings deepspeed with it, which looks for a device: after `prepare`
 
     if way == "grad_dtype":
-        plain = megallama.engine.deepspeed_config
-        megallama.engine.deepspeed_config = lambda config, dp: (
+        plain = megallama.train.engine.deepspeed_config
+        megallama.train.engine.deepspeed_config = lambda config, dp: (
             plain(config, dp) | {"bf16": {"enabled": True, "immediate_grad_update": False}}
         )
     batching = check_config(config, launch.world_size)

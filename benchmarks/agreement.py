@@ -16,16 +16,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megallama.agreement import check_same, facts_of
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.data.build import build_dataset
 from megallama.data.tokenizer import load_tokenizer
+from megallama.layout.topology import Topology
 from megallama.parallel.join import join
 from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import run_ranks
-from megallama.parallel.topology import Topology
-from megallama.train import open_data
+from megallama.train.agreement import check_same, facts_of
+from megallama.train.loop import open_data
 
 MILLISECOND = 1e-3
 

@@ -34,26 +34,26 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megallama.checkpoint.commit import Retention
 from megallama.checkpoint.format import folder_name
 from megallama.checkpoint.logical import logical_state
-from megallama.checkpoint.saver import Saver
+from megallama.checkpoint.reading.store import load
 from megallama.checkpoint.state import DataIdentity, TrainState, state_document
-from megallama.checkpoint.store import load
 from megallama.checkpoint.tensors import is_weight
-from megallama.config.check import check_config
+from megallama.checkpoint.writing.commit import Retention
+from megallama.checkpoint.writing.saver import Saver
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.model.chunks import Chunks
+from megallama.layout.check import check_config
+from megallama.layout.counts import count_parameters
+from megallama.layout.topology import Topology
+from megallama.model.stages import Chunks
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ParallelMesh, build_mesh, pick_device
 from megallama.parallel.spawn import run_ranks
-from megallama.parallel.topology import Topology
-from megallama.plan.params import count_parameters
 
 if TYPE_CHECKING:
-    from megallama.engine import Engine, Fragment
+    from megallama.train.engine import Engine, Fragment
 
 BYTES_PER_PARAMETER = 12.1
 """Most that a checkpoint of fp32 weights and two moments may take, where the model is not small."""
@@ -91,7 +91,7 @@ def measure(
 ) -> dict[str, list[Turn]]:
     """The turns of every contender, as one rank of the job sees them."""
     launch.prepare(device)
-    from megallama.train import build_model  # brings deepspeed with it, which looks for a device: after `prepare`
+    from megallama.train.loop import build_model  # brings deepspeed with it, which looks for a device: after `prepare`
 
     batching, parallel = check_config(config, launch.world_size), config.parallel
     mesh = build_mesh(Topology(pp=parallel.pipeline, dp=batching.dp_size, tp=parallel.tensor), launch, device)

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megallama.config.check import check_config
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.data.loader import MicroBatch
-from megallama.metrics import Metrics
+from megallama.layout.check import check_config
+from megallama.layout.topology import Topology
+from megallama.model.init import initialise
 from megallama.model.llama import Llama
-from megallama.parallel.init import initialise
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh
-from megallama.parallel.topology import Topology
-from megallama.peak import Peak
+from megallama.train.device_peak import Peak
+from megallama.train.metrics import Metrics
 
 NAMES = ("engine", "bare", "transformers", "engine-compile", "bare-compile", "transformers-compile")
 
@@ -67,7 +67,7 @@ def build(name: str, config: RunConfig, device: torch.device) -> Step:
 def engine_step(config: RunConfig, device: torch.device) -> Step:
     """megallama's own training step, in a world of one process."""
     # Imported here: it brings deepspeed with it, of which the other contenders stay free.
-    from megallama.train import Run, build_model, train_step
+    from megallama.train.loop import Run, build_model, train_step
 
     batching = check_config(config, 1)
     mesh = build_mesh(Topology(), Launch(), device)

@@ -24,12 +24,12 @@ from rich.table import Table
 
 from megallama.data.build import build_dataset
 from megallama.errors import UserError
-from megallama.plan.calibrate import calibrate
+from megallama.layout.counts import count_parameters
+from megallama.plan.calibration.calibrate import calibrate
+from megallama.plan.calibration.measured import LEAST_EVENTS, SETTLING, MeasuredRun, read_run
 from megallama.plan.hardware import Gpu, load_hardware
-from megallama.plan.measured import LEAST_EVENTS, SETTLING, MeasuredRun, read_run
-from megallama.plan.params import count_parameters
-from megallama.plan.step_time import step_time
-from megallama.plan.workload import workload
+from megallama.plan.time.step_time import step_time
+from megallama.plan.time.workload import workload
 
 ROOT = Path(__file__).parents[1]
 MOST = 0.15

@@ -29,18 +29,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megallama.checkpoint.commit import Retention
-from megallama.checkpoint.saver import Saver, SaveResult
 from megallama.checkpoint.state import DataIdentity, TrainState, state_document
-from megallama.config.check import check_config
+from megallama.checkpoint.writing.commit import Retention
+from megallama.checkpoint.writing.saver import Saver, SaveResult
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
+from megallama.layout.check import check_config
+from megallama.layout.counts import count_parameters
+from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh, pick_device
 from megallama.parallel.spawn import run_ranks
-from megallama.parallel.topology import Topology
-from megallama.plan.params import count_parameters
 
 MOST_BLOCKED = 0.15
 """Of a synchronous save, that training may wait."""
@@ -71,7 +71,7 @@ def measure(
 ) -> list[Round]:
     """As one rank of the job sees it."""
     launch.prepare(device)
-    from megallama.train import build_model  # brings deepspeed with it, which looks for a device: after `prepare`
+    from megallama.train.loop import build_model  # brings deepspeed with it, which looks for a device: after `prepare`
 
     batching, parallel = check_config(config, launch.world_size), config.parallel
     mesh = build_mesh(Topology(pp=parallel.pipeline, dp=batching.dp_size, tp=parallel.tensor), launch, device)

@@ -16,7 +16,7 @@ from contenders import Step, build
 
 from megallama.config.schema import RunConfig
 from megallama.parallel.launch import Launch
-from megallama.peak import peak_memory_bytes
+from megallama.train.device_peak import peak_memory_bytes
 
 
 class ContenderError(Exception):

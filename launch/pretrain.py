@@ -17,7 +17,7 @@ from typing import NoReturn
 from megallama.errors import SharedError, UnreachableError, UserError, refuse_hidden
 from megallama.parallel.door import open_door
 from megallama.parallel.launch import Launch
-from megallama.signals import Signals, end_by_signals, hold_all_signals, hold_signals
+from megallama.system.signals import Signals, end_by_signals, hold_all_signals, hold_signals
 
 FIRST_SPEAKS_SECONDS = 10.0
 FIRST_LEAVES_SECONDS = 2.0
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None, launch: Launch | None = None) -
     """Train as one rank of the job and return its exit code; UserError for what the user can mend."""
     launch = launch or launch_here()
     from megallama.config.load import load_config
-    from megallama.outcome import exit_code
+    from megallama.run_dir.outcome import exit_code
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file of the run")
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None, launch: Launch | None = None) -
     )  # argparse prints what it does not know as it stands
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)
-    from megallama.start import start
+    from megallama.train.start import start
 
     return exit_code(start(config, launch).status, elastic=launch.elastic)
 

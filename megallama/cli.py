@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,9 +12,8 @@ from typing import Annotated
 
 import typer
 
-from megallama.checkpoint.cli import checkpoint_app
+from megallama.checkpoint.commands.cli import checkpoint_app
 from megallama.cluster.cli import launch
-from megallama.config.cli import config
 from megallama.data.cli import data_app, tokenizer_app
 from megallama.errors import UserError, refuse_hidden
 from megallama.plan.cli import plan
@@ -27,11 +27,47 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(plan)
-app.command()(config)
 app.command()(launch)
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(checkpoint_app, name="checkpoint")
+
+
+@app.command()
+def config(
+    config_path: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="YAML of a run.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None,
+    gpus: Annotated[int | None, typer.Option(help="Ranks; by default one copy of the model.", min=1)] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a file, for editors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one dictionary for scripts.")] = False,
+) -> None:
+    """The resolved run and its DeepSpeed dictionary, after every check.
+
+    Example: megallama config configs/7b.yaml train.micro_batch_size=2 --gpus 128
+    """
+    # The schema takes a quarter of a second to import, which no other command need wait for.
+    from megallama.checkpoint.state import seen_before
+    from megallama.config.json_schema import json_schema
+    from megallama.config.load import dump_config, load_config
+    from megallama.layout.check import check_config
+
+    if schema:
+        typer.echo(json.dumps(json_schema(), indent=2))
+        return
+    if config_path is None:
+        raise UserError("no CONFIG given; name a file such as configs/quickstart.yaml, or ask for --schema")
+    from megallama.config.deepspeed import deepspeed_config
+
+    run = load_config(config_path, overrides or ())
+    one_copy = run.parallel.tensor * run.parallel.pipeline * run.parallel.context
+    batching = check_config(run, one_copy if gpus is None else gpus, seen_before(run))
+    engine = deepspeed_config(run, batching.dp_size)
+    if as_json:
+        typer.echo(json.dumps({"config": run.model_dump(mode="json"), "deepspeed": engine}, indent=2))
+        return
+    typer.echo(dump_config(run))
+    typer.echo(f"# DeepSpeed, on {batching.world_size} ranks, dp {batching.dp_size}:")
+    typer.echo(json.dumps(engine, indent=2))
 
 
 @app.command()
@@ -52,7 +88,7 @@ def verify(
     from rich.console import Console
 
     from megallama.config.load import load_config
-    from megallama.verify.layout import default_layouts, parse_layout
+    from megallama.layout.names import default_layouts, parse_layout
     from megallama.verify.report import as_json as report_json
     from megallama.verify.report import print_report
     from megallama.verify.verify import verify as run_verify

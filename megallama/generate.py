@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megallama.checkpoint.format import complete_checkpoints
 from megallama.checkpoint.health import healthy_checkpoints
+from megallama.checkpoint.reading.store import load_weights
 from megallama.checkpoint.state import read_saved
-from megallama.checkpoint.store import load_weights
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.errors import UserError
 from megallama.model.llama import Llama

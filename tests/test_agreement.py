@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megallama.agreement import differences
 from megallama.data.build import build_dataset
 from megallama.data.dataset import SAMPLED_STRETCHES, SAMPLED_TOKENS
 from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import run_ranks
+from megallama.train.agreement import differences
 from tests.launching import PRETRAIN, ROOT, arguments, events, execute, pretrain, pretrain_here, tree
 from tests.test_bad_input import assert_one_sentence, write_ranks
 from tests.test_launchers import deepspeed, free_port, torchrun
@@ -98,7 +98,7 @@ def test_other_code_on_one_node_is_refused(byte_dataset: str, tmp_path: Path) ->
     command = [sys.executable, PRETRAIN, *arguments(byte_dataset, tmp_path / "run")]
     outcome = execute(["bash", "-c", script, "two", *command], tmp_path)
     assert outcome.out == "2 2\n"
-    assert_one_sentence(outcome.err, ["the code of megallama/schedule.py is ", "on rank 1 ("])
+    assert_one_sentence(outcome.err, ["the code of megallama/train/lr_schedule.py is ", "on rank 1 ("])
     assert outcome.err.count(" is ") == 1, "and nothing else differs"
 
 

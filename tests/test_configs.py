@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megallama.config.check import check_config
 from megallama.config.load import dump_config, load_config
-from megallama.plan.params import count_parameters
+from megallama.layout.check import check_config
+from megallama.layout.counts import count_parameters
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 from megallama.cli import app
 from megallama.config.load import load_config
 from megallama.errors import UserError
-from megallama.plan.ledger import held_rows
-from megallama.plan.memory import GIB
-from megallama.plan.ranks import rank_parameters
+from megallama.plan.memory.ledger import held_rows
+from megallama.plan.memory.lines import GIB
+from megallama.plan.memory.ranks import rank_parameters
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,12 +10,12 @@ from statistics import median
 import pytest
 
 from megallama.config.load import load_config
-from megallama.forecast import compared_memory, compared_seconds
-from megallama.metrics import _line
 from megallama.plan.hardware import load_hardware
-from megallama.plan.ledger import memory_rows
-from megallama.plan.step_time import step_time
-from megallama.plan.workload import workload
+from megallama.plan.memory.ledger import memory_rows
+from megallama.plan.time.step_time import step_time
+from megallama.plan.time.workload import workload
+from megallama.train.metrics import _line
+from megallama.train.plan_check import compared_memory, compared_seconds
 from tests.launching import ROOT, arguments, events, pretrain
 
 CALIBRATED = "cpu: {peak_tflops: 0.1, memory_tb_s: 0.02, efficiency: {calibrated: 0.5, other: 0.9}}"

@@ -17,8 +17,8 @@ FAULTY = f"""
 import os, sys, time
 os.environ["DS_ACCELERATOR"] = "cpu"
 sys.path.insert(0, {str(ROOT)!r})
-import megallama.train
-train_step, calls = megallama.train.train_step, []
+import megallama.train.loop
+train_step, calls = megallama.train.loop.train_step, []
 
 def faulty(run, *arguments):
     calls.append(run)
@@ -27,7 +27,7 @@ def faulty(run, *arguments):
         raise RuntimeError("planted in step 2")
     return train_step(run, *arguments)
 
-megallama.train.train_step = faulty
+megallama.train.loop.train_step = faulty
 from launch.pretrain import run
 run()
 """

@@ -12,8 +12,7 @@ import pytest
 
 from megallama.config.load import load_config
 from megallama.errors import UserError
-from megallama.limits import check_limits
-from megallama.room import checkpoint_bytes
+from megallama.run_dir.limits import check_limits, checkpoint_bytes
 from tests.launching import PRETRAIN, arguments, events, execute, pretrain
 
 FILE_LIMIT = 10_000_000

@@ -25,7 +25,7 @@ from megallama.data.indexed import open_indexed
 from megallama.data.tokenizer import load_tokenizer
 from megallama.data.train_tokenizer import train_tokenizer
 from megallama.errors import UserError
-from megallama.lock import LOCK, Lock, Place, RunLock, beside, output_lock
+from megallama.system.lock import LOCK, Lock, Place, RunLock, beside, output_lock
 from tests.launching import ROOT
 from tests.plan.test_calibrate import made_run
 
@@ -213,7 +213,7 @@ def test_a_second_plan_to_one_file_is_refused(option: str, tmp_path: Path) -> No
 
 
 def test_a_second_calibration_of_one_file_is_refused(tmp_path: Path) -> None:
-    from megallama.plan.calibrate import calibrate
+    from megallama.plan.calibration.calibrate import calibrate
 
     file, run = tmp_path / "mine.yaml", made_run(tmp_path / "run", 20.0)
     with held(beside(file)), pytest.raises(UserError, match=rf"^--hardware={file} {REFUSED}--hardware$"):

@@ -11,7 +11,7 @@ from pathlib import Path
 SCRIPT = """
 import resource, sys
 from pathlib import Path
-from megallama.metrics import JsonLines
+from megallama.run_dir.events import JsonLines
 
 sink = JsonLines(Path(sys.argv[1]))
 before = resource.getrlimit(resource.RLIMIT_FSIZE)

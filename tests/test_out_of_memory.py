@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import megallama.train
+import megallama.train.loop
 from megallama.checkpoint.format import complete_checkpoints
-from megallama.checkpoint.saver import Saver
+from megallama.checkpoint.writing.saver import Saver
 from megallama.config.load import load_config
-from megallama.out_of_memory import explanation, out_of_memory
-from megallama.plan.ledger import memory_rows
-from megallama.plan.relief import nearest_change
+from megallama.plan.memory.ledger import memory_rows
+from megallama.plan.search.remedies import nearest_change
+from megallama.train.out_of_memory import explanation, out_of_memory
 from tests.launching import CONFIG, ROOT, arguments, pretrain
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -36,7 +36,7 @@ def plant_little_memory() -> None:
 
 def plant_less_after_the_second_step() -> None:
     """The third step finds no memory, while the save of the second is still being written."""
-    train_step, save, calls = megallama.train.train_step, Saver._save, []
+    train_step, save, calls = megallama.train.loop.train_step, Saver._save, []
 
     def slow_save(saver: Saver, *arguments: object) -> object:
         time.sleep(1.0)
@@ -50,7 +50,7 @@ def plant_less_after_the_second_step() -> None:
         return train_step(*arguments)  # type: ignore[arg-type]
 
     Saver._save = slow_save  # type: ignore[assignment,method-assign]
-    megallama.train.train_step = step  # type: ignore[assignment]
+    megallama.train.loop.train_step = step  # type: ignore[assignment]
 
 
 def check_ending(run_dir: Path, code: int, stderr: str) -> None:

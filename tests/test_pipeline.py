@@ -13,15 +13,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-import megallama.pipeline
-from megallama.config.check import check_config
+import megallama.train.pipeline
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
+from megallama.layout.check import check_config
+from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
-from megallama.parallel.topology import Topology
-from megallama.pipeline import Pipeline, Stage
+from megallama.train.pipeline import Pipeline, Stage
 
 PP = 2
 MICRO_BATCHES = 12
@@ -63,7 +63,7 @@ class Work(TorchDispatchMode):
 def cost(launch: Launch, config: RunConfig) -> Cost:
     """Of the second step; the first sets up."""
     launch.prepare(torch.device("cpu"))
-    from megallama.train import build_model
+    from megallama.train.loop import build_model
 
     batching = check_config(config, launch.world_size)
     topology = Topology(pp=config.parallel.pipeline, dp=batching.dp_size, tp=config.parallel.tensor)
@@ -74,17 +74,17 @@ def cost(launch: Launch, config: RunConfig) -> Cost:
     assert isinstance(pipeline, Pipeline)
     tokens = torch.zeros(config.train.micro_batch_size, config.data.sequence_length, dtype=torch.int64)
     seen: list[int] = []
-    allocate = megallama.pipeline._allocate
+    allocate = megallama.train.pipeline._allocate
 
     def counted(*arguments: object) -> None:
         allocate(*arguments)  # type: ignore[arg-type]
         seen.append(received(pipeline))
 
-    megallama.pipeline._allocate = counted
+    megallama.train.pipeline._allocate = counted
     sent: list[StorageWeakRef] = []
     sent_alive: list[int] = []
     sizes: set[int] = set()
-    batch = megallama.pipeline._batch_p2p
+    batch = megallama.train.pipeline._batch_p2p
 
     def watched(ops: list[dist.P2POp]) -> list[dist.Work]:
         sent.extend(StorageWeakRef(op.tensor.untyped_storage()) for op in ops)
@@ -92,7 +92,7 @@ def cost(launch: Launch, config: RunConfig) -> Cost:
         sizes.update(op.tensor.numel() for op in ops)
         return batch(ops)
 
-    megallama.pipeline._batch_p2p = watched
+    megallama.train.pipeline._batch_p2p = watched
 
     def step() -> Tensor:
         return engine.forward_backward([(tokens, tokens)] * count, torch.ones(()))

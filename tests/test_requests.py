@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ALONE, ParallelMesh
-from megallama.parallel.topology import Topology
-from megallama.requests import Requests, _process_age
+from megallama.train.stop_requests import Requests, _process_age
 
 Make = Callable[[float], Requests]
 
@@ -51,7 +51,7 @@ def test_before_a_save_was_measured_a_disk_is_taken_to_be_slow(requests: Make) -
 
 
 def test_the_age_of_a_process_counts_from_before_its_first_import() -> None:
-    script = "import time; time.sleep(1); from megallama.requests import _process_age; print(_process_age())"
+    script = "import time; time.sleep(1); from megallama.train.stop_requests import _process_age; print(_process_age())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert 1.0 < float(done.stdout) < _process_age()
 

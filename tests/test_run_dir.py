@@ -12,9 +12,9 @@ import pytest
 
 from megallama.config.load import load_config
 from megallama.errors import UserError
-from megallama.lock import LOCK, RunLock
-from megallama.outcome import OUTCOME, write_failure, write_outcome
-from megallama.room import check_run_dir
+from megallama.run_dir.limits import check_run_dir
+from megallama.run_dir.outcome import OUTCOME, write_failure, write_outcome
+from megallama.system.lock import LOCK, RunLock
 
 NOBODY = 65534
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallama.config.schema import RunConfig, ScheduleConfig
-from megallama.plan.budget import Seen, total_steps
-from megallama.schedule import learning_rate, next_rate
+from megallama.layout.budget import Seen, total_steps
+from megallama.train.lr_schedule import learning_rate, next_rate
 
 PEAK, FLOOR, STEPS, WARMUP = 3e-4, 3e-5, 100, 10
 Kind = Literal["cosine", "linear", "wsd", "constant"]

@@ -9,14 +9,14 @@ import pytest
 
 SHOW = """
 import signal
-from megallama.signals import STOP_SIGNALS, Signals
+from megallama.system.signals import STOP_SIGNALS, Signals
 
 Signals().take()
 print(*(number.name for number in STOP_SIGNALS if signal.getsignal(number) is signal.SIG_IGN))
 """
 HEARD = """
 import signal, sys
-from megallama.signals import Signals
+from megallama.system.signals import Signals
 
 first, later, launcher, seconds = sys.argv[1:]
 signals = Signals()

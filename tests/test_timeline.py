@@ -16,16 +16,16 @@ from megallama.cli import app
 from megallama.config.load import load_config
 from megallama.config.schema import ParallelConfig, RunConfig, Schedule
 from megallama.errors import UserError
+from megallama.layout.schedules import Action, Kind, action_lists
+from megallama.layout.stages import stage_ranks
+from megallama.layout.topology import Topology
 from megallama.model.llama import Seam
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
-from megallama.parallel.topology import Topology
-from megallama.pipeline import Pipeline, Stage
-from megallama.plan.orders import Action, Kind, action_lists
-from megallama.plan.simulation import Span, bubble, makespan, relative_seconds, simulate
-from megallama.plan.stages import stage_ranks
-from megallama.plan.timeline import draw
+from megallama.plan.time.simulation import Span, bubble, makespan, relative_seconds, simulate
+from megallama.plan.time.timeline import draw
+from megallama.train.pipeline import Pipeline, Stage
 
 UNIT = 0.6
 """Seconds of one part of the work of all stages of a rank: so long that what Python and gloo add is small beside it."""

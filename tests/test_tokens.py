@@ -17,8 +17,8 @@ from megallama.cluster.cli import reached
 from megallama.cluster.job import main
 from megallama.config.load import load_config
 from megallama.data.loader import Loader
-from megallama.plan.budget import NOTHING_SEEN, Seen, total_steps
-from megallama.schedule import next_rate
+from megallama.layout.budget import NOTHING_SEEN, Seen, total_steps
+from megallama.train.lr_schedule import next_rate
 from tests.checkpoint.damaging import edit
 from tests.launching import arguments, events, pretrain
 
@@ -33,9 +33,9 @@ PARTS = [
 
 def record(folder: str) -> None:
     """Write down the rows of every micro-batch that is trained on, a file for each rank."""
-    import megallama.train
+    import megallama.train.loop
 
-    original: Callable[..., Any] = megallama.train.train_step
+    original: Callable[..., Any] = megallama.train.loop.train_step
 
     def recorded(run: Any, batches: Any, lr: float) -> Any:
         with Path(folder, f"rows-{run.mesh.rank}.jsonl").open("a") as file:
@@ -44,7 +44,7 @@ def record(folder: str) -> None:
                     file.write(json.dumps(row) + "\n")
         return original(run, batches, lr)
 
-    megallama.train.train_step = recorded
+    megallama.train.loop.train_step = recorded
 
 
 def rows(folder: Path) -> list[tuple[int, ...]]:

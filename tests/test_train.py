@@ -28,7 +28,7 @@ from megallama.config.load import load_config
 from megallama.data.tokenizer import load_tokenizer
 from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import run_ranks
-from megallama.schedule import learning_rate
+from megallama.train.lr_schedule import learning_rate
 from megallama.verify.compare import read_tensors
 from tests.launching import (
     NO_NETWORK,
@@ -317,16 +317,16 @@ def watch_steps(launch: Launch, words: list[str]) -> list[tuple[str, str]]:
     seen: list[tuple[str, str]] = []
 
     def plant() -> None:
-        import megallama.train
+        import megallama.train.loop
 
-        original = megallama.train.train_step
+        original = megallama.train.loop.train_step
 
         def watched(run: Any, *rest: Any) -> Any:
             if len(seen) == 1 and launch.rank == launch.world_size - 1:
                 poison_next_gradient(run.model.models[0].layers["1"].mlp.down_proj.weight)
             return around(seen, run, lambda: original(run, *rest))
 
-        megallama.train.train_step = watched
+        megallama.train.loop.train_step = watched
 
     assert pretrain_here(launch, words, plant) == (0, "")
     return seen
@@ -337,22 +337,22 @@ def watch_evaluations(launch: Launch, words: list[str], between: int) -> list[tu
     seen: list[tuple[str, str]] = []
 
     def plant() -> None:
-        import megallama.train
+        import megallama.train.loop
 
-        evaluate, count = megallama.train.evaluate_splits, megallama.train.count_labels
+        evaluate, count = megallama.train.loop.evaluate_splits, megallama.train.loop.count_labels
 
         def watched(run: Any, state: Any) -> Any:
             return around(seen, run, lambda: evaluate(run, state))
 
         def train_step(run: Any, batches: Any, lr: float) -> Any:
             scale = run.mesh.data.size / count(batches, run.mesh)
-            loss = run.engine.forward_backward(megallama.train.on_device(batches, run.mesh.device), scale)
+            loss = run.engine.forward_backward(megallama.train.loop.on_device(batches, run.mesh.device), scale)
             if between:
-                around(seen, run, lambda: megallama.train.evaluate(run.engine, run.train_data, 4, run.mesh))
+                around(seen, run, lambda: megallama.train.loop.evaluate(run.engine, run.train_data, 4, run.mesh))
             return loss, run.engine.step(lr)
 
-        megallama.train.evaluate_splits = watched
-        megallama.train.train_step = train_step
+        megallama.train.loop.evaluate_splits = watched
+        megallama.train.loop.train_step = train_step
 
     assert pretrain_here(launch, words, plant) == (0, "")
     return seen

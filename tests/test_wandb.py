@@ -25,7 +25,7 @@ ONE_EVENT = """
 import sys
 from pathlib import Path
 from megallama.config.load import load_config
-from megallama.metrics import open_metrics
+from megallama.train.metrics import open_metrics
 
 config = load_config("configs/debug.yaml", ["logging.wandb={project: tests}"])
 with open_metrics(config, Path(sys.argv[1])) as metrics:
@@ -63,9 +63,9 @@ def test_a_process_of_wandb_that_is_killed_ends_no_run(byte_dataset: str, tmp_pa
 
 def kill_wandb() -> None:
     """In the second step."""
-    import megallama.train
+    import megallama.train.loop
 
-    train: Any = megallama.train
+    train: Any = megallama.train.loop
     original, calls = train.train_step, []
 
     def watched(*words: Any) -> Any:

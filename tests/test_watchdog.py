@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from megallama.watchdog import Watchdog
+from megallama.train.watchdog import Watchdog
 
 FACTOR, LEAST, FIRST = 4.0, 0.2, 30.0
 
 LOCKED = """
 import ctypes, sys
 from pathlib import Path
-import megallama.watchdog
+import megallama.train.watchdog
 
-megallama.watchdog._LOCKED_OUT_SECONDS = 1.0
-watchdog = megallama.watchdog.Watchdog(Path(sys.argv[1]), print, 2.0, 0.5, 1.0)
+megallama.train.watchdog._LOCKED_OUT_SECONDS = 1.0
+watchdog = megallama.train.watchdog.Watchdog(Path(sys.argv[1]), print, 2.0, 0.5, 1.0)
 
 def call_that_keeps_the_interpreter():
     ctypes.PyDLL(None).sleep(60)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megallama.parallel.mesh import ParallelMesh
 
 if TYPE_CHECKING:
-    from megallama.engine import Fragment
+    from megallama.train.engine import Fragment
 
 
 def state_is_finite(fragments: Iterable[Fragment], mesh: ParallelMesh, *, squares: bool = False) -> bool:

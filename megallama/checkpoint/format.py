@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from megallama.errors import UserError
-from megallama.regular_file import open_regular, read_regular
+from megallama.system.regular_file import open_regular, read_regular
 
 FORMAT = 1
 MANIFEST = "manifest.json"

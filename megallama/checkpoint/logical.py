@@ -16,10 +16,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from megallama.checkpoint.tensors import EXP_AVG, EXP_AVG_SQ, moment_name
-from megallama.parallel.pieces import Piece
+from megallama.parallel.shards import Piece
 
 if TYPE_CHECKING:
-    from megallama.engine import Fragment
+    from megallama.train.engine import Fragment
 
 
 class LogicalTensor(torch.Tensor):

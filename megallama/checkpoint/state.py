@@ -18,11 +18,11 @@ from megallama.checkpoint.format import (
     malformed,
     read_manifest,
 )
-from megallama.config.check import check_model
 from megallama.config.schema import ModelConfig
 from megallama.errors import UserError
-from megallama.plan.budget import NOTHING_SEEN, Seen
-from megallama.regular_file import read_regular
+from megallama.layout.budget import NOTHING_SEEN, Seen
+from megallama.layout.check import check_model
+from megallama.system.regular_file import read_regular
 
 if TYPE_CHECKING:
     from megallama.config.schema import RunConfig

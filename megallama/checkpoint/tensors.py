@@ -26,7 +26,7 @@ from megallama.checkpoint.format import (
     plain,
     read_manifest,
 )
-from megallama.regular_file import read_regular
+from megallama.system.regular_file import read_regular
 
 Array = NDArray[np.float32]
 Indices = NDArray[np.int64]

@@ -15,10 +15,10 @@ from megallama.cluster.job_file import JOB_FILE, Allocation, job_file, log_of, l
 from megallama.cluster.queue import Job, cancel_waiting, my_jobs, of_run, submit
 from megallama.cluster.starts import read_starts
 from megallama.errors import UserError, printable
-from megallama.lock import beside, output_lock
-from megallama.outcome import OUTCOME, STOP_FILE
-from megallama.plan.budget import total_steps
-from megallama.whole_file import put
+from megallama.layout.budget import total_steps
+from megallama.run_dir.outcome import OUTCOME, STOP_FILE
+from megallama.system.lock import beside, output_lock
+from megallama.system.whole_file import put
 
 if TYPE_CHECKING:
     from megallama.config.schema import RunConfig
@@ -47,9 +47,9 @@ def launch(
     """
     # The schema takes a quarter of a second to import, which no other command need wait for.
     from megallama.checkpoint.state import seen_before
-    from megallama.config.check import check_config
     from megallama.config.load import load_config
-    from megallama.room import check_run_dir
+    from megallama.layout.check import check_config
+    from megallama.run_dir.limits import check_run_dir
 
     config = load_config(config_path, overrides or ())
     run_dir = Path(config.run.dir).absolute()

@@ -18,12 +18,12 @@ from megallama.checkpoint.state import newest_seen
 from megallama.cluster.job_file import log_pattern
 from megallama.cluster.starts import Starts, newest_step, read_starts, write_starts
 from megallama.cluster.verdict import bad_nodes, read_reports, refuse_apart
-from megallama.config.check import check_config
 from megallama.config.load import load_config
 from megallama.errors import UserError, printable
-from megallama.outcome import BY_STOP_FILE, OUTCOME
-from megallama.plan.budget import total_steps
-from megallama.room import check_run_dir
+from megallama.layout.budget import total_steps
+from megallama.layout.check import check_config
+from megallama.run_dir.limits import check_run_dir
+from megallama.run_dir.outcome import BY_STOP_FILE, OUTCOME
 
 MOST_FAILURES = 3
 MOST_STARTS = 20

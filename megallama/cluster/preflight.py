@@ -32,7 +32,7 @@ from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.parallel.join import talk_over
 from megallama.parallel.mesh import pick_device
-from megallama.room import check_run_dir, checkpoint_bytes
+from megallama.run_dir.limits import check_run_dir, checkpoint_bytes
 
 PACKAGES = ("megallama", "torch", "deepspeed", "numpy")
 LEAST_FREE = 0.9

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megallama.checkpoint.format import step_of, write_json
 from megallama.checkpoint.health import healthy_checkpoints
-from megallama.whole_file import temporary
+from megallama.system.whole_file import temporary
 
 JOB = "job.json"
 """In the run directory: the job that last ran there."""

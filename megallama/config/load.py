@@ -20,7 +20,7 @@ from megallama.config.importing import model_from_foreign
 from megallama.config.keys import LEGAL_KEYS, SECTIONS, as_typed, explain, nearest_key, refuse_unknown, unknown_key
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.regular_file import open_regular
+from megallama.system.regular_file import open_regular
 
 Tree = dict[str, Any]
 

@@ -12,6 +12,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+IGNORE_INDEX = -100
+"""Label of a position that is left out of the loss; torch's own convention."""
+
 
 class Section(BaseModel):
     """A frozen mapping with no unknown keys; the sentence under each field is its documentation."""

@@ -42,9 +42,9 @@ from megallama.data.info import DatasetInfo, info_path, open_described
 from megallama.data.progress import Counter
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.errors import UserError, check_printable
-from megallama.lock import Lock, beside, output_lock
-from megallama.signals import interrupt_later
-from megallama.whole_file import put, remove_leftovers, temporary
+from megallama.system.lock import Lock, beside, output_lock
+from megallama.system.signals import interrupt_later
+from megallama.system.whole_file import put, remove_leftovers, temporary
 
 BLOCK_CHARACTERS = 2_000_000
 

@@ -26,7 +26,7 @@ import zstandard
 
 from megallama.data.tokenizer import without_surrogates
 from megallama.errors import UserError
-from megallama.regular_file import open_regular
+from megallama.system.regular_file import open_regular
 
 STDLIB = "stdlib"
 STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"})

@@ -29,8 +29,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megallama.errors import UserError
-from megallama.regular_file import open_regular
-from megallama.whole_file import temporary
+from megallama.system.regular_file import open_regular
+from megallama.system.whole_file import temporary
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")

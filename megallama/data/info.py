@@ -10,7 +10,7 @@ from typing import Any
 from megallama.data.indexed import IndexedDataset, open_indexed, token_dtype
 from megallama.data.tokenizer import LARGEST_ID
 from megallama.errors import UserError
-from megallama.regular_file import read_regular
+from megallama.system.regular_file import read_regular
 
 LARGEST_INFO = 64 << 20
 

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megallama.config.schema import DataConfig
+from megallama.config.schema import IGNORE_INDEX, DataConfig
 from megallama.data.dataset import Split, TokenDataset, sampled_ids, split_documents
 from megallama.data.sampler import Sampler, micro_batch_indices, num_windows
 from megallama.data.tokenizer import load_tokenizer
 from megallama.errors import UserError
-from megallama.labels import IGNORED
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class MicroBatch:
     tokens: torch.Tensor
     """[micro_batch_size, sequence_length]"""
     labels: torch.Tensor
-    """[micro_batch_size, sequence_length]: the token after each, or IGNORED."""
+    """[micro_batch_size, sequence_length]: the token after each, or IGNORE_INDEX."""
 
 
 class Loader:
@@ -88,14 +87,14 @@ class Loader:
     def evaluation(self, samples: int) -> Iterator[MicroBatch]:
         """The first `samples` samples of the split, or all if it has fewer, each once over all ranks.
 
-        The last micro-batches are filled up with rows whose labels are all IGNORED, so the sum of losses and the count
-        of labels do not depend on the layout, and every rank gets the same number of micro-batches.
+        The last micro-batches are filled up with rows whose labels are all IGNORE_INDEX, so the sum of losses and the
+        count of labels do not depend on the layout, and every rank gets the same number of micro-batches.
         """
         samples = min(samples, self.samples_per_epoch)
         for micro in range(-(-samples // (self._micro_batch_size * self._dp_size))):
             indices = self._samples(0, micro)
             batch = self._micro_batch(indices)
-            batch.labels[max(samples - indices.start, 0) :] = IGNORED
+            batch.labels[max(samples - indices.start, 0) :] = IGNORE_INDEX
             yield batch
 
     def _samples(self, first_sample: int, micro_batch: int) -> range:
@@ -105,7 +104,7 @@ class Loader:
         rows = torch.from_numpy(np.stack([self._row(sample) for sample in samples]))
         labels = rows[:, 1:].clone()  # contiguous() would share memory with the tokens in a batch of one
         if self._masked_id is not None:
-            labels[labels == self._masked_id] = IGNORED
+            labels[labels == self._masked_id] = IGNORE_INDEX
         return MicroBatch(rows[:, :-1].contiguous(), labels)
 
     def _row(self, sample: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

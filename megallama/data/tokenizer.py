@@ -24,8 +24,8 @@ import tiktoken
 
 from megallama.data.split_pattern import LLAMA3_PATTERN, R50K_PATTERN, check_pattern
 from megallama.errors import UserError
-from megallama.regular_file import read_regular
-from megallama.whole_file import put
+from megallama.system.regular_file import read_regular
+from megallama.system.whole_file import put
 
 END_OF_TEXT = "<|endoftext|>"
 RANKS_NAME = "ranks.tiktoken"

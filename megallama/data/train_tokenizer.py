@@ -23,8 +23,8 @@ from megallama.data.tokenizer import (
     tokenizer_from_ranks,
 )
 from megallama.errors import UserError, check_printable
-from megallama.lock import output_lock
-from megallama.whole_file import put, remove_leftovers
+from megallama.system.lock import output_lock
+from megallama.system.whole_file import put, remove_leftovers
 
 # More text hardly changes the merges, and costs time and memory.
 TRAINING_CHARACTERS = 200_000_000

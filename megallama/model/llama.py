@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from megallama.config.schema import ModelConfig
 from megallama.model.rotary import rotary_frequencies, rotate, rotation
 from megallama.parallel.collectives import all_gather, copy_to, gather
+from megallama.parallel.cross_entropy import linear_cross_entropy
 from megallama.parallel.layers import (
     SEQUENCE,
     BackwardPart,
@@ -27,9 +28,8 @@ from megallama.parallel.layers import (
     VocabParallel,
     VocabParallelEmbedding,
 )
-from megallama.parallel.loss import linear_cross_entropy
 from megallama.parallel.mesh import ALONE, Axis
-from megallama.parallel.pieces import Piece, logical_pieces
+from megallama.parallel.shards import Piece, logical_pieces
 
 Recompute = Literal["none", "selective", "full"]
 

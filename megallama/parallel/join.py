@@ -23,7 +23,7 @@ import torch.distributed as dist
 from megallama.errors import SharedError, UnreachableError, UserError
 from megallama.parallel.door import answer_seconds, open_door, silent, why_silent
 from megallama.parallel.launch import LOOPBACK, Launch
-from megallama.signals import end_by_signals
+from megallama.system.signals import end_by_signals
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 MEETING_SECONDS = 600.0

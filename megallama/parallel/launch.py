@@ -16,8 +16,8 @@ from socket import socket
 from typing import TYPE_CHECKING
 
 from megallama.errors import UserError
-from megallama.launcher import Ancestors
-from megallama.signals import Signals
+from megallama.system.ancestors import Ancestors
+from megallama.system.signals import Signals
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megallama.parallel.collectives import all_gather, copy_to, reduce_from, reduce_scatter, sum_scatter
 from megallama.parallel.mesh import Axis
-from megallama.parallel.pieces import Piece
+from megallama.parallel.shards import Piece
 
 SEQUENCE = 1
 VOCABULARY_MULTIPLE = 128

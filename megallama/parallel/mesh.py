@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from megallama.errors import UserError
+from megallama.layout.topology import AxisName, Topology
 from megallama.parallel.join import COLLECTIVE_TIMEOUT, join
 from megallama.parallel.launch import Launch
-from megallama.parallel.topology import AxisName, Topology
 
 
 @dataclass(frozen=True)

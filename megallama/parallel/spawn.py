@@ -108,5 +108,5 @@ def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     os.environ["DS_ACCELERATOR"] = "cpu"  # deepspeed looks for a device when the server imports it
     # The second is what deepspeed imports only when it is set up, and with it torch's compiler: seconds for each rank.
-    context.set_forkserver_preload(["megallama.train", "deepspeed.runtime.zero.muon.muon_optimizer"])
+    context.set_forkserver_preload(["megallama.train.loop", "deepspeed.runtime.zero.muon.muon_optimizer"])
     return context

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megallama.errors import UserError, check_printable
-from megallama.plan.quantity import count, number
-from megallama.plan.sizing import size
-from megallama.plan.sizing_flags import Flags, amount, read_flags
-from megallama.plan.sizing_report import compared, optimum, plan_sizing, repetition
-from megallama.plan.table import Part, as_dictionary, render, with_notes
+from megallama.plan.report.sizing import compared, optimum, plan_sizing, repetition
+from megallama.plan.report.table import Part, as_dictionary, render, with_notes
+from megallama.plan.sizing.flags import Flags, amount, read_flags
+from megallama.plan.sizing.quantity import count, number
+from megallama.plan.sizing.sizing import size
 
 if TYPE_CHECKING:
     from megallama.config.schema import RunConfig
@@ -128,10 +128,10 @@ class Device:
 
         With the reason where there is no step time.
         """
-        from megallama.plan.cadence_report import cadence_part
-        from megallama.plan.memory_report import fit_part
-        from megallama.plan.params import count_parameters
-        from megallama.plan.time_report import time_parts
+        from megallama.layout.counts import count_parameters
+        from megallama.plan.report.cadence_report import cadence_part
+        from megallama.plan.report.memory import fit_part
+        from megallama.plan.report.time import time_parts
 
         gpu, count = self.gpu(), count_parameters(config.model)
         if gpu is None:
@@ -150,7 +150,7 @@ class Device:
 
     def refuse_too_large(self, config: RunConfig, world_size: int) -> None:
         """UserError where the run does not fit these GPUs, by how much, and what would."""
-        from megallama.plan.fit import refuse_too_large
+        from megallama.plan.memory.fit import refuse_too_large
 
         if (gpu := self.gpu()) is not None and gpu.memory_gib is not None:
             refuse_too_large(config, world_size, gpu)
@@ -214,9 +214,9 @@ def _run(path: Path, overrides: Sequence[str], flags: Flags) -> tuple[RunConfig,
 
 def _planned(config: RunConfig, world_size: int, flags: Flags, device: Device) -> tuple[list[Part], UserError | None]:
     """The plan, and why it has no step time where a kind of GPU was named and there is none."""
-    from megallama.plan.budget import planned_tokens
-    from megallama.plan.params import count_parameters
-    from megallama.plan.report import plan_run
+    from megallama.layout.budget import planned_tokens
+    from megallama.layout.counts import count_parameters
+    from megallama.plan.report.report import plan_run
 
     given = amount("--tokens", flags.tokens, "2e12 or 2T")
     compute = amount("--flops", flags.flops, "1e21")
@@ -237,9 +237,9 @@ def _search(
     config: RunConfig, flags: Flags, device: Device, write: Path | None, sbatch: Path | None, as_json: bool
 ) -> None:
     """Print the fastest layouts, and write the winner where asked to."""
-    from megallama.plan.search import search
-    from megallama.plan.search_report import held_targets, search_dictionary, search_parts, write_winner
-    from megallama.plan.time_report import check_type
+    from megallama.plan.report.search import held_targets, search_dictionary, search_parts, write_winner
+    from megallama.plan.report.time import check_type
+    from megallama.plan.search.search import search
 
     gpu = device.gpu()
     if gpu is None or flags.gpus is None:
@@ -258,8 +258,8 @@ def _search(
 
 
 def _timeline(config: RunConfig, world_size: int) -> str:
-    from megallama.config.check import check_config
-    from megallama.plan.timeline import timeline
+    from megallama.layout.check import check_config
+    from megallama.plan.time.timeline import timeline
 
     if config.parallel.pipeline == 1:
         raise UserError("parallel.pipeline=1 has no timeline: every micro-batch follows the other; set it above 1")
@@ -270,13 +270,13 @@ def _timeline(config: RunConfig, world_size: int) -> str:
 
 def _check(config: RunConfig, world_size: int, rank: str | None) -> None:
     """Print what the ledger says of a rank beside what its real stages do; exit code 1 if they differ."""
-    from megallama.config.check import check_config
+    from megallama.layout.check import check_config
 
     check_config(config, world_size)
     last = world_size - 1
     chosen = last if rank is None else count("--rank", rank, last, f"{last}", low=0)
     # Imports torch, which nothing else here does.
-    from megallama.plan.dry_run import check_rank
+    from megallama.plan.memory.dry_run import check_rank
 
     found = check_rank(config, world_size, chosen)
     width = max(len(each.name) for each in found)
@@ -289,14 +289,14 @@ def _check(config: RunConfig, world_size: int, rank: str | None) -> None:
 
 
 def _plot(config: RunConfig, world_size: int, path: Path) -> None:
-    from megallama.plan.plot import plot_plan
+    from megallama.plan.report.plot import plot_plan
 
     plot_plan(config, world_size, path)
     typer.echo(f"memory and timeline are in {path}")
 
 
 def _calibrated(run: Path, hardware: Path | None) -> list[Part]:
-    from megallama.plan.calibrate import calibrate
+    from megallama.plan.calibration.calibrate import calibrate
 
     return calibrate(run, hardware)
 

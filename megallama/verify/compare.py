@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megallama.checkpoint.tensors import EXP_AVG, Stored, is_weight, moment_name
 from megallama.config.schema import RunConfig
-from megallama.events import standing_events
+from megallama.run_dir.events import standing_events
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,18 @@ from random import Random
 import torch
 from torch import Tensor
 
-from megallama.config.check import check_config
 from megallama.config.schema import RunConfig, RunSection
 from megallama.data.build import build_dataset
 from megallama.errors import NotFiniteError, UserError
+from megallama.layout.check import check_config
+from megallama.layout.names import ONE_PROCESS, Layout
+from megallama.layout.topology import Topology
+from megallama.model.init import initialise
 from megallama.model.llama import Llama
-from megallama.parallel.init import initialise
 from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import RankFailedError, run_ranks
-from megallama.parallel.topology import Topology
-from megallama.start import start
+from megallama.train.start import start
 from megallama.verify.compare import BOUNDS, Difference, Trace, compare, read_trace, train_losses, worst_difference
-from megallama.verify.layout import ONE_PROCESS, Layout
 from megallama.verify.shrink import GLOBAL_BATCH_SIZE, LAYERS, shrink
 
 Plant = Callable[[], None]

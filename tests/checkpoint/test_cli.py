@@ -16,8 +16,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from megallama.checkpoint import progress
-from megallama.checkpoint.cli import checkpoint_app
+from megallama.checkpoint.commands import progress
+from megallama.checkpoint.commands.cli import checkpoint_app
 from megallama.checkpoint.format import BEST, LATEST, STATE, read_document, read_manifest
 from megallama.errors import UserError
 from tests.checkpoint.damaging import CHECKPOINT, copy_as, edit, edit_manifest, flip

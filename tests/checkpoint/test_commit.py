@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megallama.checkpoint.commit import commit
 from megallama.checkpoint.format import MANIFEST, STATE, TENSORS, File, why_torn, write_bytes
+from megallama.checkpoint.writing.commit import commit
 
 
 def written(folder: Path) -> dict[str, File]:

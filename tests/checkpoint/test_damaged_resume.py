@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from megallama.checkpoint.commit import Retention, best_of, tend
 from megallama.checkpoint.format import LATEST, MANIFEST, STATE, TENSORS, complete_checkpoints
 from megallama.checkpoint.state import DataIdentity, TrainState, read_saved, state_document
+from megallama.checkpoint.writing.commit import Retention, best_of, tend
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.generate import load_run
-from megallama.lock import LOCK
-from megallama.outcome import write_outcome
 from megallama.parallel.spawn import RankFailedError, run_ranks
+from megallama.run_dir.outcome import write_outcome
+from megallama.system.lock import LOCK
 from megallama.verify.compare import events_of
 from megallama.verify.verify import train_rank, write_dataset
 from tests.checkpoint.damaging import CHECKPOINT, edit, edit_manifest, flip, truncate

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from megallama.checkpoint.format import FORMAT, MANIFEST, STATE, TENSORS, read_document, read_manifest
-from megallama.checkpoint.inspect import inspect
+from megallama.checkpoint.reading.inspect import inspect
+from megallama.checkpoint.reading.store import load_weights
 from megallama.checkpoint.state import TrainState, read_saved
-from megallama.checkpoint.store import load_weights
 from megallama.checkpoint.tensors import Stored
 from megallama.data.tokenizer import load_tokenizer
 from megallama.generate import Sampling, generate, load_run
+from megallama.layout.counts import weight_shapes
 from megallama.parallel.spawn import run_ranks
-from megallama.plan.weights import weight_shapes
 from megallama.verify.compare import events_of, train_losses
 from megallama.verify.verify import train_rank
 from tests.checkpoint.damaging import CHECKPOINT, FIXTURE, edit_manifest, flip

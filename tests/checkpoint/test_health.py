@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megallama.checkpoint.commit import Retention, tend
+from megallama.checkpoint.commands.listing import entries
 from megallama.checkpoint.format import BEST, LATEST, STATE, TENSORS, complete_checkpoints, read_document, step_of
 from megallama.checkpoint.health import is_healthy
-from megallama.checkpoint.listing import entries
-from megallama.checkpoint.rollback import roll_back
+from megallama.checkpoint.reading.rollback import roll_back
 from megallama.checkpoint.tensors import is_weight
+from megallama.checkpoint.writing.commit import Retention, tend
 from megallama.cluster.starts import newest_step
 from megallama.generate import load_run
 from tests.checkpoint.damaging import CHECKPOINT, copy_as, edit, rewrite
@@ -85,9 +85,9 @@ def test_a_run_that_diverges_keeps_the_last_good_checkpoints_and_the_next_start_
 
 def spoil(first: int, last: int) -> None:
     """The gradients of the steps `first` to `last` are not finite, though the weights are sound: no norm tells it."""
-    import megallama.train
+    import megallama.train.loop
 
-    train: Any = megallama.train
+    train: Any = megallama.train.loop
     original = train.train_step
 
     def spoiled(run: Any, *rest: Any) -> Any:
@@ -132,9 +132,9 @@ def ruined(rank: int) -> None:
     """What `rank` has loaded is not finite."""
     import os
 
-    import megallama.train
+    import megallama.train.loop
 
-    train: Any = megallama.train
+    train: Any = megallama.train.loop
     original = train.load
 
     def load(path: Path, engine: Any, model: Any) -> Any:
@@ -150,9 +150,9 @@ def no_loss(rank: int) -> None:
     """The first loss of `rank` is not finite."""
     import os
 
-    import megallama.train
+    import megallama.train.loop
 
-    train: Any = megallama.train
+    train: Any = megallama.train.loop
     original = train.train_step
 
     def train_step(*given: Any) -> Any:

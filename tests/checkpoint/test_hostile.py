@@ -25,7 +25,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from megallama.checkpoint.commit import commit
 from megallama.checkpoint.format import (
     FORMAT,
     MANIFEST,
@@ -37,16 +36,17 @@ from megallama.checkpoint.format import (
     write_bytes,
     write_json,
 )
-from megallama.checkpoint.inspect import expected_shapes, inspect, promised
+from megallama.checkpoint.reading.inspect import expected_shapes, inspect, promised
+from megallama.checkpoint.reading.store import agree, check_weights, confirm, load_weights, pick_start
 from megallama.checkpoint.state import DataIdentity, TrainState, read_saved, state_document
-from megallama.checkpoint.store import agree, check_weights, confirm, load_weights, pick_start
+from megallama.checkpoint.writing.commit import commit
 from megallama.cli import app
 from megallama.config.load import load_config
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.errors import UserError
+from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ParallelMesh, build_mesh
-from megallama.parallel.topology import Topology
 from tests.checkpoint.damaging import copy_as, edit, rewrite
 from tests.launching import ROOT
 

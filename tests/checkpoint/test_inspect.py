@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from megallama.checkpoint import difference, listing
-from megallama.checkpoint.difference import compare, differing_fields, tensor_differences
+from megallama.checkpoint.commands.difference import compare, differing_fields, tensor_differences
+from megallama.checkpoint.commands.listing import COMPLETE, checkpoints_at, checkpoints_folder, entries, layout_name
 from megallama.checkpoint.format import (
     BEST,
     LATEST,
@@ -29,8 +30,7 @@ from megallama.checkpoint.format import (
     read_manifest,
     write_manifest,
 )
-from megallama.checkpoint.inspect import inspect
-from megallama.checkpoint.listing import COMPLETE, checkpoints_at, checkpoints_folder, entries, layout_name
+from megallama.checkpoint.reading.inspect import inspect
 from megallama.checkpoint.tensors import Stored, read_places
 from megallama.errors import UserError
 from tests.checkpoint.damaging import CHECKPOINT, bomb, copy_as, edit, edit_manifest, flip, rewrite, truncate

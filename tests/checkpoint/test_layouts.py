@@ -14,22 +14,22 @@ import numpy as np
 import pytest
 import torch
 
-import megallama.train
-from megallama.checkpoint.commit import Retention
+import megallama.train.loop
 from megallama.checkpoint.format import complete_checkpoints
-from megallama.checkpoint.saver import Saver
+from megallama.checkpoint.reading.store import load
 from megallama.checkpoint.state import DataIdentity, state_document
-from megallama.checkpoint.store import load
-from megallama.config.check import check_config
+from megallama.checkpoint.writing.commit import Retention
+from megallama.checkpoint.writing.saver import Saver
 from megallama.config.schema import RunConfig
 from megallama.data.loader import Loader
+from megallama.layout.check import check_config
+from megallama.layout.names import parse_layout
+from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
-from megallama.parallel.topology import Topology
-from megallama.train import build_model
+from megallama.train.loop import build_model
 from megallama.verify.compare import BOUNDS, read_tensors
-from megallama.verify.layout import parse_layout
 from megallama.verify.shrink import shrink
 from megallama.verify.verify import train_rank, write_dataset
 from tests.verify.test_parity import debug_config
@@ -96,7 +96,7 @@ def merged(ranks: list[Rows]) -> Rows:
 def train_recorded(launch: Launch, config: RunConfig) -> Rows:
     """One rank of a run. Its loop draws no random number: that is why a checkpoint holds no generator."""
     rows: Rows = {}
-    read, loop = Loader._row, megallama.train.loop
+    read, loop = Loader._row, megallama.train.loop.loop
 
     def recorded(loader: Loader, sample: int) -> Any:
         row = read(loader, sample)
@@ -112,7 +112,7 @@ def train_recorded(launch: Launch, config: RunConfig) -> Rows:
         assert before[1:] == after[1:]
         return ending
 
-    Loader._row, megallama.train.loop = recorded, undisturbed  # type: ignore[method-assign]
+    Loader._row, megallama.train.loop.loop = recorded, undisturbed  # type: ignore[method-assign]
     train_rank(launch, config, None)
     return rows
 

@@ -5,8 +5,8 @@ import torch
 
 from megallama.checkpoint.logical import logical_state, rectangles
 from megallama.checkpoint.tensors import EXP_AVG, EXP_AVG_SQ, moment_name
-from megallama.engine import Fragment
-from megallama.parallel.pieces import Piece
+from megallama.parallel.shards import Piece
+from megallama.train.engine import Fragment
 
 # A fused parameter of 9 rows and 5 columns: 4 rows of "a", 3 of "b" and 2 of padding, columns 5 ... 9 of 10.
 HELD = (Piece("a", (8, 10), (4, 5), (4, 5), 0), Piece("b", (6, 10), (0, 5), (3, 5), 4))

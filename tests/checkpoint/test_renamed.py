@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megallama.checkpoint.commit import Retention, commit, make_way, tend, tidy
+from megallama.checkpoint.commands.listing import entries
 from megallama.checkpoint.format import (
     LATEST,
     STATE,
@@ -19,8 +19,8 @@ from megallama.checkpoint.format import (
     step_of,
     write_bytes,
 )
-from megallama.checkpoint.listing import entries
-from megallama.checkpoint.rollback import find
+from megallama.checkpoint.reading.rollback import find
+from megallama.checkpoint.writing.commit import Retention, commit, make_way, tend, tidy
 from megallama.cluster.starts import newest_step
 from tests.checkpoint.damaging import CHECKPOINT, copy_as, truncate
 from tests.launching import arguments, events, pretrain

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from megallama.checkpoint.cli import checkpoint_app
+from megallama.checkpoint.commands.cli import checkpoint_app
+from megallama.checkpoint.commands.listing import entries
 from megallama.checkpoint.format import BEST, LATEST, STATE, complete_checkpoints, step_of
-from megallama.checkpoint.listing import entries
 from megallama.config.load import load_config
 from megallama.errors import UserError
-from megallama.lock import RunLock
+from megallama.system.lock import RunLock
 from megallama.verify.compare import events_of
 from tests.checkpoint.damaging import edit, flip, truncate
 from tests.launching import CONFIG, arguments, events, pretrain, tree

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from megallama.checkpoint.format import BEST, LATEST, MANIFEST, STATE, TENSORS, complete_checkpoints
+from megallama.checkpoint.reading.store import load_weights
 from megallama.checkpoint.state import read_saved
-from megallama.checkpoint.store import load_weights
 from megallama.checkpoint.tensors import Stored
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.generate import load_run
+from megallama.layout.names import parse_layout
 from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import RankFailedError, run_ranks
 from megallama.verify.compare import events_of, read_tensors
-from megallama.verify.layout import parse_layout
 from megallama.verify.shrink import shrink
 from megallama.verify.verify import train_rank, write_dataset
 from tests.checkpoint.damaging import Bomb, bomb, plant

@@ -11,7 +11,7 @@ import pytest
 from megallama.checkpoint.format import folder_name
 from megallama.cluster.job import main
 from megallama.cluster.starts import Starts, read_starts, write_starts
-from megallama.outcome import write_outcome
+from megallama.run_dir.outcome import write_outcome
 from tests.launching import CONFIG
 
 

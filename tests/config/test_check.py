@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from megallama.config.check import Batching, check_config, dp_size, gradient_accumulation_steps, legal_tensors
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.plan.budget import Seen
+from megallama.layout.budget import Seen
+from megallama.layout.check import Batching, check_config, dp_size, gradient_accumulation_steps, legal_tensors
 
 RUN = """\
 model: {vocab_size: 100, hidden_size: 192, intermediate_size: 512, num_hidden_layers: 4, num_attention_heads: 12,

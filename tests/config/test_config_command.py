@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from megallama.config.cli import config
+from megallama.cli import config
 from megallama.config.deepspeed import deepspeed_config
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig

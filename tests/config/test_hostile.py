@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megallama.cli import main
-from megallama.config.check import check_config
 from megallama.config.keys import LEGAL_KEYS
 from megallama.config.load import dump_config, load_config
 from megallama.errors import UserError
-from megallama.plan.timeline import refuse_long
-from megallama.room import check_run_dir
+from megallama.layout.check import check_config
+from megallama.plan.time.timeline import refuse_long
+from megallama.run_dir.limits import check_run_dir
 from tests.checkpoint.test_hostile import mutated
 from tests.launching import ROOT
 

@@ -10,7 +10,7 @@ import megallama.config
 import megallama.plan
 
 PACKAGES = (megallama.config, megallama.plan)
-IMPURE = {"megallama.plan.dry_run", "megallama.plan.instruments"}
+IMPURE = {"megallama.plan.memory.dry_run", "megallama.plan.memory.instruments"}
 """Imported when `plan --check` asks for it."""
 HEAVY = ("torch", "deepspeed", "numpy", "transformers", "tiktoken", "tokenizers", "wandb")
 
@@ -32,9 +32,9 @@ for module in {modules!r}:
 def pure_modules() -> list[str]:
     modules = [
         "megallama.errors",
-        "megallama.events",
-        "megallama.schedule",
-        "megallama.parallel.topology",
+        "megallama.run_dir.events",
+        "megallama.train.lr_schedule",
+        "megallama.layout.topology",
         "megallama.data.sampler",
     ]
     for package in PACKAGES:

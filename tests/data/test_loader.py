@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from megallama.config.schema import DataConfig
+from megallama.config.schema import IGNORE_INDEX, DataConfig
 from megallama.data.build import build_dataset
 from megallama.data.dataset import SCANNED_TOKENS, TokenDataset, split_documents
 from megallama.data.indexed import bin_path, idx_path, index_bytes
 from megallama.data.loader import Loader, MicroBatch, prefetched
 from megallama.errors import UserError
-from megallama.labels import IGNORED
 
 Write = Callable[..., str]
 EOD = 256
@@ -102,13 +101,13 @@ def test_only_the_label_of_an_end_of_document_is_masked(tmp_path: Path) -> None:
     masked = loader(str(tmp_path / "b"), eod_mask_loss=True).step(0)
     for one, other in zip(plain, masked, strict=True):
         assert torch.equal(one.tokens, other.tokens)
-        assert torch.equal(torch.where(one.labels == EOD, IGNORED, one.labels), other.labels)
+        assert torch.equal(torch.where(one.labels == EOD, IGNORE_INDEX, one.labels), other.labels)
     assert any((batch.labels == EOD).any() for batch in plain)
 
 
 def test_the_end_of_document_of_a_foreign_dataset_comes_from_the_tokenizer(prefix: str) -> None:
     labels = torch.cat([batch.labels for batch in loader(prefix, eod_mask_loss=True, tokenizer="bytes").step(0)])
-    assert (labels == IGNORED).any()
+    assert (labels == IGNORE_INDEX).any()
     assert not (labels == EOD).any()
 
 
@@ -135,7 +134,7 @@ def test_evaluation_labels_do_not_depend_on_the_layout(
     def labels(mbs: int, dp: int) -> list[list[int]]:
         ranks = [list(loader(prefix, mbs, 12, rank, dp, split=split).evaluation(samples)) for rank in range(dp)]
         found = torch.cat([batch.labels for micro in zip(*ranks, strict=True) for batch in micro])
-        return [row for row in found.tolist() if row != [IGNORED] * 7]
+        return [row for row in found.tolist() if row != [IGNORE_INDEX] * 7]
 
     one = labels(1, 1)
     assert len(one) == min(samples, loader(prefix, split=split).samples_per_epoch)
@@ -241,7 +240,7 @@ def test_a_missing_dataset_is_refused(tmp_path: Path) -> None:
 def test_the_data_package_knows_no_layer_above() -> None:
     code = (
         "import sys, megallama.data.loader, megallama.data.cli, megallama.data.train_tokenizer;"
-        "above = {'megallama.parallel', 'megallama.model', 'megallama.engine', 'deepspeed'};"
+        "above = {'megallama.parallel', 'megallama.model', 'megallama.train.engine', 'deepspeed'};"
         "sys.exit(bool(above & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -153,9 +153,9 @@ def test_a_save_that_cannot_be_committed_is_dropped_by_all(byte_dataset: str, tm
 
 def put_in_the_way(step: int) -> None:
     """At the third step, since a start would refuse it."""
-    import megallama.train
+    import megallama.train.loop
 
-    train: Any = megallama.train
+    train: Any = megallama.train.loop
     original, calls = train.train_step, []
 
     def watched(run: Any, *rest: Any) -> Any:
@@ -184,9 +184,9 @@ def test_the_save_in_flight_is_not_lost_when_a_rank_fails(byte_dataset: str, tmp
 
 def fail_behind_a_save(step: int) -> None:
     """Rank 1 raises in the step after `step`, while the disk of its save stands still for a second."""
-    import megallama.train
+    import megallama.train.loop
 
-    train: Any = megallama.train
+    train: Any = megallama.train.loop
     original, calls = train.train_step, []
 
     def watched(run: Any, *rest: Any) -> Any:
@@ -339,9 +339,9 @@ def test_steps_that_are_skipped_again_and_again_end_the_run_with_a_diagnosis(byt
 
 def poison(rank: int, poisoned: tuple[int, ...], hashes: Path) -> None:
     """One gradient of `rank` is NaN in the steps `poisoned`; each rank writes down its state around every step."""
-    import megallama.train
+    import megallama.train.loop
 
-    train: Any = megallama.train
+    train: Any = megallama.train.loop
     original, seen = train.train_step, list[tuple[str, str]]()
 
     def watched(run: Any, *rest: Any) -> Any:
@@ -475,11 +475,11 @@ def test_a_rank_that_stands_still_is_noticed_wherever_it_does(place: str, byte_d
 
 def stand_still(place: str, folder: str) -> None:
     """Rank 1 is stopped, by the signal that cannot be caught, in step 3 or where it comes to `place` after that."""
-    import megallama.train
-    from megallama.requests import Requests
+    import megallama.train.loop
+    from megallama.train.stop_requests import Requests
 
     rank = int(os.environ["RANK"])
-    owner: Any = Requests if place == "requests.agree" else megallama.train
+    owner: Any = Requests if place == "requests.agree" else megallama.train.loop
     name = place.split(".")[-1]
     original, calls = getattr(owner, name), []
 
@@ -557,9 +557,9 @@ def test_a_run_whose_directory_is_gone_at_its_last_step_is_not_made_anew(byte_da
 
 
 def remove_in_step(step: int) -> None:
-    import megallama.train
+    import megallama.train.loop
 
-    train: Any = megallama.train
+    train: Any = megallama.train.loop
     original, calls = train.train_step, []
 
     def watched(run: Any, *rest: Any) -> Any:
@@ -722,9 +722,9 @@ def test_an_evaluation_that_a_stop_cut_off_is_done_by_the_next_start(byte_datase
 
 def stop_in_step(step: int) -> None:
     """Somebody asks for the end during `step`."""
-    import megallama.train
+    import megallama.train.loop
 
-    train: Any = megallama.train
+    train: Any = megallama.train.loop
     original, calls = train.train_step, []
 
     def watched(run: Any, *rest: Any) -> Any:
@@ -785,7 +785,7 @@ def writers(run: Forked, home: Path) -> dict[int, int]:
     ranks, found = {pid: rank for rank, pid in run.ranks().items()}, {}
     for pid in processes_of(home):
         with suppress(OSError):
-            if b"megallama.checkpoint.writer" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"megallama.checkpoint.writing.writer" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
                 found[ranks[parent]] = pid
     return found

@@ -183,7 +183,7 @@ def test_a_run_killed_under_a_launcher_ends_like_one_that_was_not(
 SAVES_KILLED_AT = """
 import os, signal, sys
 from pathlib import Path
-from megallama.checkpoint.commit import Retention, commit, tend
+from megallama.checkpoint.writing.commit import Retention, commit, tend
 from megallama.checkpoint.format import folder_name, write_bytes
 
 folder, left = Path(sys.argv[1]), int(sys.argv[2])

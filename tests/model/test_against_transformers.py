@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megallama.config.schema import ModelConfig
+from megallama.model.init import initialise
 from megallama.model.llama import Llama
-from megallama.parallel.init import initialise
 
 SEQUENCE = 48
 PLAIN: dict[str, Any] = {

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from megallama.config.schema import ModelConfig
+from megallama.model.init import initialise
 from megallama.model.llama import Llama, Recompute
-from megallama.parallel.init import initialise
 
 SHAPE = ModelConfig(vocab_size=301, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4)
 MODES: tuple[Recompute, ...] = ("none", "selective", "full")

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
+from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
-from megallama.parallel.topology import Topology
-from megallama.train import build_model
+from megallama.train.loop import build_model
 from tests.model.test_recompute import bytes_kept_for_backward
 
 SEQUENCE = 64

@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from megallama.parallel.init import Scheme, draw_piece
-from megallama.parallel.pieces import Piece
+from megallama.model.init import Scheme, draw_piece
+from megallama.parallel.shards import Piece
 
 NAME = "model.layers.3.self_attn.q_proj.weight"
 

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import megallama.parallel.loss
-from megallama.config.schema import ModelConfig
-from megallama.labels import IGNORED
+import megallama.parallel.cross_entropy
+from megallama.config.schema import IGNORE_INDEX, ModelConfig
+from megallama.layout.topology import Topology
+from megallama.model.init import initialise
 from megallama.model.llama import Llama, Recompute, Seam
-from megallama.parallel.init import initialise
+from megallama.parallel.cross_entropy import linear_cross_entropy
 from megallama.parallel.launch import Launch
 from megallama.parallel.layers import (
     BackwardPart,
@@ -20,11 +21,9 @@ from megallama.parallel.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from megallama.parallel.loss import linear_cross_entropy
 from megallama.parallel.mesh import Axis, build_mesh
-from megallama.parallel.pieces import Piece
+from megallama.parallel.shards import Piece
 from megallama.parallel.spawn import run_ranks
-from megallama.parallel.topology import Topology
 
 TOLERANCE = 1e-10
 
@@ -124,12 +123,12 @@ def test_vocabulary_cut_embedding_and_norm_match_dense(sequence_parallel: bool) 
 def cross_entropy(launch: Launch, vocabulary: int, chunk_elements: int) -> int:
     """Returns the largest number of elements of any 2-D tensor made inside the loss."""
     tp = join(launch)
-    megallama.parallel.loss.CHUNK_ELEMENTS = chunk_elements
+    megallama.parallel.cross_entropy.CHUNK_ELEMENTS = chunk_elements
     hidden, weight = random(24, 12), random(vocabulary, 12, seed=1)
     labels = torch.randint(0, vocabulary, (24,), generator=torch.Generator().manual_seed(2))
-    labels[::5] = IGNORED
+    labels[::5] = IGNORE_INDEX
     dense_hidden, dense_weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    dense = F.cross_entropy(dense_hidden @ dense_weight.t(), labels, ignore_index=IGNORED, reduction="sum")
+    dense = F.cross_entropy(dense_hidden @ dense_weight.t(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
     (dense * 0.3).backward()
 
     embed = VocabParallelEmbedding("head", vocabulary, 12, tp, False)

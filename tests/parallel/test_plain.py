@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from megallama.layout.topology import Topology
 from megallama.parallel.mesh import Launch, build_mesh
 from megallama.parallel.plain import from_first, of_all
 from megallama.parallel.spawn import RankFailedError, run_ranks
-from megallama.parallel.topology import Topology
 
 VALUES = ["", "naïve 日本語 \x00 " * 10_000, [], {"error": None, "bytes": 2**60, "cpu_seconds": 0.25}, ["a", ["b"]]]
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from megallama.parallel.topology import AXES, AxisName, Topology
+from megallama.layout.topology import AXES, AxisName, Topology
 
 SHAPES = [Topology(), Topology(tp=4), Topology(pp=2, dp=3, cp=2, tp=2), Topology(pp=4, dp=2)]
 

@@ -11,22 +11,22 @@ import torch.nn.functional as F
 
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
-from megallama.model.chunks import Chunks
+from megallama.layout.stages import stages
+from megallama.layout.topology import Topology
 from megallama.model.llama import Seam
+from megallama.model.stages import Chunks
+from megallama.parallel.cross_entropy import CHUNK_ELEMENTS
 from megallama.parallel.launch import Launch
-from megallama.parallel.loss import CHUNK_ELEMENTS
 from megallama.parallel.mesh import ParallelMesh, build_mesh
 from megallama.parallel.spawn import run_ranks
-from megallama.parallel.topology import Topology
-from megallama.pipeline import Pipeline
-from megallama.plan.activations import LOGITS_AT_ONCE, largest_weight, stage_bytes, tensors
-from megallama.plan.dry_run import fused_norm
-from megallama.plan.in_flight import fullest
-from megallama.plan.instruments import KeptForBackward
-from megallama.plan.ledger import fullest_peak, messages, peak_at
-from megallama.plan.ranks import rank_parameters
-from megallama.plan.stages import stages
-from megallama.plan.zero_buffers import RankWeights, buffer_row
+from megallama.plan.memory.activations import LOGITS_AT_ONCE, largest_weight, stage_bytes, tensors
+from megallama.plan.memory.dry_run import fused_norm
+from megallama.plan.memory.in_flight import fullest
+from megallama.plan.memory.instruments import KeptForBackward
+from megallama.plan.memory.ledger import fullest_peak, messages, peak_at
+from megallama.plan.memory.ranks import rank_parameters
+from megallama.plan.memory.zero_buffers import RankWeights, buffer_row
+from megallama.train.pipeline import Pipeline
 from tests.plan.live_bytes import LiveBytes
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug.yaml"

@@ -11,14 +11,13 @@ import torch
 
 from megallama.config.load import load_config
 from megallama.config.schema import DataConfig, ParallelConfig, RunConfig, Schedule
-from megallama.model.chunks import Chunks
+from megallama.layout.counts import VOCAB_MULTIPLE, count_parameters, weight_shapes
+from megallama.layout.stages import stages
 from megallama.model.llama import Llama, Seam
+from megallama.model.stages import Chunks
 from megallama.parallel.layers import VOCABULARY_MULTIPLE
 from megallama.parallel.mesh import Axis
-from megallama.plan.params import VOCAB_MULTIPLE, count_parameters
-from megallama.plan.ranks import rank_parameters
-from megallama.plan.stages import stages
-from megallama.plan.weights import weight_shapes
+from megallama.plan.memory.ranks import rank_parameters
 from tests.plan.test_params import PUBLISHED
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

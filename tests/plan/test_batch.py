@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megallama.plan.batch import Range, batch_tokens, learning_rates
+from megallama.plan.sizing.batch import Range, batch_tokens, learning_rates
 
 
 def value(found: Range, name: str) -> float:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from megallama.config.schema import ParallelConfig, Schedule
-from megallama.plan.bubble import waiting
-from megallama.plan.orders import Kind, action_lists
-from megallama.plan.simulation import bubble, simulate
-from megallama.plan.stages import chunks, legal_micro_batches, stage_ranks
+from megallama.layout.schedules import Kind, action_lists
+from megallama.layout.stages import chunks, legal_micro_batches, stage_ranks
+from megallama.plan.time.bubble import waiting
+from megallama.plan.time.simulation import bubble, simulate
 
 UNITS: dict[Kind, int] = {"F": 1, "B": 2, "I": 1, "W": 1}
 

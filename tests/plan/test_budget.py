@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 from megallama.checkpoint.format import STATE, TornCheckpointError
 from megallama.checkpoint.state import newest_seen, read_saved, seen_before
-from megallama.config.check import check_config
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.plan.budget import NOTHING_SEEN, Seen, schedule_batch, total_steps, total_tokens
-from megallama.plan.relief import nearest_change
-from megallama.plan.workload import workload
+from megallama.layout.budget import NOTHING_SEEN, Seen, schedule_batch, total_steps, total_tokens
+from megallama.layout.check import check_config
+from megallama.plan.search.remedies import nearest_change
+from megallama.plan.time.workload import workload
 from tests.checkpoint.damaging import CHECKPOINT, edit
 from tests.plan.test_plan_command import CONFIGS, app
 

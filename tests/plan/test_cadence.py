@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from megallama.plan.cadence import (
+from megallama.plan.report.cadence import (
     GPU_HOURS_BETWEEN_FAILURES,
     cadence,
     daly_interval,

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 from megallama.config.load import dump_config, load_config
 from megallama.errors import UserError
-from megallama.plan.calibrate import calibrate
+from megallama.plan.calibration.calibrate import calibrate
+from megallama.plan.calibration.measured import LEAST_EVENTS, read_run, steady_seconds
 from megallama.plan.cli import plan
 from megallama.plan.hardware import built_in_hardware, find_gpu, load_hardware
-from megallama.plan.measured import LEAST_EVENTS, read_run, steady_seconds
-from megallama.plan.step_time import step_time
-from megallama.plan.workload import workload
+from megallama.plan.time.step_time import step_time
+from megallama.plan.time.workload import workload
 from tests.launching import arguments, pretrain
 
 CONFIG = Path(__file__).parents[2] / "configs" / "7b.yaml"
@@ -87,7 +87,7 @@ def test_a_cpu_is_measured_and_a_plan_gives_its_step_time(
     byte_dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Measured for real but for the link, for which ranks have to start."""
-    monkeypatch.setattr("megallama.cpu_figures.run_ranks", lambda *_: [1e9, 2e9])
+    monkeypatch.setattr("megallama.plan.calibration.cpu_figures.run_ranks", lambda *_: [1e9, 2e9])
     larger = ["model.hidden_size=128", "model.intermediate_size=512", "train.steps=14", "evaluation.every=0"]
     words = arguments(byte_dataset, tmp_path / "run", *larger, "checkpoint.every=0")
     assert pretrain(1, words) == [(0, "")]

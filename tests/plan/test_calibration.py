@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from megallama.errors import UserError
-from megallama.plan.calibration import MeasuredStep, fitted_efficiency
+from megallama.plan.calibration.calibration import MeasuredStep, fitted_efficiency
 from megallama.plan.hardware import built_in_hardware
-from megallama.plan.step_time import step_time_at
-from megallama.plan.workload import Shape, Workload
+from megallama.plan.time.step_time import step_time_at
+from megallama.plan.time.workload import Shape, Workload
 
 H100 = built_in_hardware()["h100-80g"]
 WORK = Workload(Shape(32, 4096, 14336, 4096, 1024, 128256), 8192, 1, 8, tp=2, dp=4, layers_by_rank=(8, 8, 8, 8))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megallama.errors import UserError
-from megallama.plan.communication import Group, collective_seconds, message_seconds, ring_bandwidth
 from megallama.plan.hardware import built_in_hardware
+from megallama.plan.time.communication import Group, collective_seconds, message_seconds, ring_bandwidth
 
 GIB = 1 << 30
 HARDWARE = built_in_hardware()

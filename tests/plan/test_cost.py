@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from megallama.plan.cost import run_cost, speed
 from megallama.plan.hardware import built_in_hardware
-from megallama.plan.workload import Shape, Workload
+from megallama.plan.sizing.cost import run_cost, speed
+from megallama.plan.time.workload import Shape, Workload
 
 LLAMA_8B = Workload(Shape(32, 4096, 14336, 4096, 1024, 128256), 8192, 2, micro_batches=1, dp=8)
 LLAMA_65B = Workload(Shape(80, 8192, 22016, 8192, 8192, 32000), 2048, 1, micro_batches=8, tp=8, dp=256)

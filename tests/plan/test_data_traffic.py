@@ -11,15 +11,15 @@ import torch
 
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
+from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
-from megallama.parallel.topology import Topology
-from megallama.plan.data_traffic import data_traffic
-from megallama.plan.instruments import Issued
-from megallama.plan.ranks import rank_parameters
-from megallama.plan.workload import workload
-from megallama.train import build_model
+from megallama.plan.memory.instruments import Issued
+from megallama.plan.memory.ranks import rank_parameters
+from megallama.plan.time.data_traffic import data_traffic
+from megallama.plan.time.workload import workload
+from megallama.train.loop import build_model
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug.yaml"
 MICRO_BATCHES = 3

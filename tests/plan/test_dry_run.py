@@ -12,8 +12,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from megallama.errors import UserError
-from megallama.plan import dry_run
 from megallama.plan.cli import plan
+from megallama.plan.memory.lines import dry_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 app = typer.Typer()
@@ -74,5 +74,5 @@ def test_refusals(arguments: list[str], sentence: str) -> None:
 def test_only_a_check_needs_torch() -> None:
     import subprocess
 
-    program = "import sys, megallama.plan.cli, megallama.plan.memory_report; sys.exit('torch' in sys.modules)"
+    program = "import sys, megallama.plan.cli, megallama.plan.report.memory; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from megallama.config.check import check_config
 from megallama.config.load import load_config
 from megallama.errors import UserError
-from megallama.plan.fit import changes, rank_bytes, refuse_too_large, usable_bytes
+from megallama.layout.check import check_config
 from megallama.plan.hardware import find_gpu
+from megallama.plan.memory.fit import changes, rank_bytes, refuse_too_large, usable_bytes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megallama.config.schema import ModelConfig
-from megallama.plan.flops import flops_per_token, hardware_flops_per_token
+from megallama.layout.counts import flops_per_token, hardware_flops_per_token
 
 LLAMA_2_7B = ModelConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32

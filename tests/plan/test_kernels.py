@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from megallama.plan.kernels import kernel_work
-from megallama.plan.workload import Shape, Workload
+from megallama.plan.time.kernels import kernel_work
+from megallama.plan.time.workload import Shape, Workload
 
 LLAMA_8B = Shape(32, 4096, 14336, 4096, 1024, 128256)
 ONE = Workload(LLAMA_8B, sequence_length=8192, micro_batch_size=2, micro_batches=1)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from megallama.config.load import load_config
-from megallama.plan.ledger import held_rows
-from megallama.plan.memory import GIB, state_rows
-from megallama.plan.ranks import rank_parameters
+from megallama.plan.memory.ledger import held_rows
+from megallama.plan.memory.lines import GIB, state_rows
+from megallama.plan.memory.ranks import rank_parameters
 
 PSI = 8_030_261_248
 CONFIGS = Path(__file__).parents[2] / "configs"

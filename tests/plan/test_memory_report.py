@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megallama.config.load import load_config
-from megallama.plan.ledger import memory_rows
-from megallama.plan.memory_report import memory_parts
-from megallama.plan.table import as_dictionary, render
+from megallama.plan.memory.ledger import memory_rows
+from megallama.plan.report.memory import memory_parts
+from megallama.plan.report.table import as_dictionary, render
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

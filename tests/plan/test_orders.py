@@ -8,9 +8,9 @@ import pytest
 from torch import nn
 
 from megallama.config.schema import ParallelConfig, Schedule
-from megallama.pipeline import make_schedule
-from megallama.plan.orders import Action, action_lists
-from megallama.plan.stages import legal_micro_batches, stage_ranks
+from megallama.layout.schedules import Action, action_lists
+from megallama.layout.stages import legal_micro_batches, stage_ranks
+from megallama.train.pipeline import make_schedule
 
 
 class Seat:

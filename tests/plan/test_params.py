@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megallama.config.schema import ModelConfig
-from megallama.plan.params import count_parameters, padded_vocabulary
+from megallama.layout.counts import count_parameters, padded_vocabulary
 
 
 def shape(

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from megallama.errors import UserError
 from megallama.plan.cli import plan
-from megallama.plan.new_file import write_new_files
+from megallama.plan.report.new_file import write_new_files
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 app = typer.Typer()
@@ -303,7 +303,7 @@ def test_what_a_search_cannot_write_or_price_is_said_before_it_begins(
     words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("megallama.plan.search.search", lambda *_: pytest.fail("it searched"))
+    monkeypatch.setattr("megallama.plan.search.search.search", lambda *_: pytest.fail("it searched"))
     Path("old.sh").write_text("mine")
     result = CliRunner().invoke(app, [str(CONFIGS / "1b.yaml"), *SEARCH, *words])
     assert isinstance(result.exception, UserError)

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from megallama.config.load import load_config
 from megallama.errors import UserError
+from megallama.layout.schedules import action_lists
 from megallama.plan.cli import plan
-from megallama.plan.ledger import memory_rows
-from megallama.plan.orders import action_lists
-from megallama.plan.plot import check_target, draw_plan
-from megallama.plan.simulation import relative_seconds, simulate
+from megallama.plan.memory.ledger import memory_rows
+from megallama.plan.report.plot import check_target, draw_plan
+from megallama.plan.time.simulation import relative_seconds, simulate
 
 CONFIG = Path(__file__).parents[2] / "configs" / "8b.yaml"
 PIPELINE = ["parallel.pipeline=4", "parallel.tensor=1", "train.global_batch_size=128"]
@@ -96,7 +96,9 @@ def test_files_that_take_no_picture_are_refused(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_command_to_install_it_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr("megallama.plan.plot.find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    monkeypatch.setattr(
+        "megallama.plan.report.plot.find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
+    )
     with pytest.raises(UserError, match=r"needs matplotlib, which is not installed; type pip install matplotlib$"):
         check_target(tmp_path / "out.png")
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megallama.plan.hardware import built_in_hardware
-from megallama.plan.published import (
+from benchmarks.published import (
     FEWEST_RUNS,
     Score,
     fit,
@@ -22,7 +21,8 @@ from megallama.plan.published import (
     table,
     with_one_llama,
 )
-from megallama.plan.step_time import step_time_at
+from megallama.plan.hardware import built_in_hardware
+from megallama.plan.time.step_time import step_time_at
 
 PAGE = Path(__file__).parents[2] / "docs" / "planning.md"
 
@@ -93,7 +93,7 @@ def test_no_run_is_scored_with_a_constant_that_it_was_fitted_to(found: list[Scor
 
 def test_the_page_has_the_table_the_summaries_and_every_assumption(found: list[Score]) -> None:
     page = PAGE.read_text()
-    assert table(fitted(found)) in page, "python -m megallama.plan.published prints it"
+    assert table(fitted(found)) in page, "python benchmarks/published.py prints it"
     assert table(held_out(found)) in page
     text = " ".join(page.split())
     assert summary(fitted(found)) in text

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megallama.config.load import load_config
-from megallama.plan.budget import total_steps
-from megallama.plan.scaling import (
+from megallama.layout.budget import total_steps
+from megallama.layout.scaling_laws import (
     BESIROGLU,
     BESIROGLU_SPREAD,
     DEFAULT_FIT,

@@ -11,17 +11,17 @@ from random import Random
 import pytest
 from pydantic import ValidationError
 
-from megallama.config.check import check_config
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.plan.fit import rank_bytes, usable_bytes
+from megallama.layout.check import check_config
 from megallama.plan.hardware import find_gpu
-from megallama.plan.memory import GIB
-from megallama.plan.search import Candidate, Rejection, Search, search
-from megallama.plan.search_space import RECOMPUTE, SCHEDULES
-from megallama.plan.step_time import step_time
-from megallama.plan.workload import workload
+from megallama.plan.memory.fit import rank_bytes, usable_bytes
+from megallama.plan.memory.lines import GIB
+from megallama.plan.search.search import Candidate, Rejection, Search, search
+from megallama.plan.search.space import RECOMPUTE, SCHEDULES
+from megallama.plan.time.step_time import step_time
+from megallama.plan.time.workload import workload
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 H100 = find_gpu("h100-80g")

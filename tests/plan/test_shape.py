@@ -9,8 +9,8 @@ import pytest
 
 from megallama.config.schema import ModelConfig
 from megallama.errors import UserError
-from megallama.plan.params import count_parameters
-from megallama.plan.shape import TOLERANCE, find_shape
+from megallama.layout.counts import count_parameters
+from megallama.plan.sizing.shape import TOLERANCE, find_shape
 
 # From 20M to 500B, evenly in the logarithm.
 SIZES = [20e6 * (500e9 / 20e6) ** (i / 60) for i in range(61)]

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from megallama.plan.scaling import DEFAULT_FIT, FITS
-from megallama.plan.sizing import Quantity, compare, over_trained, repeats_too_often, size
+from megallama.layout.scaling_laws import DEFAULT_FIT, FITS
+from megallama.plan.sizing.sizing import Quantity, compare, over_trained, repeats_too_often, size
 
 
 def test_the_default_answer_for_1e21_with_its_interval() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megallama.errors import UserError
-from megallama.plan.sizing_flags import Flags, read_flags
+from megallama.plan.sizing.flags import Flags, read_flags
 
 
 @pytest.mark.parametrize(

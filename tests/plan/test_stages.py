@@ -8,9 +8,9 @@ import pytest
 
 from megallama.config.load import load_config
 from megallama.config.schema import ParallelConfig, RunConfig, Schedule
-from megallama.plan.params import count_parameters, padded_vocabulary
-from megallama.plan.ranks import rank_parameters
-from megallama.plan.stages import balanced, head_in_layers, layers_per_stage, legal_micro_batches, stage_ranks, stages
+from megallama.layout.counts import count_parameters, padded_vocabulary
+from megallama.layout.stages import balanced, head_in_layers, layers_per_stage, legal_micro_batches, stage_ranks, stages
+from megallama.plan.memory.ranks import rank_parameters
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

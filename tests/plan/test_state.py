@@ -11,13 +11,13 @@ import torch
 
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
+from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
-from megallama.parallel.topology import Topology
-from megallama.plan.ledger import held_rows
-from megallama.plan.ranks import rank_parameters
-from megallama.train import build_model
+from megallama.plan.memory.ledger import held_rows
+from megallama.plan.memory.ranks import rank_parameters
+from megallama.train.loop import build_model
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug.yaml"
 BUCKET = 1000

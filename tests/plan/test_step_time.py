@@ -10,13 +10,13 @@ import pytest
 from megallama.config.load import load_config
 from megallama.config.schema import Schedule
 from megallama.errors import UserError
+from megallama.layout.schedules import action_lists
+from megallama.layout.stages import stages
 from megallama.plan.hardware import built_in_hardware
-from megallama.plan.orders import action_lists
-from megallama.plan.simulation import makespan, relative_seconds, simulate
-from megallama.plan.stages import stages
-from megallama.plan.step_time import StepTime, step_time, step_time_at
-from megallama.plan.traffic import stage_traffic
-from megallama.plan.workload import DataScheme, Shape, Workload, workload
+from megallama.plan.memory.traffic import stage_traffic
+from megallama.plan.time.simulation import makespan, relative_seconds, simulate
+from megallama.plan.time.step_time import StepTime, step_time, step_time_at
+from megallama.plan.time.workload import DataScheme, Shape, Workload, workload
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LLAMA_8B = Shape(32, 4096, 14336, 4096, 1024, 128256)

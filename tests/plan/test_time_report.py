@@ -10,15 +10,15 @@ import pytest
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.plan.flops import flops_per_token
+from megallama.layout.counts import flops_per_token
+from megallama.layout.stages import stages
 from megallama.plan.hardware import built_in_hardware
-from megallama.plan.kernels import kernel_work
-from megallama.plan.stages import stages
-from megallama.plan.step_time import step_time
-from megallama.plan.table import Part, as_dictionary, render
-from megallama.plan.time_report import time_parts
-from megallama.plan.traffic import stage_traffic
-from megallama.plan.workload import workload
+from megallama.plan.memory.traffic import stage_traffic
+from megallama.plan.report.table import Part, as_dictionary, render
+from megallama.plan.report.time import time_parts
+from megallama.plan.time.kernels import kernel_work
+from megallama.plan.time.step_time import step_time
+from megallama.plan.time.workload import workload
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 H100 = built_in_hardware()["h100-80g"]

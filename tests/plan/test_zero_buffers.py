@@ -11,12 +11,12 @@ import torch
 
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
+from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ParallelMesh, build_mesh
 from megallama.parallel.spawn import run_ranks
-from megallama.parallel.topology import Topology
-from megallama.plan.ledger import memory_rows
-from megallama.train import build_model
+from megallama.plan.memory.ledger import memory_rows
+from megallama.train.loop import build_model
 from tests.plan.live_bytes import LiveBytes
 from tests.plan.test_state import storages
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megallama.errors import UserError
-from megallama.verify.layout import parse_layout
+from megallama.layout.names import parse_layout
 from megallama.verify.verify import layers_for, verify
 from tests.verify.test_parity import assert_all_equal, debug_config
 

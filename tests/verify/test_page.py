@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megallama.layout.names import parse_layout
 from megallama.verify.compare import BOUNDS
-from megallama.verify.layout import parse_layout
 
 PAGE = (Path(__file__).parents[2] / "docs" / "verify.md").read_text()
 

@@ -6,7 +6,7 @@ import pytest
 
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
-from megallama.verify.layout import parse_layout
+from megallama.layout.names import parse_layout
 from megallama.verify.report import as_json
 from megallama.verify.verify import Report, verify
 

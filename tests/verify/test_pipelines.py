@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from megallama.layout.names import parse_layout
 from megallama.verify.compare import BOUNDS
-from megallama.verify.layout import parse_layout
 from megallama.verify.verify import verify
 from tests.verify.test_parity import TIED, assert_all_equal, debug_config
 

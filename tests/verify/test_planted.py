@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import megallama.engine
 import megallama.parallel.layers
-import megallama.train
-from megallama.verify.layout import parse_layout
+import megallama.train.engine
+import megallama.train.loop
+from megallama.layout.names import parse_layout
 from megallama.verify.verify import Plant, verify
 from tests.verify.test_parity import debug_config
 
@@ -38,47 +38,47 @@ def mean_of_means() -> None:
         own = sum(int((b.labels != -100).sum()) for b in batches)  # type: ignore[attr-defined]
         return torch.tensor(float(own * mesh.data.size))  # type: ignore[attr-defined]
 
-    megallama.train.count_labels = count_own_labels
+    megallama.train.loop.count_labels = count_own_labels
 
 
 def no_reduction_over_data_parallel_ranks() -> None:
-    step = megallama.engine.Engine.step
+    step = megallama.train.engine.Engine.step
 
-    def step_alone(self: megallama.engine.Engine, lr: float) -> megallama.engine.StepResult:
+    def step_alone(self: megallama.train.engine.Engine, lr: float) -> megallama.train.engine.StepResult:
         self._engine.enable_backward_allreduce = False
         return step(self, lr)
 
-    megallama.engine.Engine.step = step_alone  # type: ignore[method-assign]
+    megallama.train.engine.Engine.step = step_alone  # type: ignore[method-assign]
 
 
 def weight_gradients_of_a_split_backward_lost() -> None:
     """As if nobody knew that they pass ZeRO's hooks."""
 
-    def forget(self: megallama.engine.Engine, module: nn.Module) -> None:
+    def forget(self: megallama.train.engine.Engine, module: nn.Module) -> None:
         for parameter in module.parameters():
             parameter.grad = None
 
-    megallama.engine.Engine._take_gradients = forget  # type: ignore[method-assign]
+    megallama.train.engine.Engine._take_gradients = forget  # type: ignore[method-assign]
 
 
 def one_rank_moves_a_norm() -> None:
     """By so little that no measure but the equality of copies can see it."""
-    step = megallama.engine.Engine.step
+    step = megallama.train.engine.Engine.step
 
-    def step_and_move(self: megallama.engine.Engine, lr: float) -> megallama.engine.StepResult:
+    def step_and_move(self: megallama.train.engine.Engine, lr: float) -> megallama.train.engine.StepResult:
         result = step(self, lr)
         if torch.distributed.get_rank() == 1:
             self._chunks.get_parameter("stages.0.norm.weight").data.mul_(1 + 1e-6)
         return result
 
-    megallama.engine.Engine.step = step_and_move  # type: ignore[method-assign]
+    megallama.train.engine.Engine.step = step_and_move  # type: ignore[method-assign]
 
 
 def one_rank_raises() -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("planted")
 
-    megallama.train.train_step = fail
+    megallama.train.loop.train_step = fail
 
 
 @pytest.mark.parametrize(

@@ -11,26 +11,26 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import megallama.train
+import megallama.train.loop
 import megallama.verify.verify
 from megallama.checkpoint.state import TrainState
 from megallama.cli import app
-from megallama.engine import Engine
-from megallama.model.chunks import Chunks
+from megallama.layout.names import parse_layout
+from megallama.model.stages import Chunks
+from megallama.train.engine import Engine
 from megallama.verify.compare import worst_difference
-from megallama.verify.layout import parse_layout
 from megallama.verify.verify import Plant, verify
 from tests.verify.test_parity import debug_config
 
 
 def _after_load(spoil: Callable[[Engine, TrainState], TrainState]) -> None:
     """Only a run that resumes loads anything, so nothing else is touched."""
-    load = megallama.train.load
+    load = megallama.train.loop.load
 
     def load_and_spoil(path: Path, engine: Engine, model: Chunks) -> TrainState:
         return spoil(engine, load(path, engine, model))
 
-    megallama.train.load = load_and_spoil
+    megallama.train.loop.load = load_and_spoil
 
 
 def position_lost() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megallama.verify.layout import Layout
+from megallama.layout.names import Layout
 from megallama.verify.verify import unequal_copies
 
 TP2_DP2 = Layout(tp=2, dp=2)

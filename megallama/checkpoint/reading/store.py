@@ -1,0 +1,305 @@
+"""What a run takes from checkpoints: where it starts, and the state it starts with."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from megallama.checkpoint.format import (
+    LATEST,
+    STATE,
+    TENSORS,
+    TornCheckpointError,
+    complete_checkpoints,
+    damaged_files,
+    named_checkpoints,
+    read_manifest,
+    step_of,
+    why_torn,
+)
+from megallama.checkpoint.health import candidates
+from megallama.checkpoint.logical import logical_state
+from megallama.checkpoint.reading.inspect import inspect, promised, wrong_numbers
+from megallama.checkpoint.reading.rollback import asked_step, find, last_return
+from megallama.checkpoint.reading.storage import ShardReader
+from megallama.checkpoint.state import DataIdentity, TrainState, read_saved
+from megallama.checkpoint.tensors import Stored, is_weight
+from megallama.config.schema import ModelConfig, RunConfig
+from megallama.errors import SharedError, UserError, alike
+from megallama.model.stages import Chunks
+from megallama.parallel.mesh import ParallelMesh
+from megallama.parallel.plain import from_first, of_all
+from megallama.run_dir.events import METRICS
+
+if TYPE_CHECKING:
+    from megallama.train.engine import Engine
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: a checkpoint to continue, else weights to begin from, else neither."""
+
+    resume: Path | None = None
+    weights: Path | None = None
+    back: bool = False
+    """`checkpoint.resume` names the checkpoint: no other will do, and newer ones are undone."""
+    notices: tuple[str, ...] = ()
+    """What else there is to say of it."""
+
+
+def load(path: Path, engine: Engine, model: Chunks) -> TrainState:
+    """Overwrite weights, moments and position with those of `path`; every rank must call it."""
+    state = read_saved(path).state
+    dcp.load(dict(logical_state(engine.fragments(), model.logical_pieces())), storage_reader=ShardReader(path))
+    engine.state_was_loaded(state.updates)
+    return state
+
+
+def load_initial_weights(path: Path, engine: Engine, model: Chunks) -> None:
+    """Overwrite the weights alone with those of `path`: a new run from old weights. Every rank must call it."""
+    state = logical_state(engine.fragments(), model.logical_pieces())
+    weights = {name: tensor for name, tensor in state.items() if is_weight(name)}
+    dcp.load(dict(weights), storage_reader=ShardReader(path))
+    engine.state_was_loaded(0)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The fp32 weights of a checkpoint by Hugging Face name, in this process alone. UserError if it is damaged."""
+    if reasons := inspect(path):
+        raise UserError(f"the checkpoint {path} is damaged ({'; '.join(reasons)}); use another")
+    stored = promised(path)
+    return {name: torch.from_numpy(stored.read(name)) for name in stored.shapes if is_weight(name)}
+
+
+def put_aside(run_dir: Path) -> None:
+    """Rename what an earlier run left in `run_dir`: a run that starts over neither mixes with it nor drops it."""
+    names = ("checkpoints", METRICS)
+    free = next(n for n in count(1) if not any((run_dir / f"{name}.{n}").exists() for name in names))
+    for name in names:
+        if (run_dir / name).exists():
+            (run_dir / name).rename(run_dir / f"{name}.{free}")
+
+
+def pick_start(config: RunConfig, data: DataIdentity) -> Start:
+    """Where the run begins, by what folders and manifests say; `agree` and `confirm` read the files.
+
+    UserError where `checkpoint.resume` forbids it, a checkpoint is of something else, or there were checkpoints and
+    none is whole.
+    """
+    settings, folder = config.checkpoint, Path(config.run.dir) / "checkpoints"
+    if settings.resume != "never":
+        found = [path for path in candidates(folder) if why_torn(path) is None]
+        start = _continue(config, folder, found[0]) if found else Start()
+        # One whose state is damaged does not say what it is of. `confirm` passes it over.
+        tried = [start.resume] if start.back and start.resume is not None else found
+        known = next((path for path in tried if not _senseless(path)), None)
+        if known is not None:
+            _check_same_run(known, config, data)
+        if found:
+            return start
+        if torn := named_checkpoints(folder):
+            _refuse_to_start_over(folder, [f"{path.name}: {why_torn(path)}" for path in torn])
+        if (folder / LATEST).exists():
+            named = (folder / LATEST).read_text(errors="replace")
+            _refuse_to_start_over(folder, [f"{LATEST} names {named!r}, which is not there"])
+    if settings.resume not in ("auto", "never"):
+        raise UserError(
+            f"checkpoint.resume={settings.resume}, but {folder} holds no checkpoint; use checkpoint.resume=auto"
+        )
+    if settings.init_from is None:
+        return Start()
+    weights = Path(settings.init_from)
+    _refuse_own_weights(weights, folder)
+    if weights not in complete_checkpoints(weights.parent):
+        near = complete_checkpoints(weights / "checkpoints") or complete_checkpoints(weights.parent)
+        fix = f"checkpoint.init_from={near[0]}" if near else "a folder such as runs/NAME/checkpoints/step_00001000"
+        raise UserError(f"checkpoint.init_from={weights} is not a complete checkpoint; use {fix}")
+    _refuse_damaged_weights(weights, _senseless(weights))
+    _check_same_model(weights, config.model, "checkpoint.init_from")
+    return Start(weights=weights)
+
+
+def _continue(config: RunConfig, folder: Path, newest: Path) -> Start:
+    """Continue the `newest` checkpoint, or that to which `checkpoint.resume` goes back. UserError if it is not there.
+
+    It goes back once: a job that is started again with the same words must not lose what it has done meanwhile.
+    """
+    resume, init_from, notices = config.checkpoint.resume, config.checkpoint.init_from, list[str]()
+    if init_from is not None:
+        _refuse_own_weights(Path(init_from), folder)
+        notices.append(f"checkpoint.init_from={init_from} was for the beginning of this run, which goes on now")
+    if resume in ("auto", "must"):
+        return Start(resume=newest, notices=tuple(notices))
+    step = asked_step(resume)
+    if step is not None and step == last_return(folder) and step_of(newest) >= step:
+        if step_of(newest) > step:
+            again = f"`megallama checkpoint rollback {shlex.quote(config.run.dir)} {step}` does it again"
+            notices.append(f"checkpoint.resume={resume} went back at an earlier start, and this one continues; {again}")
+        return Start(resume=newest, notices=tuple(notices))
+    try:
+        path = find(folder, resume)
+    except UserError as error:
+        raise UserError(f"checkpoint.resume={resume}: {error}") from None
+    if (reason := why_torn(path)) is not None:
+        raise UserError(f"checkpoint.resume={resume}: {path} is not whole ({reason}); use another step")
+    return Start(resume=path, back=True, notices=tuple(notices))
+
+
+def _refuse_own_weights(weights: Path, folder: Path) -> None:
+    """UserError where `checkpoint.init_from` leads into the checkpoints of the run itself."""
+    if folder.resolve() in weights.resolve().parents:
+        back = f"checkpoint.resume={step} to go back to it" if (step := asked_step(weights.name)) else "none of its own"
+        raise UserError(
+            f"checkpoint.init_from={weights} is a checkpoint of run.dir itself; use another run.dir to begin anew with "
+            f"its weights, or {back}"
+        )
+
+
+def agree(pick: Callable[[], Start], mesh: ParallelMesh) -> Start:
+    """What `pick` returns on rank 0, or its UserError; every rank must call it.
+
+    Rank 0's view counts: another node may still see the folder of a moment ago.
+    """
+    said: dict[str, Any] = {}
+    if mesh.rank == 0:
+        try:
+            start = pick()
+            paths = {"resume": start.resume, "weights": start.weights}
+            said = {name: None if path is None else str(path) for name, path in paths.items()}
+            said |= {"back": start.back, "notices": start.notices}
+        except UserError as error:
+            said = {"refusal": str(error)}
+    said = from_first(said, mesh.world.group, mesh.device)
+    if "refusal" in said:
+        raise SharedError(said["refusal"])
+    resume, weights = (None if said[name] is None else Path(said[name]) for name in ("resume", "weights"))
+    return Start(resume, weights, said["back"], tuple(said["notices"]))
+
+
+@alike()
+def check_weights(start: Start, mesh: ParallelMesh) -> None:
+    """Hold every byte of weights to begin from against its hash. UserError if they are damaged.
+
+    Ranks share the reading: every rank must call it.
+    """
+    if start.weights is not None:
+        _refuse_damaged_weights(start.weights, _damage(start.weights, mesh))
+
+
+@alike()
+def confirm(start: Start, config: RunConfig, data: DataIdentity, mesh: ParallelMesh) -> tuple[Start, dict[Path, str]]:
+    """Where the run begins after all that it reads was looked at, and what is passed over and why.
+
+    Every byte is held against its hash, and what the files say against what they promise. Ranks share the reading, and
+    rename nothing. UserError if there were checkpoints and none is sound, or the first sound one is of something else.
+    Every rank must call it.
+    """
+    if start.resume is None:
+        return start, {}
+    folder = start.resume.parent
+    damaged: dict[Path, str] = {}
+    named = [start.resume] if start.back else candidates(folder)
+    for path in map(Path, from_first([str(path) for path in named], mesh.world.group, mesh.device)):
+        reasons = _damage(path, mesh)
+        if not reasons:
+            _check_same_run(path, config, data)
+            return replace(start, resume=path), damaged
+        damaged[path] = "; ".join(reasons)
+    if start.back:
+        raise UserError(f"checkpoint.resume names {start.resume}, which is damaged ({'; '.join(reasons)}); use another")
+    _refuse_to_start_over(folder, [f"{path.name}: {why}" for path, why in damaged.items()])
+
+
+def _senseless(path: Path) -> list[str]:
+    """What is wrong with what `path`, whose manifest is sound, says of itself."""
+    return damaged_files(path, read_manifest(path), [STATE, TENSORS]) or _broken(path, promised)
+
+
+def _damage(path: Path, mesh: ParallelMesh) -> list[str]:
+    """What is wrong with the files of `path`, else with what they say, else with the numbers; alike on every rank."""
+    stored: list[Stored] = []
+    try:
+        manifest = read_manifest(path)
+        names = sorted(manifest.files)[mesh.rank :: mesh.world.size]
+        mine = damaged_files(path, manifest, names)
+    except TornCheckpointError as error:
+        mine = [str(error)]
+    return (
+        _all_of(mine, mesh)
+        or _all_of(_broken(path, lambda path: stored.append(promised(path))), mesh)
+        or _all_of(wrong_numbers(stored[0], names), mesh)
+    )
+
+
+def _all_of(mine: list[str], mesh: ParallelMesh) -> list[str]:
+    every = of_all(mine, mesh.world.group, mesh.device)
+    return sorted({reason for reasons in every for reason in reasons})
+
+
+def _broken(path: Path, read: Callable[[Path], object]) -> list[str]:
+    """Which promise the sound files of `path` break, as `read` tells."""
+    try:
+        read(path)
+    except TornCheckpointError as error:
+        return [str(error)]
+    return []
+
+
+def _refuse_damaged_weights(path: Path, reasons: list[str]) -> None:
+    if reasons:
+        raise UserError(f"checkpoint.init_from={path} is damaged ({reasons[0]}); use another checkpoint")
+
+
+def _refuse_to_start_over(folder: Path, reasons: list[str]) -> NoReturn:
+    raise UserError(
+        f"{folder} has held checkpoints and none is whole now ({'; '.join(reasons)}); put one back, or start over with "
+        "checkpoint.resume=never, which deletes nothing"
+    )
+
+
+def _check_same_run(path: Path, config: RunConfig, data: DataIdentity) -> None:
+    """UserError when the checkpoint of the run directory is of another model or of other data than the run."""
+    _check_same_model(path, config.model, "run.dir")
+    _check_same_data(path, data)
+
+
+def _check_same_model(path: Path, model: ModelConfig, named_by: str) -> None:
+    """UserError when the checkpoint, which the key `named_by` leads to, is of another model than the run."""
+    saved, wanted = _resolved(read_saved(path).model), _resolved(model)
+    for key, value in wanted.items():
+        if saved[key] != value:
+            theirs, ours = json.dumps(saved[key]), json.dumps(value)
+            raise UserError(
+                f"model.{key}={ours} differs from {theirs} in the checkpoint {path}; "
+                f"use model.{key}={theirs}, or another {named_by}"
+            )
+
+
+def _resolved(model: ModelConfig) -> dict[str, Any]:
+    """What makes weights fit: every key but those that drew them, with what null stands for."""
+    tree = model.model_dump(mode="json", exclude={"init", "initializer_range"})
+    return tree | {"num_key_value_heads": model.kv_heads, "head_dim": model.head_size}
+
+
+def _check_same_data(path: Path, data: DataIdentity) -> None:
+    """UserError when a position in the checkpoint's data would be another position in the run's."""
+    saved = read_saved(path).data
+    if saved.seed != data.seed:
+        raise UserError(
+            f"train.seed={data.seed} differs from {saved.seed} in the checkpoint {path}, so its position in the data "
+            f"would point elsewhere; use train.seed={saved.seed}, or another run.dir with checkpoint.init_from={path}"
+        )
+    if saved.fingerprint != data.fingerprint:
+        raise UserError(
+            f"the data of the run (data.path, data.sequence_length or the split) is not that of the checkpoint {path}; "
+            f"use the same data, or another run.dir with checkpoint.init_from={path}"
+        )

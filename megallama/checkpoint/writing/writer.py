@@ -1,0 +1,140 @@
+"""A process that writes what is in shared memory to the disk.
+
+A thread would slow training down through the interpreter's lock. It imports no torch, so it starts at once and takes
+few megabytes. It takes orders as lines of JSON on its input, answers each with one line, and ends with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megallama.checkpoint.format import File, write_bytes
+from megallama.checkpoint.writing.commit import Retention, commit, tend
+from megallama.system.signals import deaf
+
+Answer = dict[str, Any]
+_SET_PARENT_DEATH_SIGNAL = 1
+_NICE = 10
+"""A tenth of a core beside training on all cores; at 19 it would be a seventieth, and a save would take minutes."""
+_NOT_HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""A save must not end half way."""
+_LAST_OF_BEST_EFFORT = (2 << 13) | 7
+_IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
+
+
+class Writer:
+    """The process, as the one that gives it orders sees it. It reads the memory behind `descriptor`."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        self._descriptor, self._size = descriptor, size
+        self._process = self._start()
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    def order(self, what: str, **arguments: Any) -> Answer:
+        """Give an order and wait for the answer, which has an `error` where the order could not be carried out."""
+        try:
+            if self._process.poll() is not None:  # somebody killed it: the memory is still there for another
+                self.close()
+                self._process = self._start()
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            self._process.stdin.write(json.dumps({"what": what, **arguments}) + "\n")
+            self._process.stdin.flush()
+            answer: Answer = json.loads(self._process.stdout.readline())
+        except (OSError, ValueError):
+            return {"error": f"the writing process is gone (exit code {self._process.wait()})"}
+        return answer
+
+    def close(self) -> None:
+        """End the process, which is between orders."""
+        self._process.communicate()
+
+    def _start(self) -> subprocess.Popen[str]:
+        words = [str(self._descriptor), str(self._size), str(os.getpid())]
+        with deaf(_NOT_HEARD):  # Slurm signals every process of a job, a terminal all that it shows
+            return subprocess.Popen(
+                [sys.executable, "-m", "megallama.checkpoint.writing.writer", *words],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=[self._descriptor],
+                text=True,
+            )
+
+
+def main(descriptor: int, size: int, parent: int) -> None:
+    """Carry out orders until the input ends."""
+    _stay_behind(parent)
+    with mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) as memory, memoryview(memory) as view:
+        orders: dict[str, Callable[..., Answer]] = {
+            "write": lambda path, bytes: _write(Path(path), view[:bytes]),
+            "commit": _commit,
+            "tend": _tend,
+            "drop": _drop,
+        }
+        for line in sys.stdin:
+            order = json.loads(line)
+            began = time.process_time()
+            try:
+                answer = orders[order.pop("what")](**order)
+            except OSError as error:
+                answer = {"error": f"{error.filename or order.get('path') or 'write'}: {error.strerror}"}
+            print(json.dumps(answer | {"cpu_seconds": time.process_time() - began}), flush=True)
+
+
+def _write(path: Path, content: memoryview) -> Answer:
+    path.parent.parent.mkdir(exist_ok=True)  # and no more: a run directory that is gone is not made anew
+    path.parent.mkdir(exist_ok=True)
+    return asdict(write_bytes(path, content))
+
+
+def _commit(
+    partial: str,
+    final: str,
+    written: dict[str, dict[str, Any]],
+    documents: dict[str, object],
+    saved: float,
+    versions: dict[str, str],
+) -> Answer:
+    files = {name: File(**file) for name, file in written.items()}
+    return {"warnings": commit(Path(partial), Path(final), files, documents, saved, versions)}
+
+
+def _tend(path: str, retention: dict[str, int], proven: bool) -> Answer:
+    return {"warnings": tend(Path(path), Retention(**retention), proven=proven)}
+
+
+def _drop(path: str) -> Answer:
+    shutil.rmtree(path, ignore_errors=True)
+    return {}
+
+
+def _stay_behind(parent: int) -> None:
+    """Give way to training, and end with the parent."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    os.nice(_NICE)
+    ioprio_set = _IOPRIO_SET.get(os.uname().machine)
+    if ioprio_set is not None:
+        libc.syscall(ioprio_set, 1, 0, _LAST_OF_BEST_EFFORT)
+    if os.getppid() != parent:  # it went before the kernel was told
+        sys.exit()
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

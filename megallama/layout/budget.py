@@ -1,0 +1,81 @@
+"""How long a run is, and how much of it is done. Pure.
+
+A length in tokens is one in sequences, since a run keeps its data.sequence_length: the first step with which as many
+sequences are seen is the last, whatever the batches were. So nothing here looks at how many steps that took.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megallama.layout.counts import count_parameters
+from megallama.layout.scaling_laws import optimal_tokens
+
+if TYPE_CHECKING:
+    from megallama.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How far a run is."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    samples: int = 0
+    """Sequences consumed by them."""
+    first_batch: int | None = None
+    """Sequences of the first of them; None where it is to come, or not known."""
+
+
+NOTHING_SEEN = Seen()
+
+
+def total_tokens(config: RunConfig) -> int | None:
+    """Tokens that end the run: train.tokens, or what `chinchilla` comes to; None where its length is in steps.
+
+    The latter are the compute-optimal tokens for the whole model's parameters (arXiv 2404.10102).
+    """
+    if config.train.tokens is not None:
+        return config.train.tokens
+    if config.train.steps == "chinchilla":
+        return math.ceil(optimal_tokens(count_parameters(config.model).total))
+    return None
+
+
+def total_steps(config: RunConfig, seen: Seen = NOTHING_SEEN) -> int:
+    """Optimizer steps of the run, those that are done and those that are left at its batch size.
+
+    With a length in tokens that has been reached, these are the steps that are done.
+    """
+    if isinstance(config.train.steps, int):
+        return config.train.steps
+    return seen.step + max(0, -(-(_total_samples(config) - seen.samples) // config.train.global_batch_size))
+
+
+def schedule_batch(config: RunConfig, seen: Seen) -> int:
+    """Sequences in a step of `schedule`'s keys, where the length is in tokens: those of the run's first step."""
+    if seen.first_batch is None and seen.step:
+        return max(1, seen.samples // seen.step)  # saved before it was recorded; exact where the batch never changed
+    return seen.first_batch or config.train.global_batch_size
+
+
+def schedule_steps(config: RunConfig, seen: Seen = NOTHING_SEEN) -> int:
+    """Steps that the run has in the unit of `schedule`'s keys."""
+    if isinstance(config.train.steps, int):
+        return config.train.steps
+    return -(-_total_samples(config) // schedule_batch(config, seen))
+
+
+def planned_tokens(config: RunConfig, given: float | None = None) -> float:
+    """Tokens that a plan reckons with: `given`, else train.tokens, else those of all steps."""
+    if given is not None:
+        return given
+    return config.train.tokens or total_steps(config) * config.tokens_per_step
+
+
+def _total_samples(config: RunConfig) -> int:
+    tokens = total_tokens(config)
+    assert tokens is not None
+    return -(-tokens // config.data.sequence_length)

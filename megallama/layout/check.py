@@ -1,0 +1,278 @@
+"""Every combination of keys that cannot run, refused before ranks meet and before anything is written. Pure.
+
+Each refusal names the keys as they are typed, shows the arithmetic, and ends with the nearest values that would do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megallama.config.keys import as_typed
+from megallama.config.schema import MOST_STAGES, ModelConfig, RunConfig
+from megallama.errors import UserError
+from megallama.layout.budget import NOTHING_SEEN, Seen, schedule_batch, schedule_steps, total_steps
+from megallama.layout.stages import V_SHAPED, balanced, chunks, legal_micro_batches
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How a legal run spreads over a world: data-parallel copies, and micro-batches of each per optimizer step."""
+
+    world_size: int
+    dp_size: int
+    gradient_accumulation_steps: int
+
+
+def check_config(config: RunConfig, world_size: int, seen: Seen = NOTHING_SEEN) -> Batching:
+    """The batching of a run that is legal on `world_size` ranks; UserError for the first thing that is not.
+
+    `seen` is how far the run is: where its length is in tokens, that has a say in how many steps it takes.
+    """
+    batching = check_batching(config, world_size)
+    check_steps(config, seen)
+    return batching
+
+
+def check_batching(config: RunConfig, world_size: int) -> Batching:
+    """The batching of a run whose length is legal, or does not matter; UserError where the rest of it is not."""
+    check_model(config.model)
+    check_layout(config, world_size)
+    dp = dp_size(config, world_size)
+    accumulation = gradient_accumulation_steps(config, dp)
+    _check_micro_batches(config, accumulation, dp)
+    return Batching(world_size, dp, accumulation)
+
+
+def dp_size(config: RunConfig, world_size: int) -> int:
+    """Copies of the model: what the world size leaves over; UserError if that is not whole."""
+    parallel = config.parallel
+    ranks = parallel.tensor * parallel.pipeline * parallel.context
+    dp, rest = divmod(world_size, ranks)
+    if world_size >= 1 and not rest:
+        return dp
+    others = parallel.pipeline * parallel.context
+    tensors = [t for t in legal_tensors(config) if world_size >= 1 and world_size % (t * others) == 0]
+    or_tensor = f", or parallel.tensor={_or(_nearest(tensors, parallel.tensor))}" if tensors else ""
+    raise UserError(
+        f"a world size of {world_size} is not a multiple of parallel.tensor * parallel.pipeline * parallel.context = "
+        f"{parallel.tensor} * {parallel.pipeline} * {parallel.context} = {ranks}; "
+        f"nearest legal: world size {_or(_nearest_multiples(world_size, ranks))}{or_tensor}"
+    )
+
+
+def gradient_accumulation_steps(config: RunConfig, dp: int) -> int:
+    """Micro-batches that each data-parallel rank runs per optimizer step; UserError if that is not whole."""
+    train = config.train
+    samples = train.micro_batch_size * dp
+    steps, rest = divmod(train.global_batch_size, samples)
+    if rest:
+        raise UserError(
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size * dp = {train.micro_batch_size} * {dp} = {samples}; "
+            f"nearest legal: {_or(_nearest_multiples(train.global_batch_size, samples))}"
+        )
+    return steps
+
+
+def legal_tensors(config: RunConfig) -> list[int]:
+    """Every parallel.tensor that cuts evenly: heads, KV width, MLP width, and the sequence where it may be cut."""
+    model = config.model
+    common = math.gcd(model.num_attention_heads, model.kv_heads * model.head_size, model.intermediate_size)
+    if config.parallel.sequence is not False:
+        common = math.gcd(common, config.data.sequence_length)
+    return divisors(common)
+
+
+def check_model(model: ModelConfig) -> None:
+    """Refuse shapes that are no Llama at any layout."""
+    heads, rope = model.num_attention_heads, model.rope_scaling
+    if rope is not None and rope.rope_type == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
+        raise UserError(
+            f"model.rope_scaling.high_freq_factor={rope.high_freq_factor:g} is not above low_freq_factor="
+            f"{rope.low_freq_factor:g}; Llama 3.1 has high_freq_factor=4 and low_freq_factor=1"
+        )
+    if heads % model.kv_heads:
+        raise UserError(
+            f"model.num_key_value_heads={model.kv_heads} does not divide model.num_attention_heads={heads}; "
+            f"nearest legal: {_or(_nearest(divisors(heads), model.kv_heads))}"
+        )
+    if model.head_dim is None and model.hidden_size % heads:
+        raise UserError(
+            f"model.num_attention_heads={heads} does not divide model.hidden_size={model.hidden_size}; nearest legal: "
+            f"model.hidden_size={_or(_nearest_multiples(model.hidden_size, 2 * heads))}, or give model.head_dim"
+        )
+    if model.head_dim is not None and model.head_dim % 2:
+        raise UserError(
+            f"model.head_dim={model.head_dim} is odd, and rotary embedding turns pairs; "
+            f"nearest legal: {_or(_nearest_multiples(model.head_dim, 2))}"
+        )
+    if model.head_size % 2:
+        raise UserError(
+            f"model.hidden_size / model.num_attention_heads = {model.hidden_size} / {heads} = {model.head_size} "
+            f"is odd, and rotary embedding turns pairs; nearest legal: "
+            f"model.hidden_size={_or(_nearest_multiples(model.hidden_size, 2 * heads))}"
+        )
+
+
+def check_layout(config: RunConfig, world_size: int) -> None:
+    """Refuse layouts that this model cannot be cut into, and pairs of parallelism that do not go together."""
+    _check_tensor(config)
+    _check_stages(config, world_size)
+    if config.parallel.pipeline > 1:
+        _check_pipeline(config)
+    if config.parallel.context > 1:
+        raise UserError(f"parallel.context={config.parallel.context} is not available yet; use parallel.context=1")
+    if config.zero.stage == 0:
+        raise UserError("zero.stage=0 is not offered: at dp 1 stage 1 is the same; use zero.stage=1")
+    longest = config.model.max_position_embeddings
+    if config.data.sequence_length > longest:
+        raise UserError(
+            f"data.sequence_length={config.data.sequence_length} is more than model.max_position_embeddings={longest}; "
+            f"nearest legal: data.sequence_length={longest}, "
+            f"or model.max_position_embeddings={config.data.sequence_length}"
+        )
+
+
+def _check_tensor(config: RunConfig) -> None:
+    model, parallel = config.model, config.parallel
+    kv_width = model.kv_heads * model.head_size
+    cuts = [
+        (model.num_attention_heads, f"model.num_attention_heads={model.num_attention_heads}"),
+        (kv_width, f"model.num_key_value_heads * head size = {model.kv_heads} * {model.head_size} = {kv_width}"),
+        (model.intermediate_size, f"model.intermediate_size={model.intermediate_size}"),
+    ]
+    if parallel.sequence_parallel:
+        length = config.data.sequence_length
+        cuts.append((length, f"data.sequence_length={length}, which parallel.sequence cuts"))
+    for size, words in cuts:
+        if size % parallel.tensor:
+            nearest = _nearest(legal_tensors(config), parallel.tensor)
+            raise UserError(f"parallel.tensor={parallel.tensor} does not divide {words}; nearest legal: {_or(nearest)}")
+
+
+def _check_stages(config: RunConfig, world_size: int) -> None:
+    """Refuse stages without a layer, or a list that is not of these stages and layers; also without a pipeline."""
+    model, parallel = config.model, config.parallel
+    per_rank = chunks(parallel)
+    stages = parallel.pipeline * per_rank
+    words = f"parallel.pipeline * chunks of {parallel.schedule} = {parallel.pipeline} * {per_rank} = {stages}"
+    if model.num_hidden_layers < stages:
+        fitting = range(1, max(1, model.num_hidden_layers // per_rank) + 1)
+        # Where parallel.tensor alone does not divide the world none does, and the world size is refused next anyway.
+        dividing = [n for n in fitting if world_size % (parallel.tensor * parallel.context * n) == 0]
+        raise UserError(
+            f"model.num_hidden_layers={model.num_hidden_layers} is fewer than {words} stages; "
+            f"nearest legal for a world size of {world_size}: parallel.pipeline={max(dividing or fitting)}"
+        )
+    if stages > MOST_STAGES:
+        raise UserError(
+            f"{words} stages are more than {MOST_STAGES}; nearest legal: "
+            f"parallel.chunks={MOST_STAGES // parallel.pipeline}"
+        )
+    split = parallel.layers_per_stage
+    if isinstance(split, tuple) and (len(split) != stages or sum(split) != model.num_hidden_layers):
+        even = ", ".join(map(str, balanced(model.num_hidden_layers, stages, 0.0)))
+        raise UserError(
+            f"parallel.layers_per_stage={as_typed(list(split))} has {len(split)} stages and {sum(split)} layers; "
+            f"{words} and model.num_hidden_layers={model.num_hidden_layers}, so use for example [{even}]"
+        )
+
+
+def _check_pipeline(config: RunConfig) -> None:
+    """Refuse what does not go with a pipeline."""
+    model, parallel = config.model, config.parallel
+    if config.zero.stage > 1:
+        raise UserError(
+            f"zero.stage={config.zero.stage} does not go with parallel.pipeline={parallel.pipeline}; "
+            f"use zero.stage=1, or parallel.pipeline=1"
+        )
+    if config.train.compile and parallel.schedule in V_SHAPED:
+        raise UserError(
+            f"train.compile=true does not go with parallel.schedule={parallel.schedule}, which runs a backward in two "
+            "parts; use train.compile=false, or parallel.schedule=interleaved1f1b"
+        )
+    if model.tie_word_embeddings and parallel.schedule not in V_SHAPED:
+        raise UserError(
+            f"model.tie_word_embeddings=true with parallel.pipeline={parallel.pipeline} under {parallel.schedule} puts "
+            "one weight on two ranks; use parallel.schedule=zbvzerobubble or dualpipev, whose V ends where it began, "
+            "or parallel.pipeline=1"
+        )
+
+
+def _check_micro_batches(config: RunConfig, count: int, dp: int) -> None:
+    """Refuse a number of micro-batches per step that the schedule cannot run."""
+    parallel, train = config.parallel, config.train
+    if legal_micro_batches(parallel, count):
+        return
+    reach = 2 * parallel.pipeline  # what a schedule takes is no further away
+    around = range(max(1, count - reach), count + reach + 1)
+    legal = [n for n in around if legal_micro_batches(parallel, n)]
+    batches = [n * train.micro_batch_size * dp for n in _nearest(legal, count)]
+    raise UserError(
+        f"train.global_batch_size / (train.micro_batch_size * dp) = {train.global_batch_size} / "
+        f"({train.micro_batch_size} * {dp}) = {count} micro-batches, which {parallel.schedule} cannot run over "
+        f"parallel.pipeline={parallel.pipeline}; nearest legal: train.global_batch_size={_or(batches)}"
+    )
+
+
+def check_steps(config: RunConfig, seen: Seen = NOTHING_SEEN) -> None:
+    """Refuse lengths and rates that contradict each other."""
+    steps, schedule = total_steps(config, seen), config.schedule
+    stop_after, warmup = config.train.stop_after, schedule.warmup_steps
+    if stop_after is not None and stop_after > steps:
+        raise UserError(
+            f"train.stop_after={stop_after} is more than {_length_words(config, steps)}; "
+            f"nearest legal: train.stop_after={steps}"
+        )
+    steps = schedule_steps(config, seen)
+    if warmup >= steps:
+        longer = f"train.steps={warmup + 1}"
+        if config.train.tokens is not None:
+            tokens = schedule_batch(config, seen) * config.data.sequence_length * (warmup + 1)
+            longer = f"train.tokens={tokens}"
+        raise UserError(
+            f"schedule.warmup_steps={warmup} leaves nothing of {_length_words(config, steps)}; "
+            f"nearest legal: schedule.warmup_steps={steps - 1}, or {longer}"
+        )
+    if schedule.kind == "wsd" and schedule.decay_steps is not None and warmup + schedule.decay_steps > steps:
+        legal = f"schedule.decay_steps={steps - warmup}"
+        raise UserError(
+            f"schedule.warmup_steps + schedule.decay_steps = {warmup} + {schedule.decay_steps} = "
+            f"{warmup + schedule.decay_steps} is more than {_length_words(config, steps)}; "
+            f"nearest legal: {legal}"
+        )
+    if schedule.min_lr > config.optimizer.lr:
+        raise UserError(
+            f"schedule.min_lr={schedule.min_lr:g} is more than optimizer.lr={config.optimizer.lr:g}; "
+            f"nearest legal: schedule.min_lr={config.optimizer.lr:g}"
+        )
+
+
+def _length_words(config: RunConfig, steps: int) -> str:
+    if config.train.tokens is not None:
+        return f"train.tokens={config.train.tokens} = {steps} steps"
+    return f"train.steps={steps}" if config.train.steps != "chinchilla" else f"train.steps=chinchilla = {steps}"
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, in order."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def _nearest(legal: Iterable[int], value: int) -> list[int]:
+    """The closest legal values on either side of `value`, which itself is not among them."""
+    below, above = [n for n in legal if n < value], [n for n in legal if n > value]
+    return below[-1:] + above[:1]
+
+
+def _nearest_multiples(value: int, unit: int) -> list[int]:
+    """The positive multiples of `unit` on either side of `value`."""
+    below = value // unit * unit
+    return [below, below + unit] if below >= unit else [unit]
+
+
+def _or(numbers: Iterable[int]) -> str:
+    return " or ".join(str(number) for number in numbers)

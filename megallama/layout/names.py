@@ -1,0 +1,151 @@
+"""Layouts by name, as `tp2-dp2-zero3-nosp-acc4-full` or `pp4-dualpipev-tp2`. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any, cast
+
+from megallama.config.schema import ModelConfig, ParallelConfig, Schedule
+from megallama.errors import UserError
+from megallama.layout.stages import V_SHAPED, legal_micro_batches, stage_ranks
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to spread the same training over processes."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    schedule: Schedule = "1f1b"
+    chunks: int = 2
+    """Stages of each rank under interleaved1f1b."""
+    split: tuple[int, ...] = ()
+    """Decoder layers of each stage; empty for the balanced split."""
+    zero: int = 1
+    sequence: bool = True
+    accumulation: int | None = None
+    """Micro-batches of each rank per step; None for the fewest that the schedule takes."""
+    recompute: str = "none"
+
+    @property
+    def world_size(self) -> int:
+        """Processes it takes."""
+        return self.tp * self.pp * self.dp
+
+    @property
+    def name(self) -> str:
+        """The name that parses to this layout."""
+        words = [f"tp{self.tp}"] if self.tp > 1 else []
+        words += [f"pp{self.pp}"] if self.pp > 1 else []
+        words += [self.schedule] if self.schedule != "1f1b" else []
+        words += [f"chunks{self.chunks}"] if self.chunks > 2 else []
+        words += ["split" + "+".join(map(str, self.split))] if self.split else []
+        words += [f"dp{self.dp}"] if self.dp > 1 else []
+        words += [f"zero{self.zero}"]
+        words += ["nosp"] if self.tp > 1 and not self.sequence else []
+        words += [f"acc{self.accumulation}"] if self.accumulation else []
+        words += [self.recompute] if self.recompute != "none" else []
+        return "-".join(words)
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """The section of the configuration."""
+        return ParallelConfig(
+            tensor=self.tp,
+            pipeline=self.pp,
+            sequence=self.sequence,
+            schedule=self.schedule,
+            chunks=self.chunks,
+            layers_per_stage=self.split or "balanced",
+        )
+
+    @property
+    def stages(self) -> int:
+        """Of the pipeline."""
+        return len(stage_ranks(self.parallel))
+
+    @property
+    def micro_batches(self) -> int:
+        """Of each data-parallel rank per step."""
+        return self.accumulation or next(n for n in count(1) if legal_micro_batches(self.parallel, n))
+
+    def apply(self, tree: dict[str, Any]) -> None:
+        """Make a dumped configuration run at this layout."""
+        tree["parallel"] = self.parallel.model_dump()
+        tree["zero"]["stage"] = self.zero
+        tree["train"]["recompute"] = self.recompute
+        tree["train"]["micro_batch_size"] = tree["train"]["global_batch_size"] // (self.dp * self.micro_batches)
+
+
+ONE_PROCESS = Layout()
+
+_WORDS: dict[str, Callable[[Layout, str], Layout]] = {
+    r"tp([1-9]\d*)": lambda layout, n: replace(layout, tp=int(n)),
+    r"pp([1-9]\d*)": lambda layout, n: replace(layout, pp=int(n)),
+    r"(interleaved1f1b|dualpipev|zbvzerobubble)": lambda layout, word: replace(layout, schedule=cast(Schedule, word)),
+    r"chunks([2-9]|[1-9]\d+)": lambda layout, n: replace(layout, chunks=int(n)),
+    r"split([1-9]\d*(?:\+[1-9]\d*)*)": lambda layout, n: replace(layout, split=tuple(map(int, n.split("+")))),
+    r"dp([1-9]\d*)": lambda layout, n: replace(layout, dp=int(n)),
+    r"zero([1-3])": lambda layout, n: replace(layout, zero=int(n)),
+    r"acc([1-9]\d*)": lambda layout, n: replace(layout, accumulation=int(n)),
+    r"(nosp)": lambda layout, _: replace(layout, sequence=False),
+    r"(selective|full)": lambda layout, word: replace(layout, recompute=word),
+}
+
+
+def parse_layout(name: str) -> Layout:
+    """The layout of that name; UserError for a word that is none, or that the schedule has no use for."""
+    layout = ONE_PROCESS
+    for word in name.split("-"):
+        for pattern, apply in _WORDS.items():
+            if match := re.fullmatch(pattern, word):
+                layout = apply(layout, match[1])
+                break
+        else:
+            raise UserError(
+                f"unknown word {word!r} in layout {name!r}; a layout is made of tpN, ppN, dpN and accN with N from 1, "
+                "zeroN with N from 1 to 3, interleaved1f1b, dualpipev, zbvzerobubble, chunksN with N from 2, "
+                "splitN+N+..., nosp, selective and full, as tp2-dp2-zero3 or pp2-dualpipev"
+            )
+    if "chunks" in name and layout.schedule != "interleaved1f1b":
+        raise UserError(
+            f"chunks{layout.chunks} in layout {name!r} goes with interleaved1f1b only, and its schedule is "
+            f"{layout.schedule}; use {replace(layout, schedule='interleaved1f1b').name}, or leave it out"
+        )
+    return layout
+
+
+def default_layouts(model: ModelConfig) -> list[Layout]:
+    """One of each kind; tied embeddings leave out the pipelines that begin and end on different ranks."""
+    layouts = [parse_layout(name) for name in DEFAULT_LAYOUTS]
+    return [x for x in layouts if x.pp == 1 or x.schedule in V_SHAPED or not model.tie_word_embeddings]
+
+
+DEFAULT_LAYOUTS = (
+    "zero2",
+    "zero3",
+    "acc4",
+    "selective",
+    "full",
+    "dp2",
+    "dp2-zero2",
+    "dp2-zero3",
+    "tp2",
+    "tp2-nosp",
+    "tp2-zero3",
+    "dp4-zero3",
+    "tp4",
+    "tp2-dp2",
+    "tp2-dp2-zero3-acc4-full",
+    "pp2",
+    "pp2-interleaved1f1b-acc4",
+    "pp2-dualpipev",
+    "pp2-zbvzerobubble-acc4",
+    "pp2-dp2",
+    "tp2-pp2-zbvzerobubble-acc4-full",
+    "pp4",
+)

@@ -1,0 +1,96 @@
+"""Pipeline stages: the layers each holds, the rank that holds it, how many micro-batches a schedule takes. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from heapq import heapify, heapreplace
+
+from megallama.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megallama.layout.counts import count_parameters
+
+V_SHAPED = ("dualpipev", "zbvzerobubble")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive decoder layers, with the embedding before the first and the head after the last."""
+
+    index: int
+    rank: int
+    """Place on the pipeline axis of the rank that holds it."""
+    layers: range
+
+
+def stages(config: RunConfig) -> list[Stage]:
+    """Every stage of the pipeline in the order of the model; a single one without a pipeline."""
+    parallel = config.parallel
+    ranks = stage_ranks(parallel)
+    found, first = [], 0
+    for index, (rank, layers) in enumerate(zip(ranks, layers_per_stage(config), strict=True)):
+        found.append(Stage(index, rank, range(first, first + layers)))
+        first += layers
+    return found
+
+
+def chunks(parallel: ParallelConfig) -> int:
+    """Stages that each rank holds."""
+    if parallel.pipeline == 1 or parallel.schedule == "1f1b":
+        return 1
+    return 2 if parallel.schedule in V_SHAPED else parallel.chunks
+
+
+def stage_ranks(parallel: ParallelConfig) -> list[int]:
+    """The rank of each stage: round and round (arXiv 2104.04473), or there and back for a V (arXiv 2401.10241)."""
+    there = list(range(parallel.pipeline))
+    if parallel.schedule in V_SHAPED and parallel.pipeline > 1:
+        return there + there[::-1]
+    return there * chunks(parallel)
+
+
+def layers_per_stage(config: RunConfig) -> tuple[int, ...]:
+    """Decoder layers of each stage: as `parallel.layers_per_stage` lists them, or split evenly or by cost."""
+    wanted, layers = config.parallel.layers_per_stage, config.model.num_hidden_layers
+    if isinstance(wanted, tuple):
+        return wanted
+    count = config.parallel.pipeline * chunks(config.parallel)
+    head = head_in_layers(config.model, config.data.sequence_length) if wanted == "balanced" else 0.0
+    return balanced(layers, count, head)
+
+
+@cache  # a search asks again for every micro-batch size
+def balanced(layers: int, stages: int, head: float) -> tuple[int, ...]:
+    """`layers` over `stages`, the last of which has a head that costs as much as `head` layers.
+
+    The slowest stage sets the pace, so each layer goes where the stage is the cheapest; the surplus of a division goes
+    to middle stages before the first, which has the embedding's memory.
+    """
+    split, extra = [1] * stages, [*[0.0] * (stages - 1), head]
+    cheapest = [(1 + extra[index], index == 0, index) for index in range(stages)]
+    heapify(cheapest)
+    for _ in range(layers - stages):
+        _, first, index = cheapest[0]
+        split[index] += 1
+        heapreplace(cheapest, (split[index] + extra[index], first, index))
+    return tuple(split)
+
+
+def head_in_layers(model: ModelConfig, sequence_length: int) -> float:
+    """FLOPs of the output head over those of a decoder layer, attention counted as a causal kernel computes it."""
+    count = count_parameters(model)
+    attention = model.num_attention_heads * model.head_size * sequence_length
+    return count.head_matmul / (count.matmul_per_layer + attention)
+
+
+def legal_micro_batches(parallel: ParallelConfig, count: int) -> bool:
+    """Whether the schedule runs `count` micro-batches per optimizer step.
+
+    1F1B takes as many as stages, DualPipeV twice that, ZBV what its V holds in flight, 2 * pp - 1; Interleaved1F1B
+    goes in rounds of equal size of at least pp (torch.distributed.pipelining.schedules).
+    """
+    pp = parallel.pipeline
+    if pp == 1:
+        return count >= 1
+    if parallel.schedule == "interleaved1f1b":
+        return count >= 1 and count % max(1, count // pp) == 0
+    return count >= {"1f1b": pp, "dualpipev": 2 * pp, "zbvzerobubble": 2 * pp - 1}[parallel.schedule]

@@ -1,0 +1,66 @@
+"""The stages of the model that one rank holds: the whole model, or one or more stretches of a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from megallama.config.schema import ModelConfig
+from megallama.model.llama import Llama, Recompute, Seam
+from megallama.parallel.shards import Piece
+
+
+class Chunks(nn.Module):
+    """Stages by their index in the pipeline; `stages` maps each to its decoder layers."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        stages: Mapping[int, Sequence[int]],
+        seam: Seam,
+        *,
+        recompute: Recompute = "none",
+    ) -> None:
+        super().__init__()
+        self.config, self.seam = config, seam
+        self.stages = nn.ModuleDict(
+            {str(index): Llama(config, seam, recompute=recompute, layers=layers) for index, layers in stages.items()}
+        )
+        models = self.models
+        first, last = models[0], models[-1]
+        # A V-shaped pipeline ends on the rank where it began: one matrix, two chunks.
+        if config.tie_word_embeddings and first.embed_tokens is not None and last.lm_head is not None:
+            last.lm_head.weight = first.embed_tokens.weight
+
+    @property
+    def models(self) -> list[Llama]:
+        """The stages in the order of the model."""
+        return [model for model in self.stages.values() if isinstance(model, Llama)]
+
+    @property
+    def indices(self) -> list[int]:
+        """Their places in the pipeline."""
+        return [int(index) for index in self.stages]
+
+    def decoder_layers(self) -> Iterator[nn.Module]:
+        """All decoder layers of this rank."""
+        for model in self.models:
+            yield from model.layers.values()
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The whole model, where this rank holds all of it."""
+        x = tokens
+        for model in self.models:
+            x = model(x, labels)
+        return x
+
+    def logical_pieces(self) -> dict[str, tuple[Piece, ...]]:
+        """What each parameter holds, under the names of Hugging Face's LlamaForCausalLM."""
+        found = {
+            f"stages.{index}.{name}": pieces
+            for index, model in self.stages.items()
+            if isinstance(model, Llama)
+            for name, pieces in model.logical_pieces().items()
+        }
+        return {name: found[name] for name, _ in self.named_parameters()}

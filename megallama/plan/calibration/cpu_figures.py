@@ -1,0 +1,99 @@
+"""What this machine's CPU can do, measured in seconds: the figures that a table has of a GPU."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from megallama.layout.topology import Topology
+from megallama.parallel.launch import Launch
+from megallama.parallel.mesh import build_mesh
+from megallama.parallel.spawn import run_ranks
+from megallama.plan.time.communication import LINK_FRACTION
+from megallama.plan.time.kernels import SWIGLU_ELEMENTS
+
+_LONG = 0.25
+"""Seconds after which a matmul is large enough: a CPU without bf16 units takes half a second for 512 in bf16."""
+
+
+def measure_cpu(dtype: str, threads: int) -> dict[str, float | int | str]:
+    """The entry `cpu` of a hardware file for ranks of so many threads each, in fp32 or bf16.
+
+    A rank stands for a GPU and the machine for a node. Takes some seconds.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        element = torch.bfloat16 if dtype == "bf16" else torch.float32
+        flops, bandwidth = matmul_flops(element), kernel_bandwidth(element)
+    finally:
+        torch.set_num_threads(before)
+    ranks = max(1, len(os.sched_getaffinity(0)) // threads)
+    figures: dict[str, float | int | str] = {
+        "kind": "cpu",
+        "peak_tflops": _rounded(flops / 1e12),
+        "memory_tb_s": _rounded(bandwidth / 1e12),
+        "memory_gib": _rounded(psutil.virtual_memory().total / ranks / 2**30),
+        "gpus_per_node": ranks,
+    }
+    if ranks > 1:
+        figures["node_link_gb_s"] = _rounded(min(run_ranks(link_bandwidth, 2)) / LINK_FRACTION / 1e9)
+    return figures
+
+
+def matmul_flops(dtype: torch.dtype) -> float:
+    """FLOP/s of the best square matmul."""
+    best = 0.0
+    for n in (256, 512, 1024, 2048):
+        a, b = (torch.randn(n, n, dtype=dtype) for _ in range(2))
+        seconds = _shortest(lambda a=a, b=b: a @ b)  # type: ignore[misc]
+        best = max(best, 2 * n**3 / seconds)
+        if seconds > _LONG:
+            break
+    return best
+
+
+def kernel_bandwidth(dtype: torch.dtype) -> float:
+    """Bytes per second of SwiGLU, forward and backward, counted as `megallama.plan.time.kernels` does.
+
+    It stands for all that is not a matmul. On a CPU such kernels wait for arithmetic as well as for memory, and run at
+    about half of the rate at which memory is copied.
+    """
+    gate, up = (torch.randn(1 << 20, dtype=dtype, requires_grad=True) for _ in range(2))
+    gradient = torch.ones_like(gate)
+
+    def both() -> None:
+        gate.grad = up.grad = None
+        (F.silu(gate) * up).backward(gradient)
+
+    return SWIGLU_ELEMENTS * gate.numel() * gate.element_size() / _shortest(both)
+
+
+def link_bandwidth(launch: Launch) -> float:
+    """Bytes per second that an all-reduce over the two ranks sends from this one."""
+    mesh = build_mesh(Topology(dp=2), launch, torch.device("cpu"))
+    values = torch.ones(1 << 22)
+    # As often on both ranks, however long it takes on each.
+    seconds = _shortest(lambda: dist.all_reduce(values, group=mesh.data.group), least_seconds=0)
+    return values.numel() * values.element_size() / seconds
+
+
+def _shortest(work: Callable[[], object], least_seconds: float = 0.5) -> float:
+    """Seconds of the fastest, after one that is not timed: of five at least, and of so many seconds together."""
+    work()
+    found: list[float] = []
+    while len(found) < 5 or sum(found) < least_seconds:
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -1,0 +1,224 @@
+"""Bytes that a forward keeps for its backward, counted tensor by tensor from what the model's operations save. Pure.
+
+A position is one token of one sequence; `t` is the tensor-parallel size, and `cut` is `t` where sequence parallelism
+cuts what lies between the tensor-parallel regions (arXiv 2205.05198), else 1. Tensors that share memory count once, and
+a view counts as all of what it is a view of.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from megallama.config.schema import RunConfig
+from megallama.layout.counts import padded_vocabulary
+from megallama.layout.stages import Stage
+
+LOGITS_AT_ONCE = 2**27
+"""Elements of a chunk of logits; equal to `parallel.loss.CHUNK_ELEMENTS`, which a test holds."""
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Sizes on one rank from which all else follows: elements, and bytes of each."""
+
+    element: int
+    """Bytes of an activation: 2 or 4."""
+    positions: int
+    """Of one micro-batch on this rank, before sequence parallelism."""
+    sequence: int
+    """Of these, in one sequence."""
+    between: int
+    """Positions between tensor-parallel regions."""
+    hidden: int
+    query: int
+    """Width of the query heads on this rank."""
+    qkv: int
+    """Width of the fused projection on this rank."""
+    key: int
+    """Width of the keys that attention reads on this rank; its values are as wide."""
+    gathers_heads: bool
+    """tp does not divide the key and value heads: they are gathered, and one picked for each query head."""
+    heads: int
+    width: int
+    """Of the SwiGLU product on this rank."""
+    rows: int
+    """Of the vocabulary on this rank, with its padding."""
+    fused_norm: bool
+    """A GPU's norm keeps its input and one number per position; a CPU's keeps what it computes in fp32 on the way."""
+
+    @property
+    def norm_keeps_input(self) -> bool:
+        """Whether the tensor that a norm reads is itself kept, and not a copy in fp32."""
+        return self.fused_norm or self.element == 4
+
+    @property
+    def state(self) -> int:
+        """Bytes of the hidden state between tensor-parallel regions."""
+        return self.element * self.between * self.hidden
+
+    @property
+    def whole_state(self) -> int:
+        """Bytes of the hidden state of all positions."""
+        return self.element * self.positions * self.hidden
+
+
+def tensors(config: RunConfig) -> Tensors:
+    """The sizes of a run's tensors on each rank; the CPU's norm only where the run asks for a CPU."""
+    model, parallel = config.model, config.parallel
+    tp, size = parallel.tensor, model.head_size
+    sequence = config.data.sequence_length // parallel.context
+    positions = config.train.micro_batch_size * sequence
+    gathers = model.kv_heads % tp != 0
+    heads = model.num_attention_heads // tp
+    query, key_values = heads * size, model.kv_heads * size // tp
+    return Tensors(
+        element=2 if config.train.dtype == "bf16" else 4,
+        positions=positions,
+        sequence=sequence,
+        between=positions // tp if parallel.sequence_parallel else positions,
+        hidden=model.hidden_size,
+        query=query,
+        qkv=query + 2 * key_values,
+        key=query if gathers else key_values,
+        gathers_heads=gathers,
+        heads=heads,
+        width=model.intermediate_size // tp,
+        rows=padded_vocabulary(model.vocab_size, tp) // tp,
+        fused_norm=config.train.device != "cpu",
+    )
+
+
+def largest_weight(of: Tensors) -> int:
+    """Elements of a rank's largest parameter: the embedding, or the gates and the up projection of an MLP."""
+    return of.hidden * max(of.rows, 2 * of.width, of.qkv)
+
+
+def norm_bytes(of: Tensors) -> int:
+    """An RMSNorm: fused, its input and the inverse root in fp32; else input and normalised input, both in fp32."""
+    kept = of.element * of.hidden if of.fused_norm else 2 * 4 * of.hidden
+    return of.between * (kept + 4)
+
+
+def layer_bytes(of: Tensors, recompute: str) -> int:
+    """A decoder layer.
+
+    Attention: the input of qkv; its whole output, since the values are a view of it (or, where heads are gathered, the
+    picked values); rotated queries and keys; attention's output, which is o_proj's input; the logarithm of each softmax
+    sum. MLP: the input of gate_up and its output; silu(gate) and the product, unless selective recomputation forms them
+    again. Full recomputation keeps the layer's input alone.
+    """
+    if recompute == "full":
+        return of.state
+    linear_inputs = 2 * of.state
+    values = of.key if of.gathers_heads else of.qkv
+    attention = of.element * (values + 2 * of.query + of.key) + 4 * of.heads
+    mlp = of.element * of.width * (2 if recompute == "selective" else 4)
+    return 2 * norm_bytes(of) + linear_inputs + of.positions * (attention + mlp)
+
+
+def waiting_layer_bytes(of: Tensors) -> int:
+    """Between the two parts of a split backward: the gradients of every linear layer's and norm's output.
+
+    torch keeps these for the weights' part (torch.distributed.pipelining, stage_backward_input).
+    """
+    outputs = of.element * of.positions * (of.qkv + 2 * of.width) + 2 * of.whole_state
+    return outputs + 2 * of.state
+
+
+@dataclass(frozen=True)
+class StageBytes:
+    """What a stage keeps of one micro-batch from its forward to its backward."""
+
+    layers: int
+    rotations: int
+    """cos and sin of every position of a sequence, fp32, made in each forward."""
+    embedding: int
+    norm: int
+    """The last norm."""
+    loss: int
+    """The gradients of the head's input and weight, which the loss forms in forward: its logits are gone by then."""
+    sent: int
+    """The hidden state that left for the next stage; the pipeline keeps it to begin the backward from."""
+    received: int
+    """The hidden state that came, where the first operation keeps a copy in fp32 in its place."""
+    waiting: int
+    """More, between the two parts of a split backward."""
+
+    @property
+    def saved(self) -> int:
+        """What autograd keeps."""
+        return self.layers + self.rotations + self.embedding + self.norm + self.loss
+
+    @cached_property  # a search asks a million times
+    def total(self) -> int:
+        """Until the backward begins."""
+        return self.saved + self.sent + self.received
+
+
+def stage_bytes(config: RunConfig, of: Tensors, stage: Stage, count: int) -> StageBytes:
+    """What stage `stage` of `count` keeps of a micro-batch whose tensors have these sizes."""
+    recompute = config.train.recompute
+    first, last = stage.index == 0, stage.index == count - 1
+    table = of.rows * of.hidden
+    copied = not of.norm_keeps_input and recompute != "full"
+    return StageBytes(
+        layers=len(stage.layers) * layer_bytes(of, recompute),
+        rotations=2 * 4 * of.sequence * config.model.head_size,
+        embedding=of.positions * (8 if config.parallel.tensor == 1 else 9) if first else 0,
+        norm=norm_bytes(of) if last else 0,
+        loss=of.whole_state + 4 * table if last else 0,
+        sent=0 if last else of.state,
+        received=of.state if copied and not first else 0,
+        # The first stage has no input to compute a gradient for: all its backward is in the weights' part.
+        waiting=0 if first else len(stage.layers) * waiting_layer_bytes(of),
+    )
+
+
+def logits_chunk(of: Tensors) -> int:
+    """Positions whose logits are held at once."""
+    return min(of.positions, max(1, LOGITS_AT_ONCE // of.rows))
+
+
+def logits_bytes(of: Tensors) -> int:
+    """Logits held at once: fp32, and the gradient that they become in bf16; those of two chunks where there are two."""
+    chunk = logits_chunk(of)
+    each = of.rows * (6 if of.element == 2 else 4)
+    return each * (chunk + min(chunk, of.positions - chunk))
+
+
+def loss_forward_bytes(of: Tensors) -> int:
+    """The most beside what it keeps: logits, or one chunk of them and its part of the weight's gradient; its input."""
+    chunk = logits_chunk(of) * of.rows * (6 if of.element == 2 else 4)
+    gathered = of.state if of.between < of.positions else 0
+    return max(logits_bytes(of), chunk + of.element * of.rows * of.hidden) + of.whole_state + gathered
+
+
+def loss_backward_bytes(of: Tensors) -> int:
+    """The gradients that it scales: of its input, and of its weight in fp32 and in the weight's type."""
+    return of.whole_state + of.rows * of.hidden * (6 if of.element == 2 else 4)
+
+
+def recomputed_bytes(of: Tensors, recompute: str) -> int:
+    """What the backward of a layer computes again before it begins."""
+    if recompute == "full":
+        return layer_bytes(of, "none") - (of.state if of.norm_keeps_input else 0)
+    return 2 * of.element * of.positions * of.width if recompute == "selective" else 0
+
+
+def layer_backward_bytes(of: Tensors, recompute: str) -> int:
+    """The most that the backward of a layer holds beside what its forward kept.
+
+    The gradient of the layer's output, what is computed again, and the fullest of: the gradients of the product and of
+    the down projection's weight; those of the product and its two factors, when the product is gone; that of the gate
+    and up projection's weight, when all of the MLP is gone but its gradient.
+    """
+    gathered = of.whole_state if of.between < of.positions else 0
+    product, weight = of.element * of.positions * of.width, of.element * of.hidden * of.width
+    moments = (gathered + product + weight, 2 * product, gathered + of.state + 2 * weight - 2 * product)
+    return recomputed_bytes(of, recompute) + of.state + max(moments)
+
+
+def layer_weights_bytes(of: Tensors, recompute: str) -> int:
+    """The same of the weights' part of a split backward: the gradient of the largest weight."""
+    return recomputed_bytes(of, recompute) + 2 * of.element * of.hidden * of.width

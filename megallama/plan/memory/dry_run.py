@@ -1,0 +1,164 @@
+"""A rank's real stages, run forward and backward at the full layout without memory or peers, against the ledger.
+
+Tensors are fake: they have shapes, types and owners of memory, and no content. The process group is fake as well: it
+has any size, and each collective answers at once. `megallama plan` imports this for `--check` alone, since it needs
+torch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megallama.config.schema import RunConfig
+from megallama.layout.check import check_config
+from megallama.layout.stages import Stage, stages
+from megallama.layout.topology import Topology
+from megallama.model.llama import Llama, Seam
+from megallama.model.stages import Chunks
+from megallama.parallel.mesh import Axis
+from megallama.plan.memory.activations import stage_bytes, tensors
+from megallama.plan.memory.instruments import Issued, KeptForBackward
+from megallama.plan.memory.ranks import rank_parameters
+from megallama.plan.memory.traffic import stage_traffic
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One figure of the ledger beside the one that was counted."""
+
+    name: str
+    planned: int
+    counted: int
+
+    @property
+    def equal(self) -> bool:
+        """To the last unit."""
+        return self.planned == self.counted
+
+
+def check_rank(config: RunConfig, world_size: int, rank: int) -> list[Comparison]:
+    """Everything that can be counted on `rank` of `world_size`.
+
+    Parameters, bytes kept for backward, tensor-parallel collectives, messages between stages.
+
+    UserError if the run is not legal on that many ranks.
+    """
+    batching = check_config(config, world_size)
+    parallel = config.parallel
+    topology = Topology(parallel.pipeline, batching.dp_size, parallel.context, parallel.tensor)
+    place = topology.coordinate(rank, "pp")
+    every = stages(config)
+    mine = [stage for stage in every if stage.rank == place]
+    planned = rank_parameters(config)[place].total
+    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    with _world_of(world_size, rank), FakeTensorMode(), torch.device("cpu"), _norms_of(config), _default(dtype):
+        seam = Seam(_tensor_axis(topology, rank), parallel.sequence_parallel)
+        chunks = Chunks(config.model, {s.index: s.layers for s in mine}, seam, recompute=config.train.recompute)
+        weights = list(chunks.parameters())
+        found = [
+            Comparison("parameters", planned, sum(weight.numel() for weight in weights)),
+            Comparison("bytes of weights", planned * dtype.itemsize, sum(weight.nbytes for weight in weights)),
+        ]
+        for stage, model in zip(mine, chunks.models, strict=True):
+            found += _run_stage(config, stage, len(every), model)
+    return found
+
+
+def _run_stage(config: RunConfig, stage: Stage, count: int, model: Llama) -> list[Comparison]:
+    """One micro-batch through one stage, there and back."""
+    batch, length = config.train.micro_batch_size, config.data.sequence_length
+    tokens = torch.zeros(batch, length, dtype=torch.int64)
+    cut = config.parallel.tensor if config.parallel.sequence_parallel else 1
+    hidden = torch.zeros(batch, length // cut, config.model.hidden_size, requires_grad=True)
+    last = stage.index == count - 1
+    with Issued() as issued:
+        kept = KeptForBackward(model.parameters())
+        with kept.counting():
+            output = model(tokens if stage.index == 0 else hidden, tokens if last else None)
+        output.backward(torch.ones_like(output))
+    words = f"stage {stage.index}:"
+    planned = stage_bytes(config, tensors(config), stage, count).saved
+    traffic = stage_traffic(config, stage, count)
+    found = [Comparison(f"{words} bytes kept for backward", planned, kept.size)]
+    state = tensors(config).state
+    if not last:
+        found.append(Comparison(f"{words} message to the next stage, bytes", state, output.nbytes))
+    if stage.index > 0:
+        assert hidden.grad is not None
+        found.append(Comparison(f"{words} message to the stage before, bytes", state, hidden.grad.nbytes))
+    for kind in sorted({*traffic.number, *issued.number}):
+        found.append(Comparison(f"{words} {kind}", traffic.number[kind], issued.number[kind]))
+        found.append(Comparison(f"{words} {kind}, bytes", traffic.size[kind], issued.size[kind]))
+    return found
+
+
+class FusedNorm(torch.autograd.Function):
+    """What a GPU's RMSNorm keeps for its backward (torch's `_fused_rms_norm`), without its arithmetic."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        _, weight, _ = ctx.saved_tensors
+        return grads[0].clone(), torch.zeros_like(weight)
+
+
+def fused_norm(x: Tensor, shape: object, weight: Tensor, eps: float) -> Tensor:
+    """In place of `torch.nn.functional.rms_norm`."""
+    result: Tensor = FusedNorm.apply(x, weight)  # type: ignore[no-untyped-call]
+    return result
+
+
+@contextmanager
+def _norms_of(config: RunConfig) -> Iterator[None]:
+    """The norms of the device that is planned for."""
+    if config.train.device == "cpu":
+        yield
+        return
+    with patch.object(F, "rms_norm", fused_norm):
+        yield
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def _world_of(world_size: int, rank: int) -> Iterator[None]:
+    """As `rank` of a world whose other ranks are not there."""
+    assert not dist.is_initialized()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        with warnings.catch_warnings():
+            # torch 2.13 renames the collectives that torch 2.11 has under these names alone.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _tensor_axis(topology: Topology, rank: int) -> Axis:
+    """This rank's tensor-parallel group; the others' are not needed, since nobody answers."""
+    mine = next(ranks for ranks in topology.groups(["tp"]) if rank in ranks)
+    return Axis(dist.new_group(mine) if len(mine) > 1 else None, mine.index(rank), len(mine))

@@ -1,0 +1,196 @@
+"""The memory of one rank at each place of the pipeline, row by row, at the fullest moment of a step. Pure.
+
+Everything but the overhead is what the allocator hands out (`torch.cuda.max_memory_allocated`). The rows add up to the
+peak: each is what it takes at that moment, and not its own maximum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from operator import mul
+
+from megallama.config.schema import RunConfig
+from megallama.layout.check import gradient_accumulation_steps
+from megallama.layout.schedules import Kind
+from megallama.layout.stages import Stage, stages
+from megallama.plan.memory.activations import (
+    StageBytes,
+    Tensors,
+    largest_weight,
+    layer_backward_bytes,
+    layer_weights_bytes,
+    logits_bytes,
+    loss_backward_bytes,
+    loss_forward_bytes,
+    stage_bytes,
+    tensors,
+)
+from megallama.plan.memory.in_flight import Moment, fullest
+from megallama.plan.memory.lines import GIB, MemoryRow, state_rows
+from megallama.plan.memory.ranks import RankParameters, rank_parameters
+from megallama.plan.memory.zero_buffers import RankWeights, after_backward, buffer_row, reduced_bytes
+
+CONTEXT = GIB // 2
+"""A process's CUDA context with torch's kernels. An assumption: 0.3 to 0.5 GB are reported."""
+COMMUNICATOR = GIB // 2
+"""NCCL's buffers for one group of ranks. An assumption: about 0.5 GB are reported."""
+SLACK = 0.05
+"""Part of all but the state, in blocks that do not fit. An assumption: 3 to 8 % are reported."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes that a step holds beside state and buffers at its fullest."""
+
+    at: str
+    activations: int
+    how: str
+    waiting: int = 0
+    """Gradients kept between the two parts of split backwards."""
+    logits: int = 0
+    """With the gradients that the loss keeps of the head's input and weight."""
+    transients: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.activations + self.waiting + self.logits + self.transients
+
+
+def memory_rows(config: RunConfig, dp_size: int) -> list[list[MemoryRow]]:
+    """The rows of a rank at each place of the pipeline; their sum is what its device must have.
+
+    UserError if the batch does not divide over `dp_size` copies.
+    """
+    count = gradient_accumulation_steps(config, dp_size)
+    moments = fullest(config.parallel, count)
+    every, of = stages(config), tensors(config)
+    kept = [stage_bytes(config, of, stage, len(every)) for stage in every]
+    found = []
+    for rank, here in zip(rank_parameters(config), moments, strict=True):
+        mine = [kept[index] for index in rank.stages]
+        weights = RankWeights(rank.total, largest_weight(of), dp_size)
+        reduced = reduced_bytes(config, weights, count)
+        meanwhile = reduced if weights.total > config.zero.bucket_elements else 0
+        peak = fullest_peak(of, config.train.recompute, here, rank.stages, mine, meanwhile)
+        buffers = buffer_row(config, of, weights, messages(every, rank.rank))
+        at, size = after_backward(config, weights, reduced)
+        if size > peak.total + buffers.size:
+            peak, buffers = Peak(at, 0, "none", transients=size), replace(buffers, how=f"in the {at} none", size=0)
+        rows = [*held_rows(config, rank, dp_size), *_peak_rows(peak), buffers]
+        found.append([*rows, overhead(config, dp_size, peak.total + buffers.size)])
+    return found
+
+
+def held_rows(config: RunConfig, rank: RankParameters, dp_size: int) -> list[MemoryRow]:
+    """State that lies on the rank from the first step to the last; what only fills up in a row of its own."""
+    dtype, stage = config.train.dtype, config.zero.stage
+    rows = state_rows(dtype, stage, rank.sharded + rank.replicated, dp_size)
+    fillers = rank.padding + sum(-part % (2 * dp_size) for part in (rank.sharded + rank.padding, rank.replicated))
+    padding = sum(row.size for row in state_rows(dtype, stage, fillers, dp_size))
+    words = f"{rank.padding} vocabulary rows' and {fillers - rank.padding} ZeRO's elements, all kinds"
+    found = []
+    for row in rows:
+        how = f"{row.bytes_per_parameter} B * {row.parameters} / {row.ranks}"
+        found.append(MemoryRow(row.name.replace(" ", "_"), row.name, how, row.size))
+    return [*found, MemoryRow("padding", "padding", words, padding)]
+
+
+def fullest_peak(
+    of: Tensors,
+    recompute: str,
+    moments: Sequence[Moment],
+    indices: Sequence[int],
+    kept: Sequence[StageBytes],
+    reduced: int = 0,
+) -> Peak:
+    """What a rank with these stages holds at the fullest of these moments; `reduced` as in `peak_at`.
+
+    A search compares a hundred thousand moments: their sizes come first, the terms of the fullest alone after.
+    """
+    totals, waiting = [each.total for each in kept], [each.waiting for each in kept]
+    places = dict(zip(indices, kept, strict=True))
+    beside = {
+        (doing, stage): _transients(of, recompute, doing, stage, places[stage], reduced)
+        for doing, stage in {(moment.doing, moment.stage) for moment in moments}
+    }
+
+    def size(moment: Moment) -> int:
+        held = sum(map(mul, moment.kept, totals)) + sum(map(mul, moment.waiting, waiting))
+        return held + beside[moment.doing, moment.stage]
+
+    return peak_at(of, recompute, max(moments, key=size), indices, kept, reduced)
+
+
+def peak_at(
+    of: Tensors,
+    recompute: str,
+    moment: Moment,
+    indices: Sequence[int],
+    kept: Sequence[StageBytes],
+    reduced: int = 0,
+) -> Peak:
+    """What a rank with these stages holds in the midst of a forward or backward; `reduced` is what ZeRO takes to send
+    gradients in a backward."""
+    here = kept[indices.index(moment.stage)]
+    loss = sum(count * each.loss for count, each in zip(moment.kept, kept, strict=True))
+    logits = logits_bytes(of) if here.loss and moment.doing == "F" else 0
+    return Peak(
+        at=f"{_WORDS[moment.doing]} of stage {moment.stage}",
+        activations=sum(count * each.total for count, each in zip(moment.kept, kept, strict=True)) - loss,
+        how=" + ".join(f"{n} * {each.total - each.loss}" for n, each in zip(moment.kept, kept, strict=True) if n),
+        waiting=sum(count * each.waiting for count, each in zip(moment.waiting, kept, strict=True)),
+        logits=logits + loss,
+        transients=_transients(of, recompute, moment.doing, moment.stage, here, reduced) - logits,
+    )
+
+
+_WORDS = {"F": "forward", "B": "backward", "I": "inputs' part of the backward", "W": "weights' part of the backward"}
+
+
+def _transients(of: Tensors, recompute: str, doing: Kind, index: int, stage: StageBytes, reduced: int) -> int:
+    """Of a stage's forward or backward, logits included."""
+    first = index == 0
+    if doing == "F":
+        # What the layers form beside what they keep is less than what their backward holds.
+        return loss_forward_bytes(of) if stage.loss else 0
+    if doing == "I" and first:
+        return 0
+    if doing == "W" and not first:
+        return layer_weights_bytes(of, recompute)
+    # The layers' backward begins when that of the loss and of the last norm has let go of what they kept.
+    layer = layer_backward_bytes(of, recompute) + reduced - stage.loss - stage.norm
+    return max(loss_backward_bytes(of), layer) if stage.loss else layer
+
+
+def messages(every: Sequence[Stage], rank: int) -> int:
+    """Hidden states and gradients that a rank holds on their way.
+
+    Of each stage before one of its own: a hidden state that came ahead of its turn and a gradient that is leaving; of
+    each stage after, a gradient that came. Where a V turns two stages of one rank hand their tensors over.
+    """
+    pairs = pairwise(stage.rank for stage in every)
+    return sum(2 * (after == rank) + (before == rank) for before, after in pairs if before != after)
+
+
+def overhead(config: RunConfig, dp_size: int, beside_state: int) -> MemoryRow:
+    """What the device has beside tensors; nothing on a CPU."""
+    parallel = config.parallel
+    data, model = dp_size * parallel.context, parallel.tensor * parallel.pipeline
+    groups = sum(size > 1 for size in (parallel.tensor, parallel.pipeline, data, model, data * model))
+    if config.train.device == "cpu":
+        return MemoryRow("overhead", "overhead", "none on a CPU", 0)
+    size = CONTEXT + groups * COMMUNICATOR + int(SLACK * beside_state)
+    return MemoryRow("overhead", "overhead", f"assumed: context, {groups} communicators, {SLACK:.0%} slack", size)
+
+
+def _peak_rows(peak: Peak) -> list[MemoryRow]:
+    rows = [
+        MemoryRow("activations", "activations in flight", peak.how, peak.activations),
+        MemoryRow("waiting_gradients", "gradients between parts of a backward", "of layers' outputs", peak.waiting),
+        MemoryRow("logits", "logits and the loss's gradients", "of one or two chunks", peak.logits),
+        MemoryRow("transients", "transients", f"in the {peak.at}", peak.transients),
+    ]
+    return [row for row in rows if row.size]

@@ -1,0 +1,106 @@
+"""What a run costs as parts of a plan: parameters, batch, FLOPs and memory. Pure."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from megallama.config.schema import RunConfig
+from megallama.layout.budget import planned_tokens, total_steps
+from megallama.layout.check import Batching, check_config
+from megallama.layout.counts import count_parameters, flops_per_token, hardware_flops_per_token, padded_vocabulary
+from megallama.plan.memory.ranks import rank_parameters
+from megallama.plan.report.memory import memory_parts
+from megallama.plan.report.table import Part, Row
+
+
+def plan_run(config: RunConfig, world_size: int, tokens: float | None = None) -> list[Part]:
+    """The plan of a run on `world_size` ranks; `tokens` takes the place of the length that the run says.
+
+    UserError if the run is not legal on that many ranks.
+    """
+    batching = check_config(config, world_size)
+    return [
+        _parameters(config),
+        _batch(config, batching, tokens),
+        _flops(config, planned_tokens(config, tokens)),
+        *memory_parts(config, batching.dp_size),
+    ]
+
+
+def _parameters(config: RunConfig) -> Part:
+    model, count = config.model, count_parameters(config.model)
+    hidden, layers, size = model.hidden_size, model.num_hidden_layers, model.head_size
+    heads = f"({model.num_attention_heads} + {model.kv_heads}) * {size}"
+    head = "tied: the embedding again" if model.tie_word_embeddings else f"{model.vocab_size} * {hidden}"
+    each = f"{count.attention_per_layer} + {count.mlp_per_layer} + {count.norms_per_layer}"
+    matmul = f"{layers} * {count.matmul_per_layer} + {model.vocab_size} * {hidden}"
+    tp = config.parallel.tensor
+    padded = padded_vocabulary(model.vocab_size, tp)
+    rows = [
+        Row("attention_per_layer", "attention, per layer", f"2 * {hidden} * {heads}", count.attention_per_layer),
+        Row("mlp_per_layer", "SwiGLU, per layer", f"3 * {hidden} * {model.intermediate_size}", count.mlp_per_layer),
+        Row("norms_per_layer", "norms, per layer", f"2 * {hidden}", count.norms_per_layer),
+        Row("per_layer", "one layer", each, count.per_layer),
+        Row("layers", "all layers", f"{layers} * {count.per_layer}", layers * count.per_layer),
+        Row("embedding", "embedding", f"{model.vocab_size} * {hidden}", count.embedding),
+        Row("head", "output head", head, count.head),
+        Row("final_norm", "final norm", f"{hidden}", count.final_norm),
+        Row("total", "total", "layers + embedding + head + norm", count.total),
+        Row("matmul", "of which multiply each token", matmul, count.matmul),
+        Row("padded_vocabulary", "vocabulary in memory", f"{model.vocab_size} up to n * 128 * tp {tp}", padded),
+    ]
+    ranks = rank_parameters(config)
+    for rank in ranks:
+        how = f"{rank.sharded} cut over tp {tp} + {rank.replicated} norms + {rank.padding} padding"
+        words = " and ".join(map(str, rank.stages))
+        label = f"on one rank of stage {words}, {rank.layers} layers" if len(ranks) > 1 else "on one rank"
+        rows.append(Row(f"pipeline_rank_{rank.rank}", label, how, rank.total))
+    return Part("parameters", "Parameters", tuple(rows))
+
+
+def _batch(config: RunConfig, batching: Batching, given: float | None) -> Part:
+    parallel, train, each = config.parallel, config.train, config.tokens_per_step
+    dp, parameters = batching.dp_size, count_parameters(config.model).total
+    layout = f"{batching.world_size} / (tp {parallel.tensor} * pp {parallel.pipeline} * cp {parallel.context})"
+    wanted = train.tokens if given is None else given
+    if wanted is not None:
+        steps, length = ceil(wanted / each), f"{wanted:.4g} tokens / {each}, up"
+        tokens, total = int(wanted), "train.tokens" if given is None else "--tokens"
+    else:
+        steps = total_steps(config)
+        length = "train.steps" if train.steps != "chinchilla" else "chinchilla: optimal tokens / tokens per step, up"
+        tokens, total = steps * each, f"{steps} * {each}"
+    per_step = f"{train.global_batch_size} * {config.data.sequence_length}"
+    rows = (
+        Row("world_size", "ranks", "", batching.world_size),
+        Row("dp_size", "data-parallel copies", layout, dp),
+        Row(
+            "gradient_accumulation_steps",
+            "micro-batches per step and copy",
+            f"{train.global_batch_size} / ({train.micro_batch_size} * {dp})",
+            batching.gradient_accumulation_steps,
+        ),
+        Row("tokens_per_step", "tokens per step", per_step, each),
+        Row("steps", "steps", length, steps),
+        Row("tokens", "tokens", total, tokens),
+        Row("tokens_per_parameter", "tokens per parameter", f"{tokens} / {parameters}", tokens / parameters),
+    )
+    return Part("batch", "Batch and length", rows)
+
+
+def _flops(config: RunConfig, tokens: float) -> Part:
+    model, length = config.model, config.data.sequence_length
+    matmul = f"6 * {count_parameters(model).matmul}"
+    attention = f"{model.num_hidden_layers} * {model.num_attention_heads * model.head_size} * {length}"
+    full, causal = flops_per_token(model, length, "full"), flops_per_token(model, length, "causal")
+    rows = [
+        Row("per_token_full", "per token, full convention", f"{matmul} + 12 * {attention}", full),
+        Row("per_token_causal", "per token, causal convention", f"{matmul} + 6 * {attention}", causal),
+    ]
+    hardware = hardware_flops_per_token(model, length, config.train.recompute)
+    if hardware != full:
+        how = f"full + 2 * layers' matmul weights + 4 * {attention}"
+        rows.append(Row("per_token_hardware", "per token, with recomputation", how, hardware))
+    rows.append(Row("run_full", "whole run, full convention", f"{full} * {tokens:.4g} tokens", float(full * tokens)))
+    rows.append(Row("run_causal", "whole run, causal convention", f"{causal} * {tokens:.4g}", float(causal * tokens)))
+    return Part("flops", "FLOPs", tuple(rows))

@@ -1,0 +1,145 @@
+"""A step of a pipeline laid out in time: who computes what when, how long ranks wait, how much they keep. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import accumulate
+
+from megallama.config.schema import ParallelConfig, RunConfig, Schedule
+from megallama.layout.schedules import Action, Kind, action_lists
+from megallama.layout.stages import head_in_layers, stages
+
+
+@dataclass(frozen=True)
+class Span:
+    """When it is computed."""
+
+    action: Action
+    start: float
+    end: float
+
+
+def simulate(lists: list[list[Action]], seconds: Mapping[tuple[Kind, int], float]) -> list[list[Span]]:
+    """Each rank runs its list in order, each action once what it needs is there; `seconds` by kind and stage.
+
+    A forward needs that of the stage before, a backward its own forward and the backward of the stage after, the
+    weights' part of a backward its input's part. Communication takes no time.
+    """
+    count = 1 + max(action.stage for actions in lists for action in actions)
+    done: dict[tuple[str, int, int], float] = {}
+    spans: list[list[Span]] = [[] for _ in lists]
+    leaving: list[list[tuple[str, int, int]]] = [[] for _ in lists]
+    while any(len(spans[rank]) < len(actions) for rank, actions in enumerate(lists)):
+        moved = False
+        for rank, actions in enumerate(lists):
+            while len(spans[rank]) < len(actions):
+                action = actions[len(spans[rank])]
+                start = spans[rank][-1].end if spans[rank] else 0.0
+                try:
+                    for need in _needs(action, count):
+                        start = max(start, done[need])
+                except KeyError:
+                    break
+                end = start + seconds[action.kind, action.stage]
+                spans[rank].append(Span(action, start, end))
+                leaving[rank].append(_result(action))
+                if not action.sent_with_next:
+                    done |= dict.fromkeys(leaving[rank], end)
+                    leaving[rank].clear()
+                moved = True
+        assert moved, "every rank waits for another"
+    return spans
+
+
+def makespan(spans: list[list[Span]]) -> float:
+    """From the first action of any rank to the end of the last."""
+    return max(span.end for rank in spans for span in rank)
+
+
+def bubble(spans: list[list[Span]]) -> float:
+    """Share of all ranks' time in which they wait."""
+    busy = sum(span.end - span.start for rank in spans for span in rank)
+    return 1 - busy / (makespan(spans) * len(spans))
+
+
+def relative_seconds(config: RunConfig) -> dict[tuple[Kind, int], float]:
+    """How long each action of each stage takes, where a layer's forward takes 1: its backward 2, half for the weights.
+
+    Full recomputation runs the forward of a layer again in each part of a backward; selective is too little to count.
+    The output head computes its gradients with the loss, in forward: three times what one pass of its FLOPs takes. The
+    first stage computes nothing for its input: torch leaves all of its backward to the weights' part.
+    """
+    head = head_in_layers(config.model, config.data.sequence_length)
+    again = 1 if config.train.recompute == "full" else 0
+    every = stages(config)
+    found: dict[tuple[Kind, int], float] = {}
+    for stage in every:
+        layers, first = len(stage.layers), stage.index == 0
+        forward = layers + (3 * head if stage == every[-1] else 0.0)
+        parts: dict[Kind, float] = {
+            "F": forward,
+            "B": (2 + again) * layers,
+            "I": 0 if first else (1 + again) * layers,
+            "W": (2 + again) * layers if first else (1 + again) * layers,
+        }
+        found |= {(kind, stage.index): seconds for kind, seconds in parts.items()}
+    return found
+
+
+def kept(config: RunConfig, lists: list[list[Action]]) -> list[float]:
+    """What each rank keeps for backward at its peak, in micro-batches through all of its layers.
+
+    A backward frees what its forward kept when it has computed the weights' gradients.
+    """
+    layers = {stage.index: len(stage.layers) for stage in stages(config)}
+    found = []
+    for actions in lists:
+        whole = sum(layers[stage] for stage in {action.stage for action in actions})
+        held = accumulate({"F": 1, "I": 0}.get(action.kind, -1) * layers[action.stage] for action in actions)
+        found.append(max(held) / whole)
+    return found
+
+
+def simulated_waiting(config: RunConfig, micro_batches: int) -> float:
+    """Waiting over work of the rank that computes most in a step, its stages as they are.
+
+    A schedule in its stride takes equally long for equally many more micro-batches, so a step of more than 8 * pp is
+    drawn out from shorter ones; an interleaved one varies by up to a fiftieth where stages are unequal.
+    """
+    parallel, pp = config.parallel, config.parallel.pipeline
+    if pp == 1:
+        return 0.0
+    seconds = tuple(relative_seconds(config).items())
+    length_and_work = partial(_length_and_work, parallel.schedule, pp, parallel.chunks, seconds)
+    rounds, rest = divmod(micro_batches, pp)
+    if rounds <= 8 or (rest and parallel.schedule == "interleaved1f1b"):
+        length, work = length_and_work(micro_batches)
+    else:
+        short, long = (length_and_work(count * pp + rest) for count in (4, 8))
+        length, work = (few + (many - few) * (rounds - 4) / 4 for few, many in zip(short, long, strict=True))
+    return length / work - 1
+
+
+@cache  # a search asks again for every tp and micro-batch size
+def _length_and_work(
+    schedule: Schedule, pp: int, chunks: int, seconds: tuple[tuple[tuple[Kind, int], float], ...], micro_batches: int
+) -> tuple[float, float]:
+    """Of a step, and of what the rank that computes most in it computes."""
+    parallel = ParallelConfig(pipeline=pp, schedule=schedule, chunks=chunks)
+    spans = simulate(action_lists(parallel, micro_batches), dict(seconds))
+    return makespan(spans), max(sum(span.end - span.start for span in rank) for rank in spans)
+
+
+def _result(action: Action) -> tuple[str, int, int]:
+    return "I" if action.kind == "B" else action.kind, action.stage, action.micro_batch
+
+
+def _needs(action: Action, count: int) -> list[tuple[str, int, int]]:
+    stage, m = action.stage, action.micro_batch
+    if action.kind == "F":
+        return [("F", stage - 1, m)] if stage > 0 else []
+    if action.kind == "W":
+        return [("I", stage, m)]
+    return [("F", stage, m), *([("I", stage + 1, m)] if stage < count - 1 else [])]

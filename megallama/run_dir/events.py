@@ -1,0 +1,108 @@
+"""The file metrics.jsonl of a run: how its lines are written, and which stand after the run went back. No torch.
+
+Whoever reads the metrics of a run takes `standing_events`: a run that goes back to a checkpoint trains the steps after
+it once more, and their lines of before are still in the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from megallama.errors import UserError
+
+METRICS = "metrics.jsonl"
+"""In the run directory."""
+RETURNS = "resume", "rollback"
+"""Events at whose step the run stands again: what came after it before is undone."""
+
+_OF_A_STEP = *RETURNS, "train", "eval", "checkpoint", "checkpoint_failed"
+
+Event = dict[str, Any]
+
+
+def standing_events(run_dir: Path) -> list[Event]:
+    """The events of a run that stand, in order. UserError as `read_events`."""
+    return standing(read_events(run_dir / METRICS))
+
+
+def standing(events: Sequence[Event]) -> list[Event]:
+    """Those of `events` that stand, in order.
+
+    A `resume` or `rollback` at step s undoes all earlier events of steps above s. Of what remains, the last event of a
+    kind, a step and a split counts. Events without a step stand.
+    """
+    kept, seen, limit = list[Event](), set[tuple[str, int, str | None]](), math.inf
+    for event in reversed(events):
+        step = event.get("step")
+        if step is not None:
+            key = (event["event"], step, event.get("split"))
+            if step > limit or key in seen:
+                continue
+            seen.add(key)
+            if event["event"] in RETURNS:
+                limit = step
+        kept.append(event)
+    return kept[::-1]
+
+
+def read_events(path: Path) -> list[Event]:
+    """All events of a file of metrics, in order.
+
+    Whole lines only: a run that was killed may have left the last one torn. UserError for a line that no run writes.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a run that has trained") from None
+    return [_event(line, f"{path}, line {number},") for number, line in enumerate(lines, 1)]
+
+
+def _event(line: bytes, where: str) -> Event:
+    fix = "take the line out, or train again"
+    try:
+        event: Event = json.loads(line.decode())
+        name, step = str(event["event"]), event.get("step")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{where} is no event of a run; {fix}") from None
+    if (step is not None or name in _OF_A_STEP) and (type(step) is not int or step < 0):
+        raise UserError(f"{where} is a {name} event whose step is {step}, not a whole number; {fix}")
+    return event
+
+
+class JsonLines:
+    """One object per line, at full precision, flushed line by line so that a killed run loses none."""
+
+    def __init__(self, path: Path) -> None:
+        content = path.read_bytes() if path.exists() else b""
+        if content and not content.endswith(b"\n"):  # a start that was killed in the middle of a line
+            os.truncate(path, content.rfind(b"\n") + 1)
+        self.found = content.count(b"\n")
+        """Lines of the starts before."""
+        self._file = path.open("ab", buffering=0)
+        self._waiting = bytearray()
+
+    def write(self, event: Event) -> None:
+        # JSON knows no infinity: a number that is not finite is null.
+        legal = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in event.items()}
+        self._waiting += (json.dumps(legal) + "\n").encode()
+        self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._file.close()
+
+    def _flush(self) -> None:
+        """A full disk ends no run: the lines wait in memory until there is room."""
+        try:
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+        except OSError as error:
+            with suppress(OSError):  # what is said may go to that disk as well
+                print(f"megallama: metrics cannot be written ({error.strerror})", file=sys.stderr)

@@ -1,0 +1,250 @@
+"""The optimizer engine: DeepSpeed ZeRO around this rank's stages. The only file that imports deepspeed.
+
+The rest of the package sees `Engine`: forward and backward over micro-batches, one optimizer step, and the optimizer's
+state as flat fragments of parameters, from which checkpoints are made.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any, Protocol
+
+import deepspeed
+import torch
+from deepspeed.ops import __compatible_ops__ as compatible_ops
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor, nn
+
+from megallama.config.deepspeed import deepspeed_config
+from megallama.config.schema import RunConfig
+from megallama.model.stages import Chunks
+from megallama.parallel.mesh import ParallelMesh
+from megallama.train.pipeline import MicroBatch, Pipeline
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """Norm of the gradient over all parameters, before clipping; inf when not finite."""
+    applied: bool
+    """False when a non-finite gradient made every rank skip the update."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The optimizer state that this rank owns of one local parameter: a flat range, fp32, by reference."""
+
+    parameter: str
+    start: int
+    """First element of the flattened local parameter."""
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+class Engine:
+    """ZeRO stage 1 to 3 in bf16 or fp32 around `chunks`, whose parameters move to this rank's device.
+
+    Master weights, moments and gradient sums are fp32. Gradients are clipped by their norm over the whole model: over
+    tensor-parallel shards and pipeline stages, replicated parameters counted once.
+    """
+
+    def __init__(self, chunks: Chunks, config: RunConfig, mesh: ParallelMesh, micro_batches: int) -> None:
+        self._chunks = chunks.to(mesh.device)
+        self._optimizer = _adamw(chunks, config)
+        self._stage, self._data_rank = config.zero.stage, mesh.data.rank
+        self._names = {parameter: name for name, parameter in chunks.named_parameters()}
+        self._group_of = {p: index for index, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
+        # On a CPU DeepSpeed would compile a shared-memory op at start: minutes, a compiler, and a lock that outlives
+        # a killed build. gloo does without.
+        compatible_ops["deepspeed_shm_comm"] = False
+        with redirect_stdout(StringIO()):  # BF16_Optimizer prints memory statistics whatever the log level
+            self._engine, *_ = deepspeed.initialize(
+                model=chunks,
+                optimizer=self._optimizer,
+                config=deepspeed_config(config, mesh.data.size),
+                mpu=_Mpu(mesh),
+                dist_init_required=False,
+            )
+        self._zero: Any = self._engine.optimizer
+        self._create_state()
+        self._passes: _Passes = (
+            _Straight(self._engine)
+            if mesh.pp.size == 1
+            else Pipeline(chunks, config, mesh, micro_batches, self._take_gradients)
+        )
+
+    def forward_backward(self, batches: Iterable[MicroBatch], scale: Tensor) -> Tensor:
+        """Run every micro-batch forward and backward; return the sum of their losses times `scale`, detached.
+
+        It is 0 on ranks without the last stage. Gradients add up until `step`, which averages them over data-parallel
+        ranks: a `scale` of data-parallel size over the labels counted in the global batch makes them those of the token
+        mean.
+        """
+        return self._passes.forward_backward(batches, scale)
+
+    def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
+        """The summed loss, 0 on ranks without the last stage; touches no gradient."""
+        return self._passes.evaluate(batches)
+
+    def step(self, lr: float) -> StepResult:
+        """Reduce, clip, update. Every rank of the mesh must call it."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        return StepResult(float(self._engine.get_global_grad_norm()), bool(self._engine.was_step_applied()))
+
+    def fragments(self) -> Iterator[Fragment]:
+        """All optimizer state on this rank. Over the data-parallel ranks they cover every parameter exactly once."""
+        for parameter, name in self._names.items():
+            found = self._owned(parameter)
+            if found is None:
+                continue
+            start, partition, offset, numel = found
+            state = self._optimizer.state[partition]
+            here = slice(offset, offset + numel)
+            yield Fragment(name, start, partition.detach()[here], state["exp_avg"][here], state["exp_avg_sq"][here])
+
+    @torch.no_grad()
+    def state_was_loaded(self, updates: int) -> None:
+        """Make the weights follow the masters, after fragments were overwritten with those of `updates` steps."""
+        for partition in self._partitions:
+            self._optimizer.state[partition]["step"].fill_(updates)
+        if self._stage < 3:
+            self._zero.update_lp_params()
+            return
+        for index in range(len(self._partitions)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(index)
+        kept_whole = self._zero.persistent_parameters
+        if kept_whole:
+            kept_whole[0].all_gather(kept_whole)
+
+    @property
+    def _partitions(self) -> list[nn.Parameter]:
+        """The flat fp32 masters that this rank owns."""
+        for name in ("fp32_groups_flat_partition", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+            if hasattr(self._zero, name):  # by class: BF16_Optimizer, ZeRO 1 and 2, ZeRO 3
+                partitions: list[nn.Parameter] = getattr(self._zero, name)
+                return partitions
+        raise AssertionError(f"unknown ZeRO optimizer {type(self._zero).__name__}")
+
+    def _owned(self, parameter: nn.Parameter) -> tuple[int, nn.Parameter, int, int] | None:
+        """(start in the parameter, flat partition, offset in it, elements) of what this rank owns of `parameter`."""
+        any_parameter: Any = parameter
+        if self._stage < 3:
+            mapping = any_parameter._hp_mapping
+            if mapping is None:
+                return None
+            low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+            return low.start, self._partitions[mapping.param_group_index], high.start, high.numel
+        group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        size = any_parameter.partition_numel()
+        start = size * self._data_rank
+        # The last partition is padded to the size of the others.
+        numel = min(size, any_parameter.ds_numel - start)
+        return (start, self._partitions[group], offset, numel) if numel > 0 else None
+
+    def _take_gradients(self, module: nn.Module) -> None:
+        """Add what a split backward left in `grad` to the fp32 sums, as ZeRO's hooks do with the other gradients.
+
+        In fp32 there is nothing to do: `grad` is the sum.
+        """
+        if not isinstance(self._zero, BF16_Optimizer):
+            return
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                any_parameter: Any = parameter
+                group, index = self._group_of[parameter], any_parameter._index_in_param_group
+                self._zero.accumulate_hp_grads_and_remove_lp(parameter, group, index)
+
+    def _create_state(self) -> None:
+        """AdamW's state, made now instead of in the first step, so that a checkpoint has somewhere to go."""
+        for partition in self._partitions:
+            state = self._optimizer.state[partition]
+            on_device = self._optimizer.defaults["fused"]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device if on_device else "cpu")
+            state["exp_avg"] = torch.zeros_like(partition, requires_grad=False)
+            state["exp_avg_sq"] = torch.zeros_like(partition, requires_grad=False)
+
+
+class _Passes(Protocol):
+    """Forward and backward of all micro-batches of a step, and evaluation."""
+
+    def forward_backward(self, batches: Iterable[MicroBatch], scale: Tensor) -> Tensor: ...
+    def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor: ...
+
+
+class _Straight:
+    """One micro-batch after the other through a rank that holds the whole model."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def forward_backward(self, batches: Iterable[MicroBatch], scale: Tensor) -> Tensor:
+        self._engine.train()
+        total = torch.zeros((), dtype=torch.float32, device=scale.device)
+        for tokens, labels in batches:
+            loss = self._engine(tokens, labels) * scale
+            self._engine.backward(loss)
+            total += loss.detach()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
+        self._engine.eval()
+        losses = [self._engine(tokens, labels) for tokens, labels in batches]
+        return torch.stack(losses).double().sum()
+
+
+class _Mpu:
+    """What DeepSpeed asks of the mesh.
+
+    The norm is summed over `get_model_parallel_group`, which must span all of one model copy; a parameter that is not
+    marked `tensor_model_parallel` counts on tensor-parallel rank 0 only.
+    """
+
+    def __init__(self, mesh: ParallelMesh) -> None:
+        self._mesh = mesh
+
+    def get_data_parallel_group(self) -> Any:
+        return self._mesh.data.group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._mesh.data.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._mesh.data.size
+
+    def get_model_parallel_group(self) -> Any:
+        return self._mesh.model.group
+
+    def get_model_parallel_rank(self) -> int:
+        return self._mesh.model.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._mesh.model.size
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self._mesh.tp.rank
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self._mesh.tp.size
+
+
+def _adamw(module: nn.Module, config: RunConfig) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves norm weights alone."""
+    parameters = list(module.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.optimizer.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    lr, betas, eps = config.optimizer.lr, config.optimizer.betas, config.optimizer.eps
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=True)

@@ -1,0 +1,27 @@
+"""Loss on samples that are not trained on at that moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megallama.config.schema import IGNORE_INDEX
+from megallama.data.loader import Loader
+from megallama.parallel.mesh import ParallelMesh, sum_losses, sum_over
+from megallama.train.engine import Engine
+from megallama.train.pipeline import MicroBatch
+
+
+def evaluate(engine: Engine, loader: Loader, samples: int, mesh: ParallelMesh) -> float:
+    """The token mean of the loss over the first `samples` of the loader's split; every rank must call it."""
+    counted = 0
+
+    def batches() -> Iterator[MicroBatch]:
+        nonlocal counted
+        for batch in loader.evaluation(samples):
+            counted += int((batch.labels != IGNORE_INDEX).sum())
+            yield batch.tokens.to(mesh.device), batch.labels.to(mesh.device)
+
+    total = engine.evaluate(batches())
+    (loss,) = sum_losses([float(total)], mesh)
+    (tokens,) = sum_over([counted], mesh.data, mesh.device)
+    return loss / tokens

@@ -1,0 +1,74 @@
+"""A rank that runs out of memory says in one sentence what took it, and what would take less."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from megallama.config.schema import RunConfig
+from megallama.errors import UserError
+from megallama.layout.check import check_batching
+from megallama.parallel.mesh import ParallelMesh
+from megallama.plan.memory.ledger import memory_rows
+from megallama.plan.search.remedies import largest_terms, nearest_change
+
+# torch has an exception of its own for its CUDA allocator alone: cublas, nccl and its CPU allocator raise plain ones.
+_ON_A_GPU = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_ON_A_CPU = ("can't allocate memory", "not enough memory")
+
+
+@contextmanager
+def memory_explained(config: RunConfig, mesh: ParallelMesh) -> Iterator[None]:
+    """Turn an error for want of this rank's memory into a UserError with its largest predicted terms."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error, mesh.device):
+            raise
+        # The ledger of train.device=auto is that of a GPU.
+        train = config.train.model_copy(update={"device": mesh.device.type})
+        here = config.model_copy(update={"train": train})
+        raise UserError(explanation(here, mesh.world.size, mesh.rank, mesh.pp.rank)) from error
+
+
+def out_of_memory(error: BaseException | None, device: torch.device) -> bool:
+    """Whether it, or what caused it, is for want of memory of `device`: torch's pipelines wrap what a stage raises.
+
+    The host's memory is another's matter in a run on GPUs, whose terms are not in it.
+    """
+    while error is not None:
+        if device.type == "cuda":
+            found = isinstance(error, torch.OutOfMemoryError) or _says(error, _ON_A_GPU)
+        else:
+            no_room = isinstance(error, OSError) and error.errno == errno.ENOMEM
+            found = isinstance(error, MemoryError) or no_room or _says(error, _ON_A_CPU)
+        if found:
+            return True
+        error = error.__cause__
+    return False
+
+
+def explanation(config: RunConfig, world_size: int, rank: int, pipeline_rank: int) -> str:
+    """The sentence, for a run that is legal on `world_size` ranks."""
+    rows = memory_rows(config, check_batching(config, world_size).dp_size)[pipeline_rank]
+    *first, last = (f"{row.name} {_size(row.size)}" for row in largest_terms(rows))
+    terms = f"{', '.join(first)} and {last}"
+    change = nearest_change(config, world_size)
+    fix = (
+        "use a smaller model or more ranks"
+        if change is None
+        else f"use {change.words}, with which the fullest rank needs {_size(change.size)}"
+    )
+    total = _size(sum(row.size for row in rows))
+    return f"no memory is left on rank {rank}, for which {total} are predicted, most of them {terms}; {fix}"
+
+
+def _says(error: BaseException, words: tuple[str, ...]) -> bool:
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

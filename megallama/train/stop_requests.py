@@ -1,0 +1,117 @@
+"""What people, launchers and the clock ask of a run, and how its ranks agree on the step at which they follow.
+
+Files are looked for by rank 0; after each step all ranks take the union.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megallama.parallel.launch import Launch
+from megallama.parallel.mesh import ParallelMesh
+from megallama.run_dir.outcome import STOP_FILE
+from megallama.system.lock import RunLock
+from megallama.system.signals import release_signals
+
+SAVE_FILE = "SAVE"
+REASONS = ("a signal", "the end of the launcher", f"the file {STOP_FILE}", "train.max_minutes")
+_UNMEASURED_BYTES_PER_SECOND = 1e8
+"""What a disk is taken to write until a save has shown better."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What all ranks do now."""
+
+    stop: str | None = None
+    """The reason to save and leave, or None to go on."""
+    save: bool = False
+    give_up: bool = False
+    """A rank saw that going on is of no use."""
+    lost: str | None = None
+    """Why the run directory is not this run's any more: nothing may be written there. None while it is."""
+
+
+class Requests:
+    """Made once by each rank, in its main thread; `lock` is rank 0's, who holds it."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        lock: RunLock | None,
+        mesh: ParallelMesh,
+        max_minutes: float | None,
+        save_bytes: int,
+        launch: Launch,
+    ) -> None:
+        self._dir, self._lock, self._mesh, self._launch = run_dir, lock, mesh, launch
+        self._deadline = None if max_minutes is None else time.monotonic() - _process_age() + 60 * max_minutes
+        self._save_seconds, self._measured = save_bytes / _UNMEASURED_BYTES_PER_SECOND, False
+        self._agreed: float | None = None
+        self._longest_round = 0.0
+        if mesh.rank == 0:
+            for name in (STOP_FILE, SAVE_FILE):
+                _forget(run_dir / name)
+        release_signals()
+
+    def save_took(self, seconds: float) -> None:
+        """A save took that long: train.max_minutes leaves time for the longest so far."""
+        self._save_seconds = max(self._save_seconds, seconds) if self._measured else seconds
+        self._measured = True
+
+    def agree(self, *, saving: bool, give_up: bool) -> Wishes:
+        """The wishes of all ranks, the same on each; every rank must call it after each step.
+
+        `saving`: a save is in flight, for which the last one would wait.
+        """
+        first, now = self._mesh.rank == 0, time.monotonic()
+        if self._agreed is not None:  # since then there was a step, and perhaps an evaluation and a copy for a save
+            self._longest_round = max(self._longest_round, now - self._agreed)
+        self._agreed = now
+        needed = self._longest_round + self._save_seconds * (2 if saving else 1)
+        late = self._deadline is not None and now + needed > self._deadline
+        lost = self._lock.lost() if self._lock is not None else None
+        mine = [
+            self._launch.signals.asked,
+            self._launch.launcher.gone(),
+            first and (self._dir / STOP_FILE).exists(),
+            first and late,
+            first and (self._dir / SAVE_FILE).exists(),
+            give_up,
+            lost is not None,
+        ]
+        *stops, save, give_up, any_lost = _union(mine, self._mesh)
+        if first and stops[2]:
+            (self._dir / STOP_FILE).unlink(missing_ok=True)
+        if first and save:
+            (self._dir / SAVE_FILE).unlink(missing_ok=True)
+        reason = next((reason for reason, asked in zip(REASONS, stops, strict=True) if asked), None)
+        return Wishes(reason, save, give_up, (lost or f"{self._dir} is gone") if any_lost else None)
+
+
+def _forget(request: Path) -> None:
+    """Remove what an earlier start was asked; what was asked since this process began is meant for this one."""
+    with suppress(OSError):
+        if request.stat().st_mtime < time.time() - _process_age():
+            request.unlink()
+
+
+def _process_age() -> float:
+    """Seconds since this process was started: importing and waiting for other ranks count."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _union(flags: list[bool], mesh: ParallelMesh) -> list[bool]:
+    if mesh.world.size == 1:
+        return flags
+    raised = torch.tensor(flags, dtype=torch.int32, device=mesh.device)
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=mesh.world.group)
+    return [bool(flag) for flag in raised.tolist()]
