@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megallama.checkpoint import difference, listing
+from megallama.checkpoint.commands import difference, listing
 from megallama.checkpoint.commands.difference import compare, differing_fields, tensor_differences
 from megallama.checkpoint.commands.listing import COMPLETE, checkpoints_at, checkpoints_folder, entries, layout_name
 from megallama.checkpoint.format import (

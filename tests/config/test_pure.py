@@ -7,11 +7,18 @@ import sys
 from pathlib import Path
 
 import megallama.config
+import megallama.layout
 import megallama.plan
+import megallama.run_dir
+import megallama.system
 
-PACKAGES = (megallama.config, megallama.plan)
-IMPURE = {"megallama.plan.memory.dry_run", "megallama.plan.memory.instruments"}
-"""Imported when `plan --check` asks for it."""
+PACKAGES = (megallama.config, megallama.layout, megallama.plan, megallama.run_dir, megallama.system)
+IMPURE = {
+    "megallama.plan.calibration.cpu_figures",
+    "megallama.plan.memory.dry_run",
+    "megallama.plan.memory.instruments",
+}
+"""Imported when `plan --check` or `plan --calibrate` asks for it."""
 HEAVY = ("torch", "deepspeed", "numpy", "transformers", "tiktoken", "tokenizers", "wandb")
 
 PROGRAM = """
@@ -32,14 +39,13 @@ for module in {modules!r}:
 def pure_modules() -> list[str]:
     modules = [
         "megallama.errors",
-        "megallama.run_dir.events",
         "megallama.train.lr_schedule",
-        "megallama.layout.topology",
         "megallama.data.sampler",
     ]
     for package in PACKAGES:
-        files = sorted(Path(package.__path__[0]).glob("*.py"))
-        modules += [f"{package.__name__}.{file.stem}" for file in files if file.stem != "__init__"]
+        root = Path(package.__path__[0])
+        names = [".".join(file.relative_to(root).with_suffix("").parts) for file in sorted(root.rglob("*.py"))]
+        modules += [f"{package.__name__}.{name}" for name in names if not name.endswith("__init__")]
     return [module for module in modules if module not in IMPURE]
 
 

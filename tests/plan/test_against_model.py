@@ -18,7 +18,7 @@ from megallama.model.stages import Chunks
 from megallama.parallel.layers import VOCABULARY_MULTIPLE
 from megallama.parallel.mesh import Axis
 from megallama.plan.memory.ranks import rank_parameters
-from tests.plan.test_params import PUBLISHED
+from tests.layout.test_counts import PUBLISHED
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

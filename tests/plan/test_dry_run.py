@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from megallama.errors import UserError
 from megallama.plan.cli import plan
-from megallama.plan.memory.lines import dry_run
+from megallama.plan.memory import dry_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 app = typer.Typer()

@@ -12,7 +12,7 @@ import pytest
 from megallama.cluster.job_file import Allocation, job_file
 from tests.launching import BIN
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 SIZES = [script for script in SCRIPTS if script.stem not in ("run", "environment")]
 
