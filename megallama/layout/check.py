@@ -13,7 +13,8 @@ from megallama.config.keys import as_typed
 from megallama.config.schema import MOST_STAGES, ModelConfig, RunConfig
 from megallama.errors import UserError
 from megallama.layout.budget import NOTHING_SEEN, Seen, schedule_batch, schedule_steps, total_steps
-from megallama.layout.stages import V_SHAPED, balanced, chunks, legal_micro_batches
+from megallama.layout.schedules import chunks, legal_micro_batches, schedule_of
+from megallama.layout.stages import balanced
 
 
 @dataclass(frozen=True)
@@ -188,12 +189,12 @@ def _check_pipeline(config: RunConfig) -> None:
             f"zero.stage={config.zero.stage} does not go with parallel.pipeline={parallel.pipeline}; "
             f"use zero.stage=1, or parallel.pipeline=1"
         )
-    if config.train.compile and parallel.schedule in V_SHAPED:
+    if config.train.compile and schedule_of(parallel).splits_backward != "never":
         raise UserError(
             f"train.compile=true does not go with parallel.schedule={parallel.schedule}, which runs a backward in two "
             "parts; use train.compile=false, or parallel.schedule=interleaved1f1b"
         )
-    if model.tie_word_embeddings and parallel.schedule not in V_SHAPED:
+    if model.tie_word_embeddings and not schedule_of(parallel).v_shaped:
         raise UserError(
             f"model.tie_word_embeddings=true with parallel.pipeline={parallel.pipeline} under {parallel.schedule} puts "
             "one weight on two ranks; use parallel.schedule=zbvzerobubble or dualpipev, whose V ends where it began, "

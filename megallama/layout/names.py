@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from megallama.config.schema import ModelConfig, ParallelConfig, Schedule
 from megallama.errors import UserError
-from megallama.layout.stages import V_SHAPED, legal_micro_batches, stage_ranks
+from megallama.layout.schedules import SCHEDULES, legal_micro_batches, stage_ranks
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ ONE_PROCESS = Layout()
 _WORDS: dict[str, Callable[[Layout, str], Layout]] = {
     r"tp([1-9]\d*)": lambda layout, n: replace(layout, tp=int(n)),
     r"pp([1-9]\d*)": lambda layout, n: replace(layout, pp=int(n)),
-    r"(interleaved1f1b|dualpipev|zbvzerobubble)": lambda layout, word: replace(layout, schedule=cast(Schedule, word)),
+    f"({'|'.join(SCHEDULES)})": lambda layout, word: replace(layout, schedule=cast(Schedule, word)),
     r"chunks([2-9]|[1-9]\d+)": lambda layout, n: replace(layout, chunks=int(n)),
     r"split([1-9]\d*(?:\+[1-9]\d*)*)": lambda layout, n: replace(layout, split=tuple(map(int, n.split("+")))),
     r"dp([1-9]\d*)": lambda layout, n: replace(layout, dp=int(n)),
@@ -111,7 +111,7 @@ def parse_layout(name: str) -> Layout:
                 "zeroN with N from 1 to 3, interleaved1f1b, dualpipev, zbvzerobubble, chunksN with N from 2, "
                 "splitN+N+..., nosp, selective and full, as tp2-dp2-zero3 or pp2-dualpipev"
             )
-    if "chunks" in name and layout.schedule != "interleaved1f1b":
+    if "chunks" in name and SCHEDULES[layout.schedule].stages_per_rank is not None:
         raise UserError(
             f"chunks{layout.chunks} in layout {name!r} goes with interleaved1f1b only, and its schedule is "
             f"{layout.schedule}; use {replace(layout, schedule='interleaved1f1b').name}, or leave it out"
@@ -122,7 +122,7 @@ def parse_layout(name: str) -> Layout:
 def default_layouts(model: ModelConfig) -> list[Layout]:
     """One of each kind; tied embeddings leave out the pipelines that begin and end on different ranks."""
     layouts = [parse_layout(name) for name in DEFAULT_LAYOUTS]
-    return [x for x in layouts if x.pp == 1 or x.schedule in V_SHAPED or not model.tie_word_embeddings]
+    return [x for x in layouts if x.pp == 1 or SCHEDULES[x.schedule].v_shaped or not model.tie_word_embeddings]
 
 
 DEFAULT_LAYOUTS = (

@@ -1,4 +1,4 @@
-"""What each rank of a pipeline computes in a step, in its order, under each schedule. Pure.
+"""Pipeline schedules: the facts of each in one row, and what each rank computes in a step, in its order. Pure.
 
 Training runs torch's lists for the three schedules that torch has; tests hold these against them, action for action.
 """
@@ -6,11 +6,11 @@ Training runs torch's lists for the three schedules that torch has; tests hold t
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megallama.config.schema import ParallelConfig
-from megallama.layout.stages import chunks
+from megallama.config.schema import ParallelConfig, Schedule
 
 Kind = Literal["F", "B", "I", "W"]
 """Forward; backward whole, for the input alone, for the weights alone."""
@@ -27,16 +27,52 @@ class Action:
     """Its result leaves the rank only after the action that follows it, as in the pairs of DualPipeV."""
 
 
+@dataclass(frozen=True)
+class ScheduleFacts:
+    """What sets a pipeline schedule apart from the others."""
+
+    actions: Callable[[int, int, int, int], list[Action]]
+    """The list of a rank, by rank, ranks, stages of each rank and micro-batches."""
+    least: Callable[[int], int]
+    """The fewest micro-batches of a step, by ranks."""
+    torch_name: str | None = None
+    """The class of torch.distributed.pipelining whose lists training runs; without one it runs ours."""
+    stages_per_rank: int | None = 1
+    """None where `parallel.chunks` says it."""
+    v_shaped: bool = False
+    """Its stages run there and back, so that the first and the last are on one rank (arXiv 2401.10241, section 6)."""
+    in_rounds: bool = False
+    """Micro-batches go in rounds of equal size, of at least as many as there are ranks."""
+    splits_backward: Literal["never", "sometimes", "always"] = "never"
+    """Whether gradients of inputs and of weights are computed apart."""
+
+
+def schedule_of(parallel: ParallelConfig) -> ScheduleFacts:
+    """The row of the run's schedule. Without a pipeline every schedule is 1F1B's."""
+    return SCHEDULES["1f1b" if parallel.pipeline == 1 else parallel.schedule]
+
+
+def chunks(parallel: ParallelConfig) -> int:
+    """Stages that each rank holds."""
+    return schedule_of(parallel).stages_per_rank or parallel.chunks
+
+
+def stage_ranks(parallel: ParallelConfig) -> list[int]:
+    """The rank of each stage: round and round (arXiv 2104.04473), or there and back for a V."""
+    there = list(range(parallel.pipeline))
+    return there + there[::-1] if schedule_of(parallel).v_shaped else there * chunks(parallel)
+
+
+def legal_micro_batches(parallel: ParallelConfig, count: int) -> bool:
+    """Whether the schedule runs `count` micro-batches per optimizer step (torch.distributed.pipelining.schedules)."""
+    row, pp = schedule_of(parallel), parallel.pipeline
+    return count >= row.least(pp) and (not row.in_rounds or count % max(1, count // pp) == 0)
+
+
 def action_lists(parallel: ParallelConfig, micro_batches: int) -> list[list[Action]]:
     """The list of each rank of the pipeline."""
-    ranks = range(parallel.pipeline)
-    if parallel.schedule == "1f1b":
-        return [one_forward_one_backward(rank, parallel.pipeline, micro_batches) for rank in ranks]
-    if parallel.schedule == "interleaved1f1b":
-        return [interleaved(rank, parallel.pipeline, chunks(parallel), micro_batches) for rank in ranks]
-    if parallel.schedule == "zbvzerobubble":
-        return [zero_bubble_v(rank, parallel.pipeline, micro_batches) for rank in ranks]
-    return [dual_pipe_v(rank, parallel.pipeline, micro_batches) for rank in ranks]
+    ranks, row = parallel.pipeline, schedule_of(parallel)
+    return [row.actions(rank, ranks, chunks(parallel), micro_batches) for rank in range(ranks)]
 
 
 class _List:
@@ -175,3 +211,34 @@ def dual_pipe_v(rank: int, ranks: int, micro_batches: int) -> list[Action]:
     for _ in range(rank + 1):
         found.add_weights()
     return found.actions
+
+
+SCHEDULES: dict[Schedule, ScheduleFacts] = {
+    "1f1b": ScheduleFacts(
+        actions=lambda rank, ranks, _, count: one_forward_one_backward(rank, ranks, count),
+        least=lambda ranks: ranks,
+    ),
+    "interleaved1f1b": ScheduleFacts(
+        actions=interleaved,
+        least=lambda ranks: 1,
+        torch_name="Interleaved1F1B",
+        stages_per_rank=None,
+        in_rounds=True,
+    ),
+    "dualpipev": ScheduleFacts(
+        actions=lambda rank, ranks, _, count: dual_pipe_v(rank, ranks, count),
+        least=lambda ranks: 2 * ranks,
+        torch_name="DualPipeV",
+        stages_per_rank=2,
+        v_shaped=True,
+        splits_backward="sometimes",
+    ),
+    "zbvzerobubble": ScheduleFacts(
+        actions=lambda rank, ranks, _, count: zero_bubble_v(rank, ranks, count),
+        least=lambda ranks: 2 * ranks - 1,
+        torch_name="ZBVZeroBubble",
+        stages_per_rank=2,
+        v_shaped=True,
+        splits_backward="always",
+    ),
+}

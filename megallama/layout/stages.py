@@ -1,4 +1,4 @@
-"""Pipeline stages: the layers each holds, the rank that holds it, how many micro-batches a schedule takes. Pure."""
+"""Pipeline stages: the layers each holds and the rank that holds it. Pure."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from functools import cache
 from heapq import heapify, heapreplace
 
-from megallama.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megallama.config.schema import ModelConfig, RunConfig
 from megallama.layout.counts import count_parameters
-
-V_SHAPED = ("dualpipev", "zbvzerobubble")
+from megallama.layout.schedules import chunks, stage_ranks
 
 
 @dataclass(frozen=True)
@@ -31,21 +30,6 @@ def stages(config: RunConfig) -> list[Stage]:
         found.append(Stage(index, rank, range(first, first + layers)))
         first += layers
     return found
-
-
-def chunks(parallel: ParallelConfig) -> int:
-    """Stages that each rank holds."""
-    if parallel.pipeline == 1 or parallel.schedule == "1f1b":
-        return 1
-    return 2 if parallel.schedule in V_SHAPED else parallel.chunks
-
-
-def stage_ranks(parallel: ParallelConfig) -> list[int]:
-    """The rank of each stage: round and round (arXiv 2104.04473), or there and back for a V (arXiv 2401.10241)."""
-    there = list(range(parallel.pipeline))
-    if parallel.schedule in V_SHAPED and parallel.pipeline > 1:
-        return there + there[::-1]
-    return there * chunks(parallel)
 
 
 def layers_per_stage(config: RunConfig) -> tuple[int, ...]:
@@ -80,17 +64,3 @@ def head_in_layers(model: ModelConfig, sequence_length: int) -> float:
     count = count_parameters(model)
     attention = model.num_attention_heads * model.head_size * sequence_length
     return count.head_matmul / (count.matmul_per_layer + attention)
-
-
-def legal_micro_batches(parallel: ParallelConfig, count: int) -> bool:
-    """Whether the schedule runs `count` micro-batches per optimizer step.
-
-    1F1B takes as many as stages, DualPipeV twice that, ZBV what its V holds in flight, 2 * pp - 1; Interleaved1F1B
-    goes in rounds of equal size of at least pp (torch.distributed.pipelining.schedules).
-    """
-    pp = parallel.pipeline
-    if pp == 1:
-        return count >= 1
-    if parallel.schedule == "interleaved1f1b":
-        return count >= 1 and count % max(1, count // pp) == 0
-    return count >= {"1f1b": pp, "dualpipev": 2 * pp, "zbvzerobubble": 2 * pp - 1}[parallel.schedule]

@@ -32,16 +32,13 @@ from torch.distributed.pipelining.stage import _RecvInfo
 from torch.utils.checkpoint import GraphExecGroup
 
 from megallama.config.schema import ParallelConfig, RunConfig
-from megallama.layout.schedules import Action, action_lists
-from megallama.layout.stages import stage_ranks
+from megallama.layout.schedules import Action, action_lists, schedule_of, stage_ranks
 from megallama.model.stages import Chunks
 from megallama.parallel.layers import BackwardPart
 from megallama.parallel.mesh import ParallelMesh
 
 MicroBatch = tuple[Tensor, Tensor]
 """Tokens and labels, [micro_batch_size, sequence_length] each."""
-
-_TORCH_NAMES = {"interleaved1f1b": "Interleaved1F1B", "dualpipev": "DualPipeV", "zbvzerobubble": "ZBVZeroBubble"}
 
 
 def make_schedule(
@@ -52,8 +49,9 @@ def make_schedule(
     torch's own 1F1B is a loop that waits for each message to arrive before it computes on; the runtime of the other
     schedules waits only for what it needs, so 1F1B runs there as well, from a list of ours.
     """
-    if parallel.schedule != "1f1b":
-        kind: Any = get_schedule_class(_TORCH_NAMES[parallel.schedule])
+    name = schedule_of(parallel).torch_name
+    if name is not None:
+        kind: Any = get_schedule_class(name)
         made: _PipelineScheduleRuntime = kind(stages, micro_batches, loss_fn=loss, scale_grads=False)
         return made
     runtime = _PipelineScheduleRuntime(stages, micro_batches, loss_fn=loss, scale_grads=False)

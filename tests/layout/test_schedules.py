@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from torch import nn
 
 from megallama.config.schema import ParallelConfig, Schedule
-from megallama.layout.schedules import Action, action_lists
-from megallama.layout.stages import legal_micro_batches, stage_ranks
+from megallama.layout.schedules import SCHEDULES, Action, action_lists, legal_micro_batches, stage_ranks
 from megallama.train.pipeline import make_schedule
 
 
@@ -59,3 +58,18 @@ def test_orders_are_those_of_training(schedule: Schedule, pp: int) -> None:
                 ]
                 compared += 1
     assert compared > 0
+
+
+def test_each_schedule_of_a_configuration_has_its_row() -> None:
+    assert tuple(SCHEDULES) == get_args(Schedule)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_row_says_what_its_lists_do(name: Schedule) -> None:
+    row = SCHEDULES[name]
+    lists = action_lists(ParallelConfig(pipeline=4, schedule=name), 16)
+    stages = [{action.stage for action in actions} for actions in lists]
+    assert [len(held) for held in stages] == [row.stages_per_rank or 2] * 4
+    assert ({0, max(map(max, stages))} in stages) == row.v_shaped
+    backwards = {action.kind for actions in lists for action in actions} - {"F"}
+    assert backwards == {"never": {"B"}, "sometimes": {"B", "I", "W"}, "always": {"I", "W"}}[row.splits_backward]

@@ -9,7 +9,8 @@ import pytest
 from megallama.config.load import load_config
 from megallama.config.schema import ParallelConfig, RunConfig, Schedule
 from megallama.layout.counts import count_parameters, padded_vocabulary
-from megallama.layout.stages import balanced, head_in_layers, layers_per_stage, legal_micro_batches, stage_ranks, stages
+from megallama.layout.schedules import legal_micro_batches, stage_ranks
+from megallama.layout.stages import balanced, head_in_layers, layers_per_stage, stages
 from megallama.plan.memory.ranks import rank_parameters
 
 CONFIGS = Path(__file__).parents[2] / "configs"

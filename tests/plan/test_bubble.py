@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megallama.config.schema import ParallelConfig, Schedule
-from megallama.layout.schedules import Kind, action_lists
-from megallama.layout.stages import chunks, legal_micro_batches, stage_ranks
+from megallama.layout.schedules import Kind, action_lists, chunks, legal_micro_batches, stage_ranks
 from megallama.plan.time.bubble import waiting
 from megallama.plan.time.simulation import bubble, simulate
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megallama.config.schema import ParallelConfig, Schedule
-from megallama.layout.stages import legal_micro_batches
+from megallama.layout.schedules import legal_micro_batches
 from megallama.plan.memory.in_flight import _fullest, enough, fullest
 
 SCHEDULES: tuple[Schedule, ...] = ("1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble")

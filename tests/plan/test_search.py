@@ -19,7 +19,7 @@ from megallama.plan.hardware import find_gpu
 from megallama.plan.memory.fit import rank_bytes, usable_bytes
 from megallama.plan.memory.lines import GIB
 from megallama.plan.search.search import Candidate, Rejection, Search, search
-from megallama.plan.search.space import RECOMPUTE, SCHEDULES
+from megallama.plan.search.space import RECOMPUTE, TRIED
 from megallama.plan.time.step_time import step_time
 from megallama.plan.time.workload import workload
 
@@ -53,7 +53,7 @@ def key_of(one: Candidate) -> Key:
 def test_what_is_found_is_what_the_loader_takes_and_fits(small: Search) -> None:
     """Combinations of keys drawn at random, checked as training checks them."""
     expected, tried = set[Key](), set[Key]()
-    every = list(product((1, 2, 4, 8), (1, 2, 4, 8, 16), SCHEDULES, (1, 2, 3), RECOMPUTE, [1, 2, 4, 8, 16, 32, 64]))
+    every = list(product((1, 2, 4, 8), (1, 2, 4, 8, 16), TRIED, (1, 2, 3), RECOMPUTE, [1, 2, 4, 8, 16, 32, 64]))
     for tp, pp, (schedule, chunks), zero, again, size in Random(5).sample(every, 2500):
         if 16 % (tp * pp) or (pp == 1 and schedule != "1f1b") or (zero > 1 and tp * pp == 16):
             continue  # another name of a layout that is among them, or none at all
@@ -120,7 +120,7 @@ def test_what_is_too_large_is_listed_by_place_with_what_is_missing() -> None:
     listed = {rejection.places[0]: why for why, rejection in result.rejected.items() if why.startswith("more than 77")}
     large = {}
     for pp, (schedule, chunks), zero, again, size in product(
-        (1, 2, 4), SCHEDULES, (1, 2, 3), RECOMPUTE, (1, 2, 4, 8, 16, 32, 64)
+        (1, 2, 4), TRIED, (1, 2, 3), RECOMPUTE, (1, 2, 4, 8, 16, 32, 64)
     ):
         if (pp == 1 and schedule != "1f1b") or (pp > 1 and zero > 1):
             continue

@@ -16,8 +16,7 @@ from megallama.cli import app
 from megallama.config.load import load_config
 from megallama.config.schema import ParallelConfig, RunConfig, Schedule
 from megallama.errors import UserError
-from megallama.layout.schedules import Action, Kind, action_lists
-from megallama.layout.stages import stage_ranks
+from megallama.layout.schedules import Action, Kind, action_lists, stage_ranks
 from megallama.layout.topology import Topology
 from megallama.model.llama import Seam
 from megallama.parallel.launch import Launch

@@ -87,7 +87,7 @@ def test_another_tokenizer_on_one_rank_is_refused(byte_dataset: str, tmp_path: P
 def test_other_code_on_one_node_is_refused(byte_dataset: str, tmp_path: Path) -> None:
     """Two processes without a launcher, one of which finds another checkout."""
     shutil.copytree(ROOT / "megallama", tmp_path / "other" / "megallama", ignore=shutil.ignore_patterns("__pycache__"))
-    with (tmp_path / "other" / "megallama" / "schedule.py").open("a") as file:
+    with (tmp_path / "other" / "megallama" / "train" / "lr_schedule.py").open("a") as file:
         file.write("# a line more\n")
     script = (
         f"export WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT={free_port()}\n"

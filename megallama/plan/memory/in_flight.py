@@ -7,7 +7,7 @@ from functools import cache
 from operator import ge
 
 from megallama.config.schema import ParallelConfig, Schedule
-from megallama.layout.schedules import Action, Kind, action_lists
+from megallama.layout.schedules import Action, Kind, action_lists, schedule_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def enough(parallel: ParallelConfig, micro_batches: int) -> int:
 
     Interleaved1F1B goes in rounds; rounds that are longer than the pipeline make a schedule of their own.
     """
-    if parallel.schedule == "interleaved1f1b" and micro_batches % parallel.pipeline:
+    if schedule_of(parallel).in_rounds and micro_batches % parallel.pipeline:
         return micro_batches
     return min(micro_batches, 4 * parallel.pipeline)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
+from megallama.layout.schedules import schedule_of
 from megallama.plan.hardware import Gpu
 from megallama.plan.memory.fit import rank_bytes, usable_bytes
 from megallama.plan.memory.lines import GIB
@@ -50,7 +51,7 @@ class Candidate:
         """As `tp8 pp4 dp16 zero1 interleaved1f1b x2 micro-batch 2 selective`."""
         parallel, train = self.config.parallel, self.config.train
         dp = self.world_size // (parallel.tensor * parallel.pipeline * parallel.context)
-        chunks = f" x{parallel.chunks}" if parallel.schedule == "interleaved1f1b" else ""
+        chunks = f" x{parallel.chunks}" if schedule_of(parallel).stages_per_rank is None else ""
         schedule = f" {parallel.schedule}{chunks}" if parallel.pipeline > 1 else ""
         return (
             f"tp{parallel.tensor} pp{parallel.pipeline} dp{dp} zero{self.config.zero.stage}{schedule} "

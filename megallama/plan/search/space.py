@@ -8,7 +8,7 @@ from typing import Any
 from megallama.config.schema import MOST_PIPELINE, RunConfig
 from megallama.errors import UserError
 from megallama.layout.check import check_config, divisors, dp_size, legal_tensors
-from megallama.layout.stages import chunks, legal_micro_batches
+from megallama.layout.schedules import SCHEDULES, chunks, legal_micro_batches
 from megallama.plan.hardware import Gpu
 
 Reject = Callable[[str, str, int], None]
@@ -16,15 +16,13 @@ Reject = Callable[[str, str, int], None]
 ZERO_STAGES = (1, 2, 3)
 RECOMPUTE = ("none", "selective", "full")
 """Each keeps less for backward than the one before it."""
-SCHEDULES = (
-    ("1f1b", 1),
-    ("interleaved1f1b", 2),
-    ("interleaved1f1b", 3),
-    ("interleaved1f1b", 4),
-    ("dualpipev", 2),
-    ("zbvzerobubble", 2),
+MOST_CHUNKS = 4
+TRIED = tuple(
+    (name, chunks)
+    for name, row in SCHEDULES.items()
+    for chunks in ((row.stages_per_rank,) if row.stages_per_rank else range(2, MOST_CHUNKS + 1))
 )
-"""With the stages of each rank."""
+"""Schedules, with the stages of each rank."""
 MOST_MICRO_BATCH = 64
 MOST_STAGES = 256
 """Fewer than a run may have: a search lays out hundreds of layouts."""
@@ -73,7 +71,7 @@ def reject_before_trying(config: RunConfig, pp: int, ranks: int, reject: Reject)
 def _count(config: RunConfig, pp: int, ranks: int) -> int:
     """Layouts at this pipeline size, legal or not. With a single copy the ZeRO stages are one."""
     dp = ranks // pp
-    schedules, stages = len(SCHEDULES) if pp > 1 else 1, len(ZERO_STAGES) if dp > 1 else 1
+    schedules, stages = len(TRIED) if pp > 1 else 1, len(ZERO_STAGES) if dp > 1 else 1
     return schedules * stages * len(RECOMPUTE) * len(micro_batch_sizes(config.train.global_batch_size, dp))
 
 
@@ -104,7 +102,7 @@ def refusal(config: RunConfig, world_size: int) -> str | None:
 def choices(pp: int, batch: int, dp: int) -> Iterator[dict[str, Any]]:
     """Everything but the sizes of the mesh; what keeps less comes before what keeps more."""
     sizes = [size for size in micro_batch_sizes(batch, dp) if batch % (size * dp) == 0]
-    schedules = SCHEDULES if pp > 1 else (("1f1b", 1),)
+    schedules = TRIED if pp > 1 else (("1f1b", 1),)
     stages = ZERO_STAGES if pp == 1 and dp > 1 else (1,)
     for schedule, each in schedules:
         for zero in stages:

@@ -8,7 +8,7 @@ from functools import cache, partial
 from itertools import accumulate
 
 from megallama.config.schema import ParallelConfig, RunConfig, Schedule
-from megallama.layout.schedules import Action, Kind, action_lists
+from megallama.layout.schedules import Action, Kind, action_lists, schedule_of
 from megallama.layout.stages import head_in_layers, stages
 
 
@@ -114,7 +114,7 @@ def simulated_waiting(config: RunConfig, micro_batches: int) -> float:
     seconds = tuple(relative_seconds(config).items())
     length_and_work = partial(_length_and_work, parallel.schedule, pp, parallel.chunks, seconds)
     rounds, rest = divmod(micro_batches, pp)
-    if rounds <= 8 or (rest and parallel.schedule == "interleaved1f1b"):
+    if rounds <= 8 or (rest and schedule_of(parallel).in_rounds):
         length, work = length_and_work(micro_batches)
     else:
         short, long = (length_and_work(count * pp + rest) for count in (4, 8))

@@ -6,8 +6,8 @@ from math import ceil, floor
 
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.layout.schedules import Action, action_lists
-from megallama.layout.stages import chunks, stages
+from megallama.layout.schedules import Action, action_lists, chunks
+from megallama.layout.stages import stages
 from megallama.plan.time.simulation import Span, bubble, kept, makespan, relative_seconds, simulate
 
 # Sums of floats differ by less from what they should be, and no action that does something takes less.

@@ -12,7 +12,8 @@ from typing import Literal
 from megallama.config.schema import RunConfig
 from megallama.layout.check import check_batching
 from megallama.layout.counts import count_parameters, padded_vocabulary
-from megallama.layout.stages import chunks, layers_per_stage, stage_ranks
+from megallama.layout.schedules import chunks, schedule_of, stage_ranks
+from megallama.layout.stages import layers_per_stage
 from megallama.plan.time.simulation import simulated_waiting
 
 SUM_BYTES = {"bf16": 18.0, "fp32": 12.0}
@@ -159,7 +160,7 @@ def workload(config: RunConfig, world_size: int, *, simulated: bool = True) -> W
     for rank, count in zip(ranks, layers_per_stage(config), strict=True):
         layers[rank] += count
     # A backward in two parts computes again in each; that of DualPipeV is whole but for a few.
-    times = 2.0 if parallel.schedule == "zbvzerobubble" and parallel.pipeline > 1 else 1.0
+    times = 2.0 if schedule_of(parallel).splits_backward == "always" else 1.0
     again = times if train.recompute == "full" else 0.0
     # Recomputation stops at the input of the down projection.
     down = model.hidden_size * model.intermediate_size / count_parameters(model).matmul_per_layer
