@@ -13,7 +13,7 @@ import typer
 
 from megallama.errors import UserError, check_printable
 from megallama.plan.report.sizing import compared, optimum, plan_sizing, repetition
-from megallama.plan.report.table import Part, as_dictionary, render, with_notes
+from megallama.plan.report.table import Part, render, with_notes
 from megallama.plan.sizing.flags import Flags, amount, read_flags
 from megallama.plan.sizing.quantity import count, number
 from megallama.plan.sizing.sizing import size
@@ -60,6 +60,7 @@ def plan(
     calibrate: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Fit the efficiency to this run directory, for later plans.")
     ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Print every figure beside its arithmetic.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a dictionary for scripts.")] = False,
 ) -> None:
     """Parameters, FLOPs and memory of a run; or the best size, data and shape for a budget. With the arithmetic.
@@ -95,8 +96,7 @@ def plan(
     elif search:
         _search(config, flags, device, write, sbatch, as_json)
     else:
-        parts, without_time = _planned(config, world_size, flags, device)
-        _print(parts, as_json)
+        without_time = (_tables if explain or as_json else _first_screen)(config, world_size, flags, device, as_json)
         device.refuse_too_large(config, world_size)
         if without_time is not None:
             raise without_time
@@ -123,20 +123,20 @@ class Device:
             raise UserError(f"{typed[0]} needs a kind of GPU; add --gpu h100, or leave it out")
         return None if self.name is None else find_gpu(self.name, load_hardware(self.hardware))
 
-    def parts(self, config: RunConfig, world_size: int, tokens: float) -> tuple[list[Part], UserError | None]:
-        """Whether it fits, step time, speed and cost where the GPUs are known; how often to save in any case.
+    def money_per_hour(self) -> float | None:
+        """Of one GPU, None where no price was typed."""
+        return None if self.price is None else number("--price", self.price, 0, 1e9, "2.5")
 
-        With the reason where there is no step time.
-        """
-        from megallama.layout.counts import count_parameters
-        from megallama.plan.report.cadence_report import cadence_part
+    def parts(self, config: RunConfig, world_size: int, tokens: float) -> tuple[list[Part], UserError | None]:
+        """Whether it fits, step time, cost and single changes where GPUs are named; and why there is no step time."""
         from megallama.plan.report.memory import fit_part
+        from megallama.plan.report.summary import changes_part
         from megallama.plan.report.time import time_parts
 
-        gpu, count = self.gpu(), count_parameters(config.model)
+        gpu = self.gpu()
         if gpu is None:
-            return [cadence_part(count, world_size, None)], None
-        price = None if self.price is None else number("--price", self.price, 0, 1e9, "2.5")
+            return [], None
+        price = self.money_per_hour()
         if gpu.efficiency:
             gpu.efficiency_for(self.software)  # a generation that is mistyped is refused before anything is planned
         fit = [fit_part(config, world_size, gpu)] if gpu.memory_gib is not None else []
@@ -144,9 +144,9 @@ class Device:
             parts = time_parts(config, world_size, gpu, tokens, price, self.software)
         except UserError as reason:
             none = Part("step_time", f"No step time on {gpu.name}", (), f"{reason}.")
-            return [*fit, none, cadence_part(count, world_size, None)], reason
-        seconds = as_dictionary(parts)["step_time"]["total"]
-        return [*fit, *parts, cadence_part(count, world_size, seconds)], None
+            return [*fit, none], reason
+        changes = [changes_part(config, world_size, gpu, self.software)] if fit else []
+        return [*fit, *parts, *changes], None
 
     def refuse_too_large(self, config: RunConfig, world_size: int) -> None:
         """UserError where the run does not fit these GPUs, by how much, and what would."""
@@ -231,6 +231,31 @@ def _planned(config: RunConfig, world_size: int, flags: Flags, device: Device) -
     if compute is not None:
         parts += optimum(size("flops", compute))
     return parts, without_time
+
+
+def _tables(config: RunConfig, world_size: int, flags: Flags, device: Device, as_json: bool) -> UserError | None:
+    """Print every figure beside its arithmetic; returns why there is no step time where a GPU was named."""
+    parts, without_time = _planned(config, world_size, flags, device)
+    _print(parts, as_json)
+    return without_time
+
+
+def _first_screen(config: RunConfig, world_size: int, flags: Flags, device: Device, _: bool) -> UserError | None:
+    """Print what a run comes to in a screen, and what its data or another compute come to where that was asked."""
+    from megallama.layout.budget import planned_tokens
+    from megallama.layout.check import check_config
+    from megallama.plan.report.summary import summarise
+
+    tokens = amount("--tokens", flags.tokens, "2e12 or 2T")
+    unique_tokens = amount("--unique-tokens", flags.unique_tokens, "5e11 or 500B")
+    compute = amount("--flops", flags.flops, "1e21")
+    check_config(config, world_size)
+    summary = summarise(config, world_size, device.gpu(), tokens, device.money_per_hour(), device.software)
+    typer.echo(summary.render())
+    beside = [] if unique_tokens is None else [repetition(planned_tokens(config, tokens), unique_tokens)]
+    if beside or compute is not None:
+        _print([*beside, *(optimum(size("flops", compute)) if compute is not None else [])], as_json=False)
+    return summary.without_time
 
 
 def _search(

@@ -40,7 +40,7 @@ def test_7b_on_128_gpus() -> None:
 
 
 def test_the_table_shows_the_arithmetic() -> None:
-    result = CliRunner().invoke(app, [str(CONFIGS / "7b.yaml"), "--gpus", "128"], env={"COLUMNS": "160"})
+    result = CliRunner().invoke(app, [str(CONFIGS / "7b.yaml"), "--gpus", "128", "--explain"], env={"COLUMNS": "160"})
     assert result.exit_code == 0
     for words in ("6,738,415,616", "3 * 4096 * 11008", "1024 / (4 * 16)", "GiB", "penalty"):
         assert words in result.stdout
@@ -216,20 +216,19 @@ def test_mistakes_reach_the_caller_as_one_sentence(arguments: list[str], sentenc
     assert sentence in str(result.exception)
 
 
-def test_a_kind_of_gpu_adds_time_speed_cost_and_how_often_to_save() -> None:
+def test_a_kind_of_gpu_adds_time_speed_cost_and_single_changes() -> None:
     found = planned(str(CONFIGS / "7b.yaml"), "--gpus", "128", "--gpu", "a100", "--price", "2")
     step, cost = found["step_time"], found["cost"]
     assert cost["hours"] == pytest.approx(300_000 * step["total"] / 3600)
     assert cost["money"] == pytest.approx(2 * cost["gpu_hours"])
     assert 0.3 < found["speed"]["mfu_full"] / 100 < 0.6
-    assert found["checkpoints"]["size"] == 12 * 6_738_415_616
-    assert found["checkpoints"]["every"] == round(found["checkpoints"]["interval"] * 60 / step["total"])
+    assert found["changes"]["parallel.pipeline=2"] < step["total"] < found["changes"]["train.recompute=full"]
     assert "step_time" not in planned(str(CONFIGS / "7b.yaml"), "--gpus", "128")
 
 
 def test_a_run_that_does_not_fit_is_planned_and_then_refused_with_what_would() -> None:
     words = [str(CONFIGS / "7b.yaml"), "train.micro_batch_size=16", "--gpus", "128", "--gpu", "a100-40g"]
-    result = CliRunner().invoke(app, words, env={"COLUMNS": "160"})
+    result = CliRunner().invoke(app, [*words, "--explain"], env={"COLUMNS": "160"})
     assert "Memory on one rank" in result.stdout
     assert "\nDoes not fit NVIDIA A100 SXM 40 GB\n" in result.stdout
     assert isinstance(result.exception, UserError)
@@ -250,10 +249,9 @@ def test_without_a_step_time_the_rest_is_planned_and_then_refused(words: list[st
     assert isinstance(result.exception, UserError)
     assert str(result.exception).startswith(sentence)
     found = json.loads(result.stdout)
-    assert {"parameters", "batch", "flops", "memory", "checkpoints", "loss"} < set(found)
+    assert {"parameters", "batch", "flops", "memory", "loss"} < set(found)
     assert found["step_time"] == {"note": f"{result.exception}."}
     assert ("fit" in found) == ("cpu" not in words)
-    assert found["checkpoints"].keys() == planned(str(CONFIGS / "7b.yaml"), "--gpus", "128")["checkpoints"].keys()
 
 
 def test_what_a_device_leaves_over_is_said() -> None:
