@@ -26,7 +26,11 @@ KEYS: dict[str, tuple[list[str], int, list[str]]] = {
     "no value": (["train.steps"], 1, ["train.steps", "train.steps=VALUE"]),
     "heads by tp": (["parallel.tensor=3"], 1, ["parallel.tensor=3", "num_attention_heads=4", "legal: 2 or 4"]),
     "world size": (["parallel.tensor=2"], 3, ["world size of 3", "2 * 1 * 1 = 2", "world size 2 or 4"]),
-    "global batch": (["train.global_batch_size=7"], 1, ["train.global_batch_size=7", "2 * 1 = 2", "legal: 6 or 8"]),
+    "global batch": (
+        ["train.global_batch_size=7"],
+        1,
+        ["2 * 1 = 2", "train.micro_batch_size=1 or 7"],
+    ),
     "ZeRO 0": (["zero.stage=0"], 1, ["zero.stage=0", "use zero.stage=1"]),
     "ZeRO 4": (["zero.stage=4"], 1, ["zero.stage=4", "3"]),
     "longer than positions": (["data.sequence_length=65"], 1, ["sequence_length=65", "sequence_length=64"]),
@@ -65,12 +69,12 @@ KEYS: dict[str, tuple[list[str], int, list[str]]] = {
     "too few micro-batches": (
         ["parallel.pipeline=2", "parallel.schedule=dualpipev", "model.num_hidden_layers=4"],
         2,
-        ["= 2 micro-batches", "dualpipev", "train.global_batch_size=8"],
+        ["= 2 micro-batches", "dualpipev", "train.micro_batch_size=1"],
     ),
     "too few micro-batches of ZBV": (
         ["parallel.pipeline=2", "parallel.schedule=zbvzerobubble", "model.num_hidden_layers=4"],
         2,
-        ["= 2 micro-batches", "zbvzerobubble", "train.global_batch_size=6"],
+        ["= 2 micro-batches", "zbvzerobubble", "train.micro_batch_size=1"],
     ),
     "ZeRO 2 in a pipeline": (["parallel.pipeline=2", "zero.stage=2"], 2, ["zero.stage=2", "use zero.stage=1"]),
     "ZeRO 3 in a pipeline": (["parallel.pipeline=2", "zero.stage=3"], 2, ["zero.stage=3", "use zero.stage=1"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import subprocess
 import tomllib
 from itertools import pairwise
 from pathlib import Path
@@ -145,6 +146,16 @@ def test_commands_in_running_text_exist(page: Path) -> None:
 def test_documents_name_no_place_of_the_machine_they_were_written_on() -> None:
     found = [(page.name, word) for page in PAGES for word in re.findall(r"/(?:home|root|work)/\S*", page.read_text())]
     assert found == []
+
+
+def test_nothing_stray_is_committed() -> None:
+    """Pictures, logs and runs of somebody's trials end up where a command was typed."""
+    found = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    folders = {".ci", "benchmarks", "configs", "docs", "launch", "megallama", "slurm", "tests"}
+    assert {path for path in found if "/" not in path} == {".gitignore", "Makefile", "README.md", "pyproject.toml"}
+    assert {path.partition("/")[0] for path in found if "/" in path} == folders
+    kinds = {Path(path).suffix for path in found if not path.startswith(("tests/checkpoint/fixtures/", ".ci/"))}
+    assert kinds - {""} == {".md", ".py", ".sh", ".toml", ".yaml"}
 
 
 def test_every_dependency_has_its_line() -> None:

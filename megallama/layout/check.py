@@ -72,9 +72,35 @@ def gradient_accumulation_steps(config: RunConfig, dp: int) -> int:
         raise UserError(
             f"train.global_batch_size={train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size * dp = {train.micro_batch_size} * {dp} = {samples}; "
-            f"nearest legal: {_or(_nearest_multiples(train.global_batch_size, samples))}"
+            f"nearest legal: {_nearest_batching(config, dp)}"
         )
     return steps
+
+
+_FAR = 4
+"""Times as large as what was typed: no longer what somebody meant."""
+
+
+def _nearest_batching(config: RunConfig, dp: int) -> str:
+    """What makes the batch whole: first what changes no result, a micro-batch or a number of ranks."""
+    train, parallel = config.train, config.parallel
+
+    def legal(copies: int, micro_batch: int) -> bool:
+        count, rest = divmod(train.global_batch_size, copies * micro_batch)
+        return not rest and legal_micro_batches(parallel, count)
+
+    dividing = divisors(train.global_batch_size)
+    if sizes := [size for size in dividing if size <= _FAR * train.micro_batch_size and legal(dp, size)]:
+        return f"train.micro_batch_size={_or(_nearest(sizes, train.micro_batch_size))}"
+    if copies := [count for count in dividing if count <= _FAR * dp and legal(count, train.micro_batch_size)]:
+        ranks = parallel.tensor * parallel.pipeline * parallel.context
+        return f"a world size of {_or(ranks * count for count in _nearest(copies, dp))}"
+    samples = dp * train.micro_batch_size
+    now = train.global_batch_size // samples
+    reach = 2 * parallel.pipeline  # what a schedule takes is no further away
+    counts = [n for n in range(max(1, now - reach), now + reach + 1) if legal_micro_batches(parallel, n)]
+    below, above = [n for n in counts if n <= now], [n for n in counts if n > now]
+    return f"train.global_batch_size={_or(n * samples for n in below[-1:] + above[:1])}"
 
 
 def legal_tensors(config: RunConfig) -> list[int]:
@@ -207,14 +233,10 @@ def _check_micro_batches(config: RunConfig, count: int, dp: int) -> None:
     parallel, train = config.parallel, config.train
     if legal_micro_batches(parallel, count):
         return
-    reach = 2 * parallel.pipeline  # what a schedule takes is no further away
-    around = range(max(1, count - reach), count + reach + 1)
-    legal = [n for n in around if legal_micro_batches(parallel, n)]
-    batches = [n * train.micro_batch_size * dp for n in _nearest(legal, count)]
     raise UserError(
         f"train.global_batch_size / (train.micro_batch_size * dp) = {train.global_batch_size} / "
         f"({train.micro_batch_size} * {dp}) = {count} micro-batches, which {parallel.schedule} cannot run over "
-        f"parallel.pipeline={parallel.pipeline}; nearest legal: train.global_batch_size={_or(batches)}"
+        f"parallel.pipeline={parallel.pipeline}; nearest legal: {_nearest_batching(config, dp)}"
     )
 
 

@@ -6,9 +6,9 @@ of a pipeline is the same module with fewer layers and without embedding or head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -181,8 +181,13 @@ class Llama(nn.Module):
         self.lm_head = Head(config, seam) if last else None
         if config.tie_word_embeddings and self.lm_head is not None and self.embed_tokens is not None:
             self.lm_head.weight = self.embed_tokens.weight
-        # Not a buffer: casting the module to bf16 must not round the angles.
         self.frequencies = rotary_frequencies(config)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves the frequencies as well. They are no buffer: a cast to bf16 must not round the angles."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.frequencies = self.frequencies.to(fn(self.frequencies).device)
+        return self
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         if self.embed_tokens is not None:
@@ -191,7 +196,7 @@ class Llama(nn.Module):
         else:
             whole = x.shape[SEQUENCE] * (self.seam.tp.size if self.seam.sequence_parallel else 1)
             positions = torch.arange(whole, device=x.device)
-        cos, sin = rotation(positions, self.frequencies.to(x.device))
+        cos, sin = rotation(positions, self.frequencies)
         for layer in self.layers.values():
             x = layer(x, cos, sin)
         if self.norm is None or self.lm_head is None:

@@ -29,7 +29,7 @@ from megallama.checkpoint.reading.store import (
     load_initial_weights,
     pick_start,
 )
-from megallama.checkpoint.state import DataIdentity, TrainState, seen_before, state_document
+from megallama.checkpoint.state import DataIdentity, TrainState, state_document
 from megallama.checkpoint.writing.commit import Retention, tend, tidy
 from megallama.checkpoint.writing.saver import Saver
 from megallama.config.schema import IGNORE_INDEX, RunConfig
@@ -37,7 +37,7 @@ from megallama.data.loader import Loader, MicroBatch, prefetched
 from megallama.data.tokenizer import load_tokenizer
 from megallama.errors import NotFiniteError
 from megallama.layout.budget import schedule_batch, total_steps
-from megallama.layout.check import check_config
+from megallama.layout.check import Batching
 from megallama.layout.counts import flops_per_token
 from megallama.layout.stages import stages
 from megallama.layout.topology import Topology
@@ -112,12 +112,11 @@ class Run:
         return min(total, self.config.train.stop_after or total)
 
 
-def train(config: RunConfig, launch: Launch, device: torch.device) -> Finished:
-    """Train `config` as one rank of the job.
+def train(config: RunConfig, batching: Batching, launch: Launch, device: torch.device) -> Finished:
+    """Train `config`, which is legal with that `batching`, as one rank of the job.
 
     UserError, on every rank alike, for what a user can mend; on one rank alone where that has too little memory.
     """
-    batching = check_config(config, launch.world_size, seen_before(config))
     check_run_dir(config)
     if launch.rank == 0:
         check_sinks(config)
@@ -296,7 +295,9 @@ def loop(run: Run, state: TrainState) -> Ending:
     """Steps until the last, or until something ends them, with evaluations and saves between."""
     every = run.config.evaluation.every, run.config.checkpoint.every, run.config.logging.every
     # A start that was stopped at a step to be evaluated leaves that to the next one.
-    missed = due(run.config.evaluation.every, state.step) and state.validation_loss is None
+    # Whether it was done is known by the validation loss alone.
+    unknown = run.validation_data is not None and state.validation_loss is None
+    missed = due(run.config.evaluation.every, state.step) and unknown
     if state.step == 0 or (missed and state.step < run.last_step(state)):
         state, _ = evaluate_splits(run, state)
     pace, batches = Pace(), prefetched(run.train_data, state.samples)
@@ -401,7 +402,8 @@ def train_step(run: Run, batches: list[MicroBatch], lr: float) -> tuple[Tensor, 
 
 def count_labels(batches: list[MicroBatch], mesh: ParallelMesh) -> Tensor:
     """Labels that count in the whole global batch, left on the device so that nothing waits for it."""
-    counted = torch.tensor(float(sum(int((b.labels != IGNORE_INDEX).sum()) for b in batches)), device=mesh.device)
+    here = float(sum(int((b.labels != IGNORE_INDEX).sum()) for b in batches))
+    counted = torch.full((), here, device=mesh.device)  # a kernel: a copy from the host would be waited for
     if mesh.data.size > 1:
         dist.all_reduce(counted, group=mesh.data.group)
     return counted

@@ -21,7 +21,7 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     UserError, raised by every rank alike and before anything is written, for what a user can mend; later, and on one
     rank alone, where that has too little memory.
     """
-    check_config(config, launch.world_size, seen_before(config))
+    batching = check_config(config, launch.world_size, seen_before(config))
     check_limits(config, launch.world_size)
     from megallama.parallel.mesh import pick_device
 
@@ -32,4 +32,4 @@ def start(config: RunConfig, launch: Launch) -> Finished:
 
     from megallama.train.loop import train
 
-    return train(config, launch, device)
+    return train(config, batching, launch, device)

@@ -66,9 +66,9 @@ REFUSED: list[tuple[list[str], int, str, list[tuple[list[str], int]]]] = [
      [(["parallel.tensor=2", "parallel.pipeline=2"], 4)]),
     ([], 0, "a world size of 0 is not a multiple", [([], 1)]),
     ([], 5, "train.global_batch_size=16 is not a multiple of train.micro_batch_size * dp = 2 * 5 = 10; "
-     "nearest legal: 10 or 20", [(["train.global_batch_size=10"], 5), (["train.global_batch_size=20"], 5)]),
+     "nearest legal: a world size of 4 or 8", [([], 4), ([], 8)]),
     (["train.global_batch_size=3"], 4, "train.global_batch_size=3 is not a multiple of train.micro_batch_size * dp = "
-     "2 * 4 = 8; nearest legal: 8", [(["train.global_batch_size=8"], 4)]),
+     "2 * 4 = 8; nearest legal: train.global_batch_size=8", [(["train.global_batch_size=8"], 4)]),
     (["zero.stage=0"], 1, "zero.stage=0 is not offered: at dp 1 stage 1 is the same; use zero.stage=1",
      [(["zero.stage=1"], 1)]),
     (["zero.stage=2", "parallel.pipeline=2"], 2,
@@ -104,22 +104,20 @@ REFUSED: list[tuple[list[str], int, str, list[tuple[list[str], int]]]] = [
       (["model.tie_word_embeddings=true"], 2)]),
     (["parallel.pipeline=2", "parallel.schedule=dualpipev", "train.micro_batch_size=8"], 4,
      "train.global_batch_size / (train.micro_batch_size * dp) = 16 / (8 * 2) = 1 micro-batches, which dualpipev cannot "
-     "run over parallel.pipeline=2; nearest legal: train.global_batch_size=64",
-     [(["parallel.pipeline=2", "parallel.schedule=dualpipev", "train.micro_batch_size=8",
-        "train.global_batch_size=64"], 4)]),
+     "run over parallel.pipeline=2; nearest legal: train.micro_batch_size=2",
+     [(["parallel.pipeline=2", "parallel.schedule=dualpipev", "train.micro_batch_size=2"], 4)]),
     (["parallel.pipeline=2", "parallel.schedule=zbvzerobubble", "train.micro_batch_size=8"], 2,
      "= 2 micro-batches, which zbvzerobubble cannot run over parallel.pipeline=2; nearest legal: "
-     "train.global_batch_size=24",
-     [(["parallel.pipeline=2", "parallel.schedule=zbvzerobubble", "train.micro_batch_size=8",
-        "train.global_batch_size=24"], 2)]),
+     "train.micro_batch_size=4",
+     [(["parallel.pipeline=2", "parallel.schedule=zbvzerobubble", "train.micro_batch_size=4"], 2)]),
     (["parallel.pipeline=2", "parallel.schedule=interleaved1f1b", "train.global_batch_size=10"], 2,
      "= 5 micro-batches, which interleaved1f1b cannot run over parallel.pipeline=2; nearest legal: "
-     "train.global_batch_size=8 or 12",
-     [(["parallel.pipeline=2", "parallel.schedule=interleaved1f1b", "train.global_batch_size=8"], 2),
-      (["parallel.pipeline=2", "parallel.schedule=interleaved1f1b", "train.global_batch_size=12"], 2)]),
+     "train.micro_batch_size=1 or 5",
+     [(["parallel.pipeline=2", "parallel.schedule=interleaved1f1b", "train.global_batch_size=10",
+        f"train.micro_batch_size={size}"], 2) for size in (1, 5)]),
     (["parallel.pipeline=4", "train.micro_batch_size=8"], 4,
-     "= 2 micro-batches, which 1f1b cannot run over parallel.pipeline=4; nearest legal: train.global_batch_size=32",
-     [(["parallel.pipeline=4", "train.micro_batch_size=8", "train.global_batch_size=32"], 4)]),
+     "= 2 micro-batches, which 1f1b cannot run over parallel.pipeline=4; nearest legal: train.micro_batch_size=4",
+     [(["parallel.pipeline=4", "train.micro_batch_size=4"], 4)]),
     (["parallel.pipeline=2", "parallel.schedule=dualpipev", "train.compile=true"], 2,
      "train.compile=true does not go with parallel.schedule=dualpipev, which runs a backward in two parts; "
      "use train.compile=false, or parallel.schedule=interleaved1f1b",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from typer.testing import CliRunner
 
+from megallama.cli import app
 from megallama.errors import UserError
 from megallama.plan.sizing.flags import Flags, read_flags
 
@@ -117,3 +119,17 @@ def test_the_fix_for_a_compute_with_a_size_takes_that_compute() -> None:
     question = read_flags(Flags(params="7B", tokens="2.381e+10"))
     assert question.parameters is not None and question.tokens is not None
     assert 6 * question.parameters * question.tokens == pytest.approx(1e21, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--params=7"], "--params=7 is 7, fewer than any model has; did you mean 7B?"),
+        (["--tokens=2"], "--tokens=2 is 2, fewer than any model has; did you mean 2T?"),
+        (["configs/7b.yaml", "--gpus=128", "--gpu=h100", "--price=$2"], "; did you mean 2?"),
+    ],
+)
+def test_a_forgotten_unit_and_a_currency_are_asked_about(words: list[str], sentence: str) -> None:
+    error = CliRunner().invoke(app, ["plan", *words]).exception
+    assert isinstance(error, UserError)
+    assert str(error).endswith(sentence)

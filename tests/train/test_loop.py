@@ -409,3 +409,10 @@ def read_all(descriptor: int) -> str:
             content += os.read(descriptor, 65536)
         except OSError:
             return content.decode()
+
+
+def test_without_validation_data_a_step_is_evaluated_once(byte_dataset: str, tmp_path: Path) -> None:
+    words = arguments(byte_dataset, tmp_path, "data.validation_fraction=0", "evaluation.every=2", "train.steps=4")
+    assert pretrain(1, [*words, "train.stop_after=2"]) == [(0, "")]
+    assert pretrain(1, words) == [(0, "")]
+    assert [event["step"] for event in events(tmp_path, "eval")] == [0, 2, 4]

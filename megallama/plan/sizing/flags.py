@@ -11,6 +11,8 @@ from megallama.plan.sizing.quantity import count, number
 from megallama.plan.time.compute import DEFAULT_GPU, DEFAULT_MFU, Compute, peak_flops
 
 # Far beyond any run, and near enough that no power of it leaves the range of a float.
+_FEWEST = 1000
+"""Parameters or tokens of anything that is trained."""
 _LARGEST = 1e30
 DEFAULT_VOCAB_SIZE = 32_000
 
@@ -73,8 +75,14 @@ def read_flags(flags: Flags, hardware: Path | None = None) -> Question:
 
 
 def amount(option: str, text: str | None, example: str) -> float | None:
-    """A number from 1 to 1e30, None for none; UserError for anything else."""
-    return None if text is None else number(option, text, 1, _LARGEST, example)
+    """A number from 1 to 1e30, None for none; UserError for anything else, and where its B or T was forgotten."""
+    if text is None:
+        return None
+    found = number(option, text, 1, _LARGEST, example)
+    unit = example[-1]
+    if found < _FEWEST and unit in "BT":
+        raise UserError(f"{option}={text} is {found:g}, fewer than any model has; did you mean {text}{unit}?")
+    return found
 
 
 def _compute(flags: Flags, hardware: Path | None) -> Compute | None:

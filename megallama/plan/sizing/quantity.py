@@ -15,7 +15,8 @@ def number(option: str, text: str, low: float, high: float, example: str) -> flo
     if low <= found <= high:
         return found
     if math.isnan(found):
-        fix = f"write it as {example}"
+        bare = text.strip("$€£ ")
+        fix = f"did you mean {bare}?" if low <= _parsed(bare) <= high else f"write it as {example}"
     elif low <= -found <= high:
         fix = _without_sign(text)
     elif high == 1 and 10 <= found <= 100:  # A percentage, where a share is wanted.
