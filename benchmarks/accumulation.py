@@ -30,7 +30,7 @@ from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.layout.check import check_config
 from megallama.layout.topology import Topology
-from megallama.model.stages import Chunks
+from megallama.model.stages import ModelStages
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ParallelMesh, build_mesh
 from megallama.parallel.spawn import run_ranks
@@ -92,13 +92,13 @@ def micro_batches(config: RunConfig, count: int, mesh: ParallelMesh) -> list[tup
     return [(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in ids]
 
 
-def bytes_held(engine: Any, model: Chunks) -> int:
+def bytes_held(engine: Any, model: ModelStages) -> int:
     """Of everything that holds gradients now, in a bf16 run; in fp32 of `grad` alone."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     return sum(t.numel() * t.element_size() for t in [*grads, *getattr(engine._zero, "fp32_groups_gradients_flat", [])])
 
 
-def sums(engine: Any, model: Chunks, way: Way) -> dict[str, Tensor]:
+def sums(engine: Any, model: ModelStages, way: Way) -> dict[str, Tensor]:
     """The fp32 gradient by parameter, when everything has been brought where the optimizer looks."""
     parameters = dict(model.named_parameters())
     if way == "fp32":

@@ -47,7 +47,7 @@ from megallama.errors import UserError
 from megallama.layout.check import check_config
 from megallama.layout.counts import count_parameters
 from megallama.layout.topology import Topology
-from megallama.model.stages import Chunks
+from megallama.model.stages import ModelStages
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ParallelMesh, build_mesh, pick_device
 from megallama.parallel.spawn import run_ranks
@@ -107,7 +107,7 @@ def measure(
     return turns
 
 
-def contenders(engine: Engine, model: Chunks, mesh: ParallelMesh, folder: Path) -> dict[str, Contender]:
+def contenders(engine: Engine, model: ModelStages, mesh: ParallelMesh, folder: Path) -> dict[str, Contender]:
     """By name, the one that the others are compared with first."""
 
     def save_file(folder: Path) -> None:
@@ -144,7 +144,9 @@ def contenders(engine: Engine, model: Chunks, mesh: ParallelMesh, folder: Path) 
     }
 
 
-def take_turn(contender: Contender, name: str, engine: Engine, model: Chunks, mesh: ParallelMesh, folder: Path) -> Turn:
+def take_turn(
+    contender: Contender, name: str, engine: Engine, model: ModelStages, mesh: ParallelMesh, folder: Path
+) -> Turn:
     """Save, flush, forget, load and compare, in a folder that is gone afterwards."""
     if mesh.rank == 0:
         folder.mkdir()
@@ -185,14 +187,14 @@ def state_of(fragment: Fragment) -> dict[str, Tensor]:
     return {"master": fragment.master, "exp_avg": fragment.exp_avg, "exp_avg_sq": fragment.exp_avg_sq}
 
 
-def chunks(engine: Engine, model: Chunks) -> Iterator[tuple[str, Tensor]]:
+def chunks(engine: Engine, model: ModelStages) -> Iterator[tuple[str, Tensor]]:
     """This rank's state by reference, named by place: without the padding of vocabularies, which no one need keep."""
-    for name, tensor in logical_state(engine.fragments(), model.logical_pieces()).items():
+    for name, tensor in logical_state(engine.fragments(), model.shard_slices()).items():
         for offset, chunk in tensor.chunks.items():
             yield f"{name} {tuple(offset)}", chunk
 
 
-def fill_moments(engine: Engine, model: Chunks) -> None:
+def fill_moments(engine: Engine, model: ModelStages) -> None:
     """Give the moments values that no file system can compress, the same wherever a rank holds the same chunk."""
     for place, chunk in chunks(engine, model):
         if not is_weight(place):
@@ -200,7 +202,7 @@ def fill_moments(engine: Engine, model: Chunks) -> None:
             chunk.uniform_()
 
 
-def checksums(engine: Engine, model: Chunks) -> dict[str, int]:
+def checksums(engine: Engine, model: ModelStages) -> dict[str, int]:
     """Of the bits, in their order, of every chunk of this rank's state."""
     return {
         place: zlib.crc32(chunk.contiguous().cpu().view(torch.uint8).numpy()) for place, chunk in chunks(engine, model)

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from megallama.checkpoint.tensors import EXP_AVG, EXP_AVG_SQ, moment_name
-from megallama.parallel.shards import Piece
+from megallama.parallel.shards import ShardSlice
 
 if TYPE_CHECKING:
     from megallama.train.engine import Fragment
@@ -63,11 +63,11 @@ class LogicalTensor(torch.Tensor):
         return self.chunks[index.offset]
 
 
-def logical_state(fragments: Iterable[Fragment], held: Mapping[str, Sequence[Piece]]) -> dict[str, LogicalTensor]:
+def logical_state(fragments: Iterable[Fragment], held: Mapping[str, Sequence[ShardSlice]]) -> dict[str, LogicalTensor]:
     """Master weights and both moments of this rank, by logical name; chunks are views, not copies."""
     state: dict[str, LogicalTensor] = {}
 
-    def add(name: str, piece: Piece, offset: torch.Size, chunk: Tensor) -> None:
+    def add(name: str, piece: ShardSlice, offset: torch.Size, chunk: Tensor) -> None:
         state.setdefault(name, LogicalTensor(piece.shape)).chunks[offset] = chunk
 
     for fragment in fragments:
@@ -80,7 +80,7 @@ def logical_state(fragments: Iterable[Fragment], held: Mapping[str, Sequence[Pie
     return state
 
 
-def rectangles(piece: Piece, start: int, stop: int) -> Iterator[tuple[torch.Size, torch.Size, int]]:
+def rectangles(piece: ShardSlice, start: int, stop: int) -> Iterator[tuple[torch.Size, torch.Size, int]]:
     """What elements start ... stop of a flattened local parameter hold of `piece`.
 
     Yields (offset in the logical tensor, size, first element in the local parameter) for one to three rectangles, or

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from megallama.parallel.shards import Piece
+from megallama.parallel.shards import ShardSlice
 
 TILE = 128
 
@@ -26,7 +26,7 @@ Scheme = Literal["normal", "kaiming_uniform", "xavier_uniform"]
 @torch.no_grad()
 def initialise(
     module: nn.Module,
-    held: Mapping[str, Sequence[Piece]],
+    held: Mapping[str, Sequence[ShardSlice]],
     *,
     seed: int,
     num_layers: int,
@@ -46,7 +46,7 @@ def initialise(
             draw_piece(piece, piece.of(parameter), seed=seed, num_layers=num_layers, scheme=scheme, std=std)
 
 
-def draw_piece(piece: Piece, out: Tensor, *, seed: int, num_layers: int, scheme: Scheme, std: float) -> None:
+def draw_piece(piece: ShardSlice, out: Tensor, *, seed: int, num_layers: int, scheme: Scheme, std: float) -> None:
     """Write the initial values of `piece` into `out`."""
     if len(piece.shape) == 1:
         out.fill_(1.0)
@@ -62,7 +62,7 @@ def draw_piece(piece: Piece, out: Tensor, *, seed: int, num_layers: int, scheme:
     out.copy_(torch.from_numpy(values))
 
 
-def _draw(piece: Piece, seed: int, *, normal: bool) -> NDArray[np.float32]:
+def _draw(piece: ShardSlice, seed: int, *, normal: bool) -> NDArray[np.float32]:
     """The piece's part of a standard normal, or uniform in [0, 1), logical tensor."""
     digest = hashlib.sha256(f"{seed}:{piece.name}".encode()).digest()
     key = np.frombuffer(digest[:16], dtype=np.uint64)

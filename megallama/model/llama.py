@@ -21,40 +21,41 @@ from megallama.parallel.collectives import all_gather, copy_to, gather
 from megallama.parallel.cross_entropy import linear_cross_entropy
 from megallama.parallel.layers import (
     SEQUENCE,
-    BackwardPart,
     ColumnParallelLinear,
+    GradientFilter,
     RMSNorm,
     RowParallelLinear,
     VocabParallel,
     VocabParallelEmbedding,
 )
 from megallama.parallel.mesh import ALONE, Axis
-from megallama.parallel.shards import Piece, logical_pieces
+from megallama.parallel.shards import ShardSlice, shard_slices
 
 Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
-class Seam:
+class TensorParallelContext:
     """Where parallelism enters the model: the tensor-parallel axis, and whether the sequence is cut between layers."""
 
     tp: Axis = ALONE
     sequence_parallel: bool = False
-    part: BackwardPart = field(default_factory=BackwardPart)
+    part: GradientFilter = field(default_factory=GradientFilter)
 
 
 class Attention(nn.Module):
     """Causal grouped-query attention (arXiv 2305.13245)."""
 
-    def __init__(self, config: ModelConfig, seam: Seam) -> None:
+    def __init__(self, config: ModelConfig, tp_context: TensorParallelContext) -> None:
         super().__init__()
-        tp = seam.tp
+        tp = tp_context.tp
         self.tp, self.head_dim = tp, config.head_size
         self.heads, self.kv_heads = config.num_attention_heads, config.kv_heads
         kv_width = self.kv_heads * self.head_dim
         widths = {"q_proj": self.heads * self.head_dim, "k_proj": kv_width, "v_proj": kv_width}
-        self.qkv_proj = ColumnParallelLinear(config.hidden_size, widths, tp, seam.sequence_parallel, seam.part)
-        self.o_proj = RowParallelLinear("o_proj", widths["q_proj"], config.hidden_size, tp, seam.sequence_parallel)
+        sequence = tp_context.sequence_parallel
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, widths, tp, sequence, tp_context.part)
+        self.o_proj = RowParallelLinear("o_proj", widths["q_proj"], config.hidden_size, tp, sequence)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.qkv_proj(x).split(self.qkv_proj.widths, dim=-1)
@@ -104,12 +105,13 @@ class DownProjection(RowParallelLinear):
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, seam: Seam) -> None:
+    def __init__(self, config: ModelConfig, tp_context: TensorParallelContext) -> None:
         super().__init__()
         width, hidden = config.intermediate_size, config.hidden_size
         outputs = {"gate_proj": width, "up_proj": width}
-        self.gate_up_proj = ColumnParallelLinear(hidden, outputs, seam.tp, seam.sequence_parallel, seam.part)
-        self.down_proj = DownProjection("down_proj", width, hidden, seam.tp, seam.sequence_parallel)
+        tp, sequence = tp_context.tp, tp_context.sequence_parallel
+        self.gate_up_proj = ColumnParallelLinear(hidden, outputs, tp, sequence, tp_context.part)
+        self.down_proj = DownProjection("down_proj", width, hidden, tp, sequence)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.gate_up_proj(x))
@@ -118,13 +120,13 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, seam: Seam, recompute: Recompute) -> None:
+    def __init__(self, config: ModelConfig, tp_context: TensorParallelContext, recompute: Recompute) -> None:
         super().__init__()
         self.recompute = recompute
-        self.input_layernorm = _norm("input_layernorm", config, seam)
-        self.self_attn = Attention(config, seam)
-        self.post_attention_layernorm = _norm("post_attention_layernorm", config, seam)
-        self.mlp = MLP(config, seam)
+        self.input_layernorm = _norm("input_layernorm", config, tp_context)
+        self.self_attn = Attention(config, tp_context)
+        self.post_attention_layernorm = _norm("post_attention_layernorm", config, tp_context)
+        self.mlp = MLP(config, tp_context)
         self.mlp.down_proj.recompute = recompute == "selective"
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -141,9 +143,9 @@ class DecoderLayer(nn.Module):
 class Head(VocabParallel):
     """The output head: the summed loss of given labels, or logits."""
 
-    def __init__(self, config: ModelConfig, seam: Seam) -> None:
-        super().__init__("lm_head", config.vocab_size, config.hidden_size, seam.tp)
-        self.sequence_parallel = seam.sequence_parallel
+    def __init__(self, config: ModelConfig, tp_context: TensorParallelContext) -> None:
+        super().__init__("lm_head", config.vocab_size, config.hidden_size, tp_context.tp)
+        self.sequence_parallel = tp_context.sequence_parallel
 
     def forward(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
         """With labels [batch, sequence] the sum of their losses; without, logits [batch, sequence, vocabulary]."""
@@ -165,20 +167,20 @@ class Llama(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        seam: Seam | None = None,
+        tp_context: TensorParallelContext | None = None,
         *,
         recompute: Recompute = "none",
         layers: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        seam = seam or Seam()
+        tp_context = tp_context or TensorParallelContext()
         layers = range(config.num_hidden_layers) if layers is None else layers
-        self.config, self.seam = config, seam
-        self.embed_tokens = _embedding(config, seam) if layers[0] == 0 else None
-        self.layers = nn.ModuleDict({str(index): DecoderLayer(config, seam, recompute) for index in layers})
+        self.config, self.tp_context = config, tp_context
+        self.embed_tokens = _embedding(config, tp_context) if layers[0] == 0 else None
+        self.layers = nn.ModuleDict({str(index): DecoderLayer(config, tp_context, recompute) for index in layers})
         last = layers[-1] == config.num_hidden_layers - 1
-        self.norm = _norm("norm", config, seam) if last else None
-        self.lm_head = Head(config, seam) if last else None
+        self.norm = _norm("norm", config, tp_context) if last else None
+        self.lm_head = Head(config, tp_context) if last else None
         if config.tie_word_embeddings and self.lm_head is not None and self.embed_tokens is not None:
             self.lm_head.weight = self.embed_tokens.weight
         self.frequencies = rotary_frequencies(config)
@@ -194,7 +196,7 @@ class Llama(nn.Module):
             positions = torch.arange(x.shape[SEQUENCE], device=x.device)
             x = self.embed_tokens(x)
         else:
-            whole = x.shape[SEQUENCE] * (self.seam.tp.size if self.seam.sequence_parallel else 1)
+            whole = x.shape[SEQUENCE] * (self.tp_context.tp.size if self.tp_context.sequence_parallel else 1)
             positions = torch.arange(whole, device=x.device)
         cos, sin = rotation(positions, self.frequencies)
         for layer in self.layers.values():
@@ -203,19 +205,19 @@ class Llama(nn.Module):
             return x
         return self.lm_head(self.norm(x), labels)
 
-    def logical_pieces(self) -> dict[str, tuple[Piece, ...]]:
+    def shard_slices(self) -> dict[str, tuple[ShardSlice, ...]]:
         """What each parameter holds, under the names of Hugging Face's LlamaForCausalLM."""
         return {
             name: tuple(p if p.name.startswith("lm_head") else replace(p, name=f"model.{p.name}") for p in pieces)
-            for name, pieces in logical_pieces(self).items()
+            for name, pieces in shard_slices(self).items()
         }
 
 
-def _norm(name: str, config: ModelConfig, seam: Seam) -> RMSNorm:
-    return RMSNorm(name, config.hidden_size, config.rms_norm_eps, seam.tp, seam.sequence_parallel)
+def _norm(name: str, config: ModelConfig, tp_context: TensorParallelContext) -> RMSNorm:
+    return RMSNorm(name, config.hidden_size, config.rms_norm_eps, tp_context.tp, tp_context.sequence_parallel)
 
 
-def _embedding(config: ModelConfig, seam: Seam) -> VocabParallelEmbedding:
+def _embedding(config: ModelConfig, tp_context: TensorParallelContext) -> VocabParallelEmbedding:
     return VocabParallelEmbedding(
-        "embed_tokens", config.vocab_size, config.hidden_size, seam.tp, seam.sequence_parallel
+        "embed_tokens", config.vocab_size, config.hidden_size, tp_context.tp, tp_context.sequence_parallel
     )

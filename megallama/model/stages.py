@@ -7,25 +7,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from megallama.config.schema import ModelConfig
-from megallama.model.llama import Llama, Recompute, Seam
-from megallama.parallel.shards import Piece
+from megallama.model.llama import Llama, Recompute, TensorParallelContext
+from megallama.parallel.shards import ShardSlice
 
 
-class Chunks(nn.Module):
+class ModelStages(nn.Module):
     """Stages by their index in the pipeline; `stages` maps each to its decoder layers."""
 
     def __init__(
         self,
         config: ModelConfig,
         stages: Mapping[int, Sequence[int]],
-        seam: Seam,
+        tp_context: TensorParallelContext,
         *,
         recompute: Recompute = "none",
     ) -> None:
         super().__init__()
-        self.config, self.seam = config, seam
+        self.config, self.tp_context = config, tp_context
         self.stages = nn.ModuleDict(
-            {str(index): Llama(config, seam, recompute=recompute, layers=layers) for index, layers in stages.items()}
+            {
+                str(index): Llama(config, tp_context, recompute=recompute, layers=layers)
+                for index, layers in stages.items()
+            }
         )
         models = self.models
         first, last = models[0], models[-1]
@@ -55,12 +58,12 @@ class Chunks(nn.Module):
             x = model(x, labels)
         return x
 
-    def logical_pieces(self) -> dict[str, tuple[Piece, ...]]:
+    def shard_slices(self) -> dict[str, tuple[ShardSlice, ...]]:
         """What each parameter holds, under the names of Hugging Face's LlamaForCausalLM."""
         found = {
             f"stages.{index}.{name}": pieces
             for index, model in self.stages.items()
             if isinstance(model, Llama)
-            for name, pieces in model.logical_pieces().items()
+            for name, pieces in model.shard_slices().items()
         }
         return {name: found[name] for name, _ in self.named_parameters()}

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from megallama.parallel.collectives import all_gather, copy_to, reduce_from, reduce_scatter, sum_scatter
 from megallama.parallel.mesh import Axis
-from megallama.parallel.shards import Piece
+from megallama.parallel.shards import ShardSlice
 
 SEQUENCE = 1
 VOCABULARY_MULTIPLE = 128
 
 
-class BackwardPart:
+class GradientFilter:
     """Which gradients a backward is after, where a pipeline schedule runs that of the inputs apart from the weights'.
 
     torch's own operations are told which of their gradients are asked for. A function in Python is not, and would
@@ -51,7 +51,7 @@ class ColumnParallelLinear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, outputs: dict[str, int], tp: Axis, sequence_parallel: bool, part: BackwardPart
+        self, in_features: int, outputs: dict[str, int], tp: Axis, sequence_parallel: bool, part: GradientFilter
     ) -> None:
         super().__init__()
         assert all(width % tp.size == 0 for width in outputs.values())
@@ -70,11 +70,11 @@ class ColumnParallelLinear(nn.Module):
             return result
         return F.linear(copy_to(x, self.tp), self.weight)
 
-    def pieces(self) -> tuple[Piece, ...]:
+    def pieces(self) -> tuple[ShardSlice, ...]:
         found, row = [], 0
         for (name, total), width in zip(self.outputs.items(), self.widths, strict=True):
             cut = (self.tp.rank * width, 0)
-            found.append(Piece(name, (total, self.in_features), cut, (width, self.in_features), row))
+            found.append(ShardSlice(name, (total, self.in_features), cut, (width, self.in_features), row))
             row += width
         return tuple(found)
 
@@ -105,10 +105,10 @@ class RowParallelLinear(nn.Module):
         """This rank's share of the sum."""
         return F.linear(x, self.weight)
 
-    def pieces(self) -> tuple[Piece, ...]:
+    def pieces(self) -> tuple[ShardSlice, ...]:
         width = self.in_features // self.tp.size
         whole, cut = (self.out_features, self.in_features), (0, self.tp.rank * width)
-        return (Piece(self.name, whole, cut, (self.out_features, width)),)
+        return (ShardSlice(self.name, whole, cut, (self.out_features, width)),)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, tp {self.tp.rank}/{self.tp.size}"
@@ -133,11 +133,11 @@ class VocabParallel(nn.Module):
         """Rows on this rank that stand for a token."""
         return max(0, min(self.rows, self.vocab_size - self.first))
 
-    def pieces(self) -> tuple[Piece, ...]:
+    def pieces(self) -> tuple[ShardSlice, ...]:
         if not self.real_rows:
             return ()
         whole, size = (self.vocab_size, self.hidden_size), (self.real_rows, self.hidden_size)
-        return (Piece(self.name, whole, (self.first, 0), size),)
+        return (ShardSlice(self.name, whole, (self.first, 0), size),)
 
     def extra_repr(self) -> str:
         return f"{self.vocab_size} x {self.hidden_size}, {self.rows} rows here, tp {self.tp.rank}/{self.tp.size}"
@@ -178,8 +178,8 @@ class RMSNorm(nn.Module):
         weight = copy_to(self.weight, self.tp) if self.sequence_parallel else self.weight
         return F.rms_norm(x, (self.hidden_size,), weight, self.eps)
 
-    def pieces(self) -> tuple[Piece, ...]:
-        return (Piece(self.name, (self.hidden_size,), (0,), (self.hidden_size,)),)
+    def pieces(self) -> tuple[ShardSlice, ...]:
+        return (ShardSlice(self.name, (self.hidden_size,), (0,), (self.hidden_size,)),)
 
 
 class _GatherLinear(torch.autograd.Function):
@@ -189,7 +189,7 @@ class _GatherLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: Axis, part: BackwardPart) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: Axis, part: GradientFilter) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.tp, ctx.part = tp, part
         return F.linear(all_gather(x, SEQUENCE, tp), weight)

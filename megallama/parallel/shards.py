@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardSlice:
     """A rectangle of the logical tensor `name`, held in whole rows of a local parameter from `row` on.
 
     Rows of the parameter that no piece covers are padding: zero for ever, in no checkpoint.
@@ -39,12 +39,12 @@ class Piece:
 class Sharded(Protocol):
     """A module that says what its own `weight` holds, in names relative to its parent."""
 
-    def pieces(self) -> tuple[Piece, ...]: ...
+    def pieces(self) -> tuple[ShardSlice, ...]: ...
 
 
-def logical_pieces(root: nn.Module) -> dict[str, tuple[Piece, ...]]:
+def shard_slices(root: nn.Module) -> dict[str, tuple[ShardSlice, ...]]:
     """For every parameter under `root`, by its local name, the pieces it holds under their full names."""
-    found: dict[str, tuple[Piece, ...]] = {}
+    found: dict[str, tuple[ShardSlice, ...]] = {}
     for path, module in root.named_modules():
         if isinstance(module, Sharded):
             parent = path.rpartition(".")[0]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megallama.config.deepspeed import deepspeed_config
 from megallama.config.schema import RunConfig
-from megallama.model.stages import Chunks
+from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh
 from megallama.train.pipeline import MicroBatch, Pipeline
 
@@ -57,7 +57,7 @@ class Engine:
     tensor-parallel shards and pipeline stages, replicated parameters counted once.
     """
 
-    def __init__(self, chunks: Chunks, config: RunConfig, mesh: ParallelMesh, micro_batches: int) -> None:
+    def __init__(self, chunks: ModelStages, config: RunConfig, mesh: ParallelMesh, micro_batches: int) -> None:
         self._chunks = chunks.to(mesh.device)
         self._optimizer = _adamw(chunks, config)
         self._stage, self._data_rank = config.zero.stage, mesh.data.rank
@@ -77,7 +77,7 @@ class Engine:
         self._zero: Any = self._engine.optimizer
         self._create_state()
         self._passes: _Passes = (
-            _Straight(self._engine)
+            NoPipeline(self._engine)
             if mesh.pp.size == 1
             else Pipeline(chunks, config, mesh, micro_batches, self._take_gradients)
         )
@@ -182,7 +182,7 @@ class _Passes(Protocol):
     def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor: ...
 
 
-class _Straight:
+class NoPipeline:
     """One micro-batch after the other through a rank that holds the whole model."""
 
     def __init__(self, engine: Any) -> None:

@@ -30,7 +30,7 @@ from megallama.checkpoint.reading.store import (
     pick_start,
 )
 from megallama.checkpoint.state import DataIdentity, TrainState, state_document
-from megallama.checkpoint.writing.commit import Retention, tend, tidy
+from megallama.checkpoint.writing.commit import Retention, apply_retention, quarantine
 from megallama.checkpoint.writing.saver import Saver
 from megallama.config.schema import IGNORE_INDEX, RunConfig
 from megallama.data.loader import Loader, MicroBatch, prefetched
@@ -42,8 +42,8 @@ from megallama.layout.counts import flops_per_token
 from megallama.layout.stages import stages
 from megallama.layout.topology import Topology
 from megallama.model.init import initialise
-from megallama.model.llama import Seam
-from megallama.model.stages import Chunks
+from megallama.model.llama import TensorParallelContext
+from megallama.model.stages import ModelStages
 from megallama.parallel.join import join
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ParallelMesh, build_mesh, sum_losses
@@ -56,10 +56,10 @@ from megallama.train.evaluate import evaluate
 from megallama.train.lr_schedule import next_rate
 from megallama.train.metrics import Metrics, check_sinks
 from megallama.train.out_of_memory import memory_explained
-from megallama.train.plan_check import report_forecast
+from megallama.train.plan_check import check_plan
 from megallama.train.record import locked, recorded
-from megallama.train.step_timer import Pace
-from megallama.train.stop_requests import Requests, Wishes
+from megallama.train.step_timer import StepTimer
+from megallama.train.stop_requests import StopDecision, StopRequests
 from megallama.train.watchdog import Watchdog
 
 
@@ -75,7 +75,7 @@ class Ending:
 class Finished:
     """What is left of a run in this process."""
 
-    model: Chunks
+    model: ModelStages
     """This rank's part of the trained model."""
     status: Status
 
@@ -86,13 +86,13 @@ class Run:
 
     config: RunConfig
     mesh: ParallelMesh
-    model: Chunks
+    model: ModelStages
     engine: Engine
     train_data: Loader
     validation_data: Loader | None
     metrics: Metrics
     saver: Saver
-    requests: Requests
+    requests: StopRequests
     watchdog: Watchdog
     reached: Reached
     peak: Peak
@@ -139,7 +139,7 @@ def train(config: RunConfig, batching: Batching, launch: Launch, device: torch.d
     with ExitStack() as stack:
         lock = stack.enter_context(locked(config, mesh))
         minutes, save_bytes = config.train.max_minutes, checkpoint_bytes(config)
-        requests = Requests(Path(config.run.dir), lock, mesh, minutes, save_bytes, launch)
+        requests = StopRequests(Path(config.run.dir), lock, mesh, minutes, save_bytes, launch)
         start, damaged = confirm(
             agree(pick, mesh), config, identity, mesh
         )  # whoever held the lock until now may have saved
@@ -149,7 +149,7 @@ def train(config: RunConfig, batching: Batching, launch: Launch, device: torch.d
         stack.enter_context(memory_explained(config, mesh))
         retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every)
         if mesh.rank == 0:
-            put_in_order(folder, start, damaged, retention, metrics)
+            clean_checkpoints(folder, start, damaged, retention, metrics)
         model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
         saver = Saver(folder, engine, model, mesh, retention)
         run = Run(
@@ -200,14 +200,14 @@ def open_data(config: RunConfig, topology: Topology, rank: int) -> tuple[Loader,
     return open_split("train"), open_split("validation") if held_out else None
 
 
-def build_model(config: RunConfig, mesh: ParallelMesh, micro_batches: int) -> tuple[Chunks, Engine]:
+def build_model(config: RunConfig, mesh: ParallelMesh, micro_batches: int) -> tuple[ModelStages, Engine]:
     """This rank's part of the model, initialised, and the engine around it for that many micro-batches per step."""
     mine = {stage.index: stage.layers for stage in stages(config) if stage.rank == mesh.pp.rank}
-    seam = Seam(mesh.tp, config.parallel.sequence_parallel)
-    model = Chunks(config.model, mine, seam, recompute=config.train.recompute)
+    tp_context = TensorParallelContext(mesh.tp, config.parallel.sequence_parallel)
+    model = ModelStages(config.model, mine, tp_context, recompute=config.train.recompute)
     initialise(
         model,
-        model.logical_pieces(),
+        model.shard_slices(),
         seed=config.train.seed,
         num_layers=config.model.num_hidden_layers,
         scheme=config.model.init,
@@ -241,11 +241,11 @@ def watched(config: RunConfig, mesh: ParallelMesh, reached: Reached) -> Iterator
         watchdog.close()
 
 
-def put_in_order(
+def clean_checkpoints(
     folder: Path, start: Start, damaged: Mapping[Path, str], retention: Retention, metrics: Metrics
 ) -> None:
     """Set aside and delete what earlier starts left that is not whole or not kept, and say so."""
-    for notice in tidy(folder, damaged):
+    for notice in quarantine(folder, damaged):
         metrics.write("notice", text=notice)
     for notice in start.notices:
         metrics.write("notice", text=notice)
@@ -254,7 +254,7 @@ def put_in_order(
             metrics.write("rollback", **return_to(start.resume).facts)
             record_return(start.resume)
         # The start before may have been killed between a save and this, and this one may have none to save.
-        for notice in [*pass_over(start.resume), *tend(folder, retention, proven=False)]:
+        for notice in [*pass_over(start.resume), *apply_retention(folder, retention, proven=False)]:
             metrics.write("notice", text=notice)
 
 
@@ -300,13 +300,13 @@ def loop(run: Run, state: TrainState) -> Ending:
     missed = due(run.config.evaluation.every, state.step) and unknown
     if state.step == 0 or (missed and state.step < run.last_step(state)):
         state, _ = evaluate_splits(run, state)
-    pace, batches = Pace(), prefetched(run.train_data, state.samples)
+    timer, batches = StepTimer(), prefetched(run.train_data, state.samples)
     ending, loss, skipped, begun = None, torch.zeros(()), 0, state
     healthy: bool | None = None
     while ending is None and state.step < run.last_step(state):
         run.watchdog.now("step")
         lr = next_rate(run.config, state.seen)
-        with pace:
+        with timer:
             loss, result = train_step(run, next(batches), lr)
         if result.applied:
             run.saver.prove(state.step)
@@ -318,26 +318,26 @@ def loop(run: Run, state: TrainState) -> Ending:
             check_loaded(run, begun.step, state.step - begun.step, skipped, loss)
         if skipped:
             run.metrics.write("skip", step=state.step, samples=state.samples)
-        report_forecast(run.config, run.mesh, run.metrics, state.step, pace)
+        check_plan(run.config, run.mesh, run.metrics, state.step, timer)
         report_saves(run)
         hopeless = run.saver.failures >= run.config.checkpoint.max_failures
-        wishes = run.requests.agree(saving=run.saver.busy, give_up=hopeless)
-        if wishes.lost is not None:
-            return abandon(run, state, wishes.lost)
+        decision = run.requests.agree(saving=run.saver.busy, give_up=hopeless)
+        if decision.lost is not None:
+            return abandon(run, state, decision.lost)
         last = state.step >= run.last_step(state)
-        ending = None if last else ending_after(run, state, skipped, wishes)
+        ending = None if last else ending_after(run, state, skipped, decision)
         evaluate_now, save_now, log_now = (due(n, state.step) or last for n in every)
         if log_now or ending is not None:
-            write_train_event(run, state, loss, result.grad_norm, lr, pace.take())
+            write_train_event(run, state, loss, result.grad_norm, lr, timer.take())
         if evaluate_now and ending is None:
             state, finite = evaluate_splits(run, state)
             healthy = healthy and finite
-        if save_now or wishes.save or wishes.stop is not None:
+        if save_now or decision.save or decision.stop is not None:
             healthy = save_checkpoint(run, state, loss, healthy=healthy)
     return finish(run, state, loss, ending, healthy)
 
 
-def ending_after(run: Run, state: TrainState, skipped: int, wishes: Wishes) -> Ending | None:
+def ending_after(run: Run, state: TrainState, skipped: int, decision: StopDecision) -> Ending | None:
     """Why the run ends before its last step, the same on every rank, or None to go on."""
     if skipped >= run.config.train.max_skipped:
         run.watchdog.now("end", patient=True)
@@ -345,9 +345,9 @@ def ending_after(run: Run, state: TrainState, skipped: int, wishes: Wishes) -> E
         reason = f"{skipped} steps in a row had a gradient that is not finite; try a lower optimizer.lr or other data"
         # None of these steps changed the weights: a checkpoint of the step before them has the weights that fail.
         return Ending("failed", f"{reason}; {way_back(run.dir, state.step - skipped)}")
-    if wishes.give_up:
+    if decision.give_up:
         return Ending("failed", f"{run.config.checkpoint.max_failures} saves in a row failed: {run.saver.last_error}")
-    return None if wishes.stop is None else Ending("requeue", f"stopped by {wishes.stop}")
+    return None if decision.stop is None else Ending("requeue", f"stopped by {decision.stop}")
 
 
 def abandon(run: Run, state: TrainState, reason: str) -> Ending:

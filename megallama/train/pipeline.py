@@ -33,8 +33,8 @@ from torch.utils.checkpoint import GraphExecGroup
 
 from megallama.config.schema import ParallelConfig, RunConfig
 from megallama.layout.schedules import Action, action_lists, schedule_of, stage_ranks
-from megallama.model.stages import Chunks
-from megallama.parallel.layers import BackwardPart
+from megallama.model.stages import ModelStages
+from megallama.parallel.layers import GradientFilter
 from megallama.parallel.mesh import ParallelMesh
 
 MicroBatch = tuple[Tensor, Tensor]
@@ -75,7 +75,7 @@ class Pipeline:
 
     def __init__(
         self,
-        chunks: Chunks,
+        chunks: ModelStages,
         config: RunConfig,
         mesh: ParallelMesh,
         micro_batches: int,
@@ -174,7 +174,7 @@ class Pipeline:
                 input_args=tokens if index == 0 else hidden(),
                 output_args=loss if index == count - 1 else hidden(),
                 group=self._mesh.pp.group,
-                part=self._chunks.seam.part,
+                part=self._chunks.tp_context.part,
                 take_gradients=self._take,
             )
             for index, model in zip(self._chunks.indices, self._chunks.models, strict=True)
@@ -193,7 +193,7 @@ class Stage(PipelineStage):
     """
 
     def __init__(
-        self, *args: Any, part: BackwardPart, take_gradients: Callable[[nn.Module], None], **kwargs: Any
+        self, *args: Any, part: GradientFilter, take_gradients: Callable[[nn.Module], None], **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         self._part, self._take = part, take_gradients

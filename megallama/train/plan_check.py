@@ -14,19 +14,19 @@ from megallama.plan.report.time import check_type
 from megallama.plan.time.step_time import step_time
 from megallama.plan.time.workload import workload
 from megallama.train.metrics import Metrics
-from megallama.train.step_timer import Pace
+from megallama.train.step_timer import StepTimer
 
 FORECAST_STEP = 10
 """Late enough for compilation and the allocator to have settled."""
 
 
-def report_forecast(config: RunConfig, mesh: ParallelMesh, metrics: Metrics, step: int, pace: Pace) -> None:
+def check_plan(config: RunConfig, mesh: ParallelMesh, metrics: Metrics, step: int, timer: StepTimer) -> None:
     """Write the event `forecast` after the tenth step of a start; every rank must call it after every step."""
-    if pace.steps != FORECAST_STEP:
+    if timer.steps != FORECAST_STEP:
         return
     peaks = fullest_peaks(mesh)
     if mesh.rank == 0:
-        found = compared_seconds(config, mesh.world.size, device_name(mesh.device), pace.typical())
+        found = compared_seconds(config, mesh.world.size, device_name(mesh.device), timer.typical())
         if peaks is not None:
             found |= compared_memory(config, mesh.topology.dp, *peaks)
         if found:

@@ -9,7 +9,7 @@ from statistics import median
 _RECENT = 8
 
 
-class Pace:
+class StepTimer:
     """Time spent in steps alone: evaluations and saves in between do not count."""
 
     def __init__(self) -> None:

@@ -27,7 +27,7 @@ _UNMEASURED_BYTES_PER_SECOND = 1e8
 
 
 @dataclass(frozen=True)
-class Wishes:
+class StopDecision:
     """What all ranks do now."""
 
     stop: str | None = None
@@ -39,7 +39,7 @@ class Wishes:
     """Why the run directory is not this run's any more: nothing may be written there. None while it is."""
 
 
-class Requests:
+class StopRequests:
     """Made once by each rank, in its main thread; `lock` is rank 0's, who holds it."""
 
     def __init__(
@@ -66,8 +66,8 @@ class Requests:
         self._save_seconds = max(self._save_seconds, seconds) if self._measured else seconds
         self._measured = True
 
-    def agree(self, *, saving: bool, give_up: bool) -> Wishes:
-        """The wishes of all ranks, the same on each; every rank must call it after each step.
+    def agree(self, *, saving: bool, give_up: bool) -> StopDecision:
+        """The decision of all ranks, the same on each; every rank must call it after each step.
 
         `saving`: a save is in flight, for which the last one would wait.
         """
@@ -93,7 +93,7 @@ class Requests:
         if first and save:
             (self._dir / SAVE_FILE).unlink(missing_ok=True)
         reason = next((reason for reason, asked in zip(REASONS, stops, strict=True) if asked), None)
-        return Wishes(reason, save, give_up, (lost or f"{self._dir} is gone") if any_lost else None)
+        return StopDecision(reason, save, give_up, (lost or f"{self._dir} is gone") if any_lost else None)
 
 
 def _forget(request: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from megallama.checkpoint.format import LATEST, MANIFEST, STATE, TENSORS, complete_checkpoints
 from megallama.checkpoint.state import DataIdentity, TrainState, read_saved, state_document
-from megallama.checkpoint.writing.commit import Retention, best_of, tend
+from megallama.checkpoint.writing.commit import Retention, apply_retention, best_of
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.generate import load_run
@@ -193,7 +193,7 @@ def test_a_newer_format_is_refused_by_one_sentence_and_left_alone(run: Path, dat
 def test_a_newer_format_in_the_folder_ends_no_save_and_costs_no_checkpoint(tmp_path: Path) -> None:
     paths = [shutil.copytree(CHECKPOINT, tmp_path / f"step_{step:08d}") for step in (1, 2, 3)]
     edit_manifest(paths[1], lambda tree: tree.update(format=2))
-    (said,) = tend(tmp_path, Retention(keep=1))
+    (said,) = apply_retention(tmp_path, Retention(keep=1))
     assert said.startswith(f"{paths[1]} is a checkpoint of format 2, ")
     assert all(path.is_dir() for path in paths)
 

@@ -18,7 +18,7 @@ from megallama.checkpoint.format import BEST, LATEST, STATE, TENSORS, complete_c
 from megallama.checkpoint.health import is_healthy
 from megallama.checkpoint.reading.rollback import roll_back
 from megallama.checkpoint.tensors import is_weight
-from megallama.checkpoint.writing.commit import Retention, tend
+from megallama.checkpoint.writing.commit import Retention, apply_retention
 from megallama.cluster.starts import newest_step
 from megallama.generate import load_run
 from tests.checkpoint.damaging import CHECKPOINT, copy_as, edit, rewrite
@@ -236,7 +236,7 @@ def folder(tmp_path: Path) -> Path:
 def test_retention_counts_healthy_ones_and_the_newest_when_it_is_proven(
     proven: bool, left: list[int], folder: Path
 ) -> None:
-    assert tend(folder, Retention(keep=1), proven=proven) == []
+    assert apply_retention(folder, Retention(keep=1), proven=proven) == []
     assert [step_of(path) for path in complete_checkpoints(folder)] == left
     assert [(folder / name).read_text() for name in (LATEST, BEST)] == ["step_00000003"] * 2
 
@@ -244,7 +244,7 @@ def test_retention_counts_healthy_ones_and_the_newest_when_it_is_proven(
 def test_a_run_that_was_never_healthy_keeps_its_newest_checkpoint(folder: Path) -> None:
     for path in complete_checkpoints(folder):
         edit(path / STATE, lambda content: content.update(healthy=False))
-    assert tend(folder, Retention(keep=2)) == []
+    assert apply_retention(folder, Retention(keep=2)) == []
     assert [path.name for path in complete_checkpoints(folder)] == ["step_00000005"]
     assert (folder / LATEST).read_text() == "step_00000005"
     assert not (folder / BEST).exists()

@@ -5,11 +5,11 @@ import torch
 
 from megallama.checkpoint.logical import logical_state, rectangles
 from megallama.checkpoint.tensors import EXP_AVG, EXP_AVG_SQ, moment_name
-from megallama.parallel.shards import Piece
+from megallama.parallel.shards import ShardSlice
 from megallama.train.engine import Fragment
 
 # A fused parameter of 9 rows and 5 columns: 4 rows of "a", 3 of "b" and 2 of padding, columns 5 ... 9 of 10.
-HELD = (Piece("a", (8, 10), (4, 5), (4, 5), 0), Piece("b", (6, 10), (0, 5), (3, 5), 4))
+HELD = (ShardSlice("a", (8, 10), (4, 5), (4, 5), 0), ShardSlice("b", (6, 10), (0, 5), (3, 5), 4))
 
 
 @pytest.mark.parametrize("start", range(0, 45, 3))
@@ -34,7 +34,7 @@ def test_rectangles_hold_exactly_the_elements_of_a_flat_range(start: int, length
 
 
 def test_a_vector_is_one_stretch() -> None:
-    piece = Piece("norm", (10,), (0,), (10,))
+    piece = ShardSlice("norm", (10,), (0,), (10,))
     assert list(rectangles(piece, 3, 8)) == [(torch.Size([3]), torch.Size([5]), 3)]
 
 

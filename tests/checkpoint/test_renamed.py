@@ -20,7 +20,7 @@ from megallama.checkpoint.format import (
     write_bytes,
 )
 from megallama.checkpoint.reading.rollback import find
-from megallama.checkpoint.writing.commit import Retention, commit, make_way, tend, tidy
+from megallama.checkpoint.writing.commit import Retention, apply_retention, commit, make_way, quarantine
 from megallama.cluster.starts import newest_step
 from tests.checkpoint.damaging import CHECKPOINT, copy_as, truncate
 from tests.launching import arguments, events, pretrain
@@ -55,7 +55,7 @@ def test_a_renamed_checkpoint_ranks_by_its_step_everywhere(folder: Path) -> None
     assert [(entry.path.name, entry.step) for entry in entries(folder)] == list(steps(folder).items())
     assert newest_step(folder.parent) == 3
     assert [find(folder, asked).name for asked in (1, "step_00001000")] == ["step_00001000"] * 2
-    assert tend(folder, Retention(keep=2)) == []
+    assert apply_retention(folder, Retention(keep=2)) == []
     assert steps(folder) == {"step_00000003": 3, "step_00000002": 2}
     assert (folder / LATEST).read_text() == "step_00000003"
 
@@ -108,11 +108,11 @@ def test_of_a_linked_checkpoint_the_link_is_deleted_and_what_it_leads_to_stays(f
     elsewhere = (folder / "step_00000001").rename(tmp_path / "elsewhere")
     (folder / "step_00000001").symlink_to(elsewhere)
     assert steps(folder)["step_00000001"] == 1
-    assert tend(folder, Retention(keep=2)) == []
+    assert apply_retention(folder, Retention(keep=2)) == []
     assert steps(folder) == {"step_00000003": 3, "step_00000002": 2}
     assert read_manifest(elsewhere).step == 1
     (folder / "step_00000001.dropped").symlink_to(elsewhere)
-    assert list(tidy(folder, {})) == ["step_00000001.dropped is deleted now"]
+    assert list(quarantine(folder, {})) == ["step_00000001.dropped is deleted now"]
     assert not (folder / "step_00000001.dropped").is_symlink()
     assert read_manifest(elsewhere).step == 1
 

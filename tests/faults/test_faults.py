@@ -476,10 +476,10 @@ def test_a_rank_that_stands_still_is_noticed_wherever_it_does(place: str, byte_d
 def stand_still(place: str, folder: str) -> None:
     """Rank 1 is stopped, by the signal that cannot be caught, in step 3 or where it comes to `place` after that."""
     import megallama.train.loop
-    from megallama.train.stop_requests import Requests
+    from megallama.train.stop_requests import StopRequests
 
     rank = int(os.environ["RANK"])
-    owner: Any = Requests if place == "requests.agree" else megallama.train.loop
+    owner: Any = StopRequests if place == "requests.agree" else megallama.train.loop
     name = place.split(".")[-1]
     original, calls = getattr(owner, name), []
 

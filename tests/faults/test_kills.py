@@ -183,7 +183,7 @@ def test_a_run_killed_under_a_launcher_ends_like_one_that_was_not(
 SAVES_KILLED_AT = """
 import os, signal, sys
 from pathlib import Path
-from megallama.checkpoint.writing.commit import Retention, commit, tend
+from megallama.checkpoint.writing.commit import Retention, commit, apply_retention
 from megallama.checkpoint.format import folder_name, write_bytes
 
 folder, left = Path(sys.argv[1]), int(sys.argv[2])
@@ -202,7 +202,7 @@ for step in (1, 2, 3):
     files = {"rank_00000.bin": write_bytes(unfinished / "rank_00000.bin", bytes(1000))}
     documents = {"tensors.json": {}, "state.json": {"state": {"validation_loss": 1 / step}}}
     commit(unfinished, folder / folder_name(step), files, documents, 0.0, {})
-    tend(folder, Retention(1))
+    apply_retention(folder, Retention(1))
 """
 
 

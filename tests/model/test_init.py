@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megallama.model.init import Scheme, draw_piece
-from megallama.parallel.shards import Piece
+from megallama.parallel.shards import ShardSlice
 
 NAME = "model.layers.3.self_attn.q_proj.weight"
 
@@ -21,7 +21,7 @@ def draw(
     seed: int = 1,
     scheme: Scheme = "normal",
 ) -> torch.Tensor:
-    piece = Piece(name, shape, offset, size or shape)
+    piece = ShardSlice(name, shape, offset, size or shape)
     out = torch.empty(piece.size)
     draw_piece(piece, out, seed=seed, num_layers=8, scheme=scheme, std=0.02)
     return out
@@ -69,7 +69,9 @@ def test_standard_deviation_is_that_of_the_scheme(name: str, scheme: Scheme, std
 
 def test_norm_weights_are_one() -> None:
     out = torch.empty(64)
-    draw_piece(Piece("model.norm.weight", (64,), (0,), (64,)), out, seed=1, num_layers=8, scheme="normal", std=0.02)
+    draw_piece(
+        ShardSlice("model.norm.weight", (64,), (0,), (64,)), out, seed=1, num_layers=8, scheme="normal", std=0.02
+    )
     assert torch.equal(out, torch.ones(64))
 
 

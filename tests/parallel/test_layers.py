@@ -11,18 +11,18 @@ import megallama.parallel.cross_entropy
 from megallama.config.schema import IGNORE_INDEX, ModelConfig
 from megallama.layout.topology import Topology
 from megallama.model.init import initialise
-from megallama.model.llama import Llama, Recompute, Seam
+from megallama.model.llama import Llama, Recompute, TensorParallelContext
 from megallama.parallel.cross_entropy import linear_cross_entropy
 from megallama.parallel.launch import Launch
 from megallama.parallel.layers import (
-    BackwardPart,
     ColumnParallelLinear,
+    GradientFilter,
     RMSNorm,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
 from megallama.parallel.mesh import Axis, build_mesh
-from megallama.parallel.shards import Piece
+from megallama.parallel.shards import ShardSlice
 from megallama.parallel.spawn import run_ranks
 
 TOLERANCE = 1e-10
@@ -41,7 +41,7 @@ def cut(x: Tensor, dim: int, tp: Axis) -> Tensor:
     return x.chunk(tp.size, dim)[tp.rank].clone()
 
 
-def fill(module: nn.Module, pieces: tuple[Piece, ...], whole: dict[str, Tensor]) -> None:
+def fill(module: nn.Module, pieces: tuple[ShardSlice, ...], whole: dict[str, Tensor]) -> None:
     weight = module.get_parameter("weight")
     with torch.no_grad():
         weight.zero_()
@@ -50,7 +50,7 @@ def fill(module: nn.Module, pieces: tuple[Piece, ...], whole: dict[str, Tensor])
             piece.of(weight).copy_(whole[piece.name][part])
 
 
-def assert_pieces_match(weight: Tensor, pieces: tuple[Piece, ...], whole: dict[str, Tensor]) -> None:
+def assert_pieces_match(weight: Tensor, pieces: tuple[ShardSlice, ...], whole: dict[str, Tensor]) -> None:
     for piece in pieces:
         part = tuple(slice(a, a + n) for a, n in zip(piece.offset, piece.size, strict=True))
         torch.testing.assert_close(piece.of(weight), whole[piece.name][part], rtol=TOLERANCE, atol=TOLERANCE)
@@ -65,7 +65,7 @@ def column_then_row(launch: Launch, sequence_parallel: bool) -> None:
     dense_out = F.linear(torch.tanh(F.linear(dense_x, dense["a"])) * F.linear(dense_x, dense["b"]), dense["down"])
     (dense_out * target).sum().backward()
 
-    column = ColumnParallelLinear(12, {"a": 16, "b": 16}, tp, sequence_parallel, BackwardPart())
+    column = ColumnParallelLinear(12, {"a": 16, "b": 16}, tp, sequence_parallel, GradientFilter())
     row = RowParallelLinear("down", 16, 12, tp, sequence_parallel)
     fill(column, column.pieces(), whole)
     fill(row, row.pieces(), whole)
@@ -187,15 +187,15 @@ def model_against_one_device(
     config = ModelConfig.model_validate(base | {"num_attention_heads": 8} | shape)
     tokens = torch.randint(0, 150, (2, 17), generator=torch.Generator().manual_seed(2))
 
-    def gradients(model: Llama) -> tuple[Tensor, dict[str, tuple[Piece, Tensor]]]:
-        held = model.logical_pieces()
+    def gradients(model: Llama) -> tuple[Tensor, dict[str, tuple[ShardSlice, Tensor]]]:
+        held = model.shard_slices()
         initialise(model, held, seed=3, num_layers=2, std=0.2)
         loss = model(tokens[:, :-1], tokens[:, 1:]) / 32
         loss.backward()
         grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
         return loss.detach(), {p.name: (p, p.of(grads[name])) for name, pieces in held.items() for p in pieces}
 
-    loss, own = gradients(Llama(config, Seam(tp, sequence_parallel), recompute=recompute))
+    loss, own = gradients(Llama(config, TensorParallelContext(tp, sequence_parallel), recompute=recompute))
     dense_loss, dense = gradients(Llama(config))
     # The last ranks hold padding alone of this small vocabulary; the first holds a piece of everything.
     assert launch.rank > 0 or own.keys() == dense.keys()

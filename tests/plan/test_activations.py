@@ -13,8 +13,8 @@ from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.layout.stages import stages
 from megallama.layout.topology import Topology
-from megallama.model.llama import Seam
-from megallama.model.stages import Chunks
+from megallama.model.llama import TensorParallelContext
+from megallama.model.stages import ModelStages
 from megallama.parallel.cross_entropy import CHUNK_ELEMENTS
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ParallelMesh, build_mesh
@@ -60,7 +60,7 @@ TENSOR_PARALLEL = [
 
 @pytest.mark.parametrize("config", ALONE, ids=lambda c: f"{c.model.vocab_size}-{c.train.dtype}-{c.train.recompute}")
 def test_a_rank_alone_keeps_what_the_ledger_says(config: RunConfig) -> None:
-    assert planned_bytes(config) == pytest.approx(kept_bytes(config, Seam()), rel=1e-6)
+    assert planned_bytes(config) == pytest.approx(kept_bytes(config, TensorParallelContext()), rel=1e-6)
 
 
 def test_tensor_parallel_ranks_keep_what_the_ledger_says() -> None:
@@ -71,15 +71,17 @@ def test_tensor_parallel_ranks_keep_what_the_ledger_says() -> None:
 
 def kept_by_rank(launch: Launch, configs: list[RunConfig]) -> list[int]:
     mesh = build_mesh(Topology(tp=launch.world_size), launch, torch.device("cpu"))
-    return [kept_bytes(config, Seam(mesh.tp, config.parallel.sequence_parallel)) for config in configs]
+    return [kept_bytes(config, TensorParallelContext(mesh.tp, config.parallel.sequence_parallel)) for config in configs]
 
 
 def planned_bytes(config: RunConfig) -> int:
     return stage_bytes(config, tensors(config), stages(config)[0], 1).saved
 
 
-def kept_bytes(config: RunConfig, seam: Seam) -> int:
-    model = Chunks(config.model, {0: range(config.model.num_hidden_layers)}, seam, recompute=config.train.recompute)
+def kept_bytes(config: RunConfig, tp_context: TensorParallelContext) -> int:
+    model = ModelStages(
+        config.model, {0: range(config.model.num_hidden_layers)}, tp_context, recompute=config.train.recompute
+    )
     fill(model, config)
     tokens = torch.zeros(config.train.micro_batch_size, config.data.sequence_length, dtype=torch.int64)
     kept = KeptForBackward(model.parameters())
@@ -88,7 +90,7 @@ def kept_bytes(config: RunConfig, seam: Seam) -> int:
     return kept.size
 
 
-def fill(model: Chunks, config: RunConfig) -> None:
+def fill(model: ModelStages, config: RunConfig) -> None:
     if config.train.dtype == "bf16":
         model.bfloat16()
     with torch.no_grad():
@@ -152,7 +154,7 @@ def peaks_by_rank(launch: Launch, configs: list[RunConfig]) -> list[int]:
 
 def peak_bytes(config: RunConfig, mesh: ParallelMesh) -> int:
     mine = {stage.index: stage.layers for stage in stages(config) if stage.rank == mesh.pp.rank}
-    chunks = Chunks(config.model, mine, Seam(), recompute=config.train.recompute)
+    chunks = ModelStages(config.model, mine, TensorParallelContext(), recompute=config.train.recompute)
     fill(chunks, config)
 
     def drop(module: torch.nn.Module) -> None:

@@ -28,7 +28,7 @@ def test_mfu_of_torchtitan_comes_out_of_its_tokens_per_second() -> None:
 
 def test_recomputation_counts_as_hardware_flops_only() -> None:
     """Full: 6 V h + 8 (N - V h) + 16 L h s of 6 N + 12 L h s (arXiv 2205.05198, appendix A)."""
-    again = replace(LLAMA_8B, matmuls_again=1, attention_again=1)
+    again = replace(LLAMA_8B, matmul_recompute_fraction=1, attention_recompute_fraction=1)
     plain, found = (speed(work, HARDWARE["h100-80g"], 1.0) for work in (LLAMA_8B, again))
     head, matmuls, attention = 128256 * 4096, 7_504_658_432, 32 * 4096 * 8192
     expected = (6 * head + 8 * (matmuls - head) + 16 * attention) / (6 * matmuls + 12 * attention)

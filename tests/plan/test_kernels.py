@@ -51,7 +51,7 @@ def test_tensor_parallelism_cuts_flops_and_leaves_norms_whole_without_sequence_p
 
 
 def test_recomputation_adds_a_forward_of_the_layers_and_none_of_the_head() -> None:
-    again = replace(ONE, matmuls_again=1, attention_again=1, elementwise_again=1)
+    again = replace(ONE, matmul_recompute_fraction=1, attention_recompute_fraction=1, elementwise_recompute_fraction=1)
     (plain,), (full,) = kernel_work(ONE), kernel_work(again)
     head = TOKENS * 6 * 128256 * 4096
     assert full.matmul_flops - head == pytest.approx(4 / 3 * (plain.matmul_flops - head))
@@ -65,6 +65,6 @@ def test_fp32_moves_twice_the_bytes() -> None:
 
 
 def test_selective_recomputation_forms_the_product_of_gate_and_up_again_and_nothing_else() -> None:
-    (plain,), (selective,) = kernel_work(ONE), kernel_work(replace(ONE, activation_again=1))
+    (plain,), (selective,) = kernel_work(ONE), kernel_work(replace(ONE, activation_recompute_fraction=1))
     assert selective.other_bytes - plain.other_bytes == pytest.approx(TOKENS * 32 * 10 * 14336)
     assert replace(selective, other_bytes=plain.other_bytes) == plain

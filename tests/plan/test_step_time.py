@@ -115,7 +115,7 @@ def test_what_is_computed_again_takes_as_long_as_in_the_simulation(schedule: Sch
         more = [f"train.recompute={recompute}", "train.global_batch_size=64"]
         config = load_config(CONFIGS / "70b.yaml", [*layout, *more])
         work = workload(config, 8)
-        whole = replace(work, matmuls_again=work.attention_again)
+        whole = replace(work, matmul_recompute_fraction=work.attention_recompute_fraction)
         free = H100.model_copy(update={"memory_tb_s": 1e6})
         found.append(step_time_at(whole, free, 0.5).matmul)
         spans = simulate(action_lists(config.parallel, 64), relative_seconds(config))

@@ -40,12 +40,17 @@ def test_a_run_becomes_the_step_that_it_trains() -> None:
     assert work.head == 3
     full = workload(config_7b("train.recompute=full", "train.compile=true", "train.dtype=fp32"), 128)
     down = 4096 * 11008 / (4 * 4096**2 + 3 * 4096 * 11008)
-    again = (full.matmuls_again, full.attention_again, full.elementwise_again, full.layers_again)
+    again = (
+        full.matmul_recompute_fraction,
+        full.attention_recompute_fraction,
+        full.elementwise_recompute_fraction,
+        full.layer_recompute_fraction,
+    )
     assert again == (pytest.approx(1 - down), 1, 1, 1)
     assert (full.fused, full.element_bytes, full.gradient_bytes) == (True, 4, 4)
     back = workload(config_7b("parallel.schedule=zbvzerobubble", "train.recompute=full"), 128)
     assert (back.head, back.chunks) == (0, 2)
-    assert back.attention_again == 2, "in each part of a backward"
+    assert back.attention_recompute_fraction == 2, "in each part of a backward"
     assert (work.fused_norm, workload(config_7b("train.device=cpu"), 128).fused_norm) == (True, False)
     assert workload(config_7b("parallel.tensor=8", "model.num_key_value_heads=4"), 128).gathers_heads
 

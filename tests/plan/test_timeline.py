@@ -18,7 +18,7 @@ from megallama.config.schema import ParallelConfig, RunConfig, Schedule
 from megallama.errors import UserError
 from megallama.layout.schedules import Action, Kind, action_lists, stage_ranks
 from megallama.layout.topology import Topology
-from megallama.model.llama import Seam
+from megallama.model.llama import TensorParallelContext
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
@@ -147,11 +147,11 @@ class SleepingStage(nn.Module):
 
 
 class SleepingChunks(nn.Module):
-    """In the place of `Chunks`."""
+    """In the place of `ModelStages`."""
 
     def __init__(self, config: RunConfig, rank: int) -> None:
         super().__init__()
-        self.seam = Seam()
+        self.tp_context = TensorParallelContext()
         ranks = stage_ranks(config.parallel)
         self.indices = [stage for stage, holder in enumerate(ranks) if holder == rank]
         self.part = UNIT * config.parallel.pipeline / len(ranks)

@@ -15,9 +15,9 @@ import torch
 from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ALONE, ParallelMesh
-from megallama.train.stop_requests import Requests, _process_age
+from megallama.train.stop_requests import StopRequests, _process_age
 
-Make = Callable[[float], Requests]
+Make = Callable[[float], StopRequests]
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def requests(tmp_path: Path) -> Make:
     """Makes the requests of a run that has so many seconds left."""
     mesh = ParallelMesh(Topology(), 0, torch.device("cpu"), ALONE, ALONE, ALONE, ALONE, ALONE)
 
-    def make(seconds: float) -> Requests:
-        return Requests(tmp_path, None, mesh, (_process_age() + seconds) / 60, 10**9, Launch())
+    def make(seconds: float) -> StopRequests:
+        return StopRequests(tmp_path, None, mesh, (_process_age() + seconds) / 60, 10**9, Launch())
 
     return make
 

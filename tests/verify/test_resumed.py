@@ -16,7 +16,7 @@ import megallama.verify.verify
 from megallama.checkpoint.state import TrainState
 from megallama.cli import app
 from megallama.layout.names import parse_layout
-from megallama.model.stages import Chunks
+from megallama.model.stages import ModelStages
 from megallama.train.engine import Engine
 from megallama.verify.compare import worst_difference
 from megallama.verify.verify import Plant, verify
@@ -27,7 +27,7 @@ def _after_load(spoil: Callable[[Engine, TrainState], TrainState]) -> None:
     """Only a run that resumes loads anything, so nothing else is touched."""
     load = megallama.train.loop.load
 
-    def load_and_spoil(path: Path, engine: Engine, model: Chunks) -> TrainState:
+    def load_and_spoil(path: Path, engine: Engine, model: ModelStages) -> TrainState:
         return spoil(engine, load(path, engine, model))
 
     megallama.train.loop.load = load_and_spoil

@@ -35,7 +35,7 @@ from megallama.checkpoint.state import DataIdentity, TrainState, read_saved
 from megallama.checkpoint.tensors import Stored, is_weight
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.errors import SharedError, UserError, alike
-from megallama.model.stages import Chunks
+from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh
 from megallama.parallel.plain import from_first, of_all
 from megallama.run_dir.events import METRICS
@@ -56,17 +56,17 @@ class Start:
     """What else there is to say of it."""
 
 
-def load(path: Path, engine: Engine, model: Chunks) -> TrainState:
+def load(path: Path, engine: Engine, model: ModelStages) -> TrainState:
     """Overwrite weights, moments and position with those of `path`; every rank must call it."""
     state = read_saved(path).state
-    dcp.load(dict(logical_state(engine.fragments(), model.logical_pieces())), storage_reader=ShardReader(path))
+    dcp.load(dict(logical_state(engine.fragments(), model.shard_slices())), storage_reader=ShardReader(path))
     engine.state_was_loaded(state.updates)
     return state
 
 
-def load_initial_weights(path: Path, engine: Engine, model: Chunks) -> None:
+def load_initial_weights(path: Path, engine: Engine, model: ModelStages) -> None:
     """Overwrite the weights alone with those of `path`: a new run from old weights. Every rank must call it."""
-    state = logical_state(engine.fragments(), model.logical_pieces())
+    state = logical_state(engine.fragments(), model.shard_slices())
     weights = {name: tensor for name, tensor in state.items() if is_weight(name)}
     dcp.load(dict(weights), storage_reader=ShardReader(path))
     engine.state_was_loaded(0)

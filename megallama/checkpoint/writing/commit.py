@@ -102,7 +102,7 @@ def point(pointer: Path, name: str) -> None:
     sync_folder(pointer.parent)
 
 
-def tend(folder: Path, retention: Retention, *, proven: bool = True) -> list[str]:
+def apply_retention(folder: Path, retention: Retention, *, proven: bool = True) -> list[str]:
     """Point at the newest healthy checkpoint and the best, and delete what `retention` does not keep.
 
     The newest healthy one takes the place of an older one once it is `proven`: the run has trained on from it. What is
@@ -174,7 +174,7 @@ def _validation_loss(path: Path) -> float | None:
         return None
 
 
-def tidy(folder: Path, damaged: Mapping[Path, str]) -> Iterator[str]:
+def quarantine(folder: Path, damaged: Mapping[Path, str]) -> Iterator[str]:
     """After a run that ended anyhow: set aside what it was writing and what is torn, finish what it was deleting.
 
     Checkpoints that were found `damaged`, for the reason beside each, are set aside too. Says what it did, a sentence

@@ -24,7 +24,7 @@ from megallama.checkpoint.logical import LogicalTensor, logical_state
 from megallama.checkpoint.writing.commit import PARTIAL, Retention
 from megallama.checkpoint.writing.snapshot import Snapshot
 from megallama.checkpoint.writing.writer import Answer, Writer
-from megallama.model.stages import Chunks
+from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh
 
 if TYPE_CHECKING:
@@ -59,11 +59,13 @@ class SaveResult:
 class Saver:
     """Saves of one run into `folder`, one at a time. Every rank makes one, and calls every method at the same step."""
 
-    def __init__(self, folder: Path, engine: Engine, model: Chunks, mesh: ParallelMesh, retention: Retention) -> None:
+    def __init__(
+        self, folder: Path, engine: Engine, model: ModelStages, mesh: ParallelMesh, retention: Retention
+    ) -> None:
         self._folder, self._rank, self._retention = folder.absolute(), mesh.rank, retention
         # Of its own: the thread talks while training uses the other groups. Lives without the launcher's store.
         self._group = dist.new_group(backend="gloo", timeout=_DISK_TIMEOUT)
-        self._engine, self._held = engine, model.logical_pieces()
+        self._engine, self._held = engine, model.shard_slices()
         if mesh.tp.rank > 0:
             # A piece that is the whole tensor is on every tp rank, bit for bit: the first writes it.
             self._held = {name: tuple(p for p in ps if p.size != p.shape) for name, ps in self._held.items()}
@@ -114,7 +116,7 @@ class Saver:
         self._proven = step
         if self._rank == 0 and self._unproven and self._committed <= step:
             self._unproven = False
-            self._tending = self._thread.submit(self._tend)
+            self._tending = self._thread.submit(self._apply_retention)
 
     def take_notices(self) -> list[str]:
         """What could not be done since the last call after checkpoints were proven; does not wait."""
@@ -195,15 +197,15 @@ class Saver:
             return {"error": f"rank 0: {outcome['error']}"}
         # From here on the checkpoint exists, whatever becomes of the rest.
         self._committed = named_step(final)
-        tended = self._tend()
+        tended = self._apply_retention()
         cpu_seconds = sum(answer.get("cpu_seconds", 0.0) for answer in (outcome, tended))
         return {"warnings": [*_warnings(outcome), *_warnings(tended)], "cpu_seconds": cpu_seconds}
 
-    def _tend(self) -> Answer:
+    def _apply_retention(self) -> Answer:
         """Retention, in which the newest checkpoint counts once it is proven."""
         self._unproven = self._proven < self._committed
         arguments = {"retention": asdict(self._retention), "proven": not self._unproven}
-        return self._writer.order("tend", path=str(self._folder), **arguments)
+        return self._writer.order("apply_retention", path=str(self._folder), **arguments)
 
 
 def _warnings(answer: Answer) -> list[str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megallama.checkpoint.format import File, write_bytes
-from megallama.checkpoint.writing.commit import Retention, commit, tend
+from megallama.checkpoint.writing.commit import Retention, apply_retention, commit
 from megallama.system.signals import deaf
 
 Answer = dict[str, Any]
@@ -84,7 +84,7 @@ def main(descriptor: int, size: int, parent: int) -> None:
         orders: dict[str, Callable[..., Answer]] = {
             "write": lambda path, bytes: _write(Path(path), view[:bytes]),
             "commit": _commit,
-            "tend": _tend,
+            "apply_retention": _apply_retention,
             "drop": _drop,
         }
         for line in sys.stdin:
@@ -115,8 +115,8 @@ def _commit(
     return {"warnings": commit(Path(partial), Path(final), files, documents, saved, versions)}
 
 
-def _tend(path: str, retention: dict[str, int], proven: bool) -> Answer:
-    return {"warnings": tend(Path(path), Retention(**retention), proven=proven)}
+def _apply_retention(path: str, retention: dict[str, int], proven: bool) -> Answer:
+    return {"warnings": apply_retention(Path(path), Retention(**retention), proven=proven)}
 
 
 def _drop(path: str) -> Answer:

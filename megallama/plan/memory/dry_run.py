@@ -25,8 +25,8 @@ from megallama.config.schema import RunConfig
 from megallama.layout.check import check_config
 from megallama.layout.stages import Stage, stages
 from megallama.layout.topology import Topology
-from megallama.model.llama import Llama, Seam
-from megallama.model.stages import Chunks
+from megallama.model.llama import Llama, TensorParallelContext
+from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import Axis
 from megallama.plan.memory.activations import stage_bytes, tensors
 from megallama.plan.memory.instruments import Issued, KeptForBackward
@@ -64,8 +64,10 @@ def check_rank(config: RunConfig, world_size: int, rank: int) -> list[Comparison
     planned = rank_parameters(config)[place].total
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     with _world_of(world_size, rank), FakeTensorMode(), torch.device("cpu"), _norms_of(config), _default(dtype):
-        seam = Seam(_tensor_axis(topology, rank), parallel.sequence_parallel)
-        chunks = Chunks(config.model, {s.index: s.layers for s in mine}, seam, recompute=config.train.recompute)
+        tp_context = TensorParallelContext(_tensor_axis(topology, rank), parallel.sequence_parallel)
+        chunks = ModelStages(
+            config.model, {s.index: s.layers for s in mine}, tp_context, recompute=config.train.recompute
+        )
         weights = list(chunks.parameters())
         found = [
             Comparison("parameters", planned, sum(weight.numel() for weight in weights)),

@@ -49,7 +49,7 @@ def speed(work: Workload, gpu: Gpu, seconds: float) -> Speed:
     rate = work.tokens / work.world_size / seconds
     peak = gpu.known("peak_tflops") * 1e12
     full, causal = (shape.flops_per_token(length, convention) for convention in ("full", "causal"))
-    again = shape.flops_again_per_token(length, work.matmuls_again, work.attention_again)
+    again = shape.flops_again_per_token(length, work.matmul_recompute_fraction, work.attention_recompute_fraction)
     return Speed(
         tokens_per_second=work.tokens / seconds,
         tokens_per_second_per_gpu=rate,

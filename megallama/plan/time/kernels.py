@@ -48,12 +48,16 @@ def _sum(layer: KernelWork, layers: int, head: KernelWork | None) -> KernelWork:
 
 def _layer(work: Workload) -> KernelWork:
     shape, tp, tokens = work.shape, work.tp, work.micro_batch_size * work.sequence_length
-    passes = 3 + work.matmuls_again
+    passes = 3 + work.matmul_recompute_fraction
     return KernelWork(
         matmul_flops=tokens * 2 * passes * shape.matmul_per_layer / tp,
         # A causal kernel does half of the square, and flash attention's backward 2.5 times the work of its forward,
         # since it computes the scores again (arXiv 2205.14135, appendix B).
-        attention_flops=tokens * (7 + 2 * work.attention_again) * shape.query_width * work.sequence_length / tp,
+        attention_flops=tokens
+        * (7 + 2 * work.attention_recompute_fraction)
+        * shape.query_width
+        * work.sequence_length
+        / tp,
         matmul_bytes=passes * _moved(work, _layer_matmuls(shape, tp)),
         other_bytes=tokens * (_layer_bytes(work) + _bytes_again(work)) * work.element_bytes / _BF16,
     )
@@ -96,7 +100,9 @@ def _loss_bytes(work: Workload) -> float:
 def _bytes_again(work: Workload) -> float:
     """Bytes per token of what backward computes again in one layer: a third of all, or SwiGLU's forward."""
     activation = (6 if work.fused else 10) * work.shape.intermediate_size / work.tp
-    return work.elementwise_again * _layer_bytes(work) / 3 + work.activation_again * activation
+    return (
+        work.elementwise_recompute_fraction * _layer_bytes(work) / 3 + work.activation_recompute_fraction * activation
+    )
 
 
 def _layer_bytes(work: Workload) -> float:

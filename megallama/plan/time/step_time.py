@@ -145,7 +145,7 @@ def _tensor(work: Workload, gpu: Gpu, rank: int) -> float:
     tp = work.tp
     if tp == 1:
         return 0.0
-    again, cut = work.layers_again, work.sequence_parallel
+    again, cut = work.layer_recompute_fraction, work.sequence_parallel
     per_layer = 4 + again + (1 + again / 2 if cut else 0)
     # The embedding and the head have one all-reduce each.
     reductions = work.stages[rank] * per_layer + (rank == 0) + (rank == work.head)

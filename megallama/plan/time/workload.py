@@ -91,15 +91,15 @@ class Workload:
     """Stages of each pipeline rank."""
     sequence_parallel: bool = False
     """Activations between tensor-parallel regions are cut along the sequence."""
-    matmuls_again: float = 0.0
+    matmul_recompute_fraction: float = 0.0
     """Share of the layers' forward matmuls that backward computes again."""
-    attention_again: float = 0.0
+    attention_recompute_fraction: float = 0.0
     """The same of attention."""
-    elementwise_again: float = 0.0
+    elementwise_recompute_fraction: float = 0.0
     """The same of norms, rotations and activations."""
-    activation_again: float = 0.0
+    activation_recompute_fraction: float = 0.0
     """The same of activations, where norms and rotations are not."""
-    layers_again: float = 0.0
+    layer_recompute_fraction: float = 0.0
     """Share of the layers that run their forward again as a whole, with its tensor-parallel collectives."""
     fused_norm: bool = False
     """A norm is one kernel, its residual sum another."""
@@ -185,11 +185,11 @@ def workload(config: RunConfig, world_size: int, *, simulated: bool = True) -> W
         schedule=parallel.schedule,
         chunks=chunks(parallel),
         sequence_parallel=parallel.sequence_parallel,
-        matmuls_again=again * (1 - down),
-        attention_again=again,
-        elementwise_again=again,
-        activation_again=times if train.recompute == "selective" else 0.0,
-        layers_again=again,
+        matmul_recompute_fraction=again * (1 - down),
+        attention_recompute_fraction=again,
+        elementwise_recompute_fraction=again,
+        activation_recompute_fraction=times if train.recompute == "selective" else 0.0,
+        layer_recompute_fraction=again,
         fused_norm=train.device != "cpu",
         fused=train.compile,
         data=_scheme(config.zero.stage),
