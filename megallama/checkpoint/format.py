@@ -30,7 +30,7 @@ _NAME = re.compile(r"step_[0-9]{8,15}")
 NUMBERS = re.compile(r"rank_[0-9]{5,9}\.bin")
 """Names of the files that hold numbers."""
 LARGEST = 1 << 53
-"""Of the integers in a checkpoint: up to here every reader of JSON has them exactly."""
+"""The largest integer in a checkpoint: up to here every reader of JSON has them exactly."""
 Count = Annotated[int, Field(ge=0, lt=LARGEST)]
 _YEAR_9000 = 2.2e11
 LARGEST_STATE = 1 << 20
@@ -65,7 +65,7 @@ class Manifest:
 
     @property
     def bytes(self) -> int:
-        """Of all files but the manifest."""
+        """The size of all files but the manifest."""
         return sum(file.bytes for file in self.files.values())
 
 
@@ -202,7 +202,7 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def damaged_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """Those of the files `names` whose content is not what was written: a reason each. Reads them whole."""
+    """Read the files `names` whole; a reason for each whose content is not what was written."""
     return [f"{name} is damaged" for name in names if hash_file(path / name) != manifest.files[name].sha256]
 
 

@@ -44,7 +44,7 @@ class TrainState:
     updates: Count = 0
     """Steps whose update was applied; fewer than `step` where a gradient was not finite."""
     validation_loss: Loss | None = None
-    """Of these very weights, where it was evaluated and is finite."""
+    """The loss of these very weights, where it was evaluated and is finite."""
     first_batch: Batch | None = None
     """Sequences of the first step, the unit of a schedule by tokens; older checkpoints do not say."""
 

@@ -39,7 +39,7 @@ _DIMENSIONS = Field(min_length=1, max_length=8)
 _LARGEST_TABLE = 1 << 26
 """Bytes that tensors.json may have in any case; beyond that as many as the numbers, of which it takes a thousandth."""
 _LEAST_BLOCKS, _BLOCKS_PER_CHUNK = 1 << 24, 1 << 12
-"""Of the grid that the edges of a tensor's chunks make: some thousand ranks make a thousandth of it."""
+"""Limits of the grid that the edges of a tensor's chunks make; some thousand ranks make a thousandth of it."""
 MOMENTS = EXP_AVG, EXP_AVG_SQ
 _OPTIMIZER = "optimizer."
 
@@ -68,7 +68,7 @@ class Chunk(BaseModel):
 
     @property
     def bytes(self) -> int:
-        """That it takes in the file."""
+        """The bytes that it takes in the file."""
         return ELEMENT * math.prod(self.shape)
 
     @property
@@ -112,7 +112,7 @@ class Stored:
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """Of every tensor."""
+        """The shape of every tensor."""
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Array:

@@ -27,7 +27,7 @@ from megallama.run_dir.outcome import BY_STOP_FILE, OUTCOME
 
 MOST_FAILURES = 3
 MOST_STARTS = 20
-"""Those that Slurm ended by preemption or with a node included."""
+"""The most starts of a job, those that Slurm ended by preemption or with a node included."""
 REQUEUE, END = "requeue", "end"
 
 

@@ -30,7 +30,7 @@ class Allocation:
 
 
 def job_name(run_dir: Path) -> str:
-    """Of the run; jobs of one name that are sent with --dependency=singleton follow each other."""
+    """The name of the run's jobs: those of one name sent with --dependency=singleton follow each other."""
     return "megallama-" + re.sub(r"[^A-Za-z0-9._-]", "_", run_dir.name)
 
 

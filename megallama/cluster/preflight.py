@@ -36,10 +36,10 @@ from megallama.run_dir.limits import check_run_dir, checkpoint_bytes
 
 PACKAGES = ("megallama", "torch", "deepspeed", "numpy")
 LEAST_FREE = 0.9
-"""Of a device's memory: less, and a process of another job is still there."""
+"""The least share of a device's memory that is free where no process of another job is left."""
 LEAST_TEMPORARY_BYTES = 1 << 26
 MEETING_SECONDS = 180
-"""That nodes wait for each other: they read the same packages from one file system."""
+"""The time nodes wait for each other: they read the same packages from one file system."""
 TRIAL_SECONDS = 60
 ALL_REDUCE_BYTES = 1 << 26
 _MATMUL = 8192
@@ -54,12 +54,12 @@ class Place:
     node: str
     rank: int
     names: tuple[str, ...]
-    """Of all nodes, by their rank."""
+    """The names of all nodes, by their rank."""
     address: str
-    """Of the first node."""
+    """The address of the first node."""
     port: int
     gpus: int
-    """That Slurm says it has."""
+    """The number that Slurm says it has."""
 
 
 def examine(config: RunConfig, place: Place, ranks: int, token: Path) -> Report:

@@ -54,7 +54,7 @@ def my_jobs() -> list[Job]:
 
 _SEPARATOR = "\x1f"
 _WIDEST = 4096
-"""Of a path, on Linux."""
+"""The longest path on Linux."""
 
 
 def _long(fields: str) -> str:
@@ -81,6 +81,6 @@ def _environment() -> dict[str, str]:
 
 
 def of_run(jobs: list[Job], job_file: Path, last: str) -> list[Job]:
-    """Those of `jobs` that were sent as this file, are the job that last ran there, or were sent by its command."""
+    """Pick the jobs that were sent as this file, are the job that last ran there, or were sent by its command."""
     commands = {str(job_file)} | {job.command for job in jobs if job.id == last}
     return [job for job in jobs if job.command in commands]

@@ -21,10 +21,10 @@ class Starts:
 
     job: str
     step: int
-    """Of the newest checkpoint when the first of them began; 0 if there was none."""
+    """The newest checkpoint's step when the first of them began; 0 if there was none."""
     count: int
     failures: int = 0
-    """Of these starts; the others were ended by Slurm."""
+    """The starts that failed; the others were ended by Slurm."""
 
     def again(self, job: str, step: int) -> Starts:
         """One start later, which finds the newest checkpoint at `step`. Another job begins to count anew."""

@@ -20,11 +20,11 @@ from megallama.errors import UserError
 MOST_CLOCK_SECONDS = 10.0
 """Two nodes may differ by: what times of files and logs of many nodes can bear."""
 LEAST_SPEED = 0.7
-"""Of the median device's matmul: one slow device makes all wait (BLOOM lost 5 % to one)."""
+"""The least share of the median device's matmul rate: one slow device makes all wait (BLOOM lost 5 % to one)."""
 CANNOT_REACH = "it cannot reach"
 """What a node says that did not come to the first one."""
 LEAST_BANDWIDTH = 0.33
-"""Of the median node's: less is a link at the wrong rate; between, neighbours' traffic explains it."""
+"""The least share of the median node's: less is a link at the wrong rate, more may be neighbours' traffic."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Link:
 
     other: str
     bytes_per_second: float
-    """Of an all-reduce; 0 where it failed."""
+    """The rate of an all-reduce; 0 where it failed."""
 
 
 @dataclass(frozen=True)

@@ -318,11 +318,11 @@ class WatchdogConfig(Section):
     """When a step, an evaluation or a save counts as hung: each rank writes its stacks and the run ends."""
 
     factor: Real = Field(default=10.0, gt=1)
-    """Times the recent median of its kind that it may take."""
+    """A step, evaluation or save may take this many times the recent median of its kind."""
     least_seconds: Real = Field(default=300.0, gt=0)
-    """That it may take in any case."""
+    """Any step, evaluation or save may take this long, however fast those before were."""
     first_seconds: Real = Field(default=1800.0, gt=0)
-    """That the first of its kind may take."""
+    """The first step, evaluation or save may take this long."""
 
 
 class WandbConfig(Section):

@@ -22,7 +22,7 @@ class DatasetInfo:
     tokenizer: str
     """As it was named to the build."""
     fingerprint: str
-    """Of the tokenizer."""
+    """The fingerprint of the tokenizer."""
     vocab_size: int
     eod_id: int
     documents: int

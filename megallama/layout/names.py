@@ -65,12 +65,12 @@ class Layout:
 
     @property
     def stages(self) -> int:
-        """Of the pipeline."""
+        """The number of stages."""
         return len(stage_ranks(self.parallel))
 
     @property
     def micro_batches(self) -> int:
-        """Of each data-parallel rank per step."""
+        """The number of micro-batches of each data-parallel rank per step."""
         return self.accumulation or next(n for n in count(1) if legal_micro_batches(self.parallel, n))
 
     def apply(self, tree: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from megallama.errors import UnreachableError, UserError
 from megallama.parallel.launch import Launch
 
 ANSWER_SECONDS = 20.0
-"""That the ranks of a job may be started apart: so long one waits for rank 0's port to answer."""
+"""The time a rank waits for rank 0's port to answer: the ranks of a job may be started that far apart."""
 _LEAST_SECONDS = 10.0
 """Also where a rank has been slow until here."""
 _BACKLOG = 4096

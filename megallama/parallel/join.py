@@ -27,9 +27,9 @@ from megallama.system.signals import end_by_signals
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 MEETING_SECONDS = 600.0
-"""That ranks wait for each other once rank 0 has answered: some read their packages and their data more slowly."""
+"""The time ranks wait for each other once rank 0 has answered: some read packages and data more slowly."""
 _CONNECTING = timedelta(seconds=2)
-"""That a store of torch's tries again and again, with a warning each, where a connection breaks."""
+"""The time for which torch's store tries again, with a warning each, where a connection breaks."""
 _LEAVING_SECONDS = 2.0
 _SIGNAL_SECONDS = 5.0
 _FAR_AWAY = "192.0.2.1"

@@ -66,14 +66,14 @@ class Launch:
     launcher: Ancestors = field(default_factory=Ancestors, compare=False)
     """The launcher itself: as early as it was looked for, so early is its end noticed."""
     address: str = LOOPBACK
-    """Of rank 0's node, where ranks meet."""
+    """The address of rank 0's node, where ranks meet."""
     port: int = DEFAULT_PORT
     attempt: str = "0"
     """Which start of the ranks by one launcher this is: torchrun starts them again where it is told to."""
     hosted: bool = False
     """The launcher itself hosts the store at which ranks meet, and rank 0 does not."""
     variables: str = "RANK and WORLD_SIZE"
-    """Those that said so."""
+    """The variables that said so."""
     by_tasks: bool = False
     """Under srun or mpirun, which may show each rank its own device only, and srun lets ranks outlive each other."""
     door: socket | None = field(default=None, compare=False)

@@ -112,7 +112,7 @@ class Device:
     price: str | None
 
     def typed(self, *names: str) -> list[str]:
-        """Those of these that were typed, as they were."""
+        """List those of these that were typed, as they were."""
         return [f"--{name}={value}" for name in names if (value := getattr(self, name)) is not None]
 
     def gpu(self) -> Gpu | None:
@@ -124,7 +124,7 @@ class Device:
         return None if self.name is None else find_gpu(self.name, load_hardware(self.hardware))
 
     def money_per_hour(self) -> float | None:
-        """Of one GPU, None where no price was typed."""
+        """The price of one GPU, None where none was typed."""
         return None if self.price is None else number("--price", self.price, 0, 1e9, "2.5")
 
     def parts(self, config: RunConfig, world_size: int, tokens: float) -> tuple[list[Part], UserError | None]:

@@ -33,7 +33,7 @@ def standing_events(run_dir: Path) -> list[Event]:
 
 
 def standing(events: Sequence[Event]) -> list[Event]:
-    """Those of `events` that stand, in order.
+    """Pick the events that stand, in order.
 
     A `resume` or `rollback` at step s undoes all earlier events of steps above s. Of what remains, the last event of a
     kind, a step and a split counts. Events without a step stand.

@@ -28,7 +28,7 @@ MAY_DIFFER = ("data.path", "data.validation_path", "data.tokenizer")
 """Where a node keeps its copies; what is in them is compared instead."""
 _MOST_FACTS, _MOST_VALUES, _MOST_RANKS, _MOST_CHARACTERS = 6, 3, 8, 60
 _WORDS = 8
-"""Of 32 bits in a digest of SHA-256."""
+"""The number of 32-bit words in a digest of SHA-256."""
 
 Facts = Mapping[str, str]
 

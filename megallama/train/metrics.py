@@ -18,7 +18,7 @@ from megallama.run_dir.events import METRICS, Event, JsonLines
 WANDB_ID = "wandb_id"
 """In the run directory: what Weights & Biases knows the run by."""
 _UPLOAD_SECONDS = 120.0
-"""That the end of a run waits for a network; what is not sent by then stays in the run directory."""
+"""The time the end of a run waits for a network; what is not sent by then stays in the run directory."""
 
 
 class Sink(Protocol):
@@ -116,7 +116,7 @@ def _wandb_run(config: RunConfig, run_dir: Path, mode: Literal["online", "offlin
 
 
 def _wandb_id(run_dir: Path) -> str:
-    """Of the run in `run_dir`, made by its first start."""
+    """The id of the run in `run_dir`, made by its first start."""
     path = run_dir / WANDB_ID
     found = path.read_text() if path.exists() else ""
     if not found:

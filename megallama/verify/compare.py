@@ -21,7 +21,7 @@ class Trace:
 
     losses: list[float]
     evaluations: list[float]
-    """Of each split before the first step and after the last."""
+    """The loss of each split before the first step and after the last."""
     norms: list[float]
     first_gradient: dict[str, Tensor]
     weights: dict[str, Tensor]

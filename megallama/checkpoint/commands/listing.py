@@ -39,7 +39,7 @@ class Entry:
     marks: tuple[str, ...]
     """`latest`, `best`, `unhealthy`."""
     bytes: int
-    """Of the files that are there."""
+    """The size of the files that are there."""
     saved: float | None
     """Seconds since 1970."""
     loss: float | None

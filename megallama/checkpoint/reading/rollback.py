@@ -17,7 +17,7 @@ from megallama.run_dir.events import METRICS, JsonLines
 from megallama.system.lock import RunLock
 
 RETURNED = "returned"
-"""Beside the checkpoints: the step to which `checkpoint.resume` has taken the run back last."""
+"""A file beside the checkpoints: the step to which `checkpoint.resume` last took the run back."""
 _STEP = re.compile(r"(?:step_)?0*(\d{1,18})", re.ASCII)
 
 

@@ -43,13 +43,13 @@ class SaveResult:
     error: str | None
     """Why it was dropped, or None if the checkpoint exists."""
     blocked_seconds: float
-    """That training waited for it."""
+    """The time for which training waited."""
     seconds: float
     """From the request to the end."""
     cpu_seconds: float
-    """Of the processes that wrote, together."""
+    """The processor time of all processes that wrote."""
     bytes: int
-    """Of tensors, over all ranks."""
+    """The size of all tensors, over all ranks."""
     warnings: Sequence[str] = ()
     """What else could not be done, as deleting an old checkpoint."""
     failures: int = 0

@@ -43,7 +43,7 @@ class Writer:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """The process's number."""
         return self._process.pid
 
     def order(self, what: str, **arguments: Any) -> Answer:

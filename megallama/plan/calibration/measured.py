@@ -30,7 +30,7 @@ class MeasuredRun:
     device: str
     """By its driver's name, or cpu."""
     threads: int
-    """Of each rank, on a CPU."""
+    """The threads of each rank, on a CPU."""
     seconds: tuple[float, ...]
     """Per step, of each `train` event in which nothing but training went on."""
 

@@ -25,9 +25,9 @@ class Tensors:
     element: int
     """Bytes of an activation: 2 or 4."""
     positions: int
-    """Of one micro-batch on this rank, before sequence parallelism."""
+    """The positions of one micro-batch on this rank, before sequence parallelism."""
     sequence: int
-    """Of these, in one sequence."""
+    """The positions of one sequence."""
     between: int
     """Positions between tensor-parallel regions."""
     hidden: int
@@ -41,9 +41,9 @@ class Tensors:
     """tp does not divide the key and value heads: they are gathered, and one picked for each query head."""
     heads: int
     width: int
-    """Of the SwiGLU product on this rank."""
+    """The width of the SwiGLU product on this rank."""
     rows: int
-    """Of the vocabulary on this rank, with its padding."""
+    """The rows of the vocabulary on this rank, with its padding."""
     fused_norm: bool
     """A GPU's norm keeps its input and one number per position; a CPU's keeps what it computes in fp32 on the way."""
 

@@ -12,11 +12,11 @@ from megallama.plan.memory.ledger import memory_rows
 from megallama.plan.memory.lines import GIB
 
 USABLE = 0.97
-"""Of a device's memory as it is sold: the driver keeps 1 to 3 %."""
+"""The share of a device's memory that is left to a run: the driver keeps 1 to 3 %."""
 
 
 def usable_bytes(gpu: Gpu) -> int:
-    """Of the memory of one device; UserError where that is not known."""
+    """The memory that one device leaves to a run; UserError where that is not known."""
     return int(gpu.known("memory_gib") * GIB * USABLE)
 
 

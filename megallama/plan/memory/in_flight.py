@@ -19,7 +19,7 @@ class Moment:
     kept: tuple[int, ...]
     """Micro-batches from their forward to the weights' part of their backward, that of this computation included."""
     waiting: tuple[int, ...]
-    """Of these, the ones between the two parts of their backward."""
+    """The micro-batches between the two parts of their backward."""
 
 
 def fullest(parallel: ParallelConfig, micro_batches: int) -> tuple[tuple[Moment, ...], ...]:
@@ -31,7 +31,7 @@ def fullest(parallel: ParallelConfig, micro_batches: int) -> tuple[tuple[Moment,
 
 
 def enough(parallel: ParallelConfig, micro_batches: int) -> int:
-    """So many micro-batches that more of them fill no rank further: a schedule repeats itself once it is in its stride.
+    """The fewest micro-batches that fill every rank: a schedule repeats itself once it is in its stride.
 
     Interleaved1F1B goes in rounds; rounds that are longer than the pipeline make a schedule of their own.
     """

@@ -30,7 +30,7 @@ class KeptForBackward:
 
     @property
     def size(self) -> int:
-        """So far."""
+        """The bytes so far."""
         return sum(storage.nbytes() for place, storage in self._kept.items() if place not in self._known)
 
     @contextmanager

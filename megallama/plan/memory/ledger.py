@@ -151,7 +151,7 @@ _WORDS = {"F": "forward", "B": "backward", "I": "inputs' part of the backward", 
 
 
 def _transients(of: Tensors, recompute: str, doing: Kind, index: int, stage: StageBytes, reduced: int) -> int:
-    """Of a stage's forward or backward, logits included."""
+    """The largest temporaries of a stage's forward or backward, logits included."""
     first = index == 0
     if doing == "F":
         # What the layers form beside what they keep is less than what their backward holds.

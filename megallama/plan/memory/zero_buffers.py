@@ -22,12 +22,12 @@ class RankWeights:
     total: int
     """Before it cuts them."""
     largest: int
-    """Of one weight."""
+    """The elements of the largest weight."""
     dp_size: int
 
     @property
     def mine(self) -> int:
-        """Of the optimizer state of this rank."""
+        """The elements of this rank's part of the optimizer state."""
         return -(-self.total // self.dp_size)
 
 
@@ -48,7 +48,7 @@ def buffer_row(config: RunConfig, of: Tensors, weights: RankWeights, messages: i
 
 
 def reduced_bytes(config: RunConfig, weights: RankWeights, micro_batches: int) -> int:
-    """Of a backward, while it sends a bucket of gradients, or one gradient that is larger; nothing for ZeRO-1.
+    """The bytes of a backward while it sends a bucket of gradients, or one that is larger; nothing for ZeRO-1.
 
     ZeRO-2 copies what it sends flat, and casts it to the type that crosses the ranks. In fp32 it has a second set of
     its gradients, made when a first bucket is sent and activations go, until those of the micro-batches before are
@@ -100,5 +100,5 @@ def _bucket_bytes(config: RunConfig) -> int:
 
 
 def _sent_bytes(config: RunConfig) -> int:
-    """Of an element of a gradient that crosses the ranks."""
+    """The size of an element of a gradient that crosses the ranks."""
     return 2 if config.zero.communication_dtype == "bf16" else 4

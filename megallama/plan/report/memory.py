@@ -12,7 +12,7 @@ from megallama.plan.memory.lines import GIB, MemoryRow
 from megallama.plan.report.table import Part, Row
 
 _LEAST_SHOWN = 0.005 * GIB
-"""Of a row in the line of a rank, which would be 0.00 there."""
+"""The least that is shown in the line of a rank: less would be 0.00 there."""
 _SHORT = {
     "bf16_weights": "weights",
     "fp32_weights": "weights",

@@ -25,9 +25,9 @@ from megallama.plan.time.workload import workload
 
 WIDTH = 80
 LARGE_BUBBLE = 0.3
-"""Of a step."""
+"""The share of a step."""
 FAR_FROM_BEST = 0.5
-"""Of the speed of the best single change."""
+"""The share of the speed that the best single change reaches."""
 WORTH_NAMING = 0.99
 """A change that leaves more of the step's time is within what a prediction can tell."""
 _SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"))

@@ -9,7 +9,7 @@ from itertools import zip_longest
 
 Number = int | float
 LEAST_WIDTH = 20
-"""Of a column, in characters, however narrow the terminal is."""
+"""The least width of a column, in characters, however narrow the terminal is."""
 _GIB = 1 << 30
 
 
@@ -23,7 +23,7 @@ class Row:
     value: Number
     unit: str = ""
     decimals: int | None = None
-    """Of the figure as it is read; by its size where None."""
+    """The decimals of the figure as it is read; by its size where None."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def neighbours(config: RunConfig, world_size: int, gpu: Gpu, software: str | Non
 
 
 def seconds_of(config: RunConfig, world_size: int, gpu: Gpu, software: str | None) -> float | None:
-    """Of one step; None where a figure of the GPU that is needed is not known."""
+    """Predict one step; None where a figure of the GPU that is needed is not known."""
     try:
         return step_time(workload(config, world_size), gpu, software).total
     except UserError:

@@ -32,7 +32,7 @@ from megallama.plan.time.step_time import step_time_at
 from megallama.plan.time.workload import workload
 
 SIMULATED = 50
-"""So many of the fastest by the closed forms of equal stages are simulated, stage by stage, and ranked anew."""
+"""The number of the fastest, by the closed forms of equal stages, that are simulated and ranked anew."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ class Speed:
     """Tokens per second, and shares of the published peak that they are."""
 
     tokens_per_second: float
-    """Of all GPUs."""
+    """The rate of all GPUs together."""
     tokens_per_second_per_gpu: float
     mfu_full: float
     """Attention counted over the whole square of positions."""
@@ -44,7 +44,7 @@ class RunCost:
 
 
 def speed(work: Workload, gpu: Gpu, seconds: float) -> Speed:
-    """Of steps that take `seconds`; UserError if the peak of `gpu` is not known."""
+    """The speed of steps that take `seconds`; UserError if the peak of `gpu` is not known."""
     shape, length = work.shape, work.sequence_length
     rate = work.tokens / work.world_size / seconds
     peak = gpu.known("peak_tflops") * 1e12
@@ -63,7 +63,7 @@ def speed(work: Workload, gpu: Gpu, seconds: float) -> Speed:
 def run_cost(
     work: Workload, gpu: Gpu, seconds: float, tokens: float, price: float | None = None, pue: float = PUE
 ) -> RunCost:
-    """Of `tokens` in steps that take `seconds`; `price` is for one GPU and hour, `pue` energy per energy of a GPU."""
+    """The cost of `tokens` in steps of `seconds`; `price` is for one GPU-hour, `pue` energy per energy of a GPU."""
     steps = ceil(tokens / work.tokens)
     hours = steps * seconds / 3600
     gpu_hours = hours * work.world_size

@@ -32,7 +32,7 @@ class Flags:
     vocab: str | None = None
 
     def typed(self, *names: str) -> list[str]:
-        """Those of these that were typed, as they were."""
+        """List those of these that were typed, as they were."""
         return [f"--{name.replace('_', '-')}={text}" for name in names if (text := getattr(self, name)) is not None]
 
 

@@ -57,12 +57,12 @@ class Comparison:
 
     @property
     def loss(self) -> float:
-        """Of this pair."""
+        """The loss of this pair."""
         return DEFAULT_FIT.loss(self.parameters, self.tokens)
 
     @property
     def best_loss(self) -> float:
-        """Of the best pair."""
+        """The loss of the best pair."""
         return DEFAULT_FIT.loss(self.best.parameters, self.best.tokens)
 
     @property
@@ -85,9 +85,9 @@ class Sizing:
     optima: tuple[Optimum, ...]
     """In the order of FITS."""
     parameters: Interval
-    """Of the default's parameters; one point where they were given."""
+    """The interval of the default's parameters; one point where they were given."""
     tokens: Interval
-    """Of the default's tokens; one point where they were given."""
+    """The interval of the default's tokens; one point where they were given."""
 
     @property
     def best(self) -> Optimum:
@@ -96,7 +96,7 @@ class Sizing:
 
     @property
     def loss(self) -> float:
-        """Of the default's optimum, in nats per token on the corpus of its fit."""
+        """The loss of the default's optimum, in nats per token on the corpus of its fit."""
         return DEFAULT_FIT.loss(self.best.parameters, self.best.tokens)
 
 
@@ -132,7 +132,7 @@ def _optimum(fit: LossFit | PowerLaw, given: Quantity, amount: float) -> Optimum
 
 
 def _intervals(given: Quantity, best: Optimum) -> tuple[Interval, Interval]:
-    """Of parameters and tokens: what was given is certain, and the other takes up the spread of ln N* (C).
+    """The intervals of parameters and tokens: what was given is certain, the other has the spread of ln N* (C).
 
     At given compute ln N and ln D err by the same, opposed. At given N the curve ln N* (C), of slope a, is read the
     other way, which divides by a; at given D likewise by the slope 1 - a of ln D* (C).

@@ -29,7 +29,7 @@ class Group:
         return (self.size - 1) * self.stride < gpus_per_node
 
     def on_each_node(self, gpus_per_node: int) -> int:
-        """Of them on one node."""
+        """The number of them on one node."""
         return max(1, gpus_per_node // self.stride)
 
 

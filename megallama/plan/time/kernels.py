@@ -31,13 +31,13 @@ class KernelWork:
 
 
 def kernel_work(work: Workload) -> list[KernelWork]:
-    """Of each pipeline rank."""
+    """The work of each pipeline rank."""
     layer, head = _layer(work), _head(work)
     return [_sum(layer, layers, head if rank == work.head else None) for rank, layers in enumerate(work.stages)]
 
 
 def _sum(layer: KernelWork, layers: int, head: KernelWork | None) -> KernelWork:
-    """Of so many layers, and of the head where the rank has it."""
+    """The work of so many layers, and of the head where the rank has it."""
     return KernelWork(
         matmul_flops=layers * layer.matmul_flops + (head.matmul_flops if head else 0),
         attention_flops=layers * layer.attention_flops,

@@ -126,7 +126,7 @@ def simulated_waiting(config: RunConfig, micro_batches: int) -> float:
 def _length_and_work(
     schedule: Schedule, pp: int, chunks: int, seconds: tuple[tuple[tuple[Kind, int], float], ...], micro_batches: int
 ) -> tuple[float, float]:
-    """Of a step, and of what the rank that computes most in it computes."""
+    """The length of a step, and the work of the rank that computes most in it."""
     parallel = ParallelConfig(pipeline=pp, schedule=schedule, chunks=chunks)
     spans = simulate(action_lists(parallel, micro_batches), dict(seconds))
     return makespan(spans), max(sum(span.end - span.start for span in rank) for rank in spans)

@@ -17,7 +17,7 @@ from megallama.layout.stages import layers_per_stage
 from megallama.plan.time.simulation import simulated_waiting
 
 SUM_BYTES = {"bf16": 18.0, "fp32": 12.0}
-"""Of a gradient that is added to its sum: cast (6) and added in fp32 (12) in bf16, ZeRO 1 (bf16_optimizer.py,
+"""Bytes moved to add a gradient to its sum: cast (6) and added in fp32 (12) in bf16, ZeRO 1 (bf16_optimizer.py,
 update_hp_grads), and about as many in ZeRO 2 and 3; in fp32 autograd adds in place."""
 
 DataScheme = Literal["all-reduce", "zero1", "zero2", "zero3", "sharded optimizer"]
@@ -45,7 +45,7 @@ class Shape:
 
     @property
     def rows(self) -> int:
-        """Of the vocabulary, in memory."""
+        """The rows of the vocabulary in memory."""
         return self.vocab_size + self.padding
 
     @property
@@ -106,19 +106,19 @@ class Workload:
     fused: bool = False
     """Norms, rotations and activations are one kernel each: by a compiler or by hand."""
     fused_loss: bool = False
-    """So is the loss."""
+    """The loss is one kernel."""
     data: DataScheme = "zero1"
     gradient_bytes: int = 4
-    """Of one element of a gradient that crosses data-parallel ranks."""
+    """The size of one element of a gradient that crosses data-parallel ranks."""
     element_bytes: int = 2
-    """Of one element of a weight or an activation."""
+    """The size of one element of a weight or an activation."""
     bucket_elements: int = 100_000_000
     sum_bytes: float = 0.0
     """Read and written for each parameter and micro-batch to add up gradients, beyond what matmuls write."""
     gathers_heads: bool = False
     """tp does not divide the key heads, which are then gathered."""
     waiting: float | None = None
-    """Of the busiest rank, over its work; None for the closed form of equal stages."""
+    """The waiting of the busiest rank over its work; None for the closed form of equal stages."""
     overlapped: frozenset[Overlap] = frozenset()
     """Communication that hides behind computation where there is enough of it."""
 
