@@ -25,8 +25,7 @@ from rich.table import Table
 from megallama.data.build import build_dataset
 from megallama.errors import UserError
 from megallama.layout.counts import count_parameters
-from megallama.plan.calibration.calibrate import calibrate
-from megallama.plan.calibration.measured import LEAST_EVENTS, SETTLING, MeasuredRun, read_run
+from megallama.plan.calibration.calibrate import LEAST_EVENTS, SETTLING, MeasuredRun, calibrate, read_run
 from megallama.plan.hardware import Gpu, load_hardware
 from megallama.plan.time.step_time import step_time
 from megallama.plan.time.workload import workload

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from megallama.layout.counts import Convention
-from megallama.plan.calibration.calibration import MeasuredStep, fitted_efficiency
+from megallama.plan.calibration.calibrate import MeasuredStep, fitted_efficiency
 from megallama.plan.hardware import Gpu, built_in_hardware
 from megallama.plan.time.step_time import step_time_at
 from megallama.plan.time.workload import Shape, Workload

@@ -14,8 +14,7 @@ import typer
 from megallama.errors import UserError, check_printable
 from megallama.plan.report.sizing import compared, optimum, plan_sizing, repetition
 from megallama.plan.report.table import Part, render, with_notes
-from megallama.plan.sizing.flags import Flags, amount, read_flags
-from megallama.plan.sizing.quantity import count, number
+from megallama.plan.sizing.flags import Flags, amount, count, number, read_flags
 from megallama.plan.sizing.sizing import size
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ PACKAGES = (megallama.config, megallama.layout, megallama.plan, megallama.run_di
 IMPURE = {
     "megallama.plan.calibration.cpu_figures",
     "megallama.plan.memory.dry_run",
-    "megallama.plan.memory.instruments",
 }
 """Imported when `plan --check` or `plan --calibrate` asks for it."""
 HEAVY = ("torch", "deepspeed", "numpy", "transformers", "tiktoken", "tokenizers", "wandb")

@@ -20,9 +20,8 @@ from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ParallelMesh, build_mesh
 from megallama.parallel.spawn import run_ranks
 from megallama.plan.memory.activations import LOGITS_AT_ONCE, largest_weight, stage_bytes, tensors
-from megallama.plan.memory.dry_run import fused_norm
+from megallama.plan.memory.dry_run import KeptForBackward, fused_norm
 from megallama.plan.memory.in_flight import fullest
-from megallama.plan.memory.instruments import KeptForBackward
 from megallama.plan.memory.ledger import fullest_peak, messages, peak_at
 from megallama.plan.memory.ranks import rank_parameters
 from megallama.plan.memory.zero_buffers import RankWeights, buffer_row

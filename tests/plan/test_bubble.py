@@ -6,8 +6,7 @@ import pytest
 
 from megallama.config.schema import ParallelConfig, Schedule
 from megallama.layout.schedules import Kind, action_lists, chunks, legal_micro_batches, stage_ranks
-from megallama.plan.time.bubble import waiting
-from megallama.plan.time.simulation import bubble, simulate
+from megallama.plan.time.simulation import bubble, simulate, waiting
 
 UNITS: dict[Kind, int] = {"F": 1, "B": 2, "I": 1, "W": 1}
 

@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 
 from megallama.config.load import dump_config, load_config
 from megallama.errors import UserError
-from megallama.plan.calibration.calibrate import calibrate
-from megallama.plan.calibration.measured import LEAST_EVENTS, read_run, steady_seconds
+from megallama.plan.calibration.calibrate import LEAST_EVENTS, calibrate, read_run, steady_seconds
 from megallama.plan.cli import plan
 from megallama.plan.hardware import built_in_hardware, find_gpu, load_hardware
 from megallama.plan.time.step_time import step_time

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megallama.errors import UserError
-from megallama.plan.calibration.calibration import MeasuredStep, fitted_efficiency
+from megallama.plan.calibration.calibrate import MeasuredStep, fitted_efficiency
 from megallama.plan.hardware import built_in_hardware
 from megallama.plan.time.step_time import step_time_at
 from megallama.plan.time.workload import Shape, Workload

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megallama.errors import UserError
-from megallama.plan.time.compute import DEFAULT_GPU, Compute, peak_flops
+from megallama.plan.sizing.flags import DEFAULT_GPU, Compute, peak_flops
 
 
 def test_the_gpu_hours_of_llama_2_7b_at_its_mfu_are_its_compute() -> None:

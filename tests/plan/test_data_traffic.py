@@ -15,9 +15,9 @@ from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
-from megallama.plan.memory.instruments import Issued
+from megallama.plan.memory.dry_run import Issued
 from megallama.plan.memory.ranks import rank_parameters
-from megallama.plan.time.data_traffic import data_traffic
+from megallama.plan.time.communication import data_traffic
 from megallama.plan.time.workload import workload
 from megallama.train.loop import build_model
 

@@ -8,6 +8,7 @@ torch.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megallama.config.schema import RunConfig
 from megallama.layout.check import check_config
@@ -29,9 +32,56 @@ from megallama.model.llama import Llama, TensorParallelContext
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import Axis
 from megallama.plan.memory.activations import stage_bytes, tensors
-from megallama.plan.memory.instruments import Issued, KeptForBackward
 from megallama.plan.memory.ranks import rank_parameters
 from megallama.plan.memory.traffic import stage_traffic
+
+COLLECTIVES = {
+    "c10d.allreduce_.default": "all_reduce",
+    "c10d._allgather_base_.default": "all_gather",
+    "c10d._reduce_scatter_base_.default": "reduce_scatter",
+}
+"""torch's names of those that a model issues."""
+
+
+class KeptForBackward:
+    """Bytes that autograd keeps beside the parameters; operations that keep views of one tensor share its memory."""
+
+    def __init__(self, parameters: Iterator[nn.Parameter]) -> None:
+        self._known = {parameter.untyped_storage()._cdata for parameter in parameters}
+        # By address, and held: an address that is free is given out again.
+        self._kept: dict[int, torch.UntypedStorage] = {}
+
+    @property
+    def size(self) -> int:
+        """The bytes so far."""
+        return sum(storage.nbytes() for place, storage in self._kept.items() if place not in self._known)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Inside, what operations save is counted."""
+        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
+            yield
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self._kept[storage._cdata] = storage
+        return tensor
+
+
+class Issued(TorchDispatchMode):
+    """Collectives by kind: their number, and the bytes of their whole messages."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.number, self.size = Counter[str](), Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = COLLECTIVES.get(str(func))
+        if kind is not None:
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            self.number[kind] += 1
+            self.size[kind] += max(tensor.nbytes for tensor in tensors)
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from megallama.layout.scaling_laws import (
 )
 from megallama.plan.report.table import Part, Row
 from megallama.plan.sizing.batch import Range, batch_tokens, learning_rates
-from megallama.plan.sizing.flags import Question
+from megallama.plan.sizing.flags import SECONDS_PER_DAY, Compute, Question
 from megallama.plan.sizing.shape import LlamaShape, find_shape
 from megallama.plan.sizing.sizing import (
     MOST_EPOCHS,
@@ -29,7 +29,6 @@ from megallama.plan.sizing.sizing import (
     repeats_too_often,
     size,
 )
-from megallama.plan.time.compute import SECONDS_PER_DAY, Compute
 
 _KEYS = {"flops": "optimum_for_flops", "parameters": "optimum_for_size", "tokens": "optimum_for_tokens"}
 _WORDS = {"flops": "FLOPs", "parameters": "parameters", "tokens": "tokens"}

@@ -8,9 +8,15 @@ from megallama.layout.budget import planned_tokens
 from megallama.plan.hardware import Gpu
 from megallama.plan.report.table import Part, Row
 from megallama.plan.sizing.cost import PUE, run_cost, speed
-from megallama.plan.time.bubble import waiting
-from megallama.plan.time.communication import NODE_LATENCY, Group, collective_seconds, latency, ring_bandwidth
-from megallama.plan.time.data_traffic import data_traffic
+from megallama.plan.time.communication import (
+    NODE_LATENCY,
+    Group,
+    collective_seconds,
+    data_traffic,
+    latency,
+    ring_bandwidth,
+)
+from megallama.plan.time.simulation import waiting
 from megallama.plan.time.step_time import ATTENTION_RATE, OPTIMIZER_BYTES, StepTime, step_time
 from megallama.plan.time.workload import Workload, workload
 

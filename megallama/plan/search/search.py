@@ -17,7 +17,7 @@ from megallama.layout.schedules import schedule_of
 from megallama.plan.hardware import Gpu
 from megallama.plan.memory.fit import rank_bytes, usable_bytes
 from megallama.plan.memory.lines import GIB
-from megallama.plan.search.hint import enough_gpus, legal_gpus
+from megallama.plan.search.remedies import enough_gpus, legal_gpus
 from megallama.plan.search.space import (
     MOST_MICRO_BATCH,
     RECOMPUTE,

@@ -1,14 +1,102 @@
-"""What the sizing flags of `megallama plan` ask, checked against each other. Pure."""
+"""What the sizing flags of `megallama plan` ask: numbers as they are typed, checked against each other. Pure."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from megallama.errors import UserError
 from megallama.layout.scaling_laws import FLOPS_PER_PARAMETER_AND_TOKEN
-from megallama.plan.sizing.quantity import count, number
-from megallama.plan.time.compute import DEFAULT_GPU, DEFAULT_MFU, Compute, peak_flops
+
+SECONDS_PER_DAY = 86_400
+DEFAULT_GPU = "h100-80g"
+# 6 * parameters * tokens a second over the dense bf16 peak. By this count published runs reached 0.37 to 0.51 on A100s
+# (model card of Llama 2, README of TinyLlama) and 0.21 to 0.33 on H100s of 500 W (benchmarks of torchtitan); with
+# attention counted as well, 0.41 to 0.48 on H100s of 700 W (README of Megatron-LM).
+DEFAULT_MFU = 0.4
+
+
+@dataclass(frozen=True)
+class Compute:
+    """`gpus` for `days`, each doing `mfu` * `peak` FLOP/s of 6 * parameters * tokens; attention is left out of it."""
+
+    gpus: int
+    days: float
+    gpu: str
+    peak: float
+    mfu: float
+
+    @property
+    def flops(self) -> float:
+        """Training FLOPs."""
+        return self.gpus * self.days * SECONDS_PER_DAY * self.peak * self.mfu
+
+
+def peak_flops(gpu: str, hardware: Path | None = None) -> float:
+    """Dense bf16 FLOP/s of a GPU by its short name, such as h100-80g; UserError for one that is not known.
+
+    `hardware` is a file that adds to those that are.
+    """
+    # pydantic and YAML take a quarter of a second, which sizing without GPUs need not wait for.
+    from megallama.plan.hardware import find_gpu, load_hardware
+
+    return find_gpu(gpu, load_hardware(hardware)).known("peak_tflops") * 1e12
+
+
+_SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+
+
+def number(option: str, text: str, low: float, high: float, example: str) -> float:
+    """`7e9`, `7000000000` or `7B` as a number from `low` to `high`; UserError for anything else."""
+    found = _parsed(text)
+    if low <= found <= high:
+        return found
+    if math.isnan(found):
+        bare = text.strip("$€£ ")
+        fix = f"did you mean {bare}?" if low <= _parsed(bare) <= high else f"write it as {example}"
+    elif low <= -found <= high:
+        fix = _without_sign(text)
+    elif high == 1 and 10 <= found <= 100:  # A percentage, where a share is wanted.
+        fix = f"did you mean {found / 100:g}?"
+    else:
+        fix = f"nearest legal: {_short(low if found < low else high)}"
+    raise UserError(f"{option}={text} is not a number from {_short(low)} to {_short(high)}; {fix}")
+
+
+def count(option: str, text: str, high: int, example: str, low: int = 1) -> int:
+    """A whole number from `low` to `high`; UserError for anything else."""
+    found = _parsed(text)
+    if low <= found <= high and found.is_integer():
+        return int(found)
+    if math.isnan(found):
+        fix = f"write it as {example}"
+    elif low <= -found <= high and found.is_integer():
+        fix = _without_sign(text)
+    elif low <= found <= high:
+        fix = f"nearest legal: {math.floor(found)} or {math.ceil(found)}"
+    else:
+        fix = f"nearest legal: {low if found < low else high}"
+    raise UserError(f"{option}={text} is not a whole number from {low} to {high}; {fix}")
+
+
+def _parsed(text: str) -> float:
+    """Not a number where `text` is none."""
+    unit = _SUFFIXES.get(text[-1:].upper(), 1.0)
+    try:
+        return float(text[:-1] if unit > 1 else text) * unit
+    except ValueError:
+        return math.nan
+
+
+def _without_sign(text: str) -> str:
+    return f"did you mean {text.strip().removeprefix('-')}?"
+
+
+def _short(value: float) -> str:
+    """As people type it: 1e9, 100000, 0.01."""
+    return f"{value:g}".replace("e+0", "e").replace("e+", "e")
+
 
 # Far beyond any run, and near enough that no power of it leaves the range of a float.
 _FEWEST = 1000

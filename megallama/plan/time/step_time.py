@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from math import ceil
 
 from megallama.plan.hardware import Gpu
-from megallama.plan.time.bubble import waiting
-from megallama.plan.time.communication import Group, collective_seconds, message_seconds
-from megallama.plan.time.data_traffic import data_traffic
+from megallama.plan.time.communication import Group, collective_seconds, data_traffic, message_seconds
 from megallama.plan.time.kernels import kernel_work
+from megallama.plan.time.simulation import waiting
 from megallama.plan.time.workload import Workload
 
 # AdamW reads the gradient, the master weight and both moments in fp32 and writes the last three: 28 bytes.
