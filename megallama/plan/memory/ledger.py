@@ -30,7 +30,7 @@ from megallama.plan.memory.activations import (
 from megallama.plan.memory.in_flight import Moment, fullest
 from megallama.plan.memory.lines import GIB, MemoryRow, state_rows
 from megallama.plan.memory.ranks import RankParameters, rank_parameters
-from megallama.plan.memory.zero_buffers import RankWeights, after_backward, buffer_row, reduced_bytes
+from megallama.plan.memory.zero_buffers import RankWeights, after_backward, buffer_row, own_gradients, reduced_bytes
 
 CONTEXT = GIB // 2
 """A process's CUDA context with torch's kernels. An assumption: 0.3 to 0.5 GB are reported."""
@@ -74,6 +74,7 @@ def memory_rows(config: RunConfig, dp_size: int) -> list[list[MemoryRow]]:
         weights = RankWeights(rank.total, largest_weight(of), dp_size)
         reduced = reduced_bytes(config, weights, count)
         meanwhile = reduced if weights.total > config.zero.bucket_elements else 0
+        meanwhile += own_gradients(config, of, weights, sum(each.total for each in mine))
         peak = fullest_peak(of, config.train.recompute, here, rank.stages, mine, meanwhile)
         buffers = buffer_row(config, of, weights, messages(every, rank.rank))
         at, size = after_backward(config, weights, reduced)
