@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +18,7 @@ from megallama.checkpoint.format import (
     malformed,
     read_manifest,
 )
-from megallama.config.schema import ModelConfig
+from megallama.config.schema import MOST_SEQUENCES, ModelConfig
 from megallama.errors import UserError
 from megallama.layout.budget import NOTHING_SEEN, Seen
 from megallama.layout.check import check_model
@@ -40,7 +40,7 @@ class TrainState:
     step: Count = 0
     """Optimizer steps done."""
     samples: Count = 0
-    """Sequences consumed: the position in the data."""
+    """Sequences consumed, of `DataIdentity.sequence_length`: the position in the data."""
     updates: Count = 0
     """Steps whose update was applied; fewer than `step` where a gradient was not finite."""
     validation_loss: Loss | None = None
@@ -57,6 +57,18 @@ class TrainState:
         """The state one step of `samples` sequences later."""
         return TrainState(self.step + 1, self.samples + samples, self.updates + applied, first_batch=self.first_batch)
 
+    def in_sequences_of(self, length: int, before: int) -> TrainState:
+        """The same tokens in sequences of `length`, which were of `before`; up to one sequence more.
+
+        The schedule's unit is as many tokens as before, as nearly as sequences can be; a loss at another length is not
+        known.
+        """
+        if length == before:
+            return self
+        first = self.first_batch and max(1, round(self.first_batch * before / length))
+        samples = -(-self.samples * before // length)
+        return replace(self, samples=samples, first_batch=first, validation_loss=None)
+
 
 @dataclass(frozen=True)
 class DataIdentity:
@@ -64,6 +76,8 @@ class DataIdentity:
 
     fingerprint: Annotated[str, Field(max_length=1000)]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
+    sequence_length: Annotated[int, Field(ge=1, le=MOST_SEQUENCES)] | None = None
+    """Tokens of the sequences that a position counts; older checkpoints do not say, and go on at their own alone."""
 
 
 class Saved(BaseModel):
@@ -77,6 +91,10 @@ class Saved(BaseModel):
     loss: Loss | None
     healthy: bool = True
     """Whether the run was going well; older checkpoints do not say."""
+
+    def state_at(self, sequence_length: int) -> TrainState:
+        """Where a run of such sequences is when it goes on from here."""
+        return self.state.in_sequences_of(sequence_length, self.data.sequence_length or sequence_length)
 
 
 def state_document(
@@ -113,21 +131,22 @@ def read_saved(path: Path) -> Saved:
         raise TornCheckpointError(f"{STATE} says step {state.step}, and the manifest {step}")
     if state.updates > state.step:
         raise TornCheckpointError(f"{STATE} says {state.updates} updates in {state.step} steps")
-    if not state.step <= state.samples <= state.step * _LARGEST_BATCH:
+    tokens = state.samples * (saved.data.sequence_length or 1)  # a run that went on by longer sequences has fewer
+    if tokens < state.step or state.samples > state.step * _LARGEST_BATCH:
         raise TornCheckpointError(f"{STATE} says {state.samples} sequences in {state.step} steps")
     return saved
 
 
 def seen_before(config: RunConfig) -> Seen:
     """How far the run is that a start continues, as its newest checkpoint says: enough to check its length."""
-    return NOTHING_SEEN if config.checkpoint.resume == "never" else newest_seen(Path(config.run.dir) / "checkpoints")
+    return NOTHING_SEEN if config.checkpoint.resume == "never" else newest_seen(config)
 
 
-def newest_seen(folder: Path) -> Seen:
-    """How far the newest whole checkpoint under `folder` is that says so in legal numbers; nothing without one."""
-    for path in complete_checkpoints(folder):
+def newest_seen(config: RunConfig) -> Seen:
+    """How far the newest whole checkpoint of the run is that says so in legal numbers; nothing without one."""
+    for path in complete_checkpoints(Path(config.run.dir) / "checkpoints"):
         try:
-            return read_saved(path).state.seen
+            return read_saved(path).state_at(config.data.sequence_length).seen
         except TornCheckpointError:
             continue
     return NOTHING_SEEN

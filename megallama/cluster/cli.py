@@ -117,7 +117,7 @@ def reached(config: RunConfig, run_dir: Path) -> str:
     """How far the run is."""
     from megallama.checkpoint.state import newest_seen
 
-    seen = newest_seen(run_dir / "checkpoints")
+    seen = newest_seen(config)
     return f"newest checkpoint: step {seen.step} of {total_steps(config, seen)}"
 
 

@@ -41,7 +41,7 @@ def begin(arguments: argparse.Namespace) -> None:
     run_dir = Path(config.run.dir).absolute()
     log_pattern(run_dir)
     check_run_dir(config)
-    seen = newest_seen(run_dir / "checkpoints")
+    seen = newest_seen(config)
     try:
         check_config(config, nodes * per_node, seen)
     except UserError as error:

@@ -67,17 +67,18 @@ class Loader:
         self.samples_per_epoch = num_windows(len(self._tokens), config.sequence_length)
         self._sampler = Sampler(self.samples_per_epoch, seed) if split == "train" else None
 
-    @property
-    def fingerprint(self) -> str:
+    def fingerprint(self, sequence_length: int) -> str:
         """SHA-256 of what a position means besides the seed: the dataset, the split's documents, the sample length."""
         split = self._split
-        parts = [split.dataset.fingerprint, split.first_document, split.end_document, self._sequence_length]
+        parts = [split.dataset.fingerprint, split.first_document, split.end_document, sequence_length]
         return hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()
 
     @property
     def content_hash(self) -> str:
         """SHA-256 of the fingerprint, and of ids from all over the split: whether two files of one name are one."""
-        return hashlib.sha256(self.fingerprint.encode() + sampled_ids(self._tokens).tobytes()).hexdigest()
+        return hashlib.sha256(
+            self.fingerprint(self._sequence_length).encode() + sampled_ids(self._tokens).tobytes()
+        ).hexdigest()
 
     def step(self, samples_consumed: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that starts at sample `samples_consumed` of the run."""

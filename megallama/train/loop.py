@@ -29,7 +29,7 @@ from megallama.checkpoint.reading.store import (
     load_initial_weights,
     pick_start,
 )
-from megallama.checkpoint.state import DataIdentity, TrainState, state_document
+from megallama.checkpoint.state import DataIdentity, TrainState, read_saved, state_document
 from megallama.checkpoint.writing.commit import Retention, apply_retention, quarantine
 from megallama.checkpoint.writing.saver import Saver
 from megallama.config.schema import IGNORE_INDEX, RunConfig
@@ -123,8 +123,8 @@ def train(config: RunConfig, batching: Batching, launch: Launch, device: torch.d
     topology = Topology(pp=config.parallel.pipeline, dp=batching.dp_size, tp=config.parallel.tensor)
     train_data, validation_data = open_data(config, topology, launch.rank)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    identity = data_identity(config, train_data)
-    pick = partial(pick_start, config, identity)
+    identify = partial(data_identity, config, train_data)
+    pick = partial(pick_start, config, identify)
     pick()  # each rank for itself: what a user can mend is said before any waits for another
 
     facts = facts_of(config, train_data, validation_data, tokenizer)
@@ -140,9 +140,8 @@ def train(config: RunConfig, batching: Batching, launch: Launch, device: torch.d
         lock = stack.enter_context(locked(config, mesh))
         minutes, save_bytes = config.train.max_minutes, checkpoint_bytes(config)
         requests = StopRequests(Path(config.run.dir), lock, mesh, minutes, save_bytes, launch)
-        start, damaged = confirm(
-            agree(pick, mesh), config, identity, mesh
-        )  # whoever held the lock until now may have saved
+        # Whoever held the lock until now may have saved.
+        start, damaged = confirm(agree(pick, mesh), config, identify, mesh)
         metrics = stack.enter_context(recorded(config, mesh, tokenizer, peak, reached))
         launch.signals.record(lambda reason: write_failure(Path(config.run.dir), reason, reached.step))
         watchdog = stack.enter_context(watched(config, mesh, reached))
@@ -219,9 +218,9 @@ def build_model(config: RunConfig, mesh: ParallelMesh, micro_batches: int) -> tu
     return model, Engine(model, config, mesh, micro_batches)
 
 
-def data_identity(config: RunConfig, data: Loader) -> DataIdentity:
-    """What the position of a checkpoint counts in."""
-    return DataIdentity(data.fingerprint, config.train.seed)
+def data_identity(config: RunConfig, data: Loader, sequence_length: int) -> DataIdentity:
+    """What the position of a checkpoint counts in, of a run with sequences of that length."""
+    return DataIdentity(data.fingerprint(sequence_length), config.train.seed, sequence_length)
 
 
 @contextmanager
@@ -263,6 +262,7 @@ def start_state(run: Run, start: Start) -> TrainState:
     if start.resume is not None:
         state = load(start.resume, run.engine, run.model)
         state = replace(state, first_batch=schedule_batch(run.config, state.seen))
+        state = in_sequences(run, state, read_saved(start.resume).data.sequence_length)
         run.metrics.write("resume", step=state.step, samples=state.samples, path=str(start.resume))
         if not state_is_finite(run.engine.fragments(), run.mesh):
             what = f"weights or moments of {start.resume} are not finite"
@@ -274,6 +274,17 @@ def start_state(run: Run, start: Start) -> TrainState:
             what = f"checkpoint.init_from={start.weights} has weights that are not finite"
             raise NotFiniteError(f"{what}; use another checkpoint")
     return TrainState(first_batch=run.config.train.global_batch_size)
+
+
+def in_sequences(run: Run, state: TrainState, before: int | None) -> TrainState:
+    """The state with its tokens counted in the run's sequences, which were of `before` tokens when it was saved."""
+    now = run.config.data.sequence_length
+    if before in (None, now):
+        return state
+    counted = state.in_sequences_of(now, before)
+    seen = f"the {state.samples * before:,} tokens seen count as {counted.samples:,} sequences"
+    run.metrics.write("notice", text=f"data.sequence_length was {before} and is {now}: {seen} of a new order")
+    return counted
 
 
 def check_loaded(run: Run, step: int, done: int, skipped: int, loss: Tensor) -> None:
@@ -475,7 +486,7 @@ def save_checkpoint(run: Run, state: TrainState, loss: Tensor, *, healthy: bool)
         "zero_stage": config.zero.stage,
         "dtype": config.train.dtype,
     }
-    identity = data_identity(config, run.train_data)
+    identity = data_identity(config, run.train_data, config.data.sequence_length)
     run.saver.save(state.step, state_document(state, total / mesh.data.size, healthy, identity, config.model, layout))
     if not config.checkpoint.asynchronous:
         run.saver.wait()

@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,7 +53,7 @@ from tests.launching import ROOT
 
 T = TypeVar("T")
 EXAMPLES = 1000
-DATA = DataIdentity("f" * 64, 7)
+DATA = DataIdentity("f" * 64, 7, 2048)
 MODEL = ModelConfig(
     vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=2, head_dim=2
 )
@@ -102,10 +103,14 @@ def config_of(run: Path, **checkpoint: object) -> RunConfig:
     return RunConfig.model_validate(tree)
 
 
+def identify(sequence_length: int) -> DataIdentity:
+    return DATA if sequence_length == DATA.sequence_length else replace(DATA, fingerprint="0" * 64)
+
+
 def start_at(run: Path, mesh: ParallelMesh) -> Path | None:
     """Where a start of the run would go on."""
     config = config_of(run)
-    start, _ = confirm(agree(lambda: pick_start(config, DATA), mesh), config, DATA, mesh)
+    start, _ = confirm(agree(lambda: pick_start(config, identify), mesh), config, identify, mesh)
     return start.resume
 
 
@@ -199,7 +204,7 @@ def test_whatever_a_sealed_checkpoint_says_it_is_sound_or_a_sentence(
         weights, _ = attempt(lambda: load_weights(path))
         assert (weights is not None) == sound
         start, refusal = attempt(lambda: start_at(run, mesh))
-        weights_from, _ = attempt(lambda: check_weights(agree(lambda: pick_start(begin, DATA), mesh), mesh) or True)
+        weights_from, _ = attempt(lambda: check_weights(agree(lambda: pick_start(begin, identify), mesh), mesh) or True)
         if not sound:
             # Only what a newer version may read is no reason to go on from an older checkpoint.
             assert (start, refusal is None) == ((older, True) if newer_format is None else (None, False))
@@ -234,7 +239,7 @@ def assert_meaningful(path: Path) -> None:
         numbers = stored.read(name)
         assert np.isfinite(numbers).all()
         assert "exp_avg_sq" not in name or (numbers >= 0).all()
-    assert 0 <= saved.state.updates <= saved.state.step <= saved.state.samples
+    assert 0 <= saved.state.updates <= saved.state.step <= saved.state.samples * (saved.data.sequence_length or 1)
 
 
 @pytest.fixture
@@ -358,7 +363,7 @@ SENSELESS: dict[str, tuple[Callable[[Path], object], str]] = {
     "more updates than steps": (state(updates=4), "state.json says 4 updates in 3 steps"),
     "samples of 10^18": (state(samples=10**18), "state.json is malformed: state.samples is 1000000000000000000"),
     "samples of 10^15": (state(samples=10**15), "state.json says 1000000000000000 sequences in 3 steps"),
-    "fewer samples than steps": (state(samples=2), "state.json says 2 sequences in 3 steps"),
+    "fewer tokens than steps": (state(samples=0), "state.json says 0 sequences in 3 steps"),
     "a loss in words": (state(validation_loss="low"), "state.json is malformed: state.validation_loss is 'low'"),
     "a billion layers": (
         lambda path: edit(path / STATE, lambda content: content["model"].update(num_hidden_layers=10**9)),
@@ -392,11 +397,11 @@ def test_a_sealed_checkpoint_that_makes_no_sense_is_told_refused_and_passed_over
     assert start_at(path.parent.parent, mesh) == path.with_name(folder_name(OLDER))
     begin = config_of(path.parent.parent.with_name("another"), init_from=str(path))
     with pytest.raises(UserError, match=r"checkpoint\.init_from=.* is (damaged|not a complete checkpoint)"):
-        check_weights(agree(lambda: pick_start(begin, DATA), mesh), mesh)
+        check_weights(agree(lambda: pick_start(begin, identify), mesh), mesh)
 
 
 def test_what_lies_beneath_a_damaged_checkpoint_has_to_be_of_the_same_model(path: Path, mesh: ParallelMesh) -> None:
-    state(samples=2)(path)
+    state(samples=0)(path)
     older = path.with_name(folder_name(OLDER))
     edit(older / STATE, lambda content: content["model"].update(rope_theta=5e5))
     with pytest.raises(UserError, match=r"model\.rope_theta=10000\.0 differs from 500000\.0"):

@@ -258,7 +258,7 @@ def trained_on(prefix: str) -> list[tuple[int, ...]] | None:
     config = DataConfig(path=prefix, sequence_length=16, validation_fraction=0.0, eod_mask_loss=True)
     try:
         loader = Loader(config, "train", 2, 4, 0, 1, 3, 300)
-        assert loader.fingerprint
+        assert loader.content_hash
         batches = [*loader.step(0), *loader.step(10**12), *loader.evaluation(3)]
     except UserError:
         return None

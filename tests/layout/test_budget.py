@@ -60,9 +60,9 @@ def test_a_step_of_the_schedule_is_that_of_the_batch_that_the_run_began_with() -
 
 
 def test_a_checkpoint_of_the_first_format_says_how_far_its_run_is(tmp_path: Path) -> None:
-    assert newest_seen(CHECKPOINT.parent) == Seen(3, 12)
-    assert newest_seen(tmp_path) == newest_seen(tmp_path / "nothing") == NOTHING_SEEN
+    assert newest_seen(run(f"run.dir={tmp_path}")) == newest_seen(run(f"run.dir={tmp_path}/none")) == NOTHING_SEEN
     (tmp_path / "checkpoints").symlink_to(CHECKPOINT.parent)
+    assert newest_seen(run(f"run.dir={tmp_path}")) == Seen(3, 12)
     assert seen_before(run(f"run.dir={tmp_path}")) == Seen(3, 12)
     assert seen_before(run(f"run.dir={tmp_path}", "checkpoint.resume=never")) == NOTHING_SEEN
 
@@ -75,11 +75,11 @@ ILLEGAL: list[object] = [
 
 @pytest.mark.parametrize("state", ILLEGAL)
 def test_a_checkpoint_that_says_no_legal_numbers_is_passed_over(tmp_path: Path, state: object) -> None:
-    older, newer = tmp_path / CHECKPOINT.name, tmp_path / "step_00000005"
+    older, newer = (tmp_path / "checkpoints" / name for name in (CHECKPOINT.name, "step_00000005"))
     for path in (older, newer):
         shutil.copytree(CHECKPOINT, path)
     edit(newer / STATE, lambda tree: tree.update(state=state))
-    assert newest_seen(tmp_path) == Seen(3, 12)
+    assert newest_seen(run(f"run.dir={tmp_path}")) == Seen(3, 12)
     if isinstance(state, dict) and "first_batch" in state:
         with pytest.raises(TornCheckpointError, match="first_batch"):
             read_saved(newer)

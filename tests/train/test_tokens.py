@@ -105,8 +105,8 @@ def test_the_rate_goes_on_from_where_it_is_in_the_data_down_to_min_lr(changed: P
     assert rates[-1] == config.schedule.min_lr
 
 
-def test_the_state_says_which_batch_the_run_began_with(changed: Path) -> None:
-    assert newest_seen(changed / "run" / "checkpoints") == Seen(10, 42, 4)
+def test_the_state_says_which_batch_the_run_began_with(changed: Path, byte_dataset: str) -> None:
+    assert newest_seen(config_of(changed / "run", byte_dataset)) == Seen(10, 42, 4)
 
 
 def test_a_run_by_tokens_is_to_the_bit_the_one_of_as_many_steps(byte_dataset: str, tmp_path: Path) -> None:
@@ -173,9 +173,55 @@ def test_a_checkpoint_that_does_not_say_its_first_batch_continues_by_its_mean(
     words = arguments(byte_dataset, tmp_path / "run", *BY_TOKENS)
     assert pretrain(1, [*words, "train.stop_after=3"]) == [(0, "")]
     edit(tmp_path / "run" / "checkpoints" / "step_00000003" / STATE, lambda tree: tree["state"].pop("first_batch"))
-    assert newest_seen(tmp_path / "run" / "checkpoints") == Seen(3, 12)
+    assert newest_seen(config_of(tmp_path / "run", byte_dataset)) == Seen(3, 12)
     assert pretrain(1, [*words, "train.global_batch_size=8"]) == [(0, "")]
-    assert newest_seen(tmp_path / "run" / "checkpoints") == Seen(7, 44, 4)
+    assert newest_seen(config_of(tmp_path / "run", byte_dataset)) == Seen(7, 44, 4)
     rates = [event["lr"] for event in events(tmp_path / "run", "train")]
     config = config_of(tmp_path / "run", byte_dataset, "train.global_batch_size=8")
     assert rates[3:] == [next_rate(config, Seen(3 + n, 12 + 8 * n, 4)) for n in range(4)]
+
+
+def test_another_sequence_length_keeps_the_tokens_that_were_seen_and_the_total(
+    byte_dataset: str, tmp_path: Path
+) -> None:
+    """640 tokens are 10 sequences of 64; 896 of 1,311 are 56 of 16, by batches of 16 as many tokens as before."""
+    run = tmp_path / "run"
+    parts = [
+        (1, ["train.global_batch_size=4", "train.stop_after=5"]),
+        (2, ["train.micro_batch_size=1", "train.global_batch_size=2", "data.sequence_length=64", "train.stop_after=7"]),
+        (1, ["train.global_batch_size=16", "data.sequence_length=16"]),
+    ]
+    for number, (world_size, more) in enumerate(parts):
+        (tmp_path / str(number)).mkdir()
+        words = arguments(byte_dataset, run, *BY_TOKENS, *more)
+        assert pretrain(world_size, words, plant=partial(record, str(tmp_path / str(number)))) == [(0, "")] * world_size
+    found = events(run, "train")
+    assert [event["tokens"] for event in found] == [128, 256, 384, 512, 640, 768, 896, 1152, 1408]
+    assert [event["total_steps"] for event in found] == [11] * 5 + [11] * 2 + [9] * 2
+    for number, length, positions in ((1, 64, range(10, 14)), (2, 16, range(56, 88))):
+        config = config_of(run, byte_dataset, f"data.sequence_length={length}")
+        straight = Loader(config.data, "train", 1, 1, 0, 1, config.train.seed, config.model.vocab_size)
+        expected = [tuple(straight.step(sample)[0].tokens[0].tolist()) for sample in positions]
+        assert sorted(rows(tmp_path / str(number))) == sorted(expected)
+    said = [event["text"] for event in events(run, "notice")]
+    assert said == [
+        "data.sequence_length was 32 and is 64: the 640 tokens seen count as 10 sequences of a new order",
+        "data.sequence_length was 64 and is 16: the 896 tokens seen count as 56 sequences of a new order",
+    ]
+    config = config_of(run, byte_dataset, "data.sequence_length=16")
+    assert newest_seen(config) == Seen(9, 88, 8), "8 of 16 tokens are 4 of 32"
+    rates = [event["lr"] for event in found]
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert rates[-1] == config.schedule.min_lr
+
+
+def test_a_checkpoint_that_does_not_say_its_sequence_length_continues_at_its_own_alone(
+    byte_dataset: str, tmp_path: Path
+) -> None:
+    words = arguments(byte_dataset, tmp_path / "run", *BY_TOKENS)
+    assert pretrain(1, [*words, "train.stop_after=2"]) == [(0, "")]
+    edit(tmp_path / "run" / "checkpoints" / "step_00000002" / STATE, lambda tree: tree["data"].pop("sequence_length"))
+    ((code, said),) = pretrain(1, [*words, "data.sequence_length=64"])
+    assert code == 2
+    assert "the data of the run (data.path or the split, or data.sequence_length) is not that of" in said
+    assert pretrain(1, [*words, "train.stop_after=3"]) == [(0, "")]

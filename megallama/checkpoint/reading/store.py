@@ -44,6 +44,10 @@ if TYPE_CHECKING:
     from megallama.train.engine import Engine
 
 
+Identify = Callable[[int], DataIdentity]
+"""What a position in the run's data counts in, where its sequences have so many tokens."""
+
+
 @dataclass(frozen=True)
 class Start:
     """Where a run begins: a checkpoint to continue, else weights to begin from, else neither."""
@@ -89,7 +93,7 @@ def put_aside(run_dir: Path) -> None:
             (run_dir / name).rename(run_dir / f"{name}.{free}")
 
 
-def pick_start(config: RunConfig, data: DataIdentity) -> Start:
+def pick_start(config: RunConfig, identify: Identify) -> Start:
     """Where the run begins, by what folders and manifests say; `agree` and `confirm` read the files.
 
     UserError where `checkpoint.resume` forbids it, a checkpoint is of something else, or there were checkpoints and
@@ -103,7 +107,7 @@ def pick_start(config: RunConfig, data: DataIdentity) -> Start:
         tried = [start.resume] if start.back and start.resume is not None else found
         known = next((path for path in tried if not _senseless(path)), None)
         if known is not None:
-            _check_same_run(known, config, data)
+            _check_same_run(known, config, identify)
         if found:
             return start
         if torn := named_checkpoints(folder):
@@ -196,7 +200,7 @@ def check_weights(start: Start, mesh: ParallelMesh) -> None:
 
 
 @alike()
-def confirm(start: Start, config: RunConfig, data: DataIdentity, mesh: ParallelMesh) -> tuple[Start, dict[Path, str]]:
+def confirm(start: Start, config: RunConfig, identify: Identify, mesh: ParallelMesh) -> tuple[Start, dict[Path, str]]:
     """Where the run begins after all that it reads was looked at, and what is passed over and why.
 
     Every byte is held against its hash, and what the files say against what they promise. Ranks share the reading, and
@@ -211,7 +215,7 @@ def confirm(start: Start, config: RunConfig, data: DataIdentity, mesh: ParallelM
     for path in map(Path, from_first([str(path) for path in named], mesh.world.group, mesh.device)):
         reasons = _damage(path, mesh)
         if not reasons:
-            _check_same_run(path, config, data)
+            _check_same_run(path, config, identify)
             return replace(start, resume=path), damaged
         damaged[path] = "; ".join(reasons)
     if start.back:
@@ -266,10 +270,10 @@ def _refuse_to_start_over(folder: Path, reasons: list[str]) -> NoReturn:
     )
 
 
-def _check_same_run(path: Path, config: RunConfig, data: DataIdentity) -> None:
+def _check_same_run(path: Path, config: RunConfig, identify: Identify) -> None:
     """UserError when the checkpoint of the run directory is of another model or of other data than the run."""
     _check_same_model(path, config.model, "run.dir")
-    _check_same_data(path, data)
+    _check_same_data(path, config, identify)
 
 
 def _check_same_model(path: Path, model: ModelConfig, named_by: str) -> None:
@@ -290,16 +294,18 @@ def _resolved(model: ModelConfig) -> dict[str, Any]:
     return tree | {"num_key_value_heads": model.kv_heads, "head_dim": model.head_size}
 
 
-def _check_same_data(path: Path, data: DataIdentity) -> None:
+def _check_same_data(path: Path, config: RunConfig, identify: Identify) -> None:
     """UserError when a position in the checkpoint's data would be another position in the run's."""
     saved = read_saved(path).data
+    data = identify(saved.sequence_length or config.data.sequence_length)
     if saved.seed != data.seed:
         raise UserError(
             f"train.seed={data.seed} differs from {saved.seed} in the checkpoint {path}, so its position in the data "
             f"would point elsewhere; use train.seed={saved.seed}, or another run.dir with checkpoint.init_from={path}"
         )
     if saved.fingerprint != data.fingerprint:
+        length = "" if saved.sequence_length else ", or data.sequence_length"
         raise UserError(
-            f"the data of the run (data.path, data.sequence_length or the split) is not that of the checkpoint {path}; "
+            f"the data of the run (data.path or the split{length}) is not that of the checkpoint {path}; "
             f"use the same data, or another run.dir with checkpoint.init_from={path}"
         )

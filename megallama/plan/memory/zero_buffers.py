@@ -67,8 +67,8 @@ def reduced_bytes(config: RunConfig, weights: RankWeights, micro_batches: int) -
 def own_gradients(config: RunConfig, of: Tensors, weights: RankWeights, activations: int) -> int:
     """How much the gradients of a rank's own part outgrow the activations that go meanwhile; bytes.
 
-    A bucket's gradients lie in the bucket. One that is larger than it lies by itself, and ZeRO-2 lets go of a rank's own
-    at the end of the backward (zero/stage_1_and_2.py, copy_grads_in_partition): it counts where all matrices are.
+    A bucket's gradients lie in the bucket. One that is larger than it lies by itself, and ZeRO-2 lets go of a rank's
+    own at the end of the backward (zero/stage_1_and_2.py, copy_grads_in_partition): it counts where all matrices are.
     """
     if config.zero.stage != 2 or config.train.dtype == "fp32" or config.zero.bucket_elements >= of.hidden * of.query:
         return 0
