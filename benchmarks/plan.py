@@ -27,8 +27,8 @@ from megallama.errors import UserError
 from megallama.layout.counts import count_parameters
 from megallama.plan.calibration.calibrate import LEAST_EVENTS, SETTLING, MeasuredRun, calibrate, read_run
 from megallama.plan.hardware import Gpu, load_hardware
+from megallama.plan.time.software import find_software, machine
 from megallama.plan.time.step_time import step_time
-from megallama.plan.time.workload import workload
 
 ROOT = Path(__file__).parents[1]
 MOST = 0.15
@@ -130,7 +130,7 @@ def fastest_run(folders: Sequence[Path]) -> Path:
 
 def score(name: str, run: MeasuredRun, cpu: Gpu) -> Score:
     """A run beside its prediction."""
-    predicted = step_time(workload(run.config, 1), cpu, "calibrated").total
+    predicted = step_time(run.config, 1, machine(cpu, find_software(cpu, "calibrated"))).total
     return Score(name, count_parameters(run.config.model).total, run.step_seconds, predicted)
 
 

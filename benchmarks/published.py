@@ -1,28 +1,35 @@
 """Step times of published runs against those that a plan predicts: `python benchmarks/published.py`.
 
-`published.yaml` beside this file has the runs. One constant for each GPU and generation of software is fitted to them
-and stands in `hardware.yaml`. A run is scored with the constant that the others of its generation give, so that no
-error is of a run that was fitted to.
+`published.yaml` beside this file has the runs, each as the words with which `megallama plan` predicts it; `--commands`
+prints them. The constants that the plan takes from hardware.yaml are fitted to the runs marked as such (`--fit` prints
+them anew); the score of the others stands apart.
 """
 
 from __future__ import annotations
 
+import argparse
+import shlex
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megallama.layout.counts import Convention
+from megallama.config.load import load_config
+from megallama.config.schema import RunConfig
+from megallama.layout.counts import Convention, flops_per_token
 from megallama.plan.calibration.calibrate import MeasuredStep, fitted_efficiency
 from megallama.plan.hardware import Gpu, built_in_hardware
-from megallama.plan.time.step_time import step_time_at
-from megallama.plan.time.workload import Shape, Workload
+from megallama.plan.time.software import find_software, known_software, machine
+from megallama.plan.time.step_time import step_time
 
-# A constant of its own needs so many runs: scored without one, two are left.
 FEWEST_RUNS = 3
+HERE = Path(__file__).parent
+CONFIG = HERE.parent / "configs" / "7b.yaml"
+"""Every key of it that a step time depends on is given anew."""
 
 
 @dataclass(frozen=True)
@@ -31,151 +38,141 @@ class PublishedRun:
 
     name: str
     gpu: Gpu
+    gpus: int
     software: str
-    work: Workload
-    measured: float
-    """Seconds per step, from the tokens per second or the MFU that the source gives."""
-    cite: str
-    assumed: str
-    held_out: bool
-    """No constant is fitted to it."""
+    words: tuple[str, ...]
+    rate: float | None
+    """Tokens per second and GPU, as the source prints them."""
+    mfu: float | None
+    """The source's, where it prints no rate."""
+    convention: Convention
+    """That of the MFU."""
+    fitted: bool
+    """The constant is fitted to it."""
 
-    @property
-    def generation(self) -> tuple[str, str]:
-        """The constant that it shares with others: of which GPU, and of which software."""
-        return self.gpu.efficiency_of or self.gpu.key, self.software
+    @cached_property
+    def config(self) -> RunConfig:
+        """The run as training would read it."""
+        return load_config(CONFIG, self.words)
 
-    @property
-    def tokens(self) -> float:
-        """Of one step, per GPU."""
-        return self.work.tokens / self.work.world_size
-
-
-@dataclass(frozen=True)
-class Score:
-    """A run that the others of its generation predict."""
-
-    run: PublishedRun
-    efficiency: float
-    """What they were fitted to."""
+    @cached_property
+    def measured(self) -> float:
+        """Tokens per second and GPU."""
+        if self.rate is not None:
+            return self.rate
+        assert self.mfu is not None
+        flops = flops_per_token(self.config.model, self.config.data.sequence_length, self.convention)
+        return self.mfu * self.gpu.known("peak_tflops") * 1e12 / flops
 
     @cached_property
     def predicted(self) -> float:
-        """Seconds per step."""
-        return step_time_at(self.run.work, self.run.gpu, self.efficiency).total
+        """Tokens per second and GPU of the plan."""
+        on = machine(self.gpu, find_software(self.gpu, self.software))
+        return self.config.tokens_per_step / step_time(self.config, self.gpus, on).total / self.gpus
 
     @property
     def error(self) -> float:
         """Of the predicted step time, as a share of the measured one; above 0 where it predicts too slow a run."""
-        return self.predicted / self.run.measured - 1
+        return self.measured / self.predicted - 1
+
+    @property
+    def command(self) -> str:
+        """What plans it."""
+        words = shlex.join(self.words)
+        return (
+            f"megallama plan configs/7b.yaml {words} --gpus {self.gpus} --gpu {self.gpu.key} --software {self.software}"
+        )
+
+    @property
+    def generation(self) -> str:
+        """The software's, whose constant it shares with others."""
+        software = known_software()[self.software]
+        return software.generation or software.name
 
 
 def published_runs(unprinted: Convention = "full") -> list[PublishedRun]:
     """Every run of `published.yaml`, in its order; `unprinted` is the convention of MFU where the source has none."""
-    tree = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
-    shapes = {name: Shape(**fields) for name, fields in tree["models"].items()}
+    tree = yaml.safe_load((HERE / "published.yaml").read_text(encoding="utf-8"))
     hardware = built_in_hardware()
-    return [
-        _run(row, source, shapes[row["model"]], hardware[source["gpu"]], unprinted)
-        for source in tree["sources"]
-        for row in source["runs"]
-    ]
+    return [_run(tree, row, source, hardware, unprinted) for source in tree["sources"] for row in source["runs"]]
 
 
-def with_one_llama(runs: Sequence[PublishedRun]) -> list[PublishedRun]:
-    """The same runs, Llama-1 and Llama-2 as one generation of software."""
-    return [replace(run, software="llama") if run.software in ("llama-1", "llama-2") else run for run in runs]
-
-
-def fit(runs: Sequence[PublishedRun]) -> float:
-    """The constant of these runs."""
-    return fitted_efficiency([MeasuredStep(run.work, run.gpu, run.measured) for run in runs])
+def _run(
+    tree: dict[str, Any], row: dict[str, Any], source: dict[str, Any], hardware: dict[str, Gpu], unprinted: Convention
+) -> PublishedRun:
+    words = " ".join([tree["base"], tree["models"][row["model"]], row["words"]])
+    return PublishedRun(
+        name=row["run"],
+        gpu=hardware[source["gpu"]],
+        gpus=row["gpus"],
+        software=source["software"],
+        words=tuple(words.split()),
+        rate=row.get("tokens_per_second_per_gpu"),
+        mfu=row.get("mfu"),
+        convention=source.get("convention", unprinted),
+        fitted=source["fitted"],
+    )
 
 
 def fitted_constants(runs: Sequence[PublishedRun]) -> dict[tuple[str, str], float]:
-    """The constant of each (GPU, software) from all of its runs."""
-    return {key: fit(group) for key, group in _generations(runs).items()}
+    """The constant of each GPU and generation of software from the runs that are marked for it.
+
+    A GPU with fewer than three of its own goes with the one that has the same chip.
+    """
+    marked = [run for run in runs if run.fitted]
+    own = Counter((run.gpu.key, run.generation) for run in marked)
+    groups: dict[tuple[str, str], list[MeasuredStep]] = {}
+    for run in marked:
+        few = own[run.gpu.key, run.generation] < FEWEST_RUNS
+        key = (run.gpu.efficiency_of or run.gpu.key) if few else run.gpu.key
+        seconds = run.config.tokens_per_step / run.gpus / run.measured
+        step = MeasuredStep(run.config, run.gpus, run.gpu, known_software()[run.software], seconds)
+        groups.setdefault((key, run.generation), []).append(step)
+    return {key: fitted_efficiency(steps) for key, steps in groups.items()}
 
 
-def scores(runs: Sequence[PublishedRun]) -> list[Score]:
-    """Each run, predicted without itself, or by all of its generation if it is held out."""
-    groups = _generations(runs)
-    assert all(len(group) >= FEWEST_RUNS for group in groups.values())
-    return [Score(run, fit([other for other in groups[run.generation] if other is not run])) for run in runs]
-
-
-def fitted(found: Sequence[Score]) -> list[Score]:
-    """Those whose runs give a constant."""
-    return [score for score in found if not score.run.held_out]
-
-
-def held_out(found: Sequence[Score]) -> list[Score]:
-    """Those whose runs give none."""
-    return [score for score in found if score.run.held_out]
-
-
-def table(found: Sequence[Score]) -> str:
-    """The scores as Markdown."""
+def table(runs: Sequence[PublishedRun]) -> str:
+    """The runs as Markdown."""
     lines = [
         "| run | GPU, software | tokens/s per GPU | predicted | error of step time |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
-    for score in found:
-        run = score.run
-        measured, predicted = (run.tokens / seconds for seconds in (run.measured, score.predicted))
+    for run in runs:
         where = f"{run.gpu.key}, {run.software}"
-        lines.append(f"| {run.name} | {where} | {measured:,.0f} | {predicted:,.0f} | {score.error:+.1%} |")
+        lines.append(f"| {run.name} | {where} | {run.measured:,.0f} | {run.predicted:,.0f} | {run.error:+.1%} |")
     return "\n".join(lines)
 
 
-def summary(found: Sequence[Score]) -> str:
+def summary(runs: Sequence[PublishedRun]) -> str:
     """How many are near, in a sentence."""
-    errors = [abs(score.error) for score in found]
+    errors = [abs(run.error) for run in runs]
     within = sum(error <= 0.1 for error in errors)
-    mean = sum(errors) / len(errors)
-    return f"{within} of {len(errors)} runs within 10 %, the largest error {max(errors):.1%}, the mean {mean:.1%}."
-
-
-def _run(row: dict[str, Any], source: dict[str, Any], shape: Shape, gpu: Gpu, unprinted: Convention) -> PublishedRun:
-    layout = {**source["layout"], **row.get("layout", {})}
-    layout["overlapped"] = frozenset(layout.get("overlapped", ()))
-    layout["layers_by_rank"] = tuple(layout.get("layers_by_rank", ()))
-    work = Workload(shape=shape, **layout)
-    rate = row.get("tokens_per_second_per_gpu")
-    if rate is None:
-        peak = gpu.known("peak_tflops") * 1e12
-        rate = row["mfu"] * peak / shape.flops_per_token(work.sequence_length, source.get("convention", unprinted))
-    return PublishedRun(
-        name=row["run"],
-        gpu=gpu,
-        software=source["software"],
-        work=work,
-        measured=work.tokens / work.world_size / rate,
-        cite=source["cite"],
-        assumed=source["assumed"],
-        held_out=source.get("held_out", False),
+    share, mean = within / len(errors), sum(errors) / len(errors)
+    return (
+        f"{within} of {len(errors)} runs ({share:.0%}) within 10 %, the largest {max(errors):.1%}, the mean {mean:.1%}"
     )
 
 
-def _generations(runs: Sequence[PublishedRun]) -> dict[tuple[str, str], list[PublishedRun]]:
-    groups: dict[tuple[str, str], list[PublishedRun]] = {}
-    for run in runs:
-        if not run.held_out:
-            groups.setdefault(run.generation, []).append(run)
-    return groups
-
-
 def main() -> None:
-    """Print the constants, the errors, what becomes of them with the other convention, and runs that are held out."""
+    """Print every run with its error, and how many are near: by software, of those that were not fitted, of all."""
+    parser = argparse.ArgumentParser(description="Published step times against predicted ones.")
+    parser.add_argument("--commands", action="store_true", help="print the command that plans each run")
+    parser.add_argument("--fit", action="store_true", help="print the constants that the marked runs give")
+    arguments = parser.parse_args()
     runs = published_runs()
-    for (gpu, software), constant in fitted_constants(runs).items():
-        print(f"{gpu} efficiency {software}: {constant:.3f}")
-    found = scores(runs)
-    print(f"\n{table(fitted(found))}\n\n{summary(fitted(found))}")
-    causal = summary(fitted(scores(published_runs("causal"))))
-    print(f"With the causal convention where a source prints none: {causal}")
-    print(f"With one constant for Llama-1 and Llama-2: {summary(fitted(scores(with_one_llama(runs))))}")
-    print(f"\nHeld out:\n\n{table(held_out(found))}")
+    if arguments.commands:
+        print("\n".join(run.command for run in runs))
+        return
+    if arguments.fit:
+        for (gpu, software), constant in fitted_constants(runs).items():
+            print(f"{gpu} efficiency {software}: {constant:.3f}")
+        return
+    print(table(runs))
+    for software in dict.fromkeys(run.software for run in runs):
+        print(f"\n{software}: {summary([run for run in runs if run.software == software])}")
+    print(f"\nfitted: {summary([run for run in runs if run.fitted])}")
+    print(f"\nnot fitted: {summary([run for run in runs if not run.fitted])}")
+    print(f"\nall: {summary(runs)}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ KEYS: dict[str, tuple[list[str], int, list[str]]] = {
     ),
     "ZeRO 0": (["zero.stage=0"], 1, ["zero.stage=0", "use zero.stage=1"]),
     "ZeRO 4": (["zero.stage=4"], 1, ["zero.stage=4", "3"]),
+    "a shape for plans alone": (["model.block=gpt"], 1, ["model.block=gpt", "model.block=llama"]),
     "longer than positions": (["data.sequence_length=65"], 1, ["sequence_length=65", "sequence_length=64"]),
     "longer than the data": (
         ["data.sequence_length=100000", "model.max_position_embeddings=100000"],

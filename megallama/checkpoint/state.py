@@ -21,7 +21,7 @@ from megallama.checkpoint.format import (
 from megallama.config.schema import MOST_SEQUENCES, ModelConfig
 from megallama.errors import UserError
 from megallama.layout.budget import NOTHING_SEEN, Seen
-from megallama.layout.check import check_model
+from megallama.layout.check import check_trained
 from megallama.system.regular_file import read_regular
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def read_saved(path: Path) -> Saved:
     except ValidationError as error:
         raise malformed(STATE, error) from None
     try:
-        check_model(saved.model)
+        check_trained(saved.model)
     except UserError as error:
         raise TornCheckpointError(f"{STATE} names no Llama: {error}") from None
     state, step = saved.state, read_manifest(path).step

@@ -48,7 +48,7 @@ def launch(
     # The schema takes a quarter of a second to import, which no other command need wait for.
     from megallama.checkpoint.state import seen_before
     from megallama.config.load import load_config
-    from megallama.layout.check import check_config
+    from megallama.layout.check import check_training
     from megallama.run_dir.limits import check_run_dir
 
     config = load_config(config_path, overrides or ())
@@ -65,7 +65,7 @@ def launch(
     else:
         ranks = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
         asked = nodes or -(-ranks // per_node)
-        check_config(config, asked * per_node, seen_before(config))
+        check_training(config, asked * per_node, seen_before(config))
         allocation = Allocation(
             asked, per_node, config.train.device != "cpu", limit, signal_seconds, tuple(option or ())
         )

@@ -21,7 +21,7 @@ from megallama.cluster.verdict import bad_nodes, read_reports, refuse_apart
 from megallama.config.load import load_config
 from megallama.errors import UserError, printable
 from megallama.layout.budget import total_steps
-from megallama.layout.check import check_config
+from megallama.layout.check import check_training
 from megallama.run_dir.limits import check_run_dir
 from megallama.run_dir.outcome import BY_STOP_FILE, OUTCOME
 
@@ -43,7 +43,7 @@ def begin(arguments: argparse.Namespace) -> None:
     check_run_dir(config)
     seen = newest_seen(config)
     try:
-        check_config(config, nodes * per_node, seen)
+        check_training(config, nodes * per_node, seen)
     except UserError as error:
         raise UserError(f"{nodes} nodes of {per_node} ranks: {error}") from None
     steps = total_steps(config, seen)

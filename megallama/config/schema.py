@@ -134,6 +134,8 @@ class ModelConfig(Section):
     """Stretch of the rotary frequencies; null for none."""
     tie_word_embeddings: bool = False
     """Use the embedding as output head."""
+    block: Literal["llama", "gpt"] = "llama"
+    """gpt: an MLP of two matrices and no rotation; `megallama plan` alone takes it, to judge other people's runs."""
     init: Literal["normal", "kaiming_uniform", "xavier_uniform"] = "normal"
     """normal: std initializer_range, output projections divided by sqrt(2 * layers) (GPT-2); or uniform by fan."""
     initializer_range: Real = Field(default=0.02, gt=0)
@@ -148,6 +150,11 @@ class ModelConfig(Section):
     def head_size(self) -> int:
         """Size of one head, resolved."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Matrices of the MLP."""
+        return 3 if self.block == "llama" else 2
 
 
 class RunSection(Section):

@@ -36,6 +36,12 @@ def check_config(config: RunConfig, world_size: int, seen: Seen = NOTHING_SEEN) 
     return batching
 
 
+def check_training(config: RunConfig, world_size: int, seen: Seen = NOTHING_SEEN) -> Batching:
+    """`check_config` of what is to be trained, and not planned alone."""
+    check_trained(config.model)
+    return check_config(config, world_size, seen)
+
+
 def check_batching(config: RunConfig, world_size: int) -> Batching:
     """The batching of a run whose length is legal, or does not matter; UserError where the rest of it is not."""
     check_model(config.model)
@@ -141,6 +147,13 @@ def check_model(model: ModelConfig) -> None:
             f"is odd, and rotary embedding turns pairs; nearest legal: "
             f"model.hidden_size={_or(_nearest_multiples(model.hidden_size, 2 * heads))}"
         )
+
+
+def check_trained(model: ModelConfig) -> None:
+    """UserError for a model that cannot be trained, though a plan may judge it."""
+    check_model(model)
+    if model.block != "llama":
+        raise UserError(f"model.block={model.block} is for `megallama plan` alone; nearest legal: model.block=llama")
 
 
 def check_layout(config: RunConfig, world_size: int) -> None:

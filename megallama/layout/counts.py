@@ -36,6 +36,8 @@ class Shape(Protocol):
     def head_size(self) -> int: ...
     @property
     def tie_word_embeddings(self) -> bool: ...
+    @property
+    def mlp_matrices(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def count_parameters(model: Shape) -> ParameterCount:
         embedding=vocabulary,
         head=0 if model.tie_word_embeddings else vocabulary,
         attention_per_layer=2 * hidden * query_width + 2 * hidden * kv_width,
-        mlp_per_layer=3 * hidden * model.intermediate_size,
+        mlp_per_layer=model.mlp_matrices * hidden * model.intermediate_size,
         norms_per_layer=2 * hidden,
         final_norm=hidden,
         layers=model.num_hidden_layers,

@@ -20,6 +20,7 @@ from megallama.plan.sizing.sizing import size
 if TYPE_CHECKING:
     from megallama.config.schema import RunConfig
     from megallama.plan.hardware import Gpu
+    from megallama.plan.time.software import Software
 
 # The schema takes a quarter of a second to import, which sizing need not wait for: hence the imports in functions.
 
@@ -67,7 +68,7 @@ def plan(
     Examples: megallama plan configs/7b.yaml --gpus 128; megallama plan --flops 1e21; megallama plan --gpus 64 --days 30
     """
     flags = Flags(flops, params, tokens, gpus, days, gpu, mfu, unique_tokens, vocab)
-    device = Device(gpu, software, hardware, price)
+    device = Device(gpu, software, hardware, price, mfu)
     for option, path in (("--write", write), ("--sbatch", sbatch), ("--plot", plot)):
         check_printable(option, str(path or ""))
     chosen = (("--timeline", timeline), ("--check", check), ("--search", search), ("--plot", plot))
@@ -109,6 +110,7 @@ class Device:
     software: str | None
     hardware: Path | None
     price: str | None
+    mfu: str | None
 
     def typed(self, *names: str) -> list[str]:
         """List those of these that were typed, as they were."""
@@ -118,7 +120,7 @@ class Device:
         """The accelerator, None where none was named; UserError for one that is not known."""
         from megallama.plan.hardware import find_gpu, load_hardware
 
-        if self.name is None and (typed := self.typed("software", "hardware", "price")):
+        if self.name is None and (typed := self.typed("software", "hardware", "price", "mfu")):
             raise UserError(f"{typed[0]} needs a kind of GPU; add --gpu h100, or leave it out")
         return None if self.name is None else find_gpu(self.name, load_hardware(self.hardware))
 
@@ -126,25 +128,35 @@ class Device:
         """The price of one GPU, None where none was typed."""
         return None if self.price is None else number("--price", self.price, 0, 1e9, "2.5")
 
+    def software_on(self, gpu: Gpu) -> Software:
+        """The assumptions that were named; UserError for a name that is not known."""
+        from megallama.plan.time.software import DEFAULT, find_software
+
+        return find_software(gpu, self.software or DEFAULT)
+
+    def assumed_mfu(self) -> float | None:
+        """The speed that was typed in place of a predicted one."""
+        return None if self.mfu is None else number("--mfu", self.mfu, 0.01, 1, "0.4")
+
     def parts(self, config: RunConfig, world_size: int, tokens: float) -> tuple[list[Part], UserError | None]:
         """Whether it fits, step time, cost and single changes where GPUs are named; and why there is no step time."""
         from megallama.plan.report.memory import fit_part
         from megallama.plan.report.summary import changes_part
         from megallama.plan.report.time import time_parts
+        from megallama.plan.time.software import machine
 
         gpu = self.gpu()
         if gpu is None:
             return [], None
-        price = self.money_per_hour()
-        if gpu.efficiency:
-            gpu.efficiency_for(self.software)  # a generation that is mistyped is refused before anything is planned
+        price, software = self.money_per_hour(), self.software_on(gpu)
         fit = [fit_part(config, world_size, gpu)] if gpu.memory_gib is not None else []
         try:
-            parts = time_parts(config, world_size, gpu, tokens, price, self.software)
+            on = machine(gpu, software, self.assumed_mfu())
+            parts = time_parts(config, world_size, on, tokens, price)
         except UserError as reason:
             none = Part("step_time", f"No step time on {gpu.name}", (), f"{reason}.")
             return [*fit, none], reason
-        changes = [changes_part(config, world_size, gpu, self.software)] if fit else []
+        changes = [changes_part(config, world_size, on)] if fit and on.mfu is None else []
         return [*fit, *parts, *changes], None
 
     def refuse_too_large(self, config: RunConfig, world_size: int) -> None:
@@ -204,7 +216,7 @@ def _run(path: Path, overrides: Sequence[str], flags: Flags) -> tuple[RunConfig,
     """The run and its ranks; UserError for flags that would size another one."""
     from megallama.config.load import load_config
 
-    if sizing := flags.typed("params", "days", "mfu", "vocab"):
+    if sizing := flags.typed("params", "days", "vocab"):
         raise UserError(f"{sizing[0]} contradicts {path}, which sizes the run itself; leave one of them out")
     config = load_config(path, overrides)
     one_copy = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
@@ -249,7 +261,10 @@ def _first_screen(config: RunConfig, world_size: int, flags: Flags, device: Devi
     unique_tokens = amount("--unique-tokens", flags.unique_tokens, "5e11 or 500B")
     compute = amount("--flops", flags.flops, "1e21")
     check_config(config, world_size)
-    summary = summarise(config, world_size, device.gpu(), tokens, device.money_per_hour(), device.software)
+    gpu = device.gpu()
+    software = None if gpu is None else device.software_on(gpu)
+    price = device.money_per_hour()
+    summary = summarise(config, world_size, gpu, tokens, price, software, device.assumed_mfu())
     typer.echo(summary.render())
     beside = [] if unique_tokens is None else [repetition(planned_tokens(config, tokens), unique_tokens)]
     if beside or compute is not None:
@@ -264,6 +279,7 @@ def _search(
     from megallama.plan.report.search import held_targets, search_dictionary, search_parts, write_winner
     from megallama.plan.report.time import check_type
     from megallama.plan.search.search import search
+    from megallama.plan.time.software import machine
 
     gpu = device.gpu()
     if gpu is None or flags.gpus is None:
@@ -271,7 +287,7 @@ def _search(
     world_size = count("--gpus", flags.gpus, 10**7, "64")
     check_type(config, gpu)
     with held_targets(write, sbatch):
-        result = search(config, world_size, gpu, device.software)
+        result = search(config, world_size, machine(gpu, device.software_on(gpu)))
         if as_json:
             typer.echo(json.dumps(search_dictionary(result, gpu), indent=2))
         else:

@@ -73,7 +73,7 @@ class Gpu(BaseModel):
         """The constant of one generation of software, the default one if None; UserError if there is none."""
         if not self.efficiency:
             raise UserError(
-                f"{self.key}.efficiency is not known; calibrate with a run, "
+                f"{self.key}.efficiency is not known; assume a speed by --mfu 0.4, calibrate with a run, "
                 f"or give it in {USER_FILE} or by --hardware FILE, between 0 and 1"
             )
         chosen = next(iter(self.efficiency)) if software is None else software
@@ -213,7 +213,10 @@ def _own_first(own: Mapping[str, Any], others: Mapping[str, Any] | None) -> dict
 
 
 def _share_efficiency(entries: dict[str, dict[str, Any]]) -> None:
-    """Give each one the constants of the one that it shares its chip with, after its own; in place."""
+    """Give each one the constants of the one that it shares its chip with; in place.
+
+    A user's come before those that are built in, its own first; of these the default of the chip is the default.
+    """
     own = {key: dict(fields.get("efficiency") or {}) for key, fields in entries.items()}
     for key, fields in entries.items():
         other = fields.get("efficiency_of")
@@ -221,7 +224,10 @@ def _share_efficiency(entries: dict[str, dict[str, Any]]) -> None:
             continue
         if not isinstance(other, str) or other not in entries:
             raise UserError(f"{key}.efficiency_of={other} is no GPU that is known; known: {', '.join(entries)}")
-        fields["efficiency"] = _own_first(own[key], own[other])
+        order = list((_built_in().get(other) or {}).get("efficiency") or {})
+        merged = _own_first(own[key], own[other])
+        names = sorted(merged, key=lambda name: order.index(name) if name in order else -1)
+        fields["efficiency"] = {name: merged[name] for name in names}
 
 
 def _checked(key: str, fields: Mapping[str, Any]) -> Gpu:

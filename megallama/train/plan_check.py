@@ -11,8 +11,8 @@ from megallama.parallel.mesh import ParallelMesh
 from megallama.plan.hardware import gpu_of_driver, load_hardware
 from megallama.plan.memory.ledger import memory_rows
 from megallama.plan.report.time import check_type
+from megallama.plan.time.software import machine
 from megallama.plan.time.step_time import step_time
-from megallama.plan.time.workload import workload
 from megallama.train.metrics import Metrics
 from megallama.train.step_timer import StepTimer
 
@@ -40,7 +40,7 @@ def compared_seconds(config: RunConfig, world_size: int, device: str, seconds: f
         if gpu is None:
             return {}
         check_type(config, gpu)
-        predicted = step_time(workload(config, world_size), gpu).total
+        predicted = step_time(config, world_size, machine(gpu)).total
     except UserError:  # a figure or a constant is missing: what cannot be predicted is not compared
         return {}
     software = next(iter(gpu.efficiency))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megallama.checkpoint.state import seen_before
 from megallama.config.schema import RunConfig
-from megallama.layout.check import check_config
+from megallama.layout.check import check_training
 from megallama.parallel.launch import Launch
 from megallama.run_dir.limits import check_limits
 
@@ -21,7 +21,7 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     UserError, raised by every rank alike and before anything is written, for what a user can mend; later, and on one
     rank alone, where that has too little memory.
     """
-    batching = check_config(config, launch.world_size, seen_before(config))
+    batching = check_training(config, launch.world_size, seen_before(config))
     check_limits(config, launch.world_size)
     from megallama.parallel.mesh import pick_device
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from megallama.config.schema import RunConfig, RunSection
 from megallama.data.build import build_dataset
 from megallama.errors import NotFiniteError, UserError
-from megallama.layout.check import check_config
+from megallama.layout.check import check_training
 from megallama.layout.names import ONE_PROCESS, Layout
 from megallama.layout.topology import Topology
 from megallama.model.init import initialise
@@ -166,7 +166,7 @@ def _spread(alone: RunConfig, layout: Layout) -> RunConfig:
     layout.apply(tree)
     config = RunConfig.model_validate(tree)
     try:
-        check_config(config, layout.world_size)
+        check_training(config, layout.world_size)
     except UserError as error:
         raise UserError(f"layout {layout.name}, of the shrunk run: {error}") from None
     return config

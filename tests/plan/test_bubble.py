@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from megallama.config.schema import ParallelConfig, Schedule
-from megallama.layout.schedules import Kind, action_lists, chunks, legal_micro_batches, stage_ranks
+from megallama.config.load import load_config
+from megallama.config.schema import ParallelConfig, RunConfig, Schedule
+from megallama.layout.schedules import Kind, action_lists, legal_micro_batches, stage_ranks
 from megallama.plan.time.simulation import bubble, simulate, waiting
+
+CONFIG = Path(__file__).parents[2] / "configs" / "debug.yaml"
+
+
+def config_of(parallel: ParallelConfig) -> RunConfig:
+    return load_config(CONFIG).model_copy(update={"parallel": parallel})
+
 
 UNITS: dict[Kind, int] = {"F": 1, "B": 2, "I": 1, "W": 1}
 
@@ -24,11 +34,11 @@ def test_waiting_is_that_of_the_simulated_lists(schedule: Schedule, pp: int) -> 
             if legal_micro_batches(parallel, micro_batches):
                 share = bubble(simulate(action_lists(parallel, micro_batches), times))
                 expected = share / (1 - share)
-                assert waiting(schedule, pp, chunks(parallel), micro_batches) == pytest.approx(expected)
+                assert waiting(config_of(parallel), micro_batches) == pytest.approx(expected)
                 compared += 1
     assert compared > 0
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"])
 def test_one_rank_does_not_wait(schedule: Schedule) -> None:
-    assert waiting(schedule, 1, 1, 3) == 0
+    assert waiting(config_of(ParallelConfig(schedule=schedule)), 3) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,20 @@ import yaml
 from typer.testing import CliRunner
 
 from megallama.config.load import dump_config, load_config
+from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.plan.calibration.calibrate import LEAST_EVENTS, calibrate, read_run, steady_seconds
+from megallama.plan.calibration.calibrate import (
+    LEAST_EVENTS,
+    MeasuredStep,
+    calibrate,
+    fitted_efficiency,
+    read_run,
+    steady_seconds,
+)
 from megallama.plan.cli import plan
 from megallama.plan.hardware import built_in_hardware, find_gpu, load_hardware
+from megallama.plan.time.software import machine
 from megallama.plan.time.step_time import step_time
-from megallama.plan.time.workload import workload
 from tests.launching import arguments, pretrain
 
 CONFIG = Path(__file__).parents[2] / "configs" / "7b.yaml"
@@ -52,8 +61,8 @@ def made_run(folder: Path, seconds: float, device: str = H100, dtype: str = "bf1
 def test_a_plan_with_the_new_default_gives_the_measured_step_time(tmp_path: Path, home: Path) -> None:
     (part,) = calibrate(made_run(tmp_path / "run", 20.0))
     gpu = find_gpu("h100")
-    assert list(gpu.efficiency) == ["calibrated", "pytorch-2024"], "it is the default, and none is lost"
-    assert step_time(workload(load_config(CONFIG), 128), gpu).total == pytest.approx(20.0, rel=1e-3)
+    assert list(gpu.efficiency) == ["calibrated", "pytorch-2024", "mosaic-2023"], "it is the default, and none is lost"
+    assert step_time(load_config(CONFIG), 128, machine(gpu)).total == pytest.approx(20.0, rel=1e-3)
     assert {row.key: row.value for row in part.rows}["efficiency"] == gpu.efficiency["calibrated"]
     assert str(home / ".config" / "megallama" / "hardware.yaml") in part.note
 
@@ -69,7 +78,7 @@ def test_what_the_file_has_already_is_kept(tmp_path: Path) -> None:
     assert list(found["h100-80g"]["efficiency"].items())[1:] == [("mine", 0.5)]
     assert found["h100-80g"]["efficiency"]["calibrated"] != 0.9
     assert (tmp_path / "mine.yaml.bak").read_text() == text, "its comment is not lost"
-    predicted = step_time(workload(load_config(CONFIG), 128), load_hardware(file)["h100-80g"]).total
+    predicted = step_time(load_config(CONFIG), 128, machine(load_hardware(file)["h100-80g"])).total
     assert predicted == pytest.approx(20.0, rel=1e-3), "fitted with the network of the file"
 
 
@@ -100,7 +109,7 @@ def test_a_cpu_is_measured_and_a_plan_gives_its_step_time(
         assert cpu.known(figure) > 0
     run = read_run(tmp_path / "run")
     assert (run.device, run.threads, run.world_size) == ("cpu", 1, 1)
-    assert step_time(workload(run.config, 1), cpu).total == pytest.approx(measured, rel=1e-2)
+    assert step_time(run.config, 1, machine(cpu)).total == pytest.approx(measured, rel=1e-2)
 
 
 def test_steps_that_settle_or_share_the_machine_with_a_save_are_left_out() -> None:
@@ -219,3 +228,33 @@ def test_the_command_prints_what_it_did_and_refuses_what_would_plan_another_run(
         refused = CliRunner().invoke(app, [*more, "--calibrate", str(run)])
         assert isinstance(refused.exception, UserError)
         assert "leave one of them out" in str(refused.exception)
+
+
+CARD = built_in_hardware()["h100-80g"]
+RUN = load_config(CONFIG)
+
+
+def taken(config: RunConfig, efficiency: float) -> MeasuredStep:
+    """What a step takes where that is predicted."""
+    on = machine(CARD)
+    seconds = step_time(config, 128, replace(on, efficiency=efficiency)).total
+    return MeasuredStep(config, 128, CARD, on.software, seconds)
+
+
+@pytest.mark.parametrize("efficiency", [0.01, 0.4, 0.99])
+def test_a_predicted_step_gives_its_constant_back(efficiency: float) -> None:
+    assert fitted_efficiency([taken(RUN, efficiency)]) == pytest.approx(efficiency, abs=1e-8)
+
+
+def test_steps_that_disagree_are_missed_by_the_same_share_on_average() -> None:
+    steps = [taken(RUN, 0.4), taken(load_config(CONFIG, ["train.global_batch_size=2048"]), 0.6)]
+    on = replace(machine(CARD), efficiency=fitted_efficiency(steps))
+    slow, fast = (step_time(step.config, 128, on).total / step.seconds for step in steps)
+    assert slow < 1 < fast
+    assert slow * fast == pytest.approx(1)
+
+
+@pytest.mark.parametrize("seconds", [1e-3, 1e6])
+def test_seconds_that_no_constant_gives_are_refused(seconds: float) -> None:
+    with pytest.raises(UserError, match=r"^steps of 0?\.?[\de+]+ s fit no efficiency from 0\.001 to 1; check"):
+        fitted_efficiency([replace(taken(RUN, 0.5), seconds=seconds)])

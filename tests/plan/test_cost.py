@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from megallama.config.load import load_config
+from megallama.config.schema import RunConfig
 from megallama.plan.hardware import built_in_hardware
 from megallama.plan.sizing.cost import run_cost, speed
-from megallama.plan.time.workload import Shape, Workload
 
-LLAMA_8B = Workload(Shape(32, 4096, 14336, 4096, 1024, 128256), 8192, 2, micro_batches=1, dp=8)
-LLAMA_65B = Workload(Shape(80, 8192, 22016, 8192, 8192, 32000), 2048, 1, micro_batches=8, tp=8, dp=256)
+CONFIG = Path(__file__).parents[2] / "configs" / "8b.yaml"
 HARDWARE = built_in_hardware()
+H100 = HARDWARE["h100-80g"]
+
+
+def llama_8b(*words: str) -> RunConfig:
+    return load_config(CONFIG, ["data.sequence_length=8192", "train.global_batch_size=16", *words])
 
 
 def test_mfu_of_torchtitan_comes_out_of_its_tokens_per_second() -> None:
     """6,667 tokens per second and GPU are 39 % (pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md)."""
-    found = speed(LLAMA_8B, HARDWARE["h100-80g"], 2 * 8192 / 6667)
+    found = speed(llama_8b("train.recompute=none"), 8, H100, 2 * 8192 / 6667)
     assert found.tokens_per_second_per_gpu == pytest.approx(6667)
     assert found.tokens_per_second == pytest.approx(8 * 6667)
     assert found.mfu_full == pytest.approx(0.390, abs=5e-4)
@@ -28,8 +33,7 @@ def test_mfu_of_torchtitan_comes_out_of_its_tokens_per_second() -> None:
 
 def test_recomputation_counts_as_hardware_flops_only() -> None:
     """Full: 6 V h + 8 (N - V h) + 16 L h s of 6 N + 12 L h s (arXiv 2205.05198, appendix A)."""
-    again = replace(LLAMA_8B, matmul_recompute_fraction=1, attention_recompute_fraction=1)
-    plain, found = (speed(work, HARDWARE["h100-80g"], 1.0) for work in (LLAMA_8B, again))
+    plain, found = (speed(llama_8b(f"train.recompute={kind}"), 8, H100, 1.0) for kind in ("none", "full"))
     head, matmuls, attention = 128256 * 4096, 7_504_658_432, 32 * 4096 * 8192
     expected = (6 * head + 8 * (matmuls - head) + 16 * attention) / (6 * matmuls + 12 * attention)
     assert found.mfu_full == plain.mfu_full
@@ -38,8 +42,8 @@ def test_recomputation_counts_as_hardware_flops_only() -> None:
 
 def test_hours_and_energy_of_llama_65b_come_out_of_its_tokens_per_second() -> None:
     """1.4e12 tokens at 380 per second and GPU: 1,022,362 GPU hours, 449 MWh, 21 days (arXiv 2302.13971, table 15)."""
-    seconds = LLAMA_65B.tokens / 2048 / 380
-    found = run_cost(LLAMA_65B, HARDWARE["a100-80g"], seconds, 1.4e12, price=2.0)
+    tokens = 2048 * 2048
+    found = run_cost(tokens, 2048, HARDWARE["a100-80g"], tokens / 2048 / 380, 1.4e12, price=2.0)
     assert found.gpu_hours == pytest.approx(1_022_362, rel=2e-3)
     assert found.energy_mwh == pytest.approx(449, rel=3e-3)
     assert found.hours / 24 == pytest.approx(20.8, abs=0.05)
@@ -47,11 +51,10 @@ def test_hours_and_energy_of_llama_65b_come_out_of_its_tokens_per_second() -> No
 
 
 def test_a_last_step_that_is_not_full_is_a_step() -> None:
-    assert run_cost(LLAMA_8B, HARDWARE["h200"], 1.0, LLAMA_8B.tokens * 3 + 1).steps == 4
+    assert run_cost(1000, 8, HARDWARE["h200"], 1.0, 3001).steps == 4
 
 
 def test_what_is_not_known_is_left_out() -> None:
-    found = run_cost(LLAMA_8B, HARDWARE["gh200-96g"], 1.0, 1e9)
-    assert found.money is None
-    assert found.energy_mwh is None
-    assert speed(LLAMA_8B, HARDWARE["h100-nvl"], 1.0).mfu_attainable is None
+    found = run_cost(1000, 8, HARDWARE["gh200-96g"], 1.0, 1e9)
+    assert (found.money, found.energy_mwh) == (None, None)
+    assert speed(llama_8b(), 8, HARDWARE["h100-nvl"], 1.0).mfu_attainable is None

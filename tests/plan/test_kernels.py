@@ -2,69 +2,102 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from megallama.plan.time.kernels import kernel_work
-from megallama.plan.time.workload import Shape, Workload
+from megallama.config.load import load_config
+from megallama.config.schema import RunConfig
+from megallama.layout.counts import flops_per_token
+from megallama.plan.memory.activations import tensors
+from megallama.plan.time.kernels import KernelWork, head_work, layer_work
+from megallama.plan.time.software import known_software
 
-LLAMA_8B = Shape(32, 4096, 14336, 4096, 1024, 128256)
-ONE = Workload(LLAMA_8B, sequence_length=8192, micro_batch_size=2, micro_batches=1)
+CONFIGS = Path(__file__).parents[2] / "configs"
 TOKENS = 2 * 8192
+PLAIN = ["parallel.tensor=1", "parallel.pipeline=1", "train.micro_batch_size=2", "train.recompute=none"]
+
+
+def run(*words: str) -> RunConfig:
+    """An 8B on one GPU, in micro-batches of two sequences of 8,192 tokens."""
+    return load_config(CONFIGS / "8b.yaml", [*PLAIN, "train.compile=false", "data.sequence_length=8192", *words])
+
+
+def work(*words: str, software: str = "megallama") -> tuple[KernelWork, KernelWork]:
+    """A layer, and the head."""
+    config, of = run(*words), tensors(run(*words))
+    return layer_work(config, of, known_software()[software]), head_work(config, of, known_software()[software])
 
 
 def test_matmuls_are_those_of_mfu_and_attention_is_seven_sixths_of_the_causal_half() -> None:
-    (found,) = kernel_work(ONE)
+    (layer, head), model = work(), run().model
     matmuls = 6 * 7_504_658_432
-    assert found.matmul_flops == TOKENS * matmuls
-    causal = LLAMA_8B.flops_per_token(8192, "causal") - matmuls
-    assert found.attention_flops == pytest.approx(TOKENS * causal * 7 / 6)
+    assert 32 * layer.matmul_flops + head.matmul_flops == TOKENS * matmuls
+    causal = flops_per_token(model, 8192, "causal") - matmuls
+    assert 32 * layer.attention_flops == pytest.approx(TOKENS * causal * 7 / 6)
 
 
-def test_bytes_of_one_layer_by_hand() -> None:
-    """32 h + 8 (query + key width) + 16 f per token fused; each matmul moves its three matrices in each of 3 passes."""
-    two, one = (kernel_work(replace(ONE, layers_by_rank=(layers,), fused=True))[0] for layers in (2, 1))
-    assert two.other_bytes - one.other_bytes == TOKENS * (32 * 4096 + 8 * (4096 + 1024) + 16 * 14336)
-    widths = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)]
-    assert two.matmul_bytes - one.matmul_bytes == 3 * 2 * sum(TOKENS * (a + b) + a * b for a, b in widths)
+WIDTHS = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)]
+MATMULS = 3 * 2 * sum(TOKENS * (a + b) + a * b for a, b in WIDTHS)
+BYTES = {
+    # of norms, rotations and activation per token: 44 or 32 h, 60 or 8 (query + key width), 28 or 16 f
+    "separate": ([], 44 * 4096 + 60 * 5120 + 28 * 14336),
+    "compiled": (["train.compile=true"], 32 * 4096 + 8 * 5120 + 16 * 14336),
+    "on a CPU": (["train.device=cpu"], 252 * 4096 + 60 * 5120 + 28 * 14336),
+    "the product again": (["train.recompute=selective"], 44 * 4096 + 60 * 5120 + 38 * 14336),
+}
 
 
-def test_ranks_of_a_pipeline_share_out_the_layers_and_one_has_the_head() -> None:
-    whole = kernel_work(ONE)[0]
-    ranks = kernel_work(replace(ONE, layers_by_rank=(10, 9, 9, 4)))
-    for field in ("matmul_flops", "attention_flops", "matmul_bytes", "other_bytes"):
-        assert sum(getattr(rank, field) for rank in ranks) == pytest.approx(getattr(whole, field))
-    head = TOKENS * 6 * 128256 * 4096
-    assert ranks[3].matmul_flops - head == pytest.approx(4 / 9 * ranks[1].matmul_flops)
-    front = kernel_work(replace(ONE, layers_by_rank=(4, 9, 9, 10), head_rank=0))
-    assert front[0] == ranks[3]
+@pytest.mark.parametrize("case", BYTES)
+def test_bytes_of_one_layer_by_hand(case: str) -> None:
+    """Each matmul moves its three matrices in each of 3 passes."""
+    words, each = BYTES[case]
+    assert work(*words)[0].bytes_moved == pytest.approx(MATMULS + TOKENS * each)
 
 
-def test_tensor_parallelism_cuts_flops_and_leaves_norms_whole_without_sequence_parallelism() -> None:
-    one, cut = kernel_work(ONE)[0], kernel_work(replace(ONE, tp=8, sequence_parallel=True))[0]
+def test_a_gpt_has_two_matrices_and_rotates_nothing() -> None:
+    llama, gpt = work()[0], work("model.block=gpt")[0]
+    assert llama.matmul_flops - gpt.matmul_flops == TOKENS * 6 * 4096 * 14336
+    up = 3 * 2 * (TOKENS * 14336 + 4096 * 14336)
+    assert llama.bytes_moved - gpt.bytes_moved == pytest.approx(up + TOKENS * (60 * 5120 + 18 * 14336))
+
+
+def test_tensor_parallelism_cuts_all_but_norms_and_sequence_parallelism_these_as_well() -> None:
+    one, cut = work()[0], work("parallel.tensor=8", "parallel.sequence=true")[0]
+    whole = work("parallel.tensor=8", "parallel.sequence=false")[0]
     assert cut.matmul_flops == one.matmul_flops / 8
     assert cut.attention_flops == one.attention_flops / 8
-    assert cut.other_bytes == one.other_bytes / 8
-    whole_norms = kernel_work(replace(ONE, tp=8))[0].other_bytes
-    assert whole_norms - cut.other_bytes == pytest.approx(7 / 8 * TOKENS * 32 * 252 * 4096)
+    assert whole.bytes_moved - cut.bytes_moved == pytest.approx(7 / 8 * TOKENS * 44 * 4096)
 
 
-def test_recomputation_adds_a_forward_of_the_layers_and_none_of_the_head() -> None:
-    again = replace(ONE, matmul_recompute_fraction=1, attention_recompute_fraction=1, elementwise_recompute_fraction=1)
-    (plain,), (full,) = kernel_work(ONE), kernel_work(again)
-    head = TOKENS * 6 * 128256 * 4096
-    assert full.matmul_flops - head == pytest.approx(4 / 3 * (plain.matmul_flops - head))
-    assert full.attention_flops == pytest.approx(9 / 7 * plain.attention_flops)
+AGAIN = {
+    # Shares of the forward that a backward computes again: matmuls but for the down projection, attention.
+    "full": (["train.recompute=full"], "megallama", 1 - 4096 * 14336 / 218_103_808, 1),
+    "full, in each part of a backward": (
+        ["train.recompute=full", "parallel.pipeline=2", "parallel.schedule=zbvzerobubble"],
+        "megallama",
+        2 - 2 * 4096 * 14336 / 218_103_808,
+        2,
+    ),
+    "every second matmul": (["train.recompute=selective"], "torchtitan-2025", 0.5, 0),
+    "attention alone": (["train.recompute=selective"], "megatron-2024", 0, 1),
+}
+
+
+@pytest.mark.parametrize("case", AGAIN)
+def test_recomputation_adds_a_part_of_the_forward_of_layers_and_none_of_the_head(case: str) -> None:
+    words, software, matmuls, attention = AGAIN[case]
+    (plain, head), (again, same) = work(software=software), work(*words, software=software)
+    assert again.matmul_flops == pytest.approx((3 + matmuls) / 3 * plain.matmul_flops)
+    assert again.attention_flops == pytest.approx((7 + 2 * attention) / 7 * plain.attention_flops)
+    assert same == head
 
 
 def test_fp32_moves_twice_the_bytes() -> None:
-    (half,), (whole,) = kernel_work(ONE), kernel_work(replace(ONE, element_bytes=4))
-    assert whole.other_bytes == 2 * half.other_bytes
-    assert whole.matmul_bytes == 2 * half.matmul_bytes
+    half, whole = work(), work("train.dtype=fp32")
+    assert [each.bytes_moved for each in whole] == [2 * each.bytes_moved for each in half]
 
 
-def test_selective_recomputation_forms_the_product_of_gate_and_up_again_and_nothing_else() -> None:
-    (plain,), (selective,) = kernel_work(ONE), kernel_work(replace(ONE, activation_recompute_fraction=1))
-    assert selective.other_bytes - plain.other_bytes == pytest.approx(TOKENS * 32 * 10 * 14336)
-    assert replace(selective, other_bytes=plain.other_bytes) == plain
+def test_a_fused_loss_moves_eight_bytes_a_logit_and_torchs_own_52() -> None:
+    separate, fused = (work(software=name)[1].bytes_moved for name in ("megallama", "llm.c"))
+    assert separate - fused == TOKENS * 44 * 128256

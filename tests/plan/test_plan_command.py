@@ -238,7 +238,7 @@ def test_a_run_that_does_not_fit_is_planned_and_then_refused_with_what_would() -
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--gpu", "b200"], "b200.efficiency is not known; calibrate with a run"),
+        (["--gpu", "b200"], "b200.efficiency is not known; assume a speed by --mfu 0.4, calibrate with a run"),
         (["--gpu", "mi300x"], "mi300x.efficiency is not known"),
         (["--gpu", "h100", "train.dtype=fp32"], "train.dtype=fp32 has no step time on h100-80g"),
         (["--gpu", "cpu"], "cpu."),
@@ -355,7 +355,7 @@ def test_gpus_of_a_file_are_sized_for(tmp_path: Path) -> None:
         (["--price", "2"], "--price=2 needs a kind of GPU; add --gpu h100, or leave it out"),
         (["--gpu", "h100", "--price", "-2"], "--price=-2 is not a number from 0 to"),
         (["--gpu", "h100", "--price", "inf"], "--price=inf is not a number from 0 to 1e9; nearest legal: 1e9"),
-        (["--gpu", "h100", "--software", "2031"], "h100-80g has no efficiency for 2031; it has "),
+        (["--gpu", "h100", "--software", "2031"], "--software=2031 is not known; known: megallama, "),
         (["--gpu", "cpu"], "cpu."),
         (["--search"], "--search needs how many GPUs of which kind; add --gpus 64 --gpu h100"),
         (["--search", "--timeline"], "--timeline does not go with --search; leave one of them out"),

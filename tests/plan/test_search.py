@@ -20,8 +20,8 @@ from megallama.plan.memory.fit import rank_bytes, usable_bytes
 from megallama.plan.memory.lines import GIB
 from megallama.plan.search.search import Candidate, Rejection, Search, search
 from megallama.plan.search.space import RECOMPUTE, TRIED
+from megallama.plan.time.software import machine
 from megallama.plan.time.step_time import step_time
-from megallama.plan.time.workload import workload
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 H100 = find_gpu("h100-80g")
@@ -36,12 +36,12 @@ def recipe(name: str, *overrides: str) -> RunConfig:
 
 @cache
 def rejected_of(words: tuple[str, ...]) -> dict[str, Rejection]:
-    return search(recipe(*words), 64, H100).rejected
+    return search(recipe(*words), 64, machine(H100)).rejected
 
 
 @pytest.fixture(scope="module")
 def small() -> Search:
-    return search(recipe("7b"), 16, H100)
+    return search(recipe("7b"), 16, machine(H100))
 
 
 def key_of(one: Candidate) -> Key:
@@ -77,7 +77,7 @@ def test_the_fastest_is_first_and_its_seconds_are_those_of_its_plan(small: Searc
     seconds = [one.seconds for one in small.found]
     assert seconds == sorted(seconds)
     for one in (small.found[0], small.found[-1]):
-        assert one.seconds == step_time(workload(one.config, 16), H100).total
+        assert one.seconds == step_time(one.config, 16, machine(H100)).total
         assert one.size == max(rank_bytes(one.config, 16))
 
 
@@ -116,7 +116,7 @@ def test_every_layout_is_found_or_under_one_reason(small: Search) -> None:
 def test_what_is_too_large_is_listed_by_place_with_what_is_missing() -> None:
     """On four nodes of one GPU each, so that tp is 1; every layout on its own, as the search does not compute them."""
     lone = H100.model_copy(update={"gpus_per_node": 1})
-    result = search(recipe("7b"), 4, lone)
+    result = search(recipe("7b"), 4, machine(lone))
     listed = {rejection.places[0]: why for why, rejection in result.rejected.items() if why.startswith("more than 77")}
     large = {}
     for pp, (schedule, chunks), zero, again, size in product(
@@ -138,7 +138,7 @@ def test_what_is_too_large_is_listed_by_place_with_what_is_missing() -> None:
 def test_a_config_that_no_layout_mends_is_refused_with_what_is_wrong_with_it() -> None:
     config = load_config(CONFIGS / "8b.yaml", ["train.steps=10", "schedule.warmup_steps=20"])
     with pytest.raises(UserError, match=r"is legal and fits; tp 1 pp 1: schedule\.warmup_steps=20 leaves") as refused:
-        search(config, 16, H100)
+        search(config, 16, machine(H100))
     assert "--gpus" not in str(refused.value), "other GPUs mend nothing"
 
 
@@ -147,7 +147,7 @@ def test_a_model_that_fits_nowhere_is_refused_with_what_is_missing() -> None:
         UserError,
         match=r"no layout of 8 h100-80g is legal and fits; the smallest, at tp 4 pp 1, needs 790\.\d GiB more",
     ):
-        search(recipe("405b"), 8, H100)
+        search(recipe("405b"), 8, machine(H100))
 
 
 @pytest.mark.parametrize(("name", "gpus", "enough"), [("7b", 1, 2), ("70b", 8, 32), ("405b", 64, 128)])
@@ -155,15 +155,15 @@ def test_a_model_that_is_too_large_is_sent_to_the_first_doubling_that_holds_it(
     name: str, gpus: int, enough: int
 ) -> None:
     with pytest.raises(UserError, match=rf"needs [\d.]+ GiB more than 77\.6 GiB; try --gpus {enough}$"):
-        search(recipe(name), gpus, H100)
-    assert search(recipe(name), enough, H100).found
+        search(recipe(name), gpus, machine(H100))
+    assert search(recipe(name), enough, machine(H100)).found
     with pytest.raises(UserError, match=f"; try --gpus {enough}$"):
-        search(recipe(name), enough // 2, H100)
+        search(recipe(name), enough // 2, machine(H100))
 
 
 def test_no_gpus_are_named_where_no_doubling_holds_the_model() -> None:
     with pytest.raises(UserError, match=r"needs [\d.]+ GiB more than 77\.6 GiB$"):
-        search(recipe("405b"), 1, H100)
+        search(recipe("405b"), 1, machine(H100))
 
 
 @pytest.mark.parametrize(
@@ -180,26 +180,26 @@ def test_gpus_without_a_legal_layout_are_refused_with_the_nearest_that_have_one(
     config, said = recipe(*words), " or ".join(map(str, near))
     for between in range(near[0] + 8, near[-1] if len(near) > 1 else gpus + 8, 8):
         with pytest.raises(UserError, match=rf"nearest legal: --gpus {said}$"):
-            search(config, between, H100)
+            search(config, between, machine(H100))
     for size in near:
-        assert search(config, size, H100).found
+        assert search(config, size, machine(H100)).found
 
 
 def test_gpus_that_fill_no_nodes_are_refused() -> None:
     with pytest.raises(UserError, match="--gpus=12 is no whole number of nodes of 8 h100-80g; nearest legal: 8 or 16"):
-        search(recipe("1b"), 12, H100)
+        search(recipe("1b"), 12, machine(H100))
 
 
 def test_sixteen_thousand_gpus_are_searched_in_seconds() -> None:
     """5 s of a processor, that is; a clock on the wall also counts what else the machine does."""
     began = time.process_time()
-    result = search(recipe("405b"), 16_384, H100)
+    result = search(recipe("405b"), 16_384, machine(H100))
     assert time.process_time() - began < 5
     assert result.tried > 1000
     assert result.found[0].config.parallel.tensor == 8
 
 
 def test_sequence_parallelism_stays_as_the_run_has_it() -> None:
-    found = search(recipe("7b", "parallel.sequence=false"), 16, H100).found
+    found = search(recipe("7b", "parallel.sequence=false"), 16, machine(H100)).found
     assert any(one.config.parallel.tensor > 1 for one in found)
     assert not any(one.config.parallel.sequence_parallel for one in found)

@@ -112,7 +112,7 @@ def test_repeated_data_is_told_beside_it() -> None:
 def test_a_mistyped_software_prints_nothing() -> None:
     result = CliRunner().invoke(app, ["plan", *command("7b"), "--software=megatorn"])
     assert (result.stdout, result.exit_code) == ("", 1)
-    assert "a100-80g has no efficiency for megatorn" in str(result.exception)
+    assert "--software=megatorn is not known; did you mean megatron-2024?" in str(result.exception)
 
 
 def amount_after(label: str, said: str) -> float:

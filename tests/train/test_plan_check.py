@@ -12,8 +12,8 @@ import pytest
 from megallama.config.load import load_config
 from megallama.plan.hardware import load_hardware
 from megallama.plan.memory.ledger import memory_rows
+from megallama.plan.time.software import find_software, machine
 from megallama.plan.time.step_time import step_time
-from megallama.plan.time.workload import workload
 from megallama.train.metrics import _line
 from megallama.train.plan_check import compared_memory, compared_seconds
 from tests.launching import ROOT, arguments, events, pretrain
@@ -48,7 +48,7 @@ def test_the_tenth_step_of_each_start_is_set_beside_its_plan(byte_dataset: str, 
     assert [event["step"] for event in found] == [10, 22]
     timed = {event["step"]: event["seconds"] for event in events(run_dir, "train")}
     cpu = load_hardware(home / ".config" / "megallama" / "hardware.yaml")["cpu"]
-    predicted = step_time(workload(load_config(run_dir / "config.yaml"), 1), cpu, "calibrated").total
+    predicted = step_time(load_config(run_dir / "config.yaml"), 1, machine(cpu, find_software(cpu, "calibrated"))).total
     for event, before in zip(found, (range(3, 11), range(15, 23)), strict=True):
         assert (event["gpu"], event["software"]) == ("cpu", "calibrated")
         assert event["predicted_seconds"] == predicted
@@ -67,7 +67,7 @@ def test_a_device_that_no_table_has_is_not_guessed(monkeypatch: pytest.MonkeyPat
     assert compared_seconds(config, 128, "NVIDIA H900", 1.0) == {}
     assert compared_seconds(config, 128, "cpu", 1.0) == {}
     found = compared_seconds(config, 128, "NVIDIA H100 80GB HBM3", 1.5)
-    predicted = step_time(workload(config, 128), load_hardware()["h100-80g"]).total
+    predicted = step_time(config, 128, machine(load_hardware()["h100-80g"])).total
     assert found == {"gpu": "h100-80g", "software": "pytorch-2024", "seconds": 1.5, "predicted_seconds": predicted}
     fp32 = load_config(ROOT / "configs" / "7b.yaml", ["train.dtype=fp32"])
     assert compared_seconds(fp32, 128, "NVIDIA H100 80GB HBM3", 1.5) == {}

@@ -22,8 +22,8 @@ from megallama.errors import UserError
 from megallama.plan.hardware import USER_FILE, Gpu, gpu_of_driver, load_hardware
 from megallama.plan.report.table import Part, Row
 from megallama.plan.report.time import check_type
-from megallama.plan.time.step_time import step_time_at
-from megallama.plan.time.workload import Workload, workload
+from megallama.plan.time.software import Machine, Software, find_software
+from megallama.plan.time.step_time import step_time
 from megallama.run_dir.events import METRICS, Event, read_events, standing
 from megallama.system.lock import beside, output_lock
 from megallama.system.whole_file import put
@@ -141,8 +141,10 @@ _LOWEST = 1e-3
 class MeasuredStep:
     """A step and the seconds that it took."""
 
-    work: Workload
+    config: RunConfig
+    world_size: int
     gpu: Gpu
+    software: Software
     seconds: float
 
 
@@ -163,7 +165,10 @@ def fitted_efficiency(steps: Sequence[MeasuredStep]) -> float:
 
 def _excess(steps: Sequence[MeasuredStep], efficiency: float) -> float:
     """Above 0 where predicted steps are too slow; falls as the efficiency rises."""
-    return sum(log(step_time_at(step.work, step.gpu, efficiency).total / step.seconds) for step in steps)
+    return sum(
+        log(step_time(step.config, step.world_size, Machine(step.gpu, step.software, efficiency)).total / step.seconds)
+        for step in steps
+    )
 
 
 SOFTWARE = "calibrated"
@@ -188,7 +193,8 @@ def calibrate(folder: Path, hardware: Path | None = None) -> list[Part]:
     check_type(run.config, gpu)
     with output_lock(beside(file), f"--hardware={file}", "--hardware"):
         figures = _measured_cpu(run) if gpu.kind == "cpu" else {}
-        step = MeasuredStep(workload(run.config, run.world_size), gpu.model_copy(update=figures), run.step_seconds)
+        measured = gpu.model_copy(update=figures)
+        step = MeasuredStep(run.config, run.world_size, measured, find_software(measured), run.step_seconds)
         efficiency = float(f"{fitted_efficiency([step]):.4g}")
         lay_down(file, gpu.key, figures, efficiency)
     return [_part(folder, run, gpu, figures, efficiency, file)]

@@ -42,6 +42,8 @@ class Tensors:
     heads: int
     width: int
     """The width of the SwiGLU product on this rank."""
+    up: int
+    """The width of gate and up projection together; of a GPT's MLP, which has no gate, that of the product."""
     rows: int
     """The rows of the vocabulary on this rank, with its padding."""
     fused_norm: bool
@@ -84,6 +86,7 @@ def tensors(config: RunConfig) -> Tensors:
         gathers_heads=gathers,
         heads=heads,
         width=model.intermediate_size // tp,
+        up=(model.mlp_matrices - 1) * model.intermediate_size // tp,
         rows=padded_vocabulary(model.vocab_size, tp) // tp,
         fused_norm=config.train.device != "cpu",
     )
@@ -91,7 +94,7 @@ def tensors(config: RunConfig) -> Tensors:
 
 def largest_weight(of: Tensors) -> int:
     """Elements of a rank's largest parameter: the embedding, or the gates and the up projection of an MLP."""
-    return of.hidden * max(of.rows, 2 * of.width, of.qkv)
+    return of.hidden * max(of.rows, of.up, of.qkv)
 
 
 def norm_bytes(of: Tensors) -> int:
@@ -113,7 +116,7 @@ def layer_bytes(of: Tensors, recompute: str) -> int:
     linear_inputs = 2 * of.state
     values = of.key if of.gathers_heads else of.qkv
     attention = of.element * (values + 2 * of.query + of.key) + 4 * of.heads
-    mlp = of.element * of.width * (2 if recompute == "selective" else 4)
+    mlp = of.element * of.up * (1 if recompute == "selective" else 2)
     return 2 * norm_bytes(of) + linear_inputs + of.positions * (attention + mlp)
 
 
@@ -122,7 +125,7 @@ def waiting_layer_bytes(of: Tensors) -> int:
 
     torch keeps these for the weights' part (torch.distributed.pipelining, stage_backward_input).
     """
-    outputs = of.element * of.positions * (of.qkv + 2 * of.width) + 2 * of.whole_state
+    outputs = of.element * of.positions * (of.qkv + of.up) + 2 * of.whole_state
     return outputs + 2 * of.state
 
 
@@ -203,7 +206,7 @@ def recomputed_bytes(of: Tensors, recompute: str) -> int:
     """What the backward of a layer computes again before it begins."""
     if recompute == "full":
         return layer_bytes(of, "none") - (of.state if of.norm_keeps_input else 0)
-    return 2 * of.element * of.positions * of.width if recompute == "selective" else 0
+    return of.element * of.positions * of.up if recompute == "selective" else 0
 
 
 def layer_backward_bytes(of: Tensors, recompute: str) -> int:
@@ -215,10 +218,11 @@ def layer_backward_bytes(of: Tensors, recompute: str) -> int:
     """
     gathered = of.whole_state if of.between < of.positions else 0
     product, weight = of.element * of.positions * of.width, of.element * of.hidden * of.width
-    moments = (gathered + product + weight, 2 * product, gathered + of.state + 2 * weight - 2 * product)
+    gates, gate_weights = of.element * of.positions * of.up, of.element * of.hidden * of.up
+    moments = (gathered + product + weight, gates, gathered + of.state + gate_weights - gates)
     return recomputed_bytes(of, recompute) + of.state + max(moments)
 
 
 def layer_weights_bytes(of: Tensors, recompute: str) -> int:
     """The same of the weights' part of a split backward: the gradient of the largest weight."""
-    return recomputed_bytes(of, recompute) + 2 * of.element * of.hidden * of.width
+    return recomputed_bytes(of, recompute) + of.element * of.hidden * of.up

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megallama.config.schema import RunConfig
-from megallama.layout.check import check_config
+from megallama.layout.check import check_config, check_trained
 from megallama.layout.stages import Stage, stages
 from megallama.layout.topology import Topology
 from megallama.model.llama import Llama, TensorParallelContext
@@ -106,6 +106,7 @@ def check_rank(config: RunConfig, world_size: int, rank: int) -> list[Comparison
     UserError if the run is not legal on that many ranks.
     """
     batching = check_config(config, world_size)
+    check_trained(config.model)
     parallel = config.parallel
     topology = Topology(parallel.pipeline, batching.dp_size, parallel.context, parallel.tensor)
     place = topology.coordinate(rank, "pp")

@@ -26,6 +26,9 @@ class Traffic:
             self.number[kind] += times
             self.size[kind] += times * size
 
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.number + other.number, self.size + other.size)
+
 
 def stage_traffic(config: RunConfig, stage: Stage, count: int) -> Traffic:
     """The collectives of stage `stage` of `count`; none where tensor parallelism is off."""

@@ -10,6 +10,8 @@ from typing import Any
 from megallama.cluster.job_file import Allocation, job_file
 from megallama.config.load import dump_config
 from megallama.errors import UserError
+from megallama.layout.check import dp_size
+from megallama.layout.schedules import chunks
 from megallama.plan.hardware import Gpu
 from megallama.plan.memory.fit import usable_bytes
 from megallama.plan.memory.lines import GIB
@@ -17,7 +19,6 @@ from megallama.plan.report.new_file import check_new_file, write_new_files
 from megallama.plan.report.table import Part, Row
 from megallama.plan.search.search import Candidate, Search
 from megallama.plan.sizing.cost import speed
-from megallama.plan.time.workload import workload
 from megallama.system.lock import beside, output_lock
 
 SHOWN = 10
@@ -57,16 +58,15 @@ def search_dictionary(result: Search, gpu: Gpu) -> dict[str, Any]:
 
 def _layout(one: Candidate, gpu: Gpu) -> dict[str, Any]:
     """`mfu` in per cent, as in the part `speed` of a plan."""
-    work = workload(one.config, one.world_size)
-    found = speed(work, gpu, one.seconds)
+    found, parallel = speed(one.config, one.world_size, gpu, one.seconds), one.config.parallel
     return {
-        "tp": work.tp,
-        "pp": work.pp,
-        "dp": work.dp,
+        "tp": parallel.tensor,
+        "pp": parallel.pipeline,
+        "dp": dp_size(one.config, one.world_size),
         "zero_stage": one.config.zero.stage,
-        "schedule": work.schedule,
-        "chunks": work.chunks,
-        "micro_batch_size": work.micro_batch_size,
+        "schedule": parallel.schedule,
+        "chunks": chunks(parallel),
+        "micro_batch_size": one.config.train.micro_batch_size,
         "recompute": one.config.train.recompute,
         "seconds": one.seconds,
         "tokens_per_second_per_gpu": found.tokens_per_second_per_gpu,
@@ -110,7 +110,7 @@ def write_winner(winner: Candidate, gpu: Gpu, config_path: Path, job_path: Path 
 
 
 def _words(one: Candidate, gpu: Gpu) -> str:
-    found = speed(workload(one.config, one.world_size), gpu, one.seconds)
+    found = speed(one.config, one.world_size, gpu, one.seconds)
     return (
         f"{one.size / GIB:.1f} GiB, {found.tokens_per_second_per_gpu:,.0f} tokens/s per GPU, MFU {found.mfu_full:.1%}"
     )

@@ -20,8 +20,8 @@ from megallama.plan.report.table import Part, Row
 from megallama.plan.report.time import check_type
 from megallama.plan.search.neighbours import Neighbour, neighbours
 from megallama.plan.sizing.cost import run_cost, speed
+from megallama.plan.time.software import Machine, Software, machine
 from megallama.plan.time.step_time import StepTime, step_time
-from megallama.plan.time.workload import workload
 
 WIDTH = 80
 LARGE_BUBBLE = 0.3
@@ -54,7 +54,7 @@ class Summary:
         return "\n".join([*found, *textwrap.wrap(self.warning, WIDTH)])
 
 
-def changes_part(config: RunConfig, world_size: int, gpu: Gpu, software: str | None) -> Part:
+def changes_part(config: RunConfig, world_size: int, on: Machine) -> Part:
     """Every single change of the layout that is legal, with the seconds of a step."""
     rows = [
         Row(
@@ -64,7 +64,7 @@ def changes_part(config: RunConfig, world_size: int, gpu: Gpu, software: str | N
             one.seconds,
             "s",
         )
-        for one in neighbours(config, world_size, gpu, software)
+        for one in neighbours(config, world_size, on.gpu, on)
         if one.seconds is not None
     ]
     return Part("changes", "Single changes of the layout, with the memory that they need", tuple(rows))
@@ -76,28 +76,31 @@ def summarise(
     gpu: Gpu | None,
     tokens: float | None = None,
     price: float | None = None,
-    software: str | None = None,
+    software: Software | None = None,
+    mfu: float | None = None,
 ) -> Summary:
-    """The first screen of a legal run; without a kind of GPU it has no time, and nothing to fit into."""
+    """The first screen of a legal run; without a kind of GPU it has no time, and nothing to fit into.
+
+    A speed that is assumed as `mfu` takes the place of what is predicted of it.
+    """
     title = f"{_figure(count_parameters(config.model).total)} parameters on {world_size} x "
     length = _length(config, planned_tokens(config, tokens))
     if gpu is None:
         needed = f"{_memory(config, world_size)}; --gpu h100 says whether it fits, and how long it takes"
         return Summary(f"{title}GPU: {_layout(config, world_size)}", (("memory", needed), ("tokens", length), _MORE))
     lines = [("memory", _fit(config, world_size, gpu))] if gpu.memory_gib is not None else []
-    step, warning, without_time = None, "", None
-    if gpu.efficiency:
-        gpu.efficiency_for(software)  # a generation that is mistyped is refused before anything is printed
+    on, step, warning, without_time = None, None, "", None
     try:
         check_type(config, gpu)
-        step = step_time(workload(config, world_size), gpu, software)
+        on = machine(gpu, software, mfu)
+        step = step_time(config, world_size, on)
     except UserError as reason:
         without_time = reason
     else:
         lines += _time(config, world_size, gpu, step, planned_tokens(config, tokens), price)
     lines.append(("tokens", length))
     if gpu.memory_gib is not None:
-        beside = neighbours(config, world_size, gpu, software)
+        beside = neighbours(config, world_size, gpu, on)
         lines += _changes(config, world_size, gpu, step, beside)
         warning = _warning(step, [one for one in beside if one.fits(gpu)])
     return Summary(f"{title}{gpu.name}: {_layout(config, world_size)}", (*lines, _MORE), warning, without_time)
@@ -133,8 +136,8 @@ def _fit(config: RunConfig, world_size: int, gpu: Gpu) -> str:
 def _time(
     config: RunConfig, world_size: int, gpu: Gpu, step: StepTime, tokens: float, price: float | None
 ) -> list[tuple[str, str]]:
-    work = workload(config, world_size)
-    rate, cost = speed(work, gpu, step.total), run_cost(work, gpu, step.total, tokens, price)
+    rate = speed(config, world_size, gpu, step.total)
+    cost = run_cost(config.tokens_per_step, world_size, gpu, step.total, tokens, price)
     money = "" if cost.money is None else f", {_figure(cost.money)} at {price:g} per GPU-hour"
     parts = {
         "compute": step.compute,
@@ -145,10 +148,11 @@ def _time(
         "optimizer": step.optimizer,
     }
     shares = [f"{name} {100 * seconds / step.total:.0f} %" for name, seconds in parts.items() if seconds]
+    what = "at the MFU that --mfu assumes" if step.assumed else ", ".join(shares)
     return [
         ("time", f"{_duration(cost.hours)}, {_figure(cost.gpu_hours)} GPU-hours{money}"),
         ("speed", f"{_figure(rate.tokens_per_second)} tokens/s, MFU {100 * rate.mfu_full:.1f} %"),
-        ("step", f"{_figure(step.total)} s: {', '.join(shares)}"),
+        ("step", f"{_figure(step.total)} s: {what}"),
     ]
 
 
@@ -181,7 +185,7 @@ def _changes(
     lines = [
         f"{one.key}={one.value} (now {one.instead_of}): {_effect(one, gpu, now, step)}" for one in _of_two_keys(chosen)
     ]
-    if not lines and (step is not None or now > usable_bytes(gpu)):
+    if not lines and ((step is not None and not step.assumed) or now > usable_bytes(gpu)):
         lines = [f"none of {len(beside)} single changes of the layout helps"]
     return [("" if number else "better", line) for number, line in enumerate(lines)]
 
@@ -204,7 +208,7 @@ def _effect(one: Neighbour, gpu: Gpu, now: int, step: StepTime | None) -> str:
 
 
 def _warning(step: StepTime | None, fitting: list[Neighbour]) -> str:
-    if step is None:
+    if step is None or step.assumed:
         return ""
     if step.bubble > LARGE_BUBBLE * step.total:
         return f"Poor: the pipeline waits for {100 * step.bubble / step.total:.0f} % of each step. Try --search."

@@ -13,8 +13,8 @@ from megallama.layout.schedules import SCHEDULES
 from megallama.plan.hardware import Gpu
 from megallama.plan.memory.fit import rank_bytes, usable_bytes
 from megallama.plan.search.space import RECOMPUTE, ZERO_STAGES
+from megallama.plan.time.software import Machine
 from megallama.plan.time.step_time import step_time
-from megallama.plan.time.workload import workload
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,11 @@ class Neighbour:
         return self.size <= usable_bytes(gpu)
 
 
-def neighbours(config: RunConfig, world_size: int, gpu: Gpu, software: str | None = None) -> list[Neighbour]:
-    """All that are legal there, fitting or not; model, data and global batch stay as the run has them."""
+def neighbours(config: RunConfig, world_size: int, gpu: Gpu, on: Machine | None) -> list[Neighbour]:
+    """All that are legal there, fitting or not; model, data and global batch stay as the run has them.
+
+    Without a machine, as where a figure of the GPU is not known, none has a time.
+    """
     found = []
     for section, key, value in _single_changes(config, int(gpu.gpus_per_node or 1)):
         part = getattr(config, section)
@@ -53,16 +56,17 @@ def neighbours(config: RunConfig, world_size: int, gpu: Gpu, software: str | Non
         typed, before = (
             str(each).lower() if isinstance(each, bool) else str(each) for each in (value, getattr(part, key))
         )
-        seconds = seconds_of(changed, world_size, gpu, software)
+        seconds = _seconds(changed, world_size, on)
         found.append(Neighbour(f"{section}.{key}", typed, before, size, seconds))
     return found
 
 
-def seconds_of(config: RunConfig, world_size: int, gpu: Gpu, software: str | None) -> float | None:
-    """Predict one step; None where a figure of the GPU that is needed is not known."""
+def _seconds(config: RunConfig, world_size: int, on: Machine | None) -> float | None:
+    if on is None or on.mfu is not None:  # an assumed MFU is the same for every layout
+        return None
     try:
-        return step_time(workload(config, world_size), gpu, software).total
-    except UserError:
+        return step_time(config, world_size, on).total
+    except UserError:  # a figure that this layout needs is not known
         return None
 
 

@@ -14,7 +14,6 @@ from typing import Any
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.layout.schedules import schedule_of
-from megallama.plan.hardware import Gpu
 from megallama.plan.memory.fit import rank_bytes, usable_bytes
 from megallama.plan.memory.lines import GIB
 from megallama.plan.search.remedies import enough_gpus, legal_gpus
@@ -28,8 +27,8 @@ from megallama.plan.search.space import (
     tensor_sizes,
     with_layout,
 )
-from megallama.plan.time.step_time import step_time_at
-from megallama.plan.time.workload import workload
+from megallama.plan.time.software import Machine
+from megallama.plan.time.step_time import step_time
 
 SIMULATED = 50
 """The number of the fastest, by the closed forms of equal stages, that are simulated and ranked anew."""
@@ -110,18 +109,19 @@ class Search:
             rejection.places.append(where)
 
 
-def search(config: RunConfig, world_size: int, gpu: Gpu, software: str | None = None) -> Search:
-    """Every layout of the run on `world_size` of these GPUs, at the efficiency of that generation of `software`.
+def search(config: RunConfig, world_size: int, on: Machine) -> Search:
+    """Every layout of the run on `world_size` of these GPUs.
 
     UserError if none is legal and fits, with what lacks, or where the GPUs are no whole nodes.
     """
+    gpu = on.gpu
     result, node = Search(), int(gpu.gpus_per_node or 1)
     if world_size > node and world_size % node:
         low = world_size // node * node
         raise UserError(
             f"--gpus={world_size} is no whole number of nodes of {node} {gpu.key}; nearest legal: {low} or {low + node}"
         )
-    step_seconds = partial(_step_seconds, world_size=world_size, gpu=gpu, efficiency=gpu.efficiency_for(software))
+    step_seconds = partial(_step_seconds, world_size=world_size, on=on)
     limit, too_large = usable_bytes(gpu), list[TooLarge]()
     for tp in tensor_sizes(config, world_size, gpu, result.reject):
         for pp in pipeline_sizes(config, world_size // tp, tp, result.reject):
@@ -184,5 +184,5 @@ def _rank(one: Candidate) -> tuple[float, int, int]:
     return one.seconds, RECOMPUTE.index(one.config.train.recompute), one.size
 
 
-def _step_seconds(config: RunConfig, world_size: int, gpu: Gpu, efficiency: float, *, simulated: bool = False) -> float:
-    return step_time_at(workload(config, world_size, simulated=simulated), gpu, efficiency).total
+def _step_seconds(config: RunConfig, world_size: int, on: Machine, *, simulated: bool = False) -> float:
+    return step_time(config, world_size, on, simulated=simulated).total

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from megallama.config.schema import RunConfig
+from megallama.layout.counts import flops_per_token, hardware_flops_per_token
 from megallama.plan.hardware import Gpu
-from megallama.plan.time.workload import Workload
 
 # Power that a data centre draws for each watt of its machines: that of arXiv 2302.13971, table 15.
 PUE = 1.1
@@ -43,34 +44,38 @@ class RunCost:
     """GPUs at their power limit, with the data centre's part; None where the limit is not known."""
 
 
-def speed(work: Workload, gpu: Gpu, seconds: float) -> Speed:
+def speed(config: RunConfig, world_size: int, gpu: Gpu, seconds: float) -> Speed:
     """The speed of steps that take `seconds`; UserError if the peak of `gpu` is not known."""
-    shape, length = work.shape, work.sequence_length
-    rate = work.tokens / work.world_size / seconds
+    model, length = config.model, config.data.sequence_length
+    rate = config.tokens_per_step / world_size / seconds
     peak = gpu.known("peak_tflops") * 1e12
-    full, causal = (shape.flops_per_token(length, convention) for convention in ("full", "causal"))
-    again = shape.flops_again_per_token(length, work.matmul_recompute_fraction, work.attention_recompute_fraction)
+    full = flops_per_token(model, length, "full")
     return Speed(
-        tokens_per_second=work.tokens / seconds,
+        tokens_per_second=config.tokens_per_step / seconds,
         tokens_per_second_per_gpu=rate,
         mfu_full=rate * full / peak,
-        mfu_causal=rate * causal / peak,
-        hfu=rate * (full + again) / peak,
+        mfu_causal=rate * flops_per_token(model, length, "causal") / peak,
+        hfu=rate * hardware_flops_per_token(model, length, config.train.recompute) / peak,
         mfu_attainable=None if gpu.matmul_tflops is None else rate * full / (gpu.matmul_tflops * 1e12),
     )
 
 
 def run_cost(
-    work: Workload, gpu: Gpu, seconds: float, tokens: float, price: float | None = None, pue: float = PUE
+    tokens_per_step: int,
+    world_size: int,
+    gpu: Gpu,
+    seconds: float,
+    tokens: float,
+    price: float | None = None,
 ) -> RunCost:
-    """The cost of `tokens` in steps of `seconds`; `price` is for one GPU-hour, `pue` energy per energy of a GPU."""
-    steps = ceil(tokens / work.tokens)
+    """The cost of `tokens` in steps of `seconds`; `price` is for one GPU-hour."""
+    steps = ceil(tokens / tokens_per_step)
     hours = steps * seconds / 3600
-    gpu_hours = hours * work.world_size
+    gpu_hours = hours * world_size
     return RunCost(
         steps=steps,
         hours=hours,
         gpu_hours=gpu_hours,
         money=None if price is None else gpu_hours * price,
-        energy_mwh=None if gpu.power_w is None else gpu_hours * gpu.power_w * pue / 1e6,
+        energy_mwh=None if gpu.power_w is None else gpu_hours * gpu.power_w * PUE / 1e6,
     )

@@ -52,6 +52,11 @@ class LlamaShape:
         return self.head_dim
 
     @property
+    def mlp_matrices(self) -> int:
+        """Matrices of the MLP."""
+        return 3
+
+    @property
     def parameters(self) -> int:
         """All weights, the vocabulary unpadded."""
         return count_parameters(self).total

@@ -8,37 +8,20 @@ network cards of 50 GB/s make 400. Latencies are an all-reduce's as a host sees 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
+from megallama.config.schema import RunConfig
+from megallama.layout.counts import padded_vocabulary
 from megallama.plan.hardware import Gpu
-from megallama.plan.time.workload import Workload
-
-
-def data_traffic(work: Workload, parameters: float) -> dict[str, float]:
-    """Bytes of whole messages by kind of collective, of a rank that holds `parameters` before ZeRO cuts them.
-
-    DeepSpeed's ZeRO 1 all-reduces gradient sums, though a rank needs its part of them only, and gathers the weights
-    (runtime/bf16_optimizer.py). ZeRO 2 all-reduces in every micro-batch (zero/stage_1_and_2.py, allreduce_and_scatter).
-    ZeRO 3 scatters in every micro-batch and gathers twice (arXiv 1910.02054, section 7), but for the weights that it
-    still has, for which `stage3_max_live_parameters` are twice a bucket; a tied table as two.
-    """
-    gradient, weight = work.gradient_bytes * parameters, work.element_bytes * parameters
-    m, shape = work.micro_batches, work.shape
-    used = parameters + (shape.head / work.tp if shape.tied else 0)
-    gathered = work.element_bytes * (2 * used - min(used, 2 * work.bucket_elements))
-    by_scheme = {
-        "all-reduce": {"all_reduce": gradient},
-        "sharded optimizer": {"reduce_scatter": gradient, "all_gather": weight},
-        "zero1": {"all_reduce": gradient, "all_gather": weight},
-        "zero2": {"all_reduce": m * gradient, "all_gather": weight},
-        "zero3": {"reduce_scatter": m * gradient, "all_gather": m * gathered},
-    }
-    return by_scheme[work.data]
-
+from megallama.plan.memory.traffic import Traffic
+from megallama.plan.time.software import Software
 
 LINK_FRACTION = 0.80
 NIC_FRACTION = 0.95
 NODE_LATENCY = 40e-6
 NETWORK_LATENCY = 380e-6
+HALVES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
+"""An all-reduce is a reduce-scatter and an all-gather (arXiv 1910.02054, section 7.1)."""
 
 
 @dataclass(frozen=True)
@@ -73,20 +56,51 @@ def ring_bandwidth(gpu: Gpu, group: Group) -> float:
 
 
 def latency(gpu: Gpu, group: Group) -> float:
-    """Seconds before the first byte of a collective arrives."""
+    """Seconds before the first byte of an all-reduce arrives; half of them for either of its halves."""
     return NODE_LATENCY if group.within_node(int(gpu.known("gpus_per_node"))) else NETWORK_LATENCY
 
 
-def collective_seconds(gpu: Gpu, group: Group, sent: float, count: float = 1) -> float:
-    """Seconds of `count` collectives in which each rank sends `sent` bytes together; 0 for a single rank."""
-    if group.size == 1:
+def collective_seconds(gpu: Gpu, group: Group, traffic: Traffic) -> float:
+    """Seconds of these collectives over `group`, one after the other; 0 for a single rank."""
+    if group.size == 1 or not traffic.number:
         return 0.0
-    return count * latency(gpu, group) + sent / ring_bandwidth(gpu, group)
+    waits = sum(HALVES[kind] * number for kind, number in traffic.number.items()) / 2
+    sent = sum(HALVES[kind] * size for kind, size in traffic.size.items()) * (group.size - 1) / group.size
+    return waits * latency(gpu, group) + sent / ring_bandwidth(gpu, group)
 
 
-def message_seconds(gpu: Gpu, stride: int, size: float, count: float = 1) -> float:
-    """Seconds of `count` messages of `size` bytes to the rank `stride` further on, one after the other.
+def message_seconds(gpu: Gpu, stride: int, size: float) -> float:
+    """Seconds of a message of `size` bytes to the rank `stride` further on.
 
     To another node as well a message is begun once; a collective over nodes takes so long for its many steps.
     """
-    return count * (NODE_LATENCY + size / ring_bandwidth(gpu, Group(2, stride)))
+    return NODE_LATENCY + size / ring_bandwidth(gpu, Group(2, stride))
+
+
+def data_traffic(config: RunConfig, software: Software, parameters: int, micro_batches: int) -> Traffic:
+    """Collectives of a step between data-parallel copies, of a rank that holds `parameters` before ZeRO cuts them.
+
+    DeepSpeed's ZeRO 1 all-reduces gradient sums, though a rank needs its part of them only, and gathers the weights
+    (runtime/bf16_optimizer.py). ZeRO 2 all-reduces in every micro-batch (zero/stage_1_and_2.py, allreduce_and_scatter).
+    ZeRO 3 scatters in every micro-batch and gathers twice (arXiv 1910.02054, section 7), but for the weights that it
+    still has, for which `stage3_max_live_parameters` are twice a bucket; a tied table as two.
+    """
+    zero, found, rounds = config.zero, Traffic(), micro_batches
+    buckets = ceil(parameters / zero.bucket_elements)
+    gradient = parameters * (2 if zero.communication_dtype == "bf16" else 4)
+    element = 2 if config.train.dtype == "bf16" else 4
+    summed = software.gradients
+    if summed == "zero":
+        summed = "all_reduce" if zero.stage < 3 else "reduce_scatter"
+    found.add(summed, gradient // buckets, (rounds if zero.stage > 1 else 1) * buckets)
+    if software.gradients == "all_reduce":
+        return found
+    if zero.stage < 3:
+        found.add("all_gather", element * parameters // buckets, buckets)
+        return found
+    model, tp = config.model, config.parallel.tensor
+    table = padded_vocabulary(model.vocab_size, tp) // tp * model.hidden_size
+    used = parameters + (table if model.tie_word_embeddings else 0)
+    kept = min(used, 2 * zero.bucket_elements) if software.gradients == "zero" else 0
+    found.add("all_gather", element * (2 * used - kept) // (2 * buckets), rounds * 2 * buckets)
+    return found

@@ -8,26 +8,29 @@ from functools import cache, partial
 from itertools import accumulate
 
 from megallama.config.schema import ParallelConfig, RunConfig, Schedule
-from megallama.layout.schedules import Action, Kind, action_lists, schedule_of
+from megallama.layout.schedules import Action, Kind, action_lists, chunks, schedule_of
 from megallama.layout.stages import head_in_layers, stages
 
 
-def waiting(schedule: str, pp: int, chunks: int, micro_batches: int) -> float:
-    """Waiting over work of a rank, stages being equal and forward, input and weight gradients taking the same time.
+def waiting(config: RunConfig, micro_batches: int) -> float:
+    """Waiting over work of a rank in closed form, stages being equal and all thirds of a step taking the same time.
+
+    A search ranks thousands of layouts by it, and simulates the best of them.
 
     1F1B waits (pp - 1) / m of its work, interleaved (pp - 1) / (chunks * m) (arXiv 2104.04473, section 2.2), and more
     with fewer micro-batches than ranks, since each round of chunks then has gaps. ZBV waits while the pipeline fills,
     as long as pp - 1 forwards of one of its two chunks (arXiv 2401.10241, section 6). DualPipeV waits twice that: what
     the two of a pair make leaves after the second.
     """
+    pp, schedule, each = config.parallel.pipeline, config.parallel.schedule, chunks(config.parallel)
     if pp == 1:
         return 0.0
     if schedule == "zbvzerobubble":
         return (pp - 1) / (6 * micro_batches)
     if schedule == "dualpipev":
         return (pp - 1) / (3 * micro_batches)
-    gaps = (chunks - 1) * max(0, pp - micro_batches)
-    return (pp - 1 + gaps) / (chunks * micro_batches)
+    gaps = (each - 1) * max(0, pp - micro_batches)
+    return (pp - 1 + gaps) / (each * micro_batches)
 
 
 @dataclass(frozen=True)
