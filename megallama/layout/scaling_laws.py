@@ -6,7 +6,6 @@ on the corpus of the fit: the loss is for comparing sizes with each other and no
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 FLOPS_PER_PARAMETER_AND_TOKEN = 6
@@ -102,56 +101,18 @@ class PowerLaw:
         return float(self.anchor_flops * share / FLOPS_PER_PARAMETER_AND_TOKEN / tokens)
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Standard error of ln N* at a compute: smallest at the pivot, and away from it that of the exponent a.
-
-    N* = G (C / 6)^a, and over refits of resampled data ln G and a are almost wholly opposed: what one adds the other
-    takes away, except far from the compute of the runs that were fitted. A straight line through a cloud of points has
-    the same form, variance = at_pivot^2 + (exponent * ln(C / pivot))^2.
-    """
-
-    at_pivot: float
-    pivot_flops: float
-    exponent: float
-
-    def at(self, flops: float) -> float:
-        """Standard error of ln N* at this compute; that of ln D* is the same, since their sum is ln(C / 6)."""
-        return math.hypot(self.at_pivot, self.exponent * math.log(flops / self.pivot_flops))
-
-
 BESIROGLU = LossFit(
     "Besiroglu et al.", "arXiv 2404.10102", irreducible=1.8169, parameter_scale=482.01, token_scale=2085.43,
     parameter_exponent=0.3478, token_exponent=0.3658,
 )  # fmt: skip
-# The standard error of a, 0.020, is as published (repository analyzing-chinchilla, data_analysis.ipynb). Pivot and
-# spread there are in no table: they come from resampling the 240 published points and refitting, which also gives back
-# the published standard errors of ln A, ln B, ln E, alpha and beta to 6 %. With it the 80 % band of tokens per
-# parameter is that of the paper's figure: narrowest near 2e19 FLOPs, 5 to 40 at 1e28. Taking the +-124.5 of A and the
-# +-1293 of B for independent would give a factor of two either way where the fit is sure to 3 %.
-BESIROGLU_SPREAD = Spread(at_pivot=0.023, pivot_flops=1.9e19, exponent=0.020)
-# Constants to two digits, as in the text of the paper: its tokens per parameter are 1.4 to 1.6 times those of the same
-# fit unrounded. Both disagree with approaches 1 and 2 of the same paper (arXiv 2404.10102).
-HOFFMANN_3 = LossFit(
-    "Hoffmann et al., approach 3", "arXiv 2203.15556, as printed: 1.4-1.6x off",
-    irreducible=1.69, parameter_scale=406.4, token_scale=410.7, parameter_exponent=0.34, token_exponent=0.28,
-)  # fmt: skip
-# From the TeX source of the paper, as data_analysis.ipynb has it: ln A = 6.0073404, ln B = 6.0179186, ln E = 0.5267228.
-HOFFMANN_3_UNROUNDED = LossFit(
-    "Hoffmann et al., approach 3 unrounded", "arXiv 2203.15556, TeX source",
-    irreducible=1.69337, parameter_scale=406.401, token_scale=410.723,
-    parameter_exponent=0.33917084, token_exponent=0.2849083,
-)  # fmt: skip
 # Exponents of Table 2; the anchors are the 10B rows of Table 3 and, for approach 2, of Table A3.
 HOFFMANN_1 = PowerLaw("Hoffmann et al., approach 1", "arXiv 2203.15556, tables 2 and 3", 10e9, 1.23e22, 0.50)
 HOFFMANN_2 = PowerLaw("Hoffmann et al., approach 2", "arXiv 2203.15556, tables 2 and A3", 10e9, 1.32e22, 0.49)
-# The pair of the figure's legend, and that of the text, which is rounded: for 3.8e25 FLOPs the first gives 16.3T tokens
-# and the second 10.5T, where the paper states 16.55T.
+# The pair of the figure's legend: for 3.8e25 FLOPs it gives 16.3T tokens, where the paper states 16.55T; that of the
+# text, 0.29 and 0.53, is rounded and gives 10.5T.
 LLAMA_3 = PowerLaw.from_tokens("Llama 3", "arXiv 2407.21783, section 3.2.1", 0.299, 0.537)
-LLAMA_3_ROUNDED = PowerLaw.from_tokens("Llama 3 rounded", "arXiv 2407.21783, section 3.2.1, text", 0.29, 0.53)
-FITS: tuple[LossFit | PowerLaw, ...] = (BESIROGLU, HOFFMANN_1, HOFFMANN_2, HOFFMANN_3_UNROUNDED, HOFFMANN_3, LLAMA_3)
+FITS: tuple[LossFit | PowerLaw, ...] = (BESIROGLU, HOFFMANN_1, HOFFMANN_2, LLAMA_3)
 DEFAULT_FIT = BESIROGLU
-DEFAULT_SPREAD = BESIROGLU_SPREAD
 
 
 def optimal_tokens(parameters: float) -> float:

@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megallama.config.load import parse_yaml, read_text
 from megallama.errors import UserError
 
+USABLE = 0.97
+"""The share of a device's memory that is left to a run: the driver keeps 1 to 3 %."""
 USER_FILE = Path("~/.config/megallama/hardware.yaml")
 
 Positive = Annotated[float, Field(gt=0)]
@@ -61,6 +63,11 @@ class Gpu(BaseModel):
     """Another one with the same chip, whose constants hold for this one as well."""
     efficiency: Mapping[str, Share] = {}
     """Share of the peak at which matmuls run in training, by generation of software; the first is the default."""
+
+    @property
+    def usable_bytes(self) -> int:
+        """The memory that is left to a run; UserError where that is not known."""
+        return int(self.known("memory_gib") * 2**30 * USABLE)
 
     def known(self, field: str) -> float:
         """The figure of `field` in its own unit; UserError where it is null."""

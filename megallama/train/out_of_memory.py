@@ -13,7 +13,7 @@ from megallama.errors import UserError
 from megallama.layout.check import check_batching
 from megallama.parallel.mesh import ParallelMesh
 from megallama.plan.memory.ledger import memory_rows
-from megallama.plan.search.remedies import largest_terms, nearest_change
+from megallama.plan.search.changes import largest_terms, nearest_change
 
 # torch has an exception of its own for its CUDA allocator alone: cublas, nccl and its CPU allocator raise plain ones.
 _ON_A_GPU = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")

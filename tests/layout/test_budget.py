@@ -19,7 +19,7 @@ from megallama.errors import UserError
 from megallama.layout.budget import NOTHING_SEEN, Seen, schedule_batch, total_steps, total_tokens
 from megallama.layout.check import check_config
 from megallama.plan.hardware import built_in_hardware
-from megallama.plan.search.remedies import nearest_change
+from megallama.plan.search.changes import nearest_change
 from megallama.plan.time.software import machine
 from megallama.plan.time.step_time import step_time
 from tests.checkpoint.damaging import CHECKPOINT, edit

@@ -11,7 +11,7 @@ from megallama.config.schema import ParallelConfig, RunConfig, Schedule
 from megallama.layout.counts import count_parameters, padded_vocabulary
 from megallama.layout.schedules import legal_micro_batches, stage_ranks
 from megallama.layout.stages import balanced, head_in_layers, layers_per_stage, stages
-from megallama.plan.memory.ranks import rank_parameters
+from megallama.plan.memory.state import rank_parameters
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

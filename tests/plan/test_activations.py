@@ -23,7 +23,7 @@ from megallama.plan.memory.activations import LOGITS_AT_ONCE, largest_weight, st
 from megallama.plan.memory.dry_run import KeptForBackward, fused_norm
 from megallama.plan.memory.in_flight import fullest
 from megallama.plan.memory.ledger import fullest_peak, messages, peak_at
-from megallama.plan.memory.ranks import rank_parameters
+from megallama.plan.memory.state import rank_parameters
 from megallama.plan.memory.zero_buffers import RankWeights, buffer_row
 from megallama.train.pipeline import Pipeline
 from tests.plan.live_bytes import LiveBytes

@@ -17,7 +17,7 @@ from megallama.model.llama import Llama, TensorParallelContext
 from megallama.model.stages import ModelStages
 from megallama.parallel.layers import VOCABULARY_MULTIPLE
 from megallama.parallel.mesh import Axis
-from megallama.plan.memory.ranks import rank_parameters
+from megallama.plan.memory.state import rank_parameters
 from tests.layout.test_counts import PUBLISHED
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

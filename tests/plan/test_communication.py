@@ -18,7 +18,7 @@ from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
 from megallama.plan.hardware import built_in_hardware
 from megallama.plan.memory.dry_run import Issued
-from megallama.plan.memory.ranks import rank_parameters
+from megallama.plan.memory.state import rank_parameters
 from megallama.plan.memory.traffic import Traffic
 from megallama.plan.time.communication import (
     Group,

@@ -74,5 +74,5 @@ def test_refusals(arguments: list[str], sentence: str) -> None:
 def test_only_a_check_needs_torch() -> None:
     import subprocess
 
-    program = "import sys, megallama.plan.cli, megallama.plan.report.memory; sys.exit('torch' in sys.modules)"
+    program = "import sys, megallama.plan.cli, megallama.plan.report.run; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -33,7 +33,7 @@ def test_the_change_that_is_named_fits(name: str, overrides: list[str], world_si
     with pytest.raises(UserError) as refused:
         refuse_too_large(config, world_size, device)
     sentence = str(refused.value)
-    over = max(rank_bytes(config, world_size)) - usable_bytes(device)
+    over = max(rank_bytes(config, world_size)) - device.usable_bytes
     assert f"{over / 2**30:.1f} GiB more than the " in sentence
     words = sentence.partition("nearest that fits: ")[2]
     assert words, sentence
@@ -43,7 +43,7 @@ def test_the_change_that_is_named_fits(name: str, overrides: list[str], world_si
     ranks = int(gpus[1]) if gpus else world_size
     changed = load_config(path, [*overrides, *keys])
     check_config(changed, ranks)
-    assert max(rank_bytes(changed, ranks)) <= usable_bytes(device)
+    assert max(rank_bytes(changed, ranks)) <= device.usable_bytes
 
 
 def test_a_run_that_fits_is_not_refused() -> None:

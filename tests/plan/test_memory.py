@@ -8,8 +8,8 @@ import pytest
 
 from megallama.config.load import load_config
 from megallama.plan.memory.ledger import held_rows
-from megallama.plan.memory.lines import GIB, state_rows
-from megallama.plan.memory.ranks import rank_parameters
+from megallama.plan.memory.state import GIB, state_rows
+from megallama.plan.memory.state import rank_parameters
 
 PSI = 8_030_261_248
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -9,7 +9,7 @@ import pytest
 
 from megallama.config.load import load_config
 from megallama.plan.memory.ledger import memory_rows
-from megallama.plan.report.memory import memory_parts
+from megallama.plan.report.run import memory_parts
 from megallama.plan.report.table import as_dictionary, render
 
 CONFIGS = Path(__file__).parents[2] / "configs"

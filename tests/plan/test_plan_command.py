@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from megallama.errors import UserError
 from megallama.plan.cli import plan
-from megallama.plan.report.new_file import write_new_files
+from megallama.system.new_file import write_new_files
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 app = typer.Typer()

@@ -16,8 +16,8 @@ from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.layout.check import check_config
 from megallama.plan.hardware import find_gpu
-from megallama.plan.memory.fit import rank_bytes, usable_bytes
-from megallama.plan.memory.lines import GIB
+from megallama.plan.memory.ledger import rank_bytes
+from megallama.plan.memory.state import GIB
 from megallama.plan.search.search import Candidate, Rejection, Search, search
 from megallama.plan.search.space import RECOMPUTE, TRIED
 from megallama.plan.time.software import machine
@@ -65,7 +65,7 @@ def test_what_is_found_is_what_the_loader_takes_and_fits(small: Search) -> None:
             check_config(config, 16)
         except (UserError, ValidationError):
             continue
-        if max(rank_bytes(config, 16)) <= usable_bytes(H100):
+        if max(rank_bytes(config, 16)) <= H100.usable_bytes:
             expected.add((tp, pp, schedule, max(2, chunks), zero, again, size))
     found = {key_of(one) for one in small.found}
     assert len(found) == len(small.found)
@@ -127,8 +127,8 @@ def test_what_is_too_large_is_listed_by_place_with_what_is_missing() -> None:
         words = ["parallel.tensor=1", f"parallel.pipeline={pp}", f"parallel.schedule={schedule}"]
         words += [f"zero.stage={zero}", f"train.recompute={again}", f"train.micro_batch_size={size}"]
         need = max(rank_bytes(recipe("7b", *words, f"parallel.chunks={max(2, chunks)}"), 4))
-        if need > usable_bytes(H100):
-            large.setdefault(f"tp 1 pp {pp}", []).append(need - usable_bytes(H100))
+        if need > H100.usable_bytes:
+            large.setdefault(f"tp 1 pp {pp}", []).append(need - H100.usable_bytes)
     assert set(listed) == set(large)
     for place, over in large.items():
         assert result.rejected[listed[place]].layouts == len(over)

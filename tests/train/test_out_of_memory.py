@@ -16,7 +16,7 @@ from megallama.checkpoint.format import complete_checkpoints
 from megallama.checkpoint.writing.saver import Saver
 from megallama.config.load import load_config
 from megallama.plan.memory.ledger import memory_rows
-from megallama.plan.search.remedies import nearest_change
+from megallama.plan.search.changes import nearest_change
 from megallama.train.out_of_memory import explanation, out_of_memory
 from tests.launching import CONFIG, ROOT, arguments, pretrain
 

@@ -32,7 +32,7 @@ from megallama.model.llama import Llama, TensorParallelContext
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import Axis
 from megallama.plan.memory.activations import stage_bytes, tensors
-from megallama.plan.memory.ranks import rank_parameters
+from megallama.plan.memory.state import rank_parameters
 from megallama.plan.memory.traffic import stage_traffic
 
 COLLECTIVES = {

@@ -12,7 +12,7 @@ from itertools import pairwise
 from operator import mul
 
 from megallama.config.schema import RunConfig
-from megallama.layout.check import gradient_accumulation_steps
+from megallama.layout.check import dp_size, gradient_accumulation_steps
 from megallama.layout.schedules import Kind
 from megallama.layout.stages import Stage, stages
 from megallama.plan.memory.activations import (
@@ -28,8 +28,7 @@ from megallama.plan.memory.activations import (
     tensors,
 )
 from megallama.plan.memory.in_flight import Moment, fullest
-from megallama.plan.memory.lines import GIB, MemoryRow, state_rows
-from megallama.plan.memory.ranks import RankParameters, rank_parameters
+from megallama.plan.memory.state import GIB, MemoryRow, RankParameters, rank_parameters, state_rows
 from megallama.plan.memory.zero_buffers import RankWeights, after_backward, buffer_row, own_gradients, reduced_bytes
 
 CONTEXT = GIB // 2
@@ -83,6 +82,11 @@ def memory_rows(config: RunConfig, dp_size: int) -> list[list[MemoryRow]]:
         rows = [*held_rows(config, rank, dp_size), *_peak_rows(peak), buffers]
         found.append([*rows, overhead(config, dp_size, peak.total + buffers.size)])
     return found
+
+
+def rank_bytes(config: RunConfig, world_size: int) -> list[int]:
+    """What the device of a rank at each place of the pipeline must have."""
+    return [sum(row.size for row in rows) for rows in memory_rows(config, dp_size(config, world_size))]
 
 
 def held_rows(config: RunConfig, rank: RankParameters, dp_size: int) -> list[MemoryRow]:

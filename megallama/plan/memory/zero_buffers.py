@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megallama.config.schema import RunConfig
 from megallama.plan.memory.activations import Tensors
-from megallama.plan.memory.lines import MemoryRow
+from megallama.plan.memory.state import MemoryRow
 
 STEP_AT_ONCE = 1_000_000_000
 """Parameters whose gradients ZeRO-3 copies flat for one call of the optimizer: DeepSpeed's sub_group_size."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,52 +13,68 @@ from megallama.errors import UserError
 from megallama.layout.check import dp_size
 from megallama.layout.schedules import chunks
 from megallama.plan.hardware import Gpu
-from megallama.plan.memory.fit import usable_bytes
-from megallama.plan.memory.lines import GIB
-from megallama.plan.report.new_file import check_new_file, write_new_files
+from megallama.plan.memory.state import GIB
 from megallama.plan.report.table import Part, Row
-from megallama.plan.search.search import Candidate, Search
-from megallama.plan.sizing.cost import speed
+from megallama.plan.search.search import TIE, Candidate, Search
+from megallama.plan.sizing.cost import run_cost, speed
 from megallama.system.lock import beside, output_lock
+from megallama.system.new_file import check_new_file, write_new_files
 
 SHOWN = 10
-MOST_PLACES = 6
+SLOW = 600.0
+"""Seconds of a step that nobody would run."""
+POOR = 0.2
+"""An MFU that nobody would run."""
 
 
-def search_parts(result: Search, gpu: Gpu) -> list[Part]:
-    """The fastest layouts with the seconds of a step, and what was rejected with how many layouts it rules out."""
+def search_parts(result: Search, gpu: Gpu, tokens: float, price: float | None, *, explain: bool = False) -> list[Part]:
+    """The fastest layouts with the seconds of a step, and why others were rejected; where too, to `explain` it."""
     best = result.found[:SHOWN]
-    rows = [Row(f"rank_{number}", one.name, _words(one, gpu), one.seconds, "s") for number, one in enumerate(best, 1)]
-    fits, limit = len(result.found), f"{usable_bytes(gpu) / GIB:.1f} GiB of {gpu.key}"
-    note = f"{fits:,} of {result.tried:,} layouts are legal and fit in {limit}; {result.tried - fits:,} are rejected."
+    rows = [
+        Row(f"rank_{number}", one.name, _words(one, gpu, tokens, price), one.seconds, "s")
+        for number, one in enumerate(best, 1)
+    ]
+    fits, limit = len(result.found), f"{gpu.usable_bytes / GIB:.1f} GiB of {gpu.key}"
+    note = f"{fits:,} of {result.tried:,} layouts are legal and fit in {limit}."
+    if result.ties > 1:
+        note = (
+            f"The first {min(result.ties, SHOWN)} differ by less than {TIE:.0%}, which no prediction tells apart: the "
+            f"simplest stands first. {note}"
+        )
+    if poor := _why_poor(result.found[0], gpu):
+        note = f"{note} {poor}"
     rejected = [
-        Row(f"class_{number}", _several(rejection.places), why, rejection.layouts)
-        for number, (why, rejection) in enumerate(result.rejected.items(), 1)
+        Row(f"class_{number}", why, _several(places) if explain else "", places.total())
+        for number, (why, places) in enumerate(result.rejected.items(), 1)
     ]
     title = f"Rejected: {result.tried - fits:,} of {result.tried:,} layouts"
     return [
         Part("layouts", f"Fastest layouts on {result.found[0].world_size} x {gpu.name}", tuple(rows), note),
-        Part("rejected", title, tuple(rejected)),
+        Part("rejected", title, tuple(rejected), "" if explain else "--explain: where they are."),
     ]
 
 
-def search_dictionary(result: Search, gpu: Gpu) -> dict[str, Any]:
+def search_dictionary(result: Search, gpu: Gpu, tokens: float, price: float | None) -> dict[str, Any]:
     """The same for scripts: what each of the fastest layouts is, and each reason with all places that it concerns."""
     return {
         "tried": result.tried,
         "fits": len(result.found),
-        "usable_bytes": usable_bytes(gpu),
-        "layouts": {f"rank_{number}": _layout(one, gpu) for number, one in enumerate(result.found[:SHOWN], 1)},
+        "ties": result.ties,
+        "usable_bytes": gpu.usable_bytes,
+        "layouts": {
+            f"rank_{number}": _layout(one, gpu, tokens, price) for number, one in enumerate(result.found[:SHOWN], 1)
+        },
         "rejected": {
-            f"class_{number}": {"reason": why, "places": rejection.places, "layouts": rejection.layouts}
-            for number, (why, rejection) in enumerate(result.rejected.items(), 1)
+            f"class_{number}": {"reason": why, "places": dict(places), "layouts": places.total()}
+            for number, (why, places) in enumerate(result.rejected.items(), 1)
         },
     }
 
 
-def _layout(one: Candidate, gpu: Gpu) -> dict[str, Any]:
+def _layout(one: Candidate, gpu: Gpu, tokens: float, price: float | None) -> dict[str, Any]:
     """`mfu` in per cent, as in the part `speed` of a plan."""
     found, parallel = speed(one.config, one.world_size, gpu, one.seconds), one.config.parallel
+    cost = run_cost(one.config.tokens_per_step, one.world_size, gpu, one.seconds, tokens, price)
     return {
         "tp": parallel.tensor,
         "pp": parallel.pipeline,
@@ -72,7 +88,26 @@ def _layout(one: Candidate, gpu: Gpu) -> dict[str, Any]:
         "tokens_per_second_per_gpu": found.tokens_per_second_per_gpu,
         "mfu": 100 * found.mfu_full,
         "bytes": one.size,
+        "days": cost.hours / 24,
+        "gpu_hours": cost.gpu_hours,
+        **({} if cost.money is None else {"money": cost.money}),
     }
+
+
+def _why_poor(best: Candidate, gpu: Gpu) -> str:
+    """Why nobody would run even the best; empty where that is not so."""
+    config, gpus = best.config, best.world_size
+    batch, dp = config.train.global_batch_size, dp_size(config, gpus)
+    if best.seconds > SLOW:
+        return (
+            f"Best of bad: a step takes {best.seconds / 60:.0f} minutes, since train.global_batch_size={batch} makes "
+            f"{config.tokens_per_step:,} tokens a step on {gpus} GPUs; take a smaller batch, or more GPUs."
+        )
+    mfu = speed(config, gpus, gpu, best.seconds).mfu_full
+    if mfu > POOR:
+        return ""
+    why = f"train.global_batch_size={batch} leaves {batch // dp} sequences to each of dp {dp} copies"
+    return f"Best of bad: an MFU of {mfu:.0%}, since {why}; take a larger batch, or fewer GPUs."
 
 
 @contextmanager
@@ -109,13 +144,15 @@ def write_winner(winner: Candidate, gpu: Gpu, config_path: Path, job_path: Path 
     return [f"wrote {path}" for path in files]
 
 
-def _words(one: Candidate, gpu: Gpu) -> str:
+def _words(one: Candidate, gpu: Gpu, tokens: float, price: float | None) -> str:
     found = speed(one.config, one.world_size, gpu, one.seconds)
+    cost = run_cost(one.config.tokens_per_step, one.world_size, gpu, one.seconds, tokens, price)
+    money = "" if cost.money is None else f", costs {cost.money:,.0f}"
     return (
-        f"{one.size / GIB:.1f} GiB, {found.tokens_per_second_per_gpu:,.0f} tokens/s per GPU, MFU {found.mfu_full:.1%}"
+        f"{one.size / GIB:.1f} GiB, {found.tokens_per_second_per_gpu:,.0f} tokens/s per GPU, MFU {found.mfu_full:.1%}, "
+        f"{cost.hours / 24:.3g} days{money}"
     )
 
 
-def _several(places: list[str]) -> str:
-    rest = len(places) - MOST_PLACES
-    return "; ".join(places[:MOST_PLACES]) + (f"; and {rest} more" if rest > 0 else "")
+def _several(places: Mapping[str, int]) -> str:
+    return "; ".join(f"{where}: {layouts:,}" for where, layouts in places.items())

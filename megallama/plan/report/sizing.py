@@ -3,59 +3,78 @@
 from __future__ import annotations
 
 from megallama.errors import UserError
-from megallama.layout.counts import count_parameters
-from megallama.layout.scaling_laws import (
-    DEFAULT_FIT,
-    FLOPS_PER_PARAMETER_AND_TOKEN,
-    HOFFMANN_3,
-    HOFFMANN_3_UNROUNDED,
-    LLAMA_3,
-    LLAMA_3_ROUNDED,
-    LossFit,
-    PowerLaw,
-)
+from megallama.layout.scaling_laws import DEFAULT_FIT, FLOPS_PER_PARAMETER_AND_TOKEN
 from megallama.plan.report.table import Part, Row
-from megallama.plan.sizing.batch import Range, batch_tokens, learning_rates
 from megallama.plan.sizing.flags import SECONDS_PER_DAY, Compute, Question
 from megallama.plan.sizing.shape import LlamaShape, find_shape
 from megallama.plan.sizing.sizing import (
     MOST_EPOCHS,
-    SMALLER,
-    Interval,
-    Optimum,
-    Sizing,
+    Quantity,
     compare,
-    over_trained,
+    nearest_recipe,
+    optima,
     repeats_too_often,
-    size,
 )
 
 _KEYS = {"flops": "optimum_for_flops", "parameters": "optimum_for_size", "tokens": "optimum_for_tokens"}
 _WORDS = {"flops": "FLOPs", "parameters": "parameters", "tokens": "tokens"}
+SMALLER = (2, 4, 8)
+"""Sizes below the optimum whose price is told, as parts of it."""
 
 
 def plan_sizing(question: Question) -> list[Part]:
-    """The compute-optimal rest of what is given, a shape, a batch and a learning rate; a size with data is compared."""
-    parameters, tokens = question.parameters, question.tokens
-    if parameters is not None and tokens is not None:
-        parts = [*compared(parameters, tokens), _rounding_trap(FLOPS_PER_PARAMETER_AND_TOKEN * parameters * tokens)]
+    """The compute-optimal rest of what is given, what it takes, a shape and a recipe; a size with data is compared."""
+    pair, compute, parts = question.fixed_ratio(), question.compute, list[Part]()
+    if compute is not None and question.days is not None:
+        parts.append(_budget(compute, question.days))
+    if pair is not None:
+        parameters, tokens = pair
+        parts += compared(parameters, tokens)
     else:
-        sizing = _size(question)
-        parameters, tokens = sizing.best.parameters, sizing.best.tokens
-        parts = [*([_compute(question.compute)] if question.compute else []), *optimum(sizing)]
+        given, amount = _given(question)
+        parts += [optimum(given, amount), _smaller(given, amount)]
+        best = optima(given, amount)[0]
+        parameters, tokens = best.parameters, best.tokens
+    if compute is not None and question.days is None:
+        parts.append(_cost(compute, FLOPS_PER_PARAMETER_AND_TOKEN * parameters * tokens))
     if question.unique_tokens is not None:
         parts.append(repetition(tokens, question.unique_tokens))
-    return [*parts, *_recipe(parameters, tokens, question.vocab_size)]
-
-
-def optimum(sizing: Sizing) -> list[Part]:
-    """What every fit holds best, how far rounding moves it, and the price of smaller models."""
-    return [_optimum(sizing), _rounding_trap(sizing.best.flops), _over_training(sizing)]
+    return [*parts, _shape(parameters, question.vocab_size), _recipe(parameters)]
 
 
 def compared(parameters: float, tokens: float) -> list[Part]:
     """The loss of a size on its tokens beside the best of equal compute, and the tokens that would be best for it."""
-    return [_loss(parameters, tokens), _optimum(size("parameters", parameters))]
+    pair = compare(parameters, tokens)
+    best, enough = pair.best, f"best size that reaches {pair.loss:.4f}, over this compute"
+    rows = (
+        Row("tokens_per_parameter", "tokens per parameter", f"{tokens:.4g} / {parameters:.4g}", tokens / parameters),
+        Row("flops", "training FLOPs", f"6 * {parameters:.4g} * {tokens:.4g}", best.flops),
+        Row("loss", "predicted loss", _formula(parameters, tokens), pair.loss),
+        Row("optimal_parameters", "best size at equal compute", f"{DEFAULT_FIT.name}", best.parameters),
+        Row("optimal_tokens", "its tokens", f"{best.flops:.4g} / (6 * {best.parameters:.4g})", best.tokens),
+        Row("penalty", "loss above that of the best size", "same fit", pair.penalty, decimals=4),
+        Row("sufficient_compute", "compute that would do", enough, pair.sufficient_compute),
+    )
+    title = f"Predicted loss on the fit's own corpus ({DEFAULT_FIT.name}, {DEFAULT_FIT.source})"
+    return [Part("loss", title, rows), optimum("parameters", parameters)]
+
+
+def optimum(given: Quantity, amount: float) -> Part:
+    """What every fit holds best."""
+    rows, found = [], optima(given, amount)
+    for each in found:
+        name, ratio = each.fit.name, each.tokens / each.parameters
+        if given != "parameters":
+            rows.append(Row(f"parameters {name}", f"parameters, {name}", each.fit.source, each.parameters))
+        if given != "tokens":
+            source = each.fit.source if given == "parameters" else f"6 * N * D = {each.flops:.4g}"
+            rows.append(Row(f"tokens {name}", f"tokens, {name}", f"{ratio:.2f} per parameter; {source}", each.tokens))
+    best = found[0]
+    rows.append(Row("flops", "training FLOPs", f"6 * {best.parameters:.4g} * {best.tokens:.4g}", best.flops))
+    loss = DEFAULT_FIT.loss(best.parameters, best.tokens)
+    rows.append(Row("loss", "predicted loss", _formula(best.parameters, best.tokens), loss))
+    title = f"Compute-optimal for {amount:.4g} {_WORDS[given]}; the first fit is the default"
+    return Part(_KEYS[given], title, tuple(rows))
 
 
 def repetition(tokens: float, unique_tokens: float) -> Part:
@@ -74,53 +93,48 @@ def repetition(tokens: float, unique_tokens: float) -> Part:
     return Part("data", "Repeated data", rows, warning if repeats_too_often(tokens, unique_tokens) else "")
 
 
-def _size(question: Question) -> Sizing:
+def _given(question: Question) -> tuple[Quantity, float]:
     if question.flops is not None:
-        return size("flops", question.flops)
+        return "flops", question.flops
     if question.parameters is not None:
-        return size("parameters", question.parameters)
+        return "parameters", question.parameters
     assert question.tokens is not None
-    return size("tokens", question.tokens)
+    return "tokens", question.tokens
 
 
-def _compute(compute: Compute) -> Part:
+def _assumed(compute: Compute) -> list[Row]:
+    return [
+        Row("peak", "dense bf16 FLOP/s of one", f"peak of {compute.gpu}", compute.peak),
+        Row("mfu", "model FLOPs utilisation", "assumed, of 6 * N * D: 0.4 unless --mfu is given", compute.mfu),
+    ]
+
+
+def _budget(compute: Compute, days: float) -> Part:
+    assert compute.gpus is not None
     rows = (
         Row("gpus", "GPUs", "", compute.gpus),
-        Row("seconds", "seconds", f"{compute.days:g} days * {SECONDS_PER_DAY}", compute.days * SECONDS_PER_DAY),
-        Row("peak", "dense bf16 FLOP/s of one", f"peak of {compute.gpu}", compute.peak),
-        Row("mfu", "model FLOPs utilisation", "of 6 * N * D; 0.4 is assumed unless --mfu is given", compute.mfu),
-        Row("flops", "training FLOPs", "GPUs * seconds * FLOP/s * utilisation", compute.flops),
+        Row("seconds", "seconds", f"{days:g} days * {SECONDS_PER_DAY}", days * SECONDS_PER_DAY),
+        *_assumed(compute),
+        Row("flops", "training FLOPs", "GPUs * seconds * FLOP/s * utilisation", compute.flops(days)),
+        *_money(compute, compute.gpus * days * 24),
     )
     return Part("compute", "Compute of these GPUs", rows)
 
 
-def _optimum(sizing: Sizing) -> Part:
-    rows = []
-    for each in sizing.optima:
-        name, ratio = each.fit.name, each.tokens / each.parameters
-        if sizing.given != "parameters":
-            rows.append(Row(f"parameters {name}", f"parameters, {name}", each.fit.source, each.parameters))
-        if each is sizing.best and sizing.given != "parameters":
-            rows += _interval("parameters", sizing.parameters)
-        if sizing.given != "tokens":
-            source = each.fit.source if sizing.given == "parameters" else f"6 * N * D = {each.flops:.4g}"
-            how = f"{ratio:.2f} per parameter; {source}"
-            rows.append(Row(f"tokens {name}", f"tokens, {name}", how, each.tokens))
-        if each is sizing.best and sizing.given != "tokens":
-            rows += _interval("tokens", sizing.tokens)
-    best = sizing.best
-    rows.append(Row("flops", "training FLOPs", f"6 * {best.parameters:.4g} * {best.tokens:.4g}", best.flops))
-    rows.append(Row("loss", "predicted loss", _formula(best.parameters, best.tokens), sizing.loss))
-    title = f"Compute-optimal for {sizing.amount:.4g} {_WORDS[sizing.given]}; the first fit is the default"
-    return Part(_KEYS[sizing.given], title, tuple(rows))
+def _cost(compute: Compute, flops: float) -> Part:
+    """GPU-hours of so much training, the days that they are, and money."""
+    hours = compute.gpu_hours(flops)
+    rows = [*_assumed(compute), Row("gpu_hours", "GPU hours", f"{flops:.4g} FLOPs / rate", hours, "h", decimals=0)]
+    if compute.gpus is not None:
+        how = f"{hours:,.0f} h / {compute.gpus} GPUs / 24, without stops"
+        rows.append(Row("days", "days", how, hours / compute.gpus / 24, "d"))
+    return Part("cost", f"What it takes on {compute.gpu}", (*rows, *_money(compute, hours)))
 
 
-def _interval(what: str, interval: Interval) -> list[Row]:
-    how = "80 % of refits to resampled data"
-    return [
-        Row(f"{what} low", f"  {what}, at least", how, interval.low),
-        Row(f"{what} high", f"  {what}, at most", how, interval.high),
-    ]
+def _money(compute: Compute, hours: float) -> list[Row]:
+    if compute.price is None:
+        return []
+    return [Row("money", "money", f"{hours:,.0f} h * {compute.price:g}", hours * compute.price, decimals=2)]
 
 
 def _formula(parameters: float, tokens: float) -> str:
@@ -129,78 +143,29 @@ def _formula(parameters: float, tokens: float) -> str:
     return f"{fit.irreducible} + {of_parameters} + {fit.token_scale} / {tokens:.4g}^{fit.token_exponent}"
 
 
-def _rounding_trap(flops: float) -> Part:
-    def ratio(fit: LossFit | PowerLaw) -> float:
-        parameters, tokens = fit.optimal_for_compute(flops)
-        return tokens / parameters
-
-    def row(key: str, label: str, rounded: LossFit | PowerLaw, exact: LossFit | PowerLaw) -> Row:
-        how = f"tokens per parameter at {flops:.4g} FLOPs, {ratio(rounded):.1f} / {ratio(exact):.1f}"
-        return Row(key, label, how, ratio(rounded) / ratio(exact))
-
-    rows = (
-        row("approach_3", "Hoffmann approach 3, printed / unrounded", HOFFMANN_3, HOFFMANN_3_UNROUNDED),
-        row("llama_3", "Llama 3, text / legend", LLAMA_3_ROUNDED, LLAMA_3),
-    )
-    note = (
-        "Constants printed to two digits contradict the very fit they come from: use them unrounded. Approach 3 "
-        f"disagrees with approaches 1 and 2 of its own paper even so; {DEFAULT_FIT.name} fitted its data again."
-    )
-    return Part("rounding_trap", "The rounding trap", rows, note)
-
-
-def _over_training(sizing: Sizing) -> Part:
-    rows = [row for share in SMALLER for row in _smaller(sizing.best, share)]
+def _smaller(given: Quantity, amount: float) -> Part:
+    """What models that are cheaper to serve cost at equal compute."""
+    best, rows = optima(given, amount)[0], []
+    for times in SMALLER:
+        pair = compare(best.parameters / times, best.tokens * times)
+        how = f"{pair.parameters:.4g} parameters on {pair.tokens:.4g} tokens; as good with "
+        how += f"{pair.sufficient_compute:.0%} of the compute at its best size"
+        rows.append(Row(f"penalty 1/{times}", f"1/{times} of the size: loss above", how, pair.penalty, decimals=4))
     return Part("over_training", "Over-training: smaller models for the same compute", tuple(rows))
 
 
-def _smaller(best: Optimum, share: float) -> list[Row]:
-    smaller, times = over_trained(best, share), round(1 / share)
-    key = f"1/{times}"
-    how = f"{best.parameters:.4g} / {times}"
-    penalty = f"{smaller.loss:.4f} - {smaller.best_loss:.4f} of the best size"
-    enough = f"best size that reaches {smaller.loss:.4f}, over this compute"
-    return [
-        Row(f"parameters {key}", f"{key} of the size: parameters", how, smaller.parameters),
-        Row(f"tokens {key}", "  tokens", f"{best.tokens:.4g} * {times}", smaller.tokens),
-        Row(f"loss {key}", "  predicted loss", _formula(smaller.parameters, smaller.tokens), smaller.loss),
-        Row(f"penalty {key}", "  penalty", penalty, smaller.penalty, decimals=4),
-        Row(f"sufficient_compute {key}", "  compute that would do", enough, smaller.sufficient_compute),
-        Row(f"inference {key}", "  FLOPs of a generated token", "2 * N, over the best size's", share),
-    ]
-
-
-def _loss(parameters: float, tokens: float) -> Part:
-    pair = compare(parameters, tokens)
-    best, difference = pair.best, f"{pair.loss:.4f} - {pair.best_loss:.4f}"
-    enough = f"best size that reaches {pair.loss:.4f}, over this compute"
-    rows = (
-        Row("loss", "predicted loss", _formula(parameters, tokens), pair.loss),
-        Row("flops", "training FLOPs", f"6 * {parameters:.4g} * {tokens:.4g}", best.flops),
-        Row("optimal_parameters", "best size at equal compute", f"{DEFAULT_FIT.name}", best.parameters),
-        Row("optimal_tokens", "its tokens", f"{best.flops:.4g} / (6 * {best.parameters:.4g})", best.tokens),
-        Row("optimal_loss", "its predicted loss", "same fit", pair.best_loss),
-        Row("penalty", "penalty for this size", difference, pair.penalty, decimals=4),
-        Row("sufficient_compute", "compute that would do", enough, pair.sufficient_compute),
-    )
-    title = f"Predicted loss on the fit's own corpus ({DEFAULT_FIT.name}, {DEFAULT_FIT.source})"
-    return Part("loss", title, rows)
-
-
-def _recipe(parameters: float, tokens: float, vocab_size: int) -> list[Part]:
-    """A shape, batch sizes and learning rates; where there is no shape, the sentence that says why."""
+def _shape(parameters: float, vocab_size: int) -> Part:
+    """A shape, or the sentence that says why there is none."""
     try:
         shape = find_shape(parameters, vocab_size)
     except UserError as reason:
-        return [Part("shape", "No Llama of this size", (), f"{reason}."), *_steps(parameters, parameters, tokens)]
-    count = count_parameters(shape)
-    layers = count.total - count.embedding - count.head
-    return [_shape(shape, parameters), *_steps(count.total, layers, tokens)]
+        return Part("shape", "No Llama of this size", (), f"{reason}.")
+    return Part("shape", "A Llama of this size", _shape_rows(shape, parameters))
 
 
-def _shape(shape: LlamaShape, wanted: float) -> Part:
+def _shape_rows(shape: LlamaShape, wanted: float) -> tuple[Row, ...]:
     heads = f"{shape.hidden_size} / {shape.head_dim}"
-    rows = (
+    return (
         Row("vocab_size", "model.vocab_size", "--vocab is yours", shape.vocab_size),
         Row("hidden_size", "model.hidden_size", "", shape.hidden_size),
         Row("intermediate_size", "model.intermediate_size", "", shape.intermediate_size),
@@ -212,18 +177,14 @@ def _shape(shape: LlamaShape, wanted: float) -> Part:
         Row("parameters", "parameters", f"{shape.parameters / wanted - 1:+.2%} of {wanted:.4g}", shape.parameters),
         Row("largest_tensor", "parallel.tensor up to", "divides heads, KV heads and width", shape.largest_tensor),
     )
-    return Part("shape", "A Llama of this size", rows)
 
 
-def _steps(parameters: float, without_tables: float, tokens: float) -> list[Part]:
-    batch, rates = (law(parameters, without_tables, tokens) for law in (batch_tokens, learning_rates))
-    return [
-        _range("batch_tokens", "Tokens per step: train.global_batch_size * data.sequence_length", batch),
-        _range("learning_rate", "Peak learning rate: optimizer.lr", rates),
-    ]
-
-
-def _range(key: str, title: str, found: Range) -> Part:
-    rows = [Row(advice.name, advice.name, advice.source, advice.value) for advice in found.advice]
-    rows += [Row("low", "least", "of these", found.low), Row("high", "most", "of these", found.high)]
-    return Part(key, title, tuple(rows), "The laws disagree: begin within the range and measure.")
+def _recipe(parameters: float) -> Part:
+    """Where to begin; published laws for both differ twofold and more."""
+    recipe = nearest_recipe(parameters)
+    rows = (
+        Row("batch_tokens", "tokens per step", f"{recipe.name}: {recipe.source}", recipe.batch_tokens),
+        Row("learning_rate", "peak learning rate, optimizer.lr", recipe.name, recipe.learning_rate),
+    )
+    note = "train.global_batch_size counts sequences: divide by data.sequence_length. Begin there and measure."
+    return Part("recipe", "Batch and learning rate of the published run nearest in size", rows, note)

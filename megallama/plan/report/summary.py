@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from megallama.config.schema import RunConfig
@@ -14,13 +14,13 @@ from megallama.layout.counts import count_parameters
 from megallama.layout.scaling_laws import optimal_tokens
 from megallama.layout.schedules import schedule_of
 from megallama.plan.hardware import Gpu
-from megallama.plan.memory.fit import rank_bytes, usable_bytes
-from megallama.plan.memory.lines import GIB
+from megallama.plan.memory.ledger import rank_bytes
+from megallama.plan.memory.state import GIB
 from megallama.plan.report.table import Part, Row
 from megallama.plan.report.time import check_type
-from megallama.plan.search.neighbours import Neighbour, neighbours
+from megallama.plan.search.changes import single_changes
 from megallama.plan.sizing.cost import run_cost, speed
-from megallama.plan.time.software import Machine, Software, machine
+from megallama.plan.time.software import Machine, machine
 from megallama.plan.time.step_time import StepTime, step_time
 
 WIDTH = 80
@@ -54,17 +54,32 @@ class Summary:
         return "\n".join([*found, *textwrap.wrap(self.warning, WIDTH)])
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """A change with what it comes to."""
+
+    key: str
+    words: str
+    instead_of: str
+    size: int
+    seconds: float | None
+    fits: bool
+
+
+def _measured(config: RunConfig, world_size: int, gpu: Gpu, on: Machine | None) -> list[_Measured]:
+    found = []
+    for one in single_changes(config, world_size, gpu):
+        size = one.size
+        fits = size <= gpu.usable_bytes
+        found.append(_Measured(one.key, one.words, one.instead_of, size, one.seconds(on), fits))
+    return found
+
+
 def changes_part(config: RunConfig, world_size: int, on: Machine) -> Part:
     """Every single change of the layout that is legal, with the seconds of a step."""
     rows = [
-        Row(
-            f"{one.key}={one.value}",
-            f"{one.key}={one.value}",
-            f"now {one.instead_of}; {one.size / GIB:.2f} GiB",
-            one.seconds,
-            "s",
-        )
-        for one in neighbours(config, world_size, on.gpu, on)
+        Row(one.words, one.words, f"now {one.instead_of}; {one.size / GIB:.2f} GiB", one.seconds, "s")
+        for one in _measured(config, world_size, on.gpu, on)
         if one.seconds is not None
     ]
     return Part("changes", "Single changes of the layout, with the memory that they need", tuple(rows))
@@ -74,14 +89,13 @@ def summarise(
     config: RunConfig,
     world_size: int,
     gpu: Gpu | None,
+    machine: Callable[[Gpu], Machine] = machine,
     tokens: float | None = None,
     price: float | None = None,
-    software: Software | None = None,
-    mfu: float | None = None,
 ) -> Summary:
     """The first screen of a legal run; without a kind of GPU it has no time, and nothing to fit into.
 
-    A speed that is assumed as `mfu` takes the place of what is predicted of it.
+    `machine` says what is assumed of the software on it; its UserError is why there is no time.
     """
     title = f"{_figure(count_parameters(config.model).total)} parameters on {world_size} x "
     length = _length(config, planned_tokens(config, tokens))
@@ -92,7 +106,7 @@ def summarise(
     on, step, warning, without_time = None, None, "", None
     try:
         check_type(config, gpu)
-        on = machine(gpu, software, mfu)
+        on = machine(gpu)
         step = step_time(config, world_size, on)
     except UserError as reason:
         without_time = reason
@@ -100,9 +114,9 @@ def summarise(
         lines += _time(config, world_size, gpu, step, planned_tokens(config, tokens), price)
     lines.append(("tokens", length))
     if gpu.memory_gib is not None:
-        beside = neighbours(config, world_size, gpu, on)
+        beside = _measured(config, world_size, gpu, on)
         lines += _changes(config, world_size, gpu, step, beside)
-        warning = _warning(step, [one for one in beside if one.fits(gpu)])
+        warning = _warning(step, [one for one in beside if one.fits])
     return Summary(f"{title}{gpu.name}: {_layout(config, world_size)}", (*lines, _MORE), warning, without_time)
 
 
@@ -127,7 +141,7 @@ def _memory(config: RunConfig, world_size: int) -> str:
 
 
 def _fit(config: RunConfig, world_size: int, gpu: Gpu) -> str:
-    usable = usable_bytes(gpu)
+    usable = gpu.usable_bytes
     free = usable - max(rank_bytes(config, world_size))
     verdict = f"fits with {free / GIB:.1f} GiB left" if free >= 0 else f"does not fit by {-free / GIB:.1f} GiB"
     return f"{verdict}: {_memory(config, world_size)}, {usable / GIB:.1f} GiB usable"
@@ -169,12 +183,12 @@ def _length(config: RunConfig, tokens: float) -> str:
 
 
 def _changes(
-    config: RunConfig, world_size: int, gpu: Gpu, step: StepTime | None, beside: list[Neighbour]
+    config: RunConfig, world_size: int, gpu: Gpu, step: StepTime | None, beside: list[_Measured]
 ) -> list[tuple[str, str]]:
     """The two that help most, of two keys: towards fitting where the run does not, else towards speed."""
     now = max(rank_bytes(config, world_size))
-    fitting = [one for one in beside if one.fits(gpu)]
-    if now > usable_bytes(gpu):
+    fitting = [one for one in beside if one.fits]
+    if now > gpu.usable_bytes:
         chosen = sorted(fitting, key=lambda one: (one.seconds or 0.0, one.size)) or sorted(beside, key=lambda x: x.size)
         chosen = [one for one in chosen if one.size < now]
     elif step is not None:
@@ -182,32 +196,30 @@ def _changes(
         chosen = sorted(faster, key=lambda one: one.seconds or 0.0)
     else:
         chosen = []
-    lines = [
-        f"{one.key}={one.value} (now {one.instead_of}): {_effect(one, gpu, now, step)}" for one in _of_two_keys(chosen)
-    ]
-    if not lines and ((step is not None and not step.assumed) or now > usable_bytes(gpu)):
+    lines = [f"{one.words} (now {one.instead_of}): {_effect(one, now, step)}" for one in _of_two_keys(chosen)]
+    if not lines and ((step is not None and not step.assumed) or now > gpu.usable_bytes):
         lines = [f"none of {len(beside)} single changes of the layout helps"]
     return [("" if number else "better", line) for number, line in enumerate(lines)]
 
 
-def _of_two_keys(chosen: Iterable[Neighbour]) -> list[Neighbour]:
-    found: dict[str, Neighbour] = {}
+def _of_two_keys(chosen: Iterable[_Measured]) -> list[_Measured]:
+    found: dict[str, _Measured] = {}
     for one in chosen:
         found.setdefault(one.key, one)
     return list(found.values())[:2]
 
 
-def _effect(one: Neighbour, gpu: Gpu, now: int, step: StepTime | None) -> str:
+def _effect(one: _Measured, now: int, step: StepTime | None) -> str:
     words = []
     if step is not None and one.seconds is not None:
         change = one.seconds / step.total - 1
         words.append(f"{abs(100 * change):.0f} % {'faster' if change < 0 else 'slower'}")
     if abs(one.size - now) > 0.05 * GIB:
         words.append(f"{'frees' if one.size < now else 'takes'} {abs(one.size - now) / GIB:.1f} GiB")
-    return ", ".join([*words, "fits" if one.fits(gpu) else "does not fit yet"])
+    return ", ".join([*words, "fits" if one.fits else "does not fit yet"])
 
 
-def _warning(step: StepTime | None, fitting: list[Neighbour]) -> str:
+def _warning(step: StepTime | None, fitting: list[_Measured]) -> str:
     if step is None or step.assumed:
         return ""
     if step.bubble > LARGE_BUBBLE * step.total:

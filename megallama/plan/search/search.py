@@ -6,24 +6,24 @@ data and global batch stay as the run has them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
-from megallama.config.schema import RunConfig
+from megallama.config.schema import MOST_PIPELINE, RunConfig
 from megallama.errors import UserError
-from megallama.layout.schedules import schedule_of
-from megallama.plan.memory.fit import rank_bytes, usable_bytes
-from megallama.plan.memory.lines import GIB
-from megallama.plan.search.remedies import enough_gpus, legal_gpus
+from megallama.layout.check import divisors, legal_tensors
+from megallama.layout.schedules import SCHEDULES, schedule_of
+from megallama.plan.hardware import Gpu
+from megallama.plan.memory.ledger import rank_bytes
+from megallama.plan.memory.state import GIB
 from megallama.plan.search.space import (
     MOST_MICRO_BATCH,
     RECOMPUTE,
     choices,
     pipeline_sizes,
     refusal,
-    reject_before_trying,
     tensor_sizes,
     with_layout,
 )
@@ -32,6 +32,10 @@ from megallama.plan.time.step_time import step_time
 
 SIMULATED = 50
 """The number of the fastest, by the closed forms of equal stages, that are simulated and ranked anew."""
+TIE = 0.05
+"""Layouts that differ by less are as fast as a prediction can tell: its mean error on published runs is 5 %."""
+NEAR = 128
+"""GPU counts on either side that are tried in place of one without a legal layout."""
 
 
 @dataclass(frozen=True)
@@ -57,32 +61,13 @@ class Candidate:
             f"micro-batch {train.micro_batch_size} {train.recompute}"
         )
 
-
-@dataclass
-class Rejection:
-    """Layouts that are out for one reason."""
-
-    places: list[str] = field(default_factory=list)
-    """Where they are, as `tp 16, 32` or `tp 1 pp 8`."""
-    layouts: int = 0
-
-
-@dataclass
-class TooLarge:
-    """Legal layouts at one place of tp and pp that do not fit."""
-
-    where: str
-    least: int
-    """Bytes that the smallest of them needs."""
-    most: int
-    skipped: int = 0
-    """Layouts whose bytes were not computed, since they keep more than one that did not fit."""
-
-    def words(self, limit: int) -> str:
-        """By how much they do not fit in `limit` bytes."""
-        over = f"{(self.least - limit) / GIB:.1f} to {(self.most - limit) / GIB:.1f}"
-        rest = f"; {self.skipped} keep more than one that did not fit" if self.skipped else ""
-        return f"more than {limit / GIB:.1f} GiB, by {over}{rest}"
+    @property
+    def complexity(self) -> tuple[int, ...]:
+        """What there is to understand: pipeline, tensor parallelism, schedule, recomputation, ZeRO."""
+        parallel, train = self.config.parallel, self.config.train
+        schedule = list(SCHEDULES).index(parallel.schedule) if parallel.pipeline > 1 else 0
+        axes = (parallel.pipeline > 1) + (parallel.tensor > 1)
+        return axes, schedule, RECOMPUTE.index(train.recompute), self.config.zero.stage, parallel.pipeline
 
 
 @dataclass
@@ -90,23 +75,21 @@ class Search:
     """What was found and what was not taken."""
 
     found: list[Candidate] = field(default_factory=list)
-    """The fastest first."""
-    rejected: dict[str, Rejection] = field(default_factory=dict)
-    """By reason. Each layout is under one of them alone."""
+    """Ties with the fastest first, the simplest of them before the others; then the rest, the fastest first."""
+    rejected: dict[str, Counter[str]] = field(default_factory=dict)
+    """Layouts by reason, and by where they are. Each is under one reason alone."""
+    ties: int = 0
+    """Layouts at the head of `found` that are as fast as the fastest, as far as can be told."""
 
     @property
     def tried(self) -> int:
         """Layouts, found and rejected."""
-        return len(self.found) + sum(rejection.layouts for rejection in self.rejected.values())
+        return len(self.found) + sum(places.total() for places in self.rejected.values())
 
-    def reject(self, where: str, why: str, layouts: int) -> None:
+    def reject(self, why: str, where: str, layouts: int) -> None:
         """Add layouts to those of the same reason."""
-        if not layouts:
-            return
-        rejection = self.rejected.setdefault(why, Rejection())
-        rejection.layouts += layouts
-        if where not in rejection.places:
-            rejection.places.append(where)
+        if layouts:
+            self.rejected.setdefault(why, Counter())[where] += layouts
 
 
 def search(config: RunConfig, world_size: int, on: Machine) -> Search:
@@ -114,69 +97,56 @@ def search(config: RunConfig, world_size: int, on: Machine) -> Search:
 
     UserError if none is legal and fits, with what lacks, or where the GPUs are no whole nodes.
     """
-    gpu = on.gpu
-    result, node = Search(), int(gpu.gpus_per_node or 1)
+    result, gpu, sizes = Search(), on.gpu, dict[str, int]()
+    node = int(gpu.gpus_per_node or 1)
     if world_size > node and world_size % node:
         low = world_size // node * node
         raise UserError(
             f"--gpus={world_size} is no whole number of nodes of {node} {gpu.key}; nearest legal: {low} or {low + node}"
         )
-    step_seconds = partial(_step_seconds, world_size=world_size, on=on)
-    limit, too_large = usable_bytes(gpu), list[TooLarge]()
     for tp in tensor_sizes(config, world_size, gpu, result.reject):
         for pp in pipeline_sizes(config, world_size // tp, tp, result.reject):
-            too_large += _search_sizes(config, tp, pp, world_size, limit, result, step_seconds)
+            _search_sizes(config, tp, pp, world_size, on, result, sizes)
+    if not result.found:
+        raise UserError(
+            f"no layout of {world_size} {gpu.key} is legal and fits; {_lacking(result, sizes, gpu)}"
+            f"{enough_gpus(config, world_size, gpu) if sizes else legal_gpus(config, world_size, gpu)}"
+        )
     result.found.sort(key=_rank)
     for place, one in enumerate(result.found[:SIMULATED]):
-        result.found[place] = replace(one, seconds=step_seconds(one.config, simulated=True))
+        result.found[place] = replace(one, seconds=step_time(one.config, world_size, on).total)
     result.found.sort(key=_rank)
-    if not result.found:
-        if too_large:
-            nearest = min(too_large, key=lambda one: one.least)
-            over = f"{(nearest.least - limit) / GIB:.1f} GiB more than {limit / GIB:.1f} GiB"
-            lacking = f"the smallest, at {nearest.where}, needs {over}"
-        else:
-            why, rejection = max(result.rejected.items(), key=lambda one: len(one[1].places))
-            lacking = f"{rejection.places[0]}: {why}"
-        near = enough_gpus(config, world_size, gpu) if too_large else legal_gpus(config, world_size, gpu)
-        raise UserError(f"no layout of {world_size} {gpu.key} is legal and fits; {lacking}{near}")
+    slowest = (1 + TIE) * result.found[0].seconds
+    result.ties = sum(one.seconds <= slowest for one in result.found)
+    tied = sorted(result.found[: result.ties], key=lambda one: (one.complexity, one.seconds))
+    result.found[: result.ties] = tied
     return result
 
 
 def _search_sizes(
-    config: RunConfig,
-    tp: int,
-    pp: int,
-    world_size: int,
-    limit: int,
-    result: Search,
-    step_seconds: Callable[..., float],
-) -> list[TooLarge]:
-    """Add what fits at these sizes, and what does not to the rejected; of the latter the bytes, if there are any."""
-    reject_before_trying(config, pp, world_size // tp, result.reject)
-    where, sizes, skipped = f"tp {tp} pp {pp}", list[int](), 0
+    config: RunConfig, tp: int, pp: int, world_size: int, on: Machine, result: Search, sizes: dict[str, int]
+) -> None:
+    """Add what fits at these sizes, and what does not to the rejected; of the latter the least bytes to `sizes`."""
+    where, limit = f"tp {tp} pp {pp}", on.gpu.usable_bytes
     too_large: dict[tuple[Any, ...], int] = {}
-    for choice in choices(pp, config.train.global_batch_size, world_size // (tp * pp)):
+    why = f"more than {limit / GIB:.1f} GiB"
+    for choice in choices(config, pp, world_size // (tp * pp)):
         group = choice["schedule"], choice["chunks"], choice["zero"]
         if choice["micro_batch_size"] >= too_large.get(group, MOST_MICRO_BATCH + 1):
-            skipped += 1  # it keeps more than one that did not fit
+            result.reject(why, where, 1)  # it keeps more than one that did not fit
             continue
         candidate = with_layout(config, tp, pp, choice)
-        refused = refusal(candidate, world_size)
-        if refused is not None:
-            result.reject(where, refused, 1)
+        if (refused := refusal(candidate, world_size)) is not None:
+            result.reject(refused, where, 1)
             continue
         size = max(rank_bytes(candidate, world_size))
         if size > limit:
             too_large[group] = choice["micro_batch_size"]
-            sizes.append(size)
+            sizes[where] = min(size, sizes.get(where, size))
+            result.reject(why, where, 1)
             continue
-        result.found.append(Candidate(candidate, world_size, step_seconds(candidate), size))
-    if not sizes:
-        return []
-    found = TooLarge(where, min(sizes), max(sizes), skipped)
-    result.reject(where, found.words(limit), len(sizes) + skipped)
-    return [found]
+        seconds = step_time(candidate, world_size, on, simulated=False).total
+        result.found.append(Candidate(candidate, world_size, seconds, size))
 
 
 def _rank(one: Candidate) -> tuple[float, int, int]:
@@ -184,5 +154,48 @@ def _rank(one: Candidate) -> tuple[float, int, int]:
     return one.seconds, RECOMPUTE.index(one.config.train.recompute), one.size
 
 
-def _step_seconds(config: RunConfig, world_size: int, on: Machine, *, simulated: bool = False) -> float:
-    return step_time(config, world_size, on, simulated=simulated).total
+def _lacking(result: Search, sizes: dict[str, int], gpu: Gpu) -> str:
+    """The nearest to a layout: the smallest that does not fit, or the most frequent reason."""
+    if sizes:
+        where, limit = min(sizes, key=sizes.__getitem__), gpu.usable_bytes
+        over = f"{(sizes[where] - limit) / GIB:.1f} GiB more than {limit / GIB:.1f} GiB"
+        return f"the smallest, at {where}, needs {over}"
+    why, places = max(result.rejected.items(), key=lambda one: len(one[1]))
+    return f"{next(iter(places))}: {why}"
+
+
+def enough_gpus(config: RunConfig, world_size: int, gpu: Gpu) -> str:
+    """The end of a sentence: the first doubling of the GPUs on which a layout fits; empty if six are too few."""
+    for gpus in (world_size << n for n in range(1, 7)):
+        if any(max(rank_bytes(one, gpus)) <= gpu.usable_bytes for one in _smallest(config, gpus, gpu)):
+            return f"; try --gpus {gpus}"
+    return ""
+
+
+def legal_gpus(config: RunConfig, world_size: int, gpu: Gpu) -> str:
+    """The end of a sentence: the nearest GPUs below and above that have a legal layout; empty if none has."""
+    node, copies = int(gpu.gpus_per_node or 1), divisors(config.train.global_batch_size)
+    tensors = [tp for tp in legal_tensors(config) if tp <= node]
+    most = min(config.model.num_hidden_layers, MOST_PIPELINE)
+    sizes = {tp * pp * dp for tp in tensors for pp in range(1, most + 1) for dp in copies}
+    whole = sorted(size for size in sizes if size <= node or size % node == 0)
+    below, above = [size for size in whole if size < world_size], [size for size in whole if size > world_size]
+    found = []
+    for side in (below[: -NEAR - 1 : -1], above[:NEAR]):
+        found += [size for size in side if any(_smallest(config, size, gpu))][:1]
+    return f"; nearest legal: --gpus {' or '.join(map(str, found))}" if found else ""
+
+
+def _smallest(config: RunConfig, world_size: int, gpu: Gpu) -> Iterator[RunConfig]:
+    """The legal ones of the layouts that keep the least: all is recomputed, in micro-batches of one sequence."""
+    node, silent = int(gpu.gpus_per_node or 1), Search()
+    if world_size > node and world_size % node:
+        return
+    for tp in tensor_sizes(config, world_size, gpu, silent.reject):
+        for pp in pipeline_sizes(config, world_size // tp, tp, silent.reject):
+            for choice in choices(config, pp, world_size // (tp * pp)):
+                if choice["recompute"] != "full" or choice["micro_batch_size"] > 1:
+                    continue
+                candidate = with_layout(config, tp, pp, choice)
+                if refusal(candidate, world_size) is None:
+                    yield candidate

@@ -5,27 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megallama.config.schema import MOST_PIPELINE, RunConfig
+from megallama.config.schema import MOST_PIPELINE, RunConfig, Schedule
 from megallama.errors import UserError
 from megallama.layout.check import check_config, divisors, dp_size, legal_tensors
 from megallama.layout.schedules import SCHEDULES, chunks, legal_micro_batches
 from megallama.plan.hardware import Gpu
 
 Reject = Callable[[str, str, int], None]
-"""Takes where layouts are, why they are out, and how many they are."""
+"""Takes why layouts are out, where they are, and how many they are."""
 ZERO_STAGES = (1, 2, 3)
 RECOMPUTE = ("none", "selective", "full")
 """Each keeps less for backward than the one before it."""
-MOST_CHUNKS = 4
-TRIED = tuple(
-    (name, chunks)
-    for name, row in SCHEDULES.items()
-    for chunks in ((row.stages_per_rank,) if row.stages_per_rank else range(2, MOST_CHUNKS + 1))
-)
-"""Schedules, with the stages of each rank."""
 MOST_MICRO_BATCH = 64
 MOST_STAGES = 256
 """Fewer than a run may have: a search lays out hundreds of layouts."""
+
+
+def schedules(layers: int, pp: int) -> list[tuple[Schedule, int]]:
+    """Schedules with the stages of each rank: of interleaved1f1b some up to as many as a rank has layers."""
+    if pp == 1:
+        return [("1f1b", 1)]
+    most = layers // pp
+    several = sorted({each for each in (2, 3, 4, *divisors(max(1, most))) if 2 <= each <= most})
+    return [
+        (name, each)
+        for name, row in SCHEDULES.items()
+        for each in ((row.stages_per_rank,) if row.stages_per_rank else several)
+    ]
 
 
 def tensor_sizes(config: RunConfig, world_size: int, gpu: Gpu, reject: Reject) -> list[int]:
@@ -35,9 +41,9 @@ def tensor_sizes(config: RunConfig, world_size: int, gpu: Gpu, reject: Reject) -
     far = [tp for tp in dividing if tp > node]
     cut = [tp for tp in dividing if tp <= node and tp not in legal]
     widths = f"{model.num_attention_heads} heads, {model.kv_heads * model.head_size} of keys, MLP or sequence"
-    for out, why in ((far, f"crosses the node of {node} GPUs"), (cut, f"does not divide {widths}")):
-        layouts = sum(_count(config, pp, world_size // tp) for tp in out for pp in divisors(world_size // tp))
-        reject(_several("tp", out), why, layouts)
+    for out, why in ((far, f"tp crosses the node of {node} GPUs"), (cut, f"tp does not divide {widths}")):
+        for tp in out:
+            reject(why, f"tp {tp}", sum(_count(config, pp, world_size // tp) for pp in divisors(world_size // tp)))
     return [tp for tp in dividing if tp <= node and tp in legal]
 
 
@@ -47,38 +53,27 @@ def pipeline_sizes(config: RunConfig, ranks: int, tp: int, reject: Reject) -> li
     dividing, most = divisors(ranks), min(layers, MOST_PIPELINE)
     many = [pp for pp in dividing if pp > most]
     uneven = [pp for pp in dividing if pp <= most and batch % (ranks // pp)]
-    for out, where, why in (
-        (many, f"pp above {most}", f"more stages than {f'{layers} layers' if most == layers else most}"),
-        (uneven, f"tp {tp}, {_several('pp', uneven)}", f"dp does not divide train.global_batch_size={batch}"),
+    for out, why in (
+        (many, f"pp has more stages than {f'{layers} layers' if most == layers else most}"),
+        (uneven, f"dp does not divide train.global_batch_size={batch}"),
     ):
-        reject(where, why, sum(_count(config, pp, ranks) for pp in out))
+        for pp in out:
+            reject(why, f"tp {tp} pp {pp}", _count(config, pp, ranks))
     return [pp for pp in dividing if pp not in many and pp not in uneven]
 
 
-def reject_before_trying(config: RunConfig, pp: int, ranks: int, reject: Reject) -> None:
-    """What is out whatever else is chosen, and so not among `choices`."""
-    batch, dp = config.train.global_batch_size, ranks // pp
-    every = _count(config, pp, ranks)
-    if pp > 1 and dp > 1:
-        reject("pp above 1", "zero.stage=2 and 3 do not go with a pipeline", every * 2 // 3)
-        every //= 3
-    sizes = micro_batch_sizes(batch, dp)
-    uneven = [size for size in sizes if batch % (size * dp)]
-    why = f"does not divide the sequences of a copy, train.global_batch_size={batch} / dp"
-    reject(f"dp {dp}, {_several('micro-batch', uneven)}", why, every * len(uneven) // len(sizes))
-
-
 def _count(config: RunConfig, pp: int, ranks: int) -> int:
-    """Layouts at this pipeline size, legal or not. With a single copy the ZeRO stages are one."""
+    """Layouts at this pipeline size, legal or not. With a single copy the ZeRO stages are one, as in a pipeline."""
     dp = ranks // pp
-    schedules, stages = len(TRIED) if pp > 1 else 1, len(ZERO_STAGES) if dp > 1 else 1
-    return schedules * stages * len(RECOMPUTE) * len(micro_batch_sizes(config.train.global_batch_size, dp))
+    stages = len(ZERO_STAGES) if dp > 1 and pp == 1 else 1
+    tried = len(schedules(config.model.num_hidden_layers, pp))
+    return tried * stages * len(RECOMPUTE) * len(micro_batch_sizes(config.train.global_batch_size, dp))
 
 
 def micro_batch_sizes(batch: int, dp: int) -> list[int]:
-    """Powers of two that are no more than a copy's sequences."""
+    """Powers of two that divide a copy's sequences."""
     most = min(MOST_MICRO_BATCH, max(1, batch // dp))
-    return [1 << n for n in range(most.bit_length())]
+    return [size for size in (1 << n for n in range(most.bit_length())) if batch % (size * dp) == 0]
 
 
 def refusal(config: RunConfig, world_size: int) -> str | None:
@@ -86,9 +81,9 @@ def refusal(config: RunConfig, world_size: int) -> str | None:
     parallel, layers = config.parallel, config.model.num_hidden_layers
     each = chunks(parallel)
     if parallel.pipeline * each > MOST_STAGES:
-        return f"{parallel.schedule} with {each} stages on each rank has more than {MOST_STAGES} stages"
+        return f"more than {MOST_STAGES} stages"
     if parallel.pipeline * each > layers:
-        return f"{parallel.schedule} with {each} stages on each rank has more stages than {layers} layers"
+        return f"more stages than {layers} layers"
     count = config.train.global_batch_size // (dp_size(config, world_size) * config.train.micro_batch_size)
     if not legal_micro_batches(parallel, count):
         return f"{parallel.schedule} cannot run so few micro-batches over its stages"
@@ -99,15 +94,13 @@ def refusal(config: RunConfig, world_size: int) -> str | None:
     return None
 
 
-def choices(pp: int, batch: int, dp: int) -> Iterator[dict[str, Any]]:
+def choices(config: RunConfig, pp: int, dp: int) -> Iterator[dict[str, Any]]:
     """Everything but the sizes of the mesh; what keeps less comes before what keeps more."""
-    sizes = [size for size in micro_batch_sizes(batch, dp) if batch % (size * dp) == 0]
-    schedules = TRIED if pp > 1 else (("1f1b", 1),)
     stages = ZERO_STAGES if pp == 1 and dp > 1 else (1,)
-    for schedule, each in schedules:
+    for schedule, each in schedules(config.model.num_hidden_layers, pp):
         for zero in stages:
             for recompute in reversed(RECOMPUTE):
-                for size in sizes:
+                for size in micro_batch_sizes(config.train.global_batch_size, dp):
                     yield {
                         "schedule": schedule,
                         "chunks": max(2, each),
@@ -134,10 +127,3 @@ def with_layout(config: RunConfig, tp: int, pp: int, choice: dict[str, Any]) -> 
     )
     zero = config.zero.model_copy(update={"stage": choice["zero"]})
     return config.model_copy(update={"parallel": parallel, "train": train, "zero": zero})
-
-
-def _several(name: str, numbers: list[int]) -> str:
-    """`tp 16, 32, ... 512`."""
-    if len(numbers) > 4:
-        return f"{name} {numbers[0]}, {numbers[1]}, ... {numbers[-1]}"
-    return f"{name} {', '.join(map(str, numbers))}"

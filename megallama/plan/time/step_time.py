@@ -16,7 +16,7 @@ from megallama.layout.check import check_batching
 from megallama.layout.counts import flops_per_token
 from megallama.layout.stages import Stage, stages
 from megallama.plan.memory.activations import tensors
-from megallama.plan.memory.ranks import rank_parameters
+from megallama.plan.memory.state import rank_parameters
 from megallama.plan.memory.traffic import Traffic, stage_traffic
 from megallama.plan.time.communication import Group, collective_seconds, data_traffic, message_seconds
 from megallama.plan.time.kernels import KernelWork, head_work, layer_work
