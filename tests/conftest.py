@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from megallama.data.build import build_dataset
 from tests.launching import arguments, pretrain
+
+
+# What `nohup` and a shell in the background ignore, every process that a test starts would ignore as well.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

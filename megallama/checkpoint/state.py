@@ -106,7 +106,7 @@ def state_document(
         "loss": loss if math.isfinite(loss) else None,  # JSON knows no NaN
         "healthy": healthy,
         "data": asdict(data),
-        "model": model.model_dump(mode="json"),
+        "model": model.model_dump(mode="json", exclude={"block"}),  # what is trained is a Llama
         "layout": layout,
     }
 
