@@ -54,7 +54,7 @@ def measure(launch: Launch, config: RunConfig, way: Way) -> Found:
     device = torch.device("cpu")
     launch.prepare(device)
     import megallama.train.engine
-    from megallama.train.loop import build_model  # brings deepspeed with it, which looks for a device: after `prepare`
+    from megallama.train.run import build_model  # brings deepspeed with it, which looks for a device: after `prepare`
 
     if way == "grad_dtype":
         plain = megallama.train.engine.deepspeed_config

@@ -25,7 +25,7 @@ from megallama.parallel.join import join
 from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import run_ranks
 from megallama.train.agreement import check_same, facts_of
-from megallama.train.loop import open_data
+from megallama.train.run import open_data
 
 MILLISECOND = 1e-3
 

@@ -91,7 +91,7 @@ def measure(
 ) -> dict[str, list[Turn]]:
     """The turns of every contender, as one rank of the job sees them."""
     launch.prepare(device)
-    from megallama.train.loop import build_model  # brings deepspeed with it, which looks for a device: after `prepare`
+    from megallama.train.run import build_model  # brings deepspeed with it, which looks for a device: after `prepare`
 
     batching, parallel = check_config(config, launch.world_size), config.parallel
     mesh = build_mesh(Topology(pp=parallel.pipeline, dp=batching.dp_size, tp=parallel.tensor), launch, device)

@@ -67,7 +67,8 @@ def build(name: str, config: RunConfig, device: torch.device) -> Step:
 def engine_step(config: RunConfig, device: torch.device) -> Step:
     """megallama's own training step, in a world of one process."""
     # Imported here: it brings deepspeed with it, of which the other contenders stay free.
-    from megallama.train.loop import Run, build_model, train_step
+    from megallama.train.loop import train_step
+    from megallama.train.run import Run, build_model
 
     batching = check_config(config, 1)
     mesh = build_mesh(Topology(), Launch(), device)

@@ -11,7 +11,6 @@ import pytest
 from megallama.data.build import build_dataset
 from tests.launching import arguments, pretrain
 
-
 # What `nohup` and a shell in the background ignore, every process that a test starts would ignore as well.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -20,8 +20,7 @@ from megallama.cli import app
 from megallama.config.load import load_config
 from megallama.errors import UserError
 from megallama.plan.memory.ledger import held_rows
-from megallama.plan.memory.state import GIB
-from megallama.plan.memory.state import rank_parameters
+from megallama.plan.memory.state import GIB, rank_parameters
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,99 +17,40 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megallama.checkpoint.finite import state_is_finite
 from megallama.checkpoint.health import way_back
-from megallama.checkpoint.reading.rollback import pass_over, record_return, return_to
 from megallama.checkpoint.reading.store import (
-    Start,
     agree,
     check_weights,
     confirm,
-    load,
-    load_initial_weights,
     pick_start,
 )
-from megallama.checkpoint.state import DataIdentity, TrainState, read_saved, state_document
-from megallama.checkpoint.writing.commit import Retention, apply_retention, quarantine
+from megallama.checkpoint.state import TrainState
+from megallama.checkpoint.writing.commit import Retention
 from megallama.checkpoint.writing.saver import Saver
 from megallama.config.schema import IGNORE_INDEX, RunConfig
-from megallama.data.loader import Loader, MicroBatch, prefetched
+from megallama.data.loader import MicroBatch, prefetched
 from megallama.data.tokenizer import load_tokenizer
-from megallama.errors import NotFiniteError
-from megallama.layout.budget import schedule_batch, total_steps
 from megallama.layout.check import Batching
-from megallama.layout.counts import flops_per_token
-from megallama.layout.stages import stages
 from megallama.layout.topology import Topology
-from megallama.model.init import initialise
-from megallama.model.llama import TensorParallelContext
-from megallama.model.stages import ModelStages
 from megallama.parallel.join import join
 from megallama.parallel.launch import Launch
-from megallama.parallel.mesh import ParallelMesh, build_mesh, sum_losses
+from megallama.parallel.mesh import ParallelMesh, build_mesh
 from megallama.run_dir.limits import check_run_dir, checkpoint_bytes
-from megallama.run_dir.outcome import Reached, Status, write_failure, write_outcome
+from megallama.run_dir.outcome import Reached, write_failure, write_outcome
 from megallama.train.agreement import check_same, facts_of
-from megallama.train.device_peak import Peak, device_peak, peak_memory_bytes
-from megallama.train.engine import Engine, StepResult
+from megallama.train.device_peak import device_peak
+from megallama.train.engine import StepResult
 from megallama.train.evaluate import evaluate
 from megallama.train.lr_schedule import next_rate
-from megallama.train.metrics import Metrics, check_sinks
+from megallama.train.metrics import check_sinks
 from megallama.train.out_of_memory import memory_explained
 from megallama.train.plan_check import check_plan
 from megallama.train.record import locked, recorded
+from megallama.train.run import Ending, Finished, Run, build_model, data_identity, open_data, write_train_event
+from megallama.train.saves import check_loaded, clean_checkpoints, report_saves, save_checkpoint, start_state
 from megallama.train.step_timer import StepTimer
 from megallama.train.stop_requests import StopDecision, StopRequests
 from megallama.train.watchdog import Watchdog
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a start of a run ends."""
-
-    status: Status
-    reason: str
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What is left of a run in this process."""
-
-    model: ModelStages
-    """This rank's part of the trained model."""
-    status: Status
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the loop works with; nothing in it says how the model is spread."""
-
-    config: RunConfig
-    mesh: ParallelMesh
-    model: ModelStages
-    engine: Engine
-    train_data: Loader
-    validation_data: Loader | None
-    metrics: Metrics
-    saver: Saver
-    requests: StopRequests
-    watchdog: Watchdog
-    reached: Reached
-    peak: Peak
-
-    @property
-    def dir(self) -> Path:
-        """The run directory."""
-        return Path(self.config.run.dir)
-
-    def total_steps(self, state: TrainState) -> int:
-        """Steps of the whole run, as far as is known at `state`: a length in tokens depends on the batches."""
-        return total_steps(self.config, state.seen)
-
-    def last_step(self, state: TrainState) -> int:
-        """The step after which this start ends."""
-        total = self.total_steps(state)
-        return min(total, self.config.train.stop_after or total)
 
 
 def train(config: RunConfig, batching: Batching, launch: Launch, device: torch.device) -> Finished:
@@ -180,49 +121,6 @@ def train(config: RunConfig, batching: Batching, launch: Launch, device: torch.d
     return Finished(model, ending.status)
 
 
-def open_data(config: RunConfig, topology: Topology, rank: int) -> tuple[Loader, Loader | None]:
-    """This rank's train and validation data. UserError where they do not suit the model."""
-
-    def open_split(split: str) -> Loader:
-        return Loader(
-            config.data,
-            "train" if split == "train" else "validation",
-            config.train.micro_batch_size,
-            config.train.global_batch_size,
-            topology.coordinate(rank, "dp"),
-            topology.dp,
-            config.train.seed,
-            config.model.vocab_size,
-        )
-
-    held_out = config.data.validation_path is not None or config.data.validation_fraction > 0
-    return open_split("train"), open_split("validation") if held_out else None
-
-
-def build_model(config: RunConfig, mesh: ParallelMesh, micro_batches: int) -> tuple[ModelStages, Engine]:
-    """This rank's part of the model, initialised, and the engine around it for that many micro-batches per step."""
-    mine = {stage.index: stage.layers for stage in stages(config) if stage.rank == mesh.pp.rank}
-    tp_context = TensorParallelContext(mesh.tp, config.parallel.sequence_parallel)
-    model = ModelStages(config.model, mine, tp_context, recompute=config.train.recompute)
-    initialise(
-        model,
-        model.shard_slices(),
-        seed=config.train.seed,
-        num_layers=config.model.num_hidden_layers,
-        scheme=config.model.init,
-        std=config.model.initializer_range,
-    )
-    if config.train.compile:
-        for layer in model.decoder_layers():
-            layer.compile()
-    return model, Engine(model, config, mesh, micro_batches)
-
-
-def data_identity(config: RunConfig, data: Loader, sequence_length: int) -> DataIdentity:
-    """What the position of a checkpoint counts in, of a run with sequences of that length."""
-    return DataIdentity(data.fingerprint(sequence_length), config.train.seed, sequence_length)
-
-
 @contextmanager
 def watched(config: RunConfig, mesh: ParallelMesh, reached: Reached) -> Iterator[Watchdog]:
     """A watchdog over this rank."""
@@ -238,68 +136,6 @@ def watched(config: RunConfig, mesh: ParallelMesh, reached: Reached) -> Iterator
         yield watchdog
     finally:
         watchdog.close()
-
-
-def clean_checkpoints(
-    folder: Path, start: Start, damaged: Mapping[Path, str], retention: Retention, metrics: Metrics
-) -> None:
-    """Set aside and delete what earlier starts left that is not whole or not kept, and say so."""
-    for notice in quarantine(folder, damaged):
-        metrics.write("notice", text=notice)
-    for notice in start.notices:
-        metrics.write("notice", text=notice)
-    if start.resume is not None:
-        if start.back:
-            metrics.write("rollback", **return_to(start.resume).facts)
-            record_return(start.resume)
-        # The start before may have been killed between a save and this, and this one may have none to save.
-        for notice in [*pass_over(start.resume), *apply_retention(folder, retention, proven=False)]:
-            metrics.write("notice", text=notice)
-
-
-def start_state(run: Run, start: Start) -> TrainState:
-    """Where the run stands: the newest checkpoint, the weights of another run, or the beginning."""
-    if start.resume is not None:
-        state = load(start.resume, run.engine, run.model)
-        state = replace(state, first_batch=schedule_batch(run.config, state.seen))
-        state = in_sequences(run, state, read_saved(start.resume).data.sequence_length)
-        run.metrics.write("resume", step=state.step, samples=state.samples, path=str(start.resume))
-        if not state_is_finite(run.engine.fragments(), run.mesh):
-            what = f"weights or moments of {start.resume} are not finite"
-            raise NotFiniteError(f"{what}; {way_back(run.dir, state.step)}")
-        return state
-    if start.weights is not None:
-        load_initial_weights(start.weights, run.engine, run.model)
-        if not state_is_finite(run.engine.fragments(), run.mesh):
-            what = f"checkpoint.init_from={start.weights} has weights that are not finite"
-            raise NotFiniteError(f"{what}; use another checkpoint")
-    return TrainState(first_batch=run.config.train.global_batch_size)
-
-
-def in_sequences(run: Run, state: TrainState, before: int | None) -> TrainState:
-    """The state with its tokens counted in the run's sequences, which were of `before` tokens when it was saved."""
-    now = run.config.data.sequence_length
-    if before in (None, now):
-        return state
-    counted = state.in_sequences_of(now, before)
-    seen = f"the {state.samples * before:,} tokens seen count as {counted.samples:,} sequences"
-    run.metrics.write("notice", text=f"data.sequence_length was {before} and is {now}: {seen} of a new order")
-    return counted
-
-
-def check_loaded(run: Run, step: int, done: int, skipped: int, loss: Tensor) -> None:
-    """NotFiniteError where what was loaded at `step` cannot be trained on, as the steps `done` since then show.
-
-    That is so if the first loss is not finite, or if the weights are large beyond measure and two steps were skipped:
-    of one its data may be the reason. Every rank must call it.
-    """
-    why = ""
-    if done == 1 and not math.isfinite(*sum_losses([float(loss)], run.mesh)):
-        why = "give a loss that is not finite"
-    if done == skipped == 2 and not state_is_finite(run.engine.fragments(), run.mesh, squares=True):
-        why = "are too large: no gradient is finite"
-    if why:
-        raise NotFiniteError(f"the weights that were loaded at step {step} {why}; {way_back(run.dir, step)}")
 
 
 def loop(run: Run, state: TrainState) -> Ending:
@@ -429,29 +265,6 @@ def on_device(batches: list[MicroBatch], device: torch.device) -> Iterator[tuple
         yield tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def write_train_event(run: Run, state: TrainState, loss: Tensor, grad_norm: float, lr: float, seconds: float) -> None:
-    """Record a step that took `seconds`; every rank must call it."""
-    config, sequence = run.config, run.config.data.sequence_length
-    (total,) = sum_losses([float(loss)], run.mesh)
-    speed = config.tokens_per_step / seconds
-    at_peak = run.peak.flops * run.mesh.world.size
-    run.metrics.write(
-        "train",
-        step=state.step,
-        total_steps=run.total_steps(state),
-        tokens=state.samples * sequence,
-        samples=state.samples,
-        loss=total / run.mesh.data.size,
-        grad_norm=grad_norm,
-        lr=lr,
-        seconds=seconds,
-        tokens_per_second=speed,
-        mfu=speed * flops_per_token(config.model, sequence, "full") / at_peak,
-        mfu_causal=speed * flops_per_token(config.model, sequence, "causal") / at_peak,
-        peak_memory_bytes=peak_memory_bytes(run.mesh.device),
-    )
-
-
 def evaluate_splits(run: Run, state: TrainState) -> tuple[TrainState, bool]:
     """Loss and perplexity on train and validation data, the latter also in the state, and whether both are finite.
 
@@ -467,46 +280,6 @@ def evaluate_splits(run: Run, state: TrainState) -> tuple[TrainState, bool]:
             if split == "validation" and math.isfinite(loss):
                 state = replace(state, validation_loss=loss)
     return state, finite
-
-
-def save_checkpoint(run: Run, state: TrainState, loss: Tensor, *, healthy: bool) -> bool:
-    """Begin to save everything that the run needs to go on; every rank must call it.
-
-    Returns whether the checkpoint is healthy: as far as the caller knows, and by its loss and its numbers.
-    """
-    run.watchdog.now("save", patient=True)
-    config, mesh = run.config, run.mesh
-    (total,) = sum_losses([float(loss)], mesh)
-    healthy = state_is_finite(run.engine.fragments(), mesh, squares=True) and healthy and math.isfinite(total)
-    layout: dict[str, object] = {
-        "tensor": config.parallel.tensor,
-        "pipeline": config.parallel.pipeline,
-        "schedule": config.parallel.schedule,
-        "data": mesh.data.size,
-        "zero_stage": config.zero.stage,
-        "dtype": config.train.dtype,
-    }
-    identity = data_identity(config, run.train_data, config.data.sequence_length)
-    run.saver.save(state.step, state_document(state, total / mesh.data.size, healthy, identity, config.model, layout))
-    if not config.checkpoint.asynchronous:
-        run.saver.wait()
-    return healthy
-
-
-def report_saves(run: Run) -> None:
-    """Record the saves that ended since the last call."""
-    for result in run.saver.take_results():
-        seconds = {"seconds": result.seconds, "blocked_seconds": result.blocked_seconds}
-        if result.error is None:
-            run.requests.save_took(result.seconds)
-            run.metrics.write("checkpoint", step=result.step, path=str(result.path), bytes=result.bytes, **seconds)
-        else:
-            count = {"failures": result.failures}
-            run.metrics.write("checkpoint_failed", step=result.step, reason=result.error, **seconds, **count)
-        for warning in result.warnings:
-            run.metrics.write("notice", text=warning)
-    for warning in run.saver.take_notices():
-        run.metrics.write("notice", text=warning)
 
 
 def due(every: int, step: int) -> bool:

@@ -12,7 +12,7 @@ from megallama.parallel.launch import Launch
 from megallama.run_dir.limits import check_limits
 
 if TYPE_CHECKING:
-    from megallama.train.loop import Finished
+    from megallama.train.run import Finished
 
 
 def start(config: RunConfig, launch: Launch) -> Finished:

@@ -132,9 +132,9 @@ def ruined(rank: int) -> None:
     """What `rank` has loaded is not finite."""
     import os
 
-    import megallama.train.loop
+    import megallama.train.saves
 
-    train: Any = megallama.train.loop
+    train: Any = megallama.train.saves
     original = train.load
 
     def load(path: Path, engine: Any, model: Any) -> Any:

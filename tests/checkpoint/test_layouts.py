@@ -28,7 +28,7 @@ from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
-from megallama.train.loop import build_model
+from megallama.train.run import build_model
 from megallama.verify.compare import BOUNDS, read_tensors
 from megallama.verify.shrink import shrink
 from megallama.verify.verify import train_rank, write_dataset

@@ -267,9 +267,9 @@ def test_a_ctrl_c_while_a_checkpoint_is_loaded_ends_at_once_and_loses_nothing(
 
 def interrupt_loading(number: signal.Signals) -> None:
     """Somebody presses Ctrl-C in a load that takes for ever."""
-    import megallama.train.loop
+    import megallama.train.saves
 
-    train: Any = megallama.train.loop
+    train: Any = megallama.train.saves
 
     def endless(*arguments: Any) -> Any:
         os.kill(os.getpid(), number)

@@ -14,7 +14,7 @@ from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
-from megallama.train.loop import build_model
+from megallama.train.run import build_model
 from tests.model.test_recompute import bytes_kept_for_backward
 
 SEQUENCE = 64

@@ -28,7 +28,7 @@ from megallama.plan.time.communication import (
     ring_bandwidth,
 )
 from megallama.plan.time.software import known_software
-from megallama.train.loop import build_model
+from megallama.train.run import build_model
 
 GIB = 1 << 30
 HARDWARE = built_in_hardware()

@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+from megallama.plan.memory.fit import changes, rank_bytes, refuse_too_large
 
 from megallama.config.load import load_config
 from megallama.errors import UserError
 from megallama.layout.check import check_config
 from megallama.plan.hardware import find_gpu
-from megallama.plan.memory.fit import changes, rank_bytes, refuse_too_large, usable_bytes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -8,8 +8,7 @@ import pytest
 
 from megallama.config.load import load_config
 from megallama.plan.memory.ledger import held_rows
-from megallama.plan.memory.state import GIB, state_rows
-from megallama.plan.memory.state import rank_parameters
+from megallama.plan.memory.state import GIB, rank_parameters, state_rows
 
 PSI = 8_030_261_248
 CONFIGS = Path(__file__).parents[2] / "configs"

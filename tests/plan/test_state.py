@@ -17,7 +17,7 @@ from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
 from megallama.plan.memory.ledger import held_rows
 from megallama.plan.memory.state import rank_parameters
-from megallama.train.loop import build_model
+from megallama.train.run import build_model
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug.yaml"
 BUCKET = 1000

@@ -16,7 +16,7 @@ from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ParallelMesh, build_mesh
 from megallama.parallel.spawn import run_ranks
 from megallama.plan.memory.ledger import memory_rows
-from megallama.train.loop import build_model
+from megallama.train.run import build_model
 from tests.plan.live_bytes import LiveBytes
 from tests.plan.test_state import storages
 

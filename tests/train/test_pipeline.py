@@ -63,7 +63,7 @@ class Work(TorchDispatchMode):
 def cost(launch: Launch, config: RunConfig) -> Cost:
     """Of the second step; the first sets up."""
     launch.prepare(torch.device("cpu"))
-    from megallama.train.loop import build_model
+    from megallama.train.run import build_model
 
     batching = check_config(config, launch.world_size)
     topology = Topology(pp=config.parallel.pipeline, dp=batching.dp_size, tp=config.parallel.tensor)

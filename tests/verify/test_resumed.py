@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import megallama.train.loop
+import megallama.train.saves
 import megallama.verify.verify
 from megallama.checkpoint.state import TrainState
 from megallama.cli import app
@@ -25,12 +25,12 @@ from tests.verify.test_parity import debug_config
 
 def _after_load(spoil: Callable[[Engine, TrainState], TrainState]) -> None:
     """Only a run that resumes loads anything, so nothing else is touched."""
-    load = megallama.train.loop.load
+    load = megallama.train.saves.load
 
     def load_and_spoil(path: Path, engine: Engine, model: ModelStages) -> TrainState:
         return spoil(engine, load(path, engine, model))
 
-    megallama.train.loop.load = load_and_spoil
+    megallama.train.saves.load = load_and_spoil
 
 
 def position_lost() -> None:

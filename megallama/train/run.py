@@ -1,0 +1,142 @@
+"""What the loop works with: data, this rank's part of the model, the engine around it, and where it writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from megallama.checkpoint.state import DataIdentity, TrainState
+from megallama.checkpoint.writing.saver import Saver
+from megallama.config.schema import RunConfig
+from megallama.data.loader import Loader
+from megallama.layout.budget import total_steps
+from megallama.layout.counts import flops_per_token
+from megallama.layout.stages import stages
+from megallama.layout.topology import Topology
+from megallama.model.init import initialise
+from megallama.model.llama import TensorParallelContext
+from megallama.model.stages import ModelStages
+from megallama.parallel.mesh import ParallelMesh, sum_losses
+from megallama.run_dir.outcome import Reached, Status
+from megallama.train.device_peak import Peak, peak_memory_bytes
+from megallama.train.engine import Engine
+from megallama.train.metrics import Metrics
+from megallama.train.stop_requests import StopRequests
+from megallama.train.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a start of a run ends."""
+
+    status: Status
+    reason: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What is left of a run in this process."""
+
+    model: ModelStages
+    """This rank's part of the trained model."""
+    status: Status
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with; nothing in it says how the model is spread."""
+
+    config: RunConfig
+    mesh: ParallelMesh
+    model: ModelStages
+    engine: Engine
+    train_data: Loader
+    validation_data: Loader | None
+    metrics: Metrics
+    saver: Saver
+    requests: StopRequests
+    watchdog: Watchdog
+    reached: Reached
+    peak: Peak
+
+    @property
+    def dir(self) -> Path:
+        """The run directory."""
+        return Path(self.config.run.dir)
+
+    def total_steps(self, state: TrainState) -> int:
+        """Steps of the whole run, as far as is known at `state`: a length in tokens depends on the batches."""
+        return total_steps(self.config, state.seen)
+
+    def last_step(self, state: TrainState) -> int:
+        """The step after which this start ends."""
+        total = self.total_steps(state)
+        return min(total, self.config.train.stop_after or total)
+
+
+def open_data(config: RunConfig, topology: Topology, rank: int) -> tuple[Loader, Loader | None]:
+    """This rank's train and validation data. UserError where they do not suit the model."""
+
+    def open_split(split: str) -> Loader:
+        return Loader(
+            config.data,
+            "train" if split == "train" else "validation",
+            config.train.micro_batch_size,
+            config.train.global_batch_size,
+            topology.coordinate(rank, "dp"),
+            topology.dp,
+            config.train.seed,
+            config.model.vocab_size,
+        )
+
+    held_out = config.data.validation_path is not None or config.data.validation_fraction > 0
+    return open_split("train"), open_split("validation") if held_out else None
+
+
+def build_model(config: RunConfig, mesh: ParallelMesh, micro_batches: int) -> tuple[ModelStages, Engine]:
+    """This rank's part of the model, initialised, and the engine around it for that many micro-batches per step."""
+    mine = {stage.index: stage.layers for stage in stages(config) if stage.rank == mesh.pp.rank}
+    tp_context = TensorParallelContext(mesh.tp, config.parallel.sequence_parallel)
+    model = ModelStages(config.model, mine, tp_context, recompute=config.train.recompute)
+    initialise(
+        model,
+        model.shard_slices(),
+        seed=config.train.seed,
+        num_layers=config.model.num_hidden_layers,
+        scheme=config.model.init,
+        std=config.model.initializer_range,
+    )
+    if config.train.compile:
+        for layer in model.decoder_layers():
+            layer.compile()
+    return model, Engine(model, config, mesh, micro_batches)
+
+
+def data_identity(config: RunConfig, data: Loader, sequence_length: int) -> DataIdentity:
+    """What the position of a checkpoint counts in, of a run with sequences of that length."""
+    return DataIdentity(data.fingerprint(sequence_length), config.train.seed, sequence_length)
+
+
+def write_train_event(run: Run, state: TrainState, loss: Tensor, grad_norm: float, lr: float, seconds: float) -> None:
+    """Record a step that took `seconds`; every rank must call it."""
+    config, sequence = run.config, run.config.data.sequence_length
+    (total,) = sum_losses([float(loss)], run.mesh)
+    speed = config.tokens_per_step / seconds
+    at_peak = run.peak.flops * run.mesh.world.size
+    run.metrics.write(
+        "train",
+        step=state.step,
+        total_steps=run.total_steps(state),
+        tokens=state.samples * sequence,
+        samples=state.samples,
+        loss=total / run.mesh.data.size,
+        grad_norm=grad_norm,
+        lr=lr,
+        seconds=seconds,
+        tokens_per_second=speed,
+        mfu=speed * flops_per_token(config.model, sequence, "full") / at_peak,
+        mfu_causal=speed * flops_per_token(config.model, sequence, "causal") / at_peak,
+        peak_memory_bytes=peak_memory_bytes(run.mesh.device),
+    )

@@ -1,0 +1,128 @@
+"""Where a run takes up its state, and how it keeps it: checkpoints as the loop sees them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from megallama.checkpoint.finite import state_is_finite
+from megallama.checkpoint.health import way_back
+from megallama.checkpoint.reading.rollback import pass_over, record_return, return_to
+from megallama.checkpoint.reading.store import (
+    Start,
+    load,
+    load_initial_weights,
+)
+from megallama.checkpoint.state import TrainState, read_saved, state_document
+from megallama.checkpoint.writing.commit import Retention, apply_retention, quarantine
+from megallama.errors import NotFiniteError
+from megallama.layout.budget import schedule_batch
+from megallama.parallel.mesh import sum_losses
+from megallama.train.metrics import Metrics
+from megallama.train.run import Run, data_identity
+
+
+def clean_checkpoints(
+    folder: Path, start: Start, damaged: Mapping[Path, str], retention: Retention, metrics: Metrics
+) -> None:
+    """Set aside and delete what earlier starts left that is not whole or not kept, and say so."""
+    for notice in quarantine(folder, damaged):
+        metrics.write("notice", text=notice)
+    for notice in start.notices:
+        metrics.write("notice", text=notice)
+    if start.resume is not None:
+        if start.back:
+            metrics.write("rollback", **return_to(start.resume).facts)
+            record_return(start.resume)
+        # The start before may have been killed between a save and this, and this one may have none to save.
+        for notice in [*pass_over(start.resume), *apply_retention(folder, retention, proven=False)]:
+            metrics.write("notice", text=notice)
+
+
+def start_state(run: Run, start: Start) -> TrainState:
+    """Where the run stands: the newest checkpoint, the weights of another run, or the beginning."""
+    if start.resume is not None:
+        state = load(start.resume, run.engine, run.model)
+        state = replace(state, first_batch=schedule_batch(run.config, state.seen))
+        state = in_sequences(run, state, read_saved(start.resume).data.sequence_length)
+        run.metrics.write("resume", step=state.step, samples=state.samples, path=str(start.resume))
+        if not state_is_finite(run.engine.fragments(), run.mesh):
+            what = f"weights or moments of {start.resume} are not finite"
+            raise NotFiniteError(f"{what}; {way_back(run.dir, state.step)}")
+        return state
+    if start.weights is not None:
+        load_initial_weights(start.weights, run.engine, run.model)
+        if not state_is_finite(run.engine.fragments(), run.mesh):
+            what = f"checkpoint.init_from={start.weights} has weights that are not finite"
+            raise NotFiniteError(f"{what}; use another checkpoint")
+    return TrainState(first_batch=run.config.train.global_batch_size)
+
+
+def in_sequences(run: Run, state: TrainState, before: int | None) -> TrainState:
+    """The state with its tokens counted in the run's sequences, which were of `before` tokens when it was saved."""
+    now = run.config.data.sequence_length
+    if before in (None, now):
+        return state
+    counted = state.in_sequences_of(now, before)
+    seen = f"the {state.samples * before:,} tokens seen count as {counted.samples:,} sequences"
+    run.metrics.write("notice", text=f"data.sequence_length was {before} and is {now}: {seen} of a new order")
+    return counted
+
+
+def check_loaded(run: Run, step: int, done: int, skipped: int, loss: Tensor) -> None:
+    """NotFiniteError where what was loaded at `step` cannot be trained on, as the steps `done` since then show.
+
+    That is so if the first loss is not finite, or if the weights are large beyond measure and two steps were skipped:
+    of one its data may be the reason. Every rank must call it.
+    """
+    why = ""
+    if done == 1 and not math.isfinite(*sum_losses([float(loss)], run.mesh)):
+        why = "give a loss that is not finite"
+    if done == skipped == 2 and not state_is_finite(run.engine.fragments(), run.mesh, squares=True):
+        why = "are too large: no gradient is finite"
+    if why:
+        raise NotFiniteError(f"the weights that were loaded at step {step} {why}; {way_back(run.dir, step)}")
+
+
+def save_checkpoint(run: Run, state: TrainState, loss: Tensor, *, healthy: bool) -> bool:
+    """Begin to save everything that the run needs to go on; every rank must call it.
+
+    Returns whether the checkpoint is healthy: as far as the caller knows, and by its loss and its numbers.
+    """
+    run.watchdog.now("save", patient=True)
+    config, mesh = run.config, run.mesh
+    (total,) = sum_losses([float(loss)], mesh)
+    healthy = state_is_finite(run.engine.fragments(), mesh, squares=True) and healthy and math.isfinite(total)
+    layout: dict[str, object] = {
+        "tensor": config.parallel.tensor,
+        "pipeline": config.parallel.pipeline,
+        "schedule": config.parallel.schedule,
+        "data": mesh.data.size,
+        "zero_stage": config.zero.stage,
+        "dtype": config.train.dtype,
+    }
+    identity = data_identity(config, run.train_data, config.data.sequence_length)
+    run.saver.save(state.step, state_document(state, total / mesh.data.size, healthy, identity, config.model, layout))
+    if not config.checkpoint.asynchronous:
+        run.saver.wait()
+    return healthy
+
+
+def report_saves(run: Run) -> None:
+    """Record the saves that ended since the last call."""
+    for result in run.saver.take_results():
+        seconds = {"seconds": result.seconds, "blocked_seconds": result.blocked_seconds}
+        if result.error is None:
+            run.requests.save_took(result.seconds)
+            run.metrics.write("checkpoint", step=result.step, path=str(result.path), bytes=result.bytes, **seconds)
+        else:
+            count = {"failures": result.failures}
+            run.metrics.write("checkpoint_failed", step=result.step, reason=result.error, **seconds, **count)
+        for warning in result.warnings:
+            run.metrics.write("notice", text=warning)
+    for warning in run.saver.take_notices():
+        run.metrics.write("notice", text=warning)
