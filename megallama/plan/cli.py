@@ -299,7 +299,7 @@ def _search(config: RunConfig, asked: Asked) -> None:
 
 def _timeline(config: RunConfig, asked: Asked) -> None:
     from megallama.layout.check import check_config
-    from megallama.plan.time.timeline import timeline
+    from megallama.plan.time.simulation import timeline
 
     if config.parallel.pipeline == 1:
         raise UserError("parallel.pipeline=1 has no timeline: every micro-batch follows the other; set it above 1")

@@ -21,7 +21,7 @@ from megallama.config.keys import LEGAL_KEYS
 from megallama.config.load import dump_config, load_config
 from megallama.errors import UserError
 from megallama.layout.check import check_config
-from megallama.plan.time.timeline import refuse_long
+from megallama.plan.time.simulation import refuse_long
 from megallama.run_dir.limits import check_run_dir
 from tests.checkpoint.test_hostile import mutated
 from tests.launching import ROOT

@@ -22,8 +22,7 @@ from megallama.model.llama import TensorParallelContext
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
-from megallama.plan.time.simulation import Span, bubble, makespan, relative_seconds, simulate
-from megallama.plan.time.timeline import draw
+from megallama.plan.time.simulation import Span, bubble, draw, makespan, relative_seconds, simulate
 from megallama.train.pipeline import Pipeline, Stage
 
 UNIT = 0.6
