@@ -1,4 +1,4 @@
-"""The picture of a plan: its bars are the ledger's rows, its timeline the simulation's spans, its files pictures."""
+"""The picture of a plan: its bars are the ledger's rows, its line the memory of a device, its files pictures."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from typer.testing import CliRunner
 
 from megallama.config.load import load_config
 from megallama.errors import UserError
-from megallama.layout.schedules import action_lists
 from megallama.plan.cli import plan
+from megallama.plan.hardware import find_gpu
 from megallama.plan.memory.ledger import memory_rows
 from megallama.plan.report.plot import check_target, draw_plan
-from megallama.plan.time.simulation import relative_seconds, simulate
 
 CONFIG = Path(__file__).parents[2] / "configs" / "8b.yaml"
 PIPELINE = ["parallel.pipeline=4", "parallel.tensor=1", "train.global_batch_size=128"]
@@ -41,38 +40,33 @@ def test_bars_are_the_rows_of_the_ledger(schedule: str) -> None:
     assert len(set(colours)) == len(colours), "a colour stands for one row"
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"])
-def test_the_timeline_is_the_simulation_of_the_orders_that_training_runs(schedule: str) -> None:
-    config = load_config(CONFIG, [*PIPELINE, f"parallel.schedule={schedule}"])
-    axes = draw_plan(config, 64).axes[1]
-    spans = simulate(action_lists(config.parallel, 8), relative_seconds(config))
-    expected = [(rank, span.start, span.end - span.start) for rank, row in enumerate(spans) for span in row]
-    waiting, *kinds = (bar for bar in axes.containers if isinstance(bar, BarContainer))
-    drawn = [
-        (round(patch.get_y() + patch.get_height() / 2), patch.get_x(), patch.get_width())
-        for kind in kinds
-        for patch in kind.patches
-    ]
-    assert len(drawn) == len(expected)
-    for found, wanted in zip(sorted(drawn), sorted(expected), strict=True):
-        assert found == pytest.approx(wanted)
-    assert {patch.get_width() for patch in waiting.patches} == {max(span.end for row in spans for span in row)}
-    assert len(waiting.patches) == 4
+def test_a_component_has_one_colour_in_every_picture() -> None:
+    def colours(*words: str) -> dict[str, object]:
+        axes = draw_plan(load_config(CONFIG, [*PIPELINE, *words]), 64).axes[0]
+        bars = [bar for bar in axes.containers if isinstance(bar, BarContainer)]
+        return {str(bar.get_label()): bar.patches[0].get_facecolor() for bar in bars}
+
+    plain, split = colours(), colours("parallel.schedule=zbvzerobubble")
+    assert len(split) > len(plain)
+    assert {name: split[name] for name in plain} == plain
 
 
-def test_a_single_stage_has_no_timeline() -> None:
-    config = load_config(CONFIG, ["parallel.pipeline=1", "parallel.tensor=1", "train.global_batch_size=128"])
-    assert len(draw_plan(config, 64).axes) == 1
+def test_a_line_stands_where_the_memory_of_the_device_ends() -> None:
+    config, gpu = load_config(CONFIG, PIPELINE), find_gpu("h100")
+    (line,) = draw_plan(config, 64, gpu).axes[0].lines
+    assert line.get_ydata()[0] == pytest.approx(gpu.usable_bytes / 2**30)
+    assert line.get_label() == "77.6 GiB of NVIDIA H100 SXM"
+    assert not draw_plan(config, 64).axes[0].lines
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
 def test_the_command_writes_a_picture(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"out{suffix}"
     result = CliRunner().invoke(app, [str(CONFIG), *PIPELINE, "--gpus", "64", "--plot", str(path)])
-    assert (result.exit_code, result.stdout) == (0, f"memory and timeline are in {path}\n")
+    assert (result.exit_code, result.stdout) == (0, f"the memory of each pipeline rank is in {path}\n")
     if suffix == ".png":
         height, width, _ = imread(path).shape
-        assert width > 1000 and height > 600
+        assert width > 1000 and height > 500
         assert imread(path)[..., :3].std() > 0.1, "it is not blank"
     elif suffix == ".svg":
         assert re.search(r'<svg [^>]*viewBox="0 0 [\d.]+ [\d.]+"', path.read_text())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from typer.testing import CliRunner
 
@@ -33,6 +35,38 @@ def test_gpus_for_days_are_a_compute_at_an_assumed_share_of_the_peak() -> None:
     assert assumed.flops == pytest.approx(64 * 30 * 86_400 * 989.4e12 * 0.4)
     told = read_flags(Flags(gpus="64", days="30", gpu="a100-80g", mfu="0.5"))
     assert told.flops == pytest.approx(64 * 30 * 86_400 * 312e12 * 0.5)
+
+
+RATIOS = {
+    "a size": (Flags(params="7B"), 7e9, 140e9),
+    "data": (Flags(tokens="140B"), 7e9, 140e9),
+    "a compute": (Flags(flops="5.88e21"), 7e9, 140e9),
+    "GPUs and days": (Flags(gpus="64", days="30"), 2.339e10, 4.678e11),
+}
+
+
+@pytest.mark.parametrize("given", RATIOS)
+def test_a_ratio_of_tokens_settles_the_rest(given: str) -> None:
+    flags, parameters, tokens = RATIOS[given]
+    pair = read_flags(replace(flags, tokens_per_param="20")).fixed_ratio()
+    assert pair == (pytest.approx(parameters, rel=1e-3), pytest.approx(tokens, rel=1e-3))
+
+
+def test_a_sized_run_takes_gpu_hours_at_an_assumed_share_of_the_peak() -> None:
+    """184,320 GPU-hours of A100s at 0.391 of the peak are Llama 2 7B (its model card)."""
+    compute = read_flags(Flags(params="6.738B", tokens="2T", gpu="a100", mfu="0.391")).compute
+    assert compute is not None
+    assert compute.gpu_hours(6 * 6_738_415_616 * 2e12) == pytest.approx(184_320, rel=3e-3)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "peak"),
+    [("a100-40g", 312e12), ("h100", 989.4e12), ("H100-80G", 989.4e12), ("h100-pcie", 756e12), ("h100-nvl", 835e12),
+     ("h200", 989.4e12), ("gh200", 989.4e12), ("b200", 2250e12), ("mi300x", 1307e12), ("l40s", 362e12)],
+)  # fmt: skip
+def test_published_peaks_by_short_name(gpu: str, peak: float) -> None:
+    compute = read_flags(Flags(params="7B", gpu=gpu)).compute
+    assert compute is not None and compute.peak == peak
 
 
 def test_no_flag_is_no_question() -> None:
@@ -76,7 +110,19 @@ WRONG: list[tuple[Flags, str]] = [
     (Flags(days="30"), "--days=30 alone is no compute; add --gpus 64, or leave it out"),
     (Flags(mfu="0.4"), "--mfu=0.4 alone is no compute; add --gpus 64 --days 30, or leave it out"),
     (Flags(gpu="h100", days="30"), "--days=30 alone is no compute; add --gpus 64, or leave it out"),
-    (Flags(gpus="64", params="7B"), "--gpus=64 does not go with --params=7B; leave one of them out"),
+    (Flags(gpu="h100"), "--gpu=h100 alone is no compute; add --gpus 64 --days 30, or --params 7B, or leave it out"),
+    (Flags(gpu="h300", params="7B"), "the GPU h300 is not known; did you mean h"),
+    (
+        Flags(gpus="64", params="7B"),
+        "--gpus=64 alone is no compute; add --gpu h100 for how long it takes, or leave it out",
+    ),
+    (Flags(price="2", params="7B"), "--price=2 alone is no compute; add --gpu h100 for how long it takes"),
+    (Flags(tokens_per_param="20"), "--tokens-per-param=20 sizes nothing alone; add --params 7B, or leave it out"),
+    (
+        Flags(tokens_per_param="20", params="7B", tokens="1T"),
+        "--tokens-per-param=20 contradicts --params=7B --tokens=1T; leave one of them out",
+    ),
+    (Flags(tokens_per_param="0", params="7B"), "--tokens-per-param=0 is not a number from 0.01 to 1e6; nearest legal"),
     (
         Flags(gpus="64", days="30", flops="1e21"),
         "--flops=1e21 contradicts --gpus=64 --days=30, which is 6.565e+22 FLOPs; leave one of them out",

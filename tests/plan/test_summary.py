@@ -36,12 +36,12 @@ def command(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "gpu", "micro_batch"), product(PLANNED, ("a100-40g", "h100", "h200", "b200", "mi300x"), (1, 16))
+    ("name", "gpu", "micro_batch"), [*product(PLANNED, ("a100-40g", "h100", "h200", "b200", "mi300x"), (1, 16))]
 )
 def test_it_is_a_screen(name: str, gpu: str, micro_batch: int) -> None:
     config = load_config(CONFIGS / f"{name}.yaml", [f"train.micro_batch_size={micro_batch}"])
     found = find_gpu(gpu, load_hardware(None))
-    lines = summarise(config, PLANNED[name][0], found, 3e12, 2.5).render().splitlines()
+    lines = summarise(config, PLANNED[name][0], found, tokens=3e12, price=2.5).render().splitlines()
     assert len(lines) <= 20
     assert max(map(len, lines)) <= 80
 
@@ -113,6 +113,13 @@ def test_a_mistyped_software_prints_nothing() -> None:
     result = CliRunner().invoke(app, ["plan", *command("7b"), "--software=megatorn"])
     assert (result.stdout, result.exit_code) == ("", 1)
     assert "--software=megatorn is not known; did you mean megatron-2024?" in str(result.exception)
+
+
+def test_an_assumed_mfu_stands_where_no_constant_is_known_and_is_said_to_be_assumed() -> None:
+    said = screen(str(CONFIGS / "8b.yaml"), "--gpus=64", "--gpu=b200", "--mfu=0.35")
+    assert "MFU 35.0 %" in said
+    assert re.search(r"^step    [\d.]+ s: at the MFU that --mfu assumes$", said, re.M)
+    assert "better" not in said
 
 
 def amount_after(label: str, said: str) -> float:

@@ -67,7 +67,7 @@ def _count(config: RunConfig, pp: int, ranks: int) -> int:
     dp = ranks // pp
     stages = len(ZERO_STAGES) if dp > 1 and pp == 1 else 1
     tried = len(schedules(config.model.num_hidden_layers, pp))
-    return tried * stages * len(RECOMPUTE) * len(micro_batch_sizes(config.train.global_batch_size, dp))
+    return tried * stages * len(RECOMPUTE) * max(1, len(micro_batch_sizes(config.train.global_batch_size, dp)))
 
 
 def micro_batch_sizes(batch: int, dp: int) -> list[int]:

@@ -6,12 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
-from megallama.plan.memory.fit import changes, rank_bytes, refuse_too_large
 
 from megallama.config.load import load_config
 from megallama.errors import UserError
 from megallama.layout.check import check_config
 from megallama.plan.hardware import find_gpu
+from megallama.plan.memory.ledger import rank_bytes
+from megallama.plan.search.changes import nearest_change, refuse_too_large, single_changes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -58,18 +59,25 @@ def test_a_run_that_no_single_change_helps_is_sent_to_the_search() -> None:
 
 def test_tensor_parallelism_that_is_proposed_stays_within_a_node() -> None:
     config = load_config(str(CONFIGS / "8b.yaml"), ["parallel.tensor=2"])
-    tensors = {changed.parallel.tensor for changed, _, _ in changes(config, 16, node=4)}
-    assert tensors == {2, 4}
-    assert {changed.parallel.tensor for changed, _, _ in changes(config, 16)} == {2, 4, 8, 16}
+    node = find_gpu("h100").model_copy(update={"gpus_per_node": 4})
+    tried = [one.words for one in single_changes(config, 16, node)]
+    assert "parallel.tensor=4" in tried
+    small = load_config(str(CONFIGS / "8b.yaml"), ["parallel.tensor=4", "train.global_batch_size=512"])
+    assert "parallel.tensor=8" not in [one.words for one in single_changes(small, 16, node)]
     whole_node = load_config(str(CONFIGS / "70b.yaml"), ["parallel.tensor=8", "parallel.pipeline=1"])
     with pytest.raises(UserError, match=r"nearest that fits: parallel\.pipeline=2 with --gpus 32$"):
         refuse_too_large(whole_node, 16, find_gpu("h100"))
 
 
-def test_a_list_of_layers_is_kept_by_tensor_and_given_up_in_words_by_pipeline_parallelism() -> None:
-    config = load_config(str(CONFIGS / "8b.yaml"), ["parallel.pipeline=2", "parallel.layers_per_stage=[17,15]"])
-    found = {words.partition(" with ")[0]: changed.parallel for changed, _, words in changes(config, 16)}
-    assert found["parallel.tensor=4"].layers_per_stage == (17, 15)
-    assert found["parallel.pipeline=4 parallel.layers_per_stage=balanced"].layers_per_stage == "balanced"
-    even = load_config(str(CONFIGS / "8b.yaml"), ["parallel.pipeline=2", "parallel.layers_per_stage=even"])
-    assert {changed.parallel.layers_per_stage for changed, _, _ in changes(even, 16)} == {"even"}
+def test_a_list_of_layers_is_given_up_in_words_where_more_stages_are_what_fits() -> None:
+    words = ["parallel.pipeline=2", "parallel.tensor=8", "parallel.layers_per_stage=[40,40]"]
+    config = load_config(str(CONFIGS / "70b.yaml"), [*words, "train.recompute=full", "train.micro_batch_size=1"])
+    with pytest.raises(UserError, match=r"parallel\.pipeline=4 parallel\.layers_per_stage=balanced"):
+        refuse_too_large(config, 64, find_gpu("a100-40g"))
+
+
+def test_the_change_that_a_run_out_of_memory_is_told_costs_the_least() -> None:
+    found = nearest_change(load_config(str(CONFIGS / "7b.yaml")), 128)
+    assert found is not None
+    assert found.words == "train.micro_batch_size=2"
+    assert found.size <= 0.9 * max(rank_bytes(load_config(str(CONFIGS / "7b.yaml")), 128))
