@@ -172,6 +172,17 @@ def test_the_excerpt_in_the_docs_is_what_is_printed() -> None:
     assert len(excerpt) == 8
 
 
+@pytest.mark.parametrize(("words", "width"), [("--price 2", "80"), ("--explain", "110")])
+def test_the_plan_in_the_docs_is_what_is_printed(words: str, width: str) -> None:
+    page = (CONFIGS.parent / "docs" / "planning.md").read_text()
+    command = f"megallama plan configs/7b.yaml --gpus 128 --gpu a100-80g {words}\n"
+    excerpt = page.partition(command)[2].lstrip("`\n").partition("```")[0].splitlines()
+    arguments = [str(CONFIGS / "7b.yaml"), *command.split()[3:]]
+    printed = CliRunner().invoke(app, arguments, env={"COLUMNS": width}).stdout.splitlines()
+    assert len(excerpt) > 10
+    assert [line for line in excerpt if line not in (*printed, "...")] == []
+
+
 def test_the_figures_in_the_docs_are_those_of_their_commands() -> None:
     page = " ".join((CONFIGS.parent / "docs" / "planning.md").read_text().split())
     pair = planned("--params", "8.03B", "--tokens", "15T")["loss"]

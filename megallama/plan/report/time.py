@@ -45,7 +45,8 @@ def _step_time(config: RunConfig, world_size: int, on: Machine, step: StepTime) 
         how = f"tokens * FLOPs per token / ({world_size} * {on.gpu.peak_tflops} TFLOP/s * the MFU assumed by --mfu)"
         return Part("step_time", title, (Row("total", "one step", how, step.total, "s"),))
     batching, parallel = check_batching(config, world_size), config.parallel
-    work = slowest_work(rank_works(config, on), config, on)
+    works = rank_works(config, on)
+    work = slowest_work(works, config, on)
     bandwidth, each = on.known("memory_tb_s"), f"{batching.gradient_accumulation_steps} micro-batches"
     matmul = f"{each} * {work.kernels.matmul_flops:.4g} FLOPs at {on.efficiency:.1%} of {on.gpu.peak_tflops} TFLOP/s"
     share = on.software.attention_rate(on.gpu)
@@ -62,7 +63,8 @@ def _step_time(config: RunConfig, world_size: int, on: Machine, step: StepTime) 
         rows.append(Row("tensor", "tensor-parallel communication", how, step.tensor, "s"))
     if parallel.pipeline > 1:
         way = _speed_of(on.gpu, Group(2, parallel.tensor * batching.dp_size))
-        one = f"{work.messages} messages of {_bytes(tensors(config).state)} at {way}, {1e6 * NODE_LATENCY:g} us each"
+        number = max(each.messages for each in works)
+        one = f"{number} messages of {_bytes(tensors(config).state)} at {way}, {1e6 * NODE_LATENCY:g} us each"
         rows.append(Row("pipeline", "pipeline communication", f"{each} * {one}", step.pipeline, "s"))
         waiting = step.bubble / (step.compute + step.tensor + step.pipeline)
         how = f"{parallel.schedule}, pp {parallel.pipeline}: {waiting:.4g} of compute, tensor and pipeline"
@@ -72,7 +74,7 @@ def _step_time(config: RunConfig, world_size: int, on: Machine, step: StepTime) 
         traffic = data_traffic(config, on.software, work.parameters, batching.gradient_accumulation_steps)
         how = f"ZeRO-{config.zero.stage}: {_collectives(traffic, on.gpu, Group(dp, parallel.tensor))}"
         rows.append(Row("data", "data-parallel communication", how + _hidden(on, "data"), step.data, "s"))
-    parameters = max(each.parameters for each in rank_works(config, on))
+    parameters = max(each.parameters for each in works)
     share = on.software.optimizer_ranks(dp)
     how = f"{OPTIMIZER_BYTES} B * {parameters:.4g} parameters / {share} copies over {bandwidth} TB/s"
     rows.append(Row("optimizer", "optimizer", how, step.optimizer, "s"))

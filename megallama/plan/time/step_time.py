@@ -133,7 +133,9 @@ def step_time(config: RunConfig, world_size: int, on: Machine, *, simulated: boo
     works = rank_works(config, on)
     work = slowest_work(works, config, on)
     slowest, stride = work.seconds(on, config), config.parallel.tensor * dp
-    messages = work.messages * message_seconds(on.gpu, stride, tensors(config).state) if work.messages else 0.0
+    # The busiest rank's: whoever computes the most waits for its neighbours' messages as well.
+    number = max(work.messages for work in works)
+    messages = number * message_seconds(on.gpu, stride, tensors(config).state) if number else 0.0
     if "pipeline" in on.software.overlap:
         messages = max(0.0, messages - slowest.compute)
     waits = (simulated_waiting if simulated else waiting)(config, m)
