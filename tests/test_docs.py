@@ -147,6 +147,12 @@ def test_documents_name_no_place_of_the_machine_they_were_written_on() -> None:
     assert found == []
 
 
+def test_the_readme_tells_the_size_of_the_package() -> None:
+    (said,) = re.findall(r"about ([\d,]+) lines", (ROOT / "README.md").read_text())
+    lines = sum(len(path.read_text().splitlines()) for path in (ROOT / "megallama").rglob("*.py"))
+    assert lines == pytest.approx(int(said.replace(",", "")), rel=0.03)
+
+
 def test_nothing_stray_is_committed() -> None:
     """Pictures, logs and runs of somebody's trials end up where a command was typed."""
     found = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()

@@ -55,6 +55,11 @@ def test_the_command_of_a_run_prints_what_is_scored(runs: list[PublishedRun], nu
     assert float(line.split()[-1].replace(",", "")) == pytest.approx(run.predicted, rel=1e-3), result.stdout
 
 
+def test_the_readme_tells_the_score(runs: list[PublishedRun]) -> None:
+    within = sum(abs(run.error) <= 0.1 for run in runs)
+    assert f"{len(runs)} published runs, {within} of them within 10 %" in (ROOT / "README.md").read_text()
+
+
 def test_the_page_has_the_summaries_and_every_source(runs: list[PublishedRun]) -> None:
     text = " ".join(PAGE.read_text().split())
     for part in (runs, [run for run in runs if run.fitted], [run for run in runs if not run.fitted]):
