@@ -1,4 +1,4 @@
-"""The file that sbatch takes for a run: what slurm/7b.sh is for the 7B recipe, written for any. Pure."""
+"""The file that sbatch takes for a run, of any config; `slurm/generate.py` makes those of the recipes by it. Pure."""
 
 from __future__ import annotations
 
@@ -49,11 +49,19 @@ def log_pattern(run_dir: Path) -> str:
     return log_of(Path(str(run_dir).replace("%", "%%")), "%j")
 
 
-def job_file(config: Path, overrides: Sequence[str], run_dir: Path, log: str, allocation: Allocation) -> str:
+def job_file(
+    config: Path,
+    overrides: Sequence[str],
+    run_dir: Path,
+    log: str,
+    allocation: Allocation,
+    about: Sequence[str] = (),
+) -> str:
     """Its text. It calls slurm/run.sh of the folder that it is submitted from; words after the file are overrides.
 
-    `log` is a pattern of sbatch's, see `log_pattern`. Slurm makes no folder for it, and runs no job whose log it cannot
-    open. UserError for a word that would end its line, or that sbatch would take for something else than an option.
+    `about` is said in comments. `log` is a pattern of sbatch's, see `log_pattern`: Slurm makes no folder for it, and
+    runs no job whose log it cannot open. UserError for a word that would end its line, or that sbatch would take for
+    something else than an option.
     """
     asked = [
         f"--job-name={job_name(run_dir)}",
@@ -75,9 +83,11 @@ def job_file(config: Path, overrides: Sequence[str], run_dir: Path, log: str, al
     return "\n".join(
         [
             "#!/usr/bin/env bash",
+            *(f"# {line}" for line in about),
             *(f"#SBATCH {_quoted(option)}" for option in asked),
             *ranks,
-            f'exec bash "$SLURM_SUBMIT_DIR/slurm/run.sh" {shlex.join(words)} "$@"',
+            "# sbatch runs a copy of this file from a spool folder.",
+            f'exec bash "${{SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/slurm/run.sh" {shlex.join(words)} "$@"',
             "",
         ]
     )

@@ -15,6 +15,8 @@ Convention = Literal["full", "causal"]
 # Each rank's slice of the vocabulary is a multiple of this, for matmul speed (Megatron-LM,
 # --make-vocab-size-divisible-by).
 VOCAB_MULTIPLE = 128
+LOGITS_AT_ONCE = 2**27
+"""Elements of logits that the loss forms at once: half a GiB in fp32."""
 
 
 class Shape(Protocol):

@@ -34,13 +34,27 @@ from megallama.parallel.shards import ShardSlice, shard_slices
 Recompute = Literal["none", "selective", "full"]
 
 
+AttentionCore = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries [batch, heads, sequence, head_dim], keys and values of as many heads or fewer, to the like of queries.
+
+What is rotated by which position is settled before it.
+"""
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each position attends to itself and those before it, by torch's fused kernel where there is one."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
 @dataclass(frozen=True)
 class TensorParallelContext:
-    """Where parallelism enters the model: the tensor-parallel axis, and whether the sequence is cut between layers."""
+    """Where parallelism enters the model: the tensor-parallel axis, whether the sequence is cut between layers, the
+    attention over positions."""
 
     tp: Axis = ALONE
     sequence_parallel: bool = False
     part: GradientFilter = field(default_factory=GradientFilter)
+    attention: AttentionCore = causal_attention
 
 
 class Attention(nn.Module):
@@ -49,7 +63,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, tp_context: TensorParallelContext) -> None:
         super().__init__()
         tp = tp_context.tp
-        self.tp, self.head_dim = tp, config.head_size
+        self.tp, self.head_dim, self.core = tp, config.head_size, tp_context.attention
         self.heads, self.kv_heads = config.num_attention_heads, config.kv_heads
         kv_width = self.kv_heads * self.head_dim
         widths = {"q_proj": self.heads * self.head_dim, "k_proj": kv_width, "v_proj": kv_width}
@@ -61,8 +75,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv_proj(x).split(self.qkv_proj.widths, dim=-1)
         q, k, v = self._split_heads(q), self._own_kv_heads(k), self._own_kv_heads(v)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        context = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        return self.o_proj(context.transpose(1, 2).flatten(2))
+        return self.o_proj(self.core(q, k, v).transpose(1, 2).flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """[batch, sequence, heads * head_dim] -> [batch, heads, sequence, head_dim]."""

@@ -14,11 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megallama.config.schema import IGNORE_INDEX
+from megallama.layout.counts import LOGITS_AT_ONCE
 from megallama.parallel.collectives import all_reduce
 from megallama.parallel.mesh import Axis
-
-CHUNK_ELEMENTS = 2**27
-"""Logits held at once: 512 MiB in fp32."""
 
 
 def linear_cross_entropy(
@@ -46,7 +44,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if training:
             grad_hidden = torch.empty_like(hidden)
             grad_weight = torch.zeros_like(weight, dtype=precise)
-        chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        chunk = max(1, LOGITS_AT_ONCE // weight.shape[0])
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             logits = (hidden[part] @ weight.t()).to(precise)

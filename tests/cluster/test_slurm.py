@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from megallama.cluster.job_file import Allocation, job_file
+from slurm.generate import RECIPES, text_of
 from tests.launching import BIN
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
-SIZES = [script for script in SCRIPTS if script.stem not in ("run", "environment")]
 
 # A stand-in: neither Apptainer nor Pyxis is to be had where these tests run. Prints the words that reach srun.
 SRUN = """#!/usr/bin/env bash
@@ -38,20 +37,9 @@ def test_scripts_are_legal_bash(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
 
 
-@pytest.mark.parametrize("script", SIZES, ids=lambda script: script.name)
-def test_scripts_are_thin(script: Path) -> None:
-    lines = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
-    assert lines[-1].startswith(f'exec bash "$folder/run.sh" configs/{script.stem}.yaml')
-    assert len(lines) == 3
-
-
-@pytest.mark.parametrize("script", SIZES, ids=lambda script: script.name)
-def test_a_written_job_file_asks_for_what_the_shipped_one_asks(script: Path, tmp_path: Path) -> None:
-    asked = dict(_options(script.read_text()))
-    allocation = Allocation(int(asked["--nodes"]), 8, True, asked["--time"], int(asked["--signal"].partition("@")[2]))
-    run_dir = tmp_path / script.stem
-    written = dict(_options(job_file(Path(f"configs/{script.stem}.yaml"), [], run_dir, "%x-%j.log", allocation)))
-    assert written == asked
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_files_of_the_recipes_are_those_that_their_generator_makes(name: str) -> None:
+    assert (ROOT / "slurm" / f"{name}.sh").read_text() == text_of(name), "python slurm/generate.py writes it anew"
 
 
 def test_without_slurm_there_is_one_sentence(tmp_path: Path) -> None:
@@ -128,11 +116,6 @@ JOB = {
     "SLURM_GPUS_ON_NODE": "8",
 }
 SMALL = ["train.device=cpu", "model.hidden_size=256", "model.intermediate_size=256"]
-
-
-def _options(text: str) -> list[tuple[str, str]]:
-    lines = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
-    return [(name, value) for name, _, value in (line.partition("=") for line in lines)]
 
 
 def _bash(folder: Path, *words: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:

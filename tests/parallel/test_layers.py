@@ -123,7 +123,7 @@ def test_vocabulary_cut_embedding_and_norm_match_dense(sequence_parallel: bool) 
 def cross_entropy(launch: Launch, vocabulary: int, chunk_elements: int) -> int:
     """Returns the largest number of elements of any 2-D tensor made inside the loss."""
     tp = join(launch)
-    megallama.parallel.cross_entropy.CHUNK_ELEMENTS = chunk_elements
+    megallama.parallel.cross_entropy.LOGITS_AT_ONCE = chunk_elements
     hidden, weight = random(24, 12), random(vocabulary, 12, seed=1)
     labels = torch.randint(0, vocabulary, (24,), generator=torch.Generator().manual_seed(2))
     labels[::5] = IGNORE_INDEX

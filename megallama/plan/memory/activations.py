@@ -11,11 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megallama.config.schema import RunConfig
-from megallama.layout.counts import padded_vocabulary
+from megallama.layout.counts import LOGITS_AT_ONCE, padded_vocabulary
 from megallama.layout.stages import Stage
-
-LOGITS_AT_ONCE = 2**27
-"""Elements of a chunk of logits; equal to `parallel.loss.CHUNK_ELEMENTS`, which a test holds."""
 
 
 @dataclass(frozen=True)
