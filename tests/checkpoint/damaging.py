@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megallama.checkpoint.format import (
     MANIFEST,
     STATE,
+    TENSORS,
     File,
     Manifest,
     folder_name,
@@ -22,6 +25,8 @@ from megallama.checkpoint.format import (
 
 FIXTURE = Path(__file__).parent / "fixtures" / "format-1"
 CHECKPOINT = FIXTURE / "step_00000003"
+EMBEDDING = "model.embed_tokens.weight"
+Harm = Callable[[Path], object]
 
 
 class Bomb:
@@ -84,3 +89,15 @@ def copy_as(path: Path, step: int, folder: Path | None = None) -> Path:
     manifest = read_manifest(copy)
     write_manifest(copy, Manifest(step, manifest.saved, manifest.versions, manifest.files))
     return copy
+
+
+def put(*numbers: float, chunk: int = 1) -> Harm:
+    """Put numbers in the place of the first in a chunk of the embedding: that of row 256, or that of all others."""
+
+    def harm(path: Path) -> None:
+        place = json.loads((path / TENSORS).read_bytes())["tensors"][EMBEDDING]["chunks"][chunk]
+        content = bytearray((path / place["file"]).read_bytes())
+        content[place["start"] : place["start"] + 4 * len(numbers)] = np.array(numbers, "<f4").tobytes()
+        rewrite(path / place["file"], bytes(content))
+
+    return harm

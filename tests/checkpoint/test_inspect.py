@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megallama.checkpoint.commands import difference, listing
-from megallama.checkpoint.commands.difference import compare, differing_fields, tensor_differences
+from megallama.checkpoint.commands import listing
 from megallama.checkpoint.commands.listing import COMPLETE, checkpoints_at, checkpoints_folder, entries, layout_name
 from megallama.checkpoint.format import (
     BEST,
@@ -33,10 +32,19 @@ from megallama.checkpoint.format import (
 from megallama.checkpoint.reading.inspect import inspect
 from megallama.checkpoint.tensors import Stored, read_places
 from megallama.errors import UserError
-from tests.checkpoint.damaging import CHECKPOINT, bomb, copy_as, edit, edit_manifest, flip, rewrite, truncate
-
-EMBEDDING = "model.embed_tokens.weight"
-Harm = Callable[[Path], object]
+from tests.checkpoint.damaging import (
+    CHECKPOINT,
+    EMBEDDING,
+    Harm,
+    bomb,
+    copy_as,
+    edit,
+    edit_manifest,
+    flip,
+    put,
+    rewrite,
+    truncate,
+)
 
 
 @pytest.fixture
@@ -55,18 +63,6 @@ def second_chunk(**values: object) -> Harm:
 
 def model(**values: object) -> Harm:
     return lambda path: edit(path / STATE, lambda content: content["model"].update(values))
-
-
-def put(*numbers: float, chunk: int = 1) -> Harm:
-    """Put numbers in the place of the first in a chunk of the embedding: that of row 256, or that of all others."""
-
-    def harm(path: Path) -> None:
-        place = json.loads((path / TENSORS).read_bytes())["tensors"][EMBEDDING]["chunks"][chunk]
-        content = bytearray((path / place["file"]).read_bytes())
-        content[place["start"] : place["start"] + 4 * len(numbers)] = np.array(numbers, "<f4").tobytes()
-        rewrite(path / place["file"], bytes(content))
-
-    return harm
 
 
 def change_manifest(change: Callable[[dict[str, File]], object]) -> Harm:
@@ -357,60 +353,3 @@ def test_checkpoints_are_found_by_run_by_folder_and_by_name(checkpoint: Path, tm
     ]:
         with pytest.raises(UserError, match=sentence):
             checkpoints_at(path)
-
-
-def test_a_checkpoint_is_equal_to_itself_to_the_bit(checkpoint: Path) -> None:
-    put(float("nan"))(checkpoint)
-    copy = shutil.copytree(checkpoint, checkpoint.with_name("step_00000004"))
-    found = list(tensor_differences(Stored(checkpoint), Stored(copy), lambda _: None))
-    assert len(found) == 90
-    assert all(tensor.equal for tensor in found)
-    assert differing_fields(read_document(checkpoint), read_document(copy)) == []
-
-
-@pytest.mark.parametrize("piece", [1 << 22, 100])
-def test_differences_of_a_tensor_are_its_largest_and_that_of_its_norm(
-    piece: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(difference, "_PIECE", piece)
-    put(*[3.0] * 2048, chunk=0)(checkpoint)
-    put(3.0, -4.0)(checkpoint)
-    found = list(tensor_differences(Stored(CHECKPOINT), Stored(checkpoint), lambda _: None))
-    (tensor,) = (tensor for tensor in found if not tensor.equal)
-    a, b = (Stored(path).read(EMBEDDING).astype(np.float64) for path in (CHECKPOINT, checkpoint))
-    assert (tensor.name, tensor.why) == (EMBEDDING, "")
-    assert tensor.largest == np.abs(a - b).max() == pytest.approx(4.0, abs=0.2)
-    assert tensor.relative == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(a), rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "largest", "relative"),
-    [
-        ([0.0] * 8, [-0.0] * 8, 0.0, 0.0),
-        ([0.0] * 8, [2.0] * 8, 2.0, math.inf),
-        ([1.0] * 8, [math.nan] * 8, math.nan, math.nan),
-        ([math.inf] * 8, [math.inf, 1.0] * 4, math.nan, math.nan),
-    ],
-)
-def test_differences_at_the_edge_of_arithmetic(a: list[float], b: list[float], largest: float, relative: float) -> None:
-    found = compare("x", np.array(a, np.float32), np.array(b, np.float32))
-    assert not found.equal
-    assert (found.largest, found.relative) == pytest.approx((largest, relative), nan_ok=True)
-
-
-def test_tensors_that_cannot_be_compared_are_named(checkpoint: Path) -> None:
-    def change(content: dict[str, Any]) -> None:
-        tensors = content["tensors"]
-        tensors["lm_head.bias"] = tensors.pop("model.norm.weight")
-        tensors[EMBEDDING] |= {"shape": [256, 8], "chunks": tensors[EMBEDDING]["chunks"][:1]}
-
-    edit(checkpoint / TENSORS, change)
-    edit(checkpoint / STATE, lambda content: (content["state"].update(step=5), content.update(more=1)))
-    found = {t.name: t.why for t in tensor_differences(Stored(CHECKPOINT), Stored(checkpoint), lambda _: None) if t.why}
-    assert found == {
-        EMBEDDING: "[257, 8] in A, [256, 8] in B",
-        "model.norm.weight": "only in A",
-        "lm_head.bias": "only in B",
-    }
-    fields = differing_fields(read_document(CHECKPOINT), read_document(checkpoint))
-    assert [(field.key, field.a, field.b) for field in fields] == [("state.step", 3, 5), ("more", "nothing", 1)]
