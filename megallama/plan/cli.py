@@ -91,8 +91,11 @@ class Asked:
         """What the run is planned on; UserError where it has no constant, and no MFU takes its place."""
         from megallama.plan.time.software import machine
 
-        mfu = None if self.mfu is None else number("--mfu", self.mfu, 0.01, 1, "0.4")
-        return machine(gpu, self.software_on(gpu), mfu)
+        return machine(gpu, self.software_on(gpu), self.assumed_mfu())
+
+    def assumed_mfu(self) -> float | None:
+        """The utilisation that takes the place of what is predicted."""
+        return None if self.mfu is None else number("--mfu", self.mfu, 0.01, 1, "0.4")
 
     def money_per_hour(self) -> float | None:
         """The price of one GPU, None where none was typed."""
@@ -203,8 +206,11 @@ def _planned(config: RunConfig, asked: Asked) -> None:
     """Print the first screen, or every figure; UserError at last for what keeps the run from being planned wholly."""
     from megallama.plan.search.changes import refuse_too_large
 
-    without_time = (_tables if asked.explain or asked.as_json else _first_screen)(config, asked)
     gpu = asked.device()
+    if gpu is not None:  # what is mistyped is refused before anything is printed
+        asked.software_on(gpu)
+        asked.assumed_mfu()
+    without_time = (_tables if asked.explain or asked.as_json else _first_screen)(config, asked)
     if gpu is not None and gpu.memory_gib is not None:
         refuse_too_large(config, asked.world_size(config), gpu)
     if without_time is not None:
@@ -235,7 +241,6 @@ def _device_parts(
     gpu = asked.device()
     if gpu is None:
         return [], None
-    asked.software_on(gpu)  # a name that is mistyped is refused before anything is planned
     price = asked.money_per_hour()
     fit = [fit_part(config, world_size, gpu)] if gpu.memory_gib is not None else []
     try:
@@ -265,8 +270,6 @@ def _first_screen(config: RunConfig, asked: Asked) -> UserError | None:
     world_size, gpu = asked.world_size(config), asked.device()
     check_config(config, world_size)
     beside, price = _beside(asked, planned_tokens(config, asked.length())), asked.money_per_hour()
-    if gpu is not None:
-        asked.software_on(gpu)
     summary = summarise(config, world_size, gpu, asked.machine, asked.length(), price)
     typer.echo(summary.render())
     if beside:

@@ -109,10 +109,18 @@ def test_repeated_data_is_told_beside_it() -> None:
     assert "the data repeats 62.9 times" in screen(str(CONFIGS / "7b.yaml"), "--gpus=128", "--unique-tokens=10B")
 
 
-def test_a_mistyped_software_prints_nothing() -> None:
-    result = CliRunner().invoke(app, ["plan", *command("7b"), "--software=megatorn"])
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("--software=megatorn", "--software=megatorn is not known; did you mean megatron-2024?"),
+        ("--mfu=40", "--mfu=40 is not a number from 0.01 to 1; did you mean 0.4?"),
+        ("--price=$2", "did you mean 2?"),
+    ],
+)
+def test_what_is_mistyped_is_refused_before_anything_is_printed(word: str, sentence: str) -> None:
+    result = CliRunner().invoke(app, ["plan", *command("7b"), word])
     assert (result.stdout, result.exit_code) == ("", 1)
-    assert "--software=megatorn is not known; did you mean megatron-2024?" in str(result.exception)
+    assert sentence in str(result.exception)
 
 
 def test_an_assumed_mfu_stands_where_no_constant_is_known_and_is_said_to_be_assumed() -> None:
