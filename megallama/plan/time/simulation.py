@@ -176,11 +176,11 @@ MOST_WRITTEN = 100_000
 """Micro-batches times stages: more are gigabytes, which nobody reads."""
 
 
-def refuse_long(config: RunConfig, micro_batches: int, most: int) -> None:
-    """UserError for a step of more than `most` micro-batches times stages, with the longest that is not."""
+def refuse_long(config: RunConfig, micro_batches: int) -> None:
+    """UserError for a step of more than MOST_WRITTEN micro-batches times stages, with the longest that is not."""
     pipeline = config.parallel.pipeline
     # A multiple of the pipeline, twice it at least: a number that every schedule takes.
-    longest = max(2, most // (pipeline * chunks(config.parallel)) // pipeline) * pipeline
+    longest = max(2, MOST_WRITTEN // (pipeline * chunks(config.parallel)) // pipeline) * pipeline
     if micro_batches > longest:
         sequences = config.train.global_batch_size // micro_batches
         raise UserError(
@@ -194,7 +194,7 @@ def timeline(config: RunConfig, micro_batches: int, width: int) -> str:
 
     UserError for one of too many micro-batches.
     """
-    refuse_long(config, micro_batches, MOST_WRITTEN)
+    refuse_long(config, micro_batches)
     lists = action_lists(config.parallel, micro_batches)
     spans = simulate(lists, relative_seconds(config))
     ideal = 1 / (1 - bubble(spans))
