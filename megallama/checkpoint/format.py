@@ -206,15 +206,6 @@ def damaged_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[
     return [f"{name} is damaged" for name in names if hash_file(path / name) != manifest.files[name].sha256]
 
 
-def damage(path: Path) -> list[str]:
-    """Everything that is wrong with the checkpoint at `path`, all of which is read; empty if nothing is."""
-    try:
-        manifest = read_manifest(path)
-    except TornCheckpointError as error:
-        return [str(error)]
-    return damaged_files(path, manifest, sorted(manifest.files))
-
-
 def hash_file(path: Path) -> str | None:
     """SHA-256 of a file; None if it cannot be read."""
     digest = hashlib.sha256()

@@ -10,7 +10,7 @@ import pytest
 from megallama.config.load import load_config
 from megallama.plan.memory.ledger import memory_rows
 from megallama.plan.report.run import memory_parts
-from megallama.plan.report.table import as_dictionary, render
+from megallama.plan.report.table import render, with_notes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -33,7 +33,7 @@ def test_rows_of_the_fullest_rank_sum_to_its_peak() -> None:
 def test_every_pipeline_rank_is_split_into_its_rows_in_text_and_dictionary() -> None:
     config = load_config(CONFIGS / "7b.yaml")
     parts = memory_parts(config, dp_size=16)
-    found, text = as_dictionary(parts), render(parts, 200)
+    found, text = with_notes(parts), render(parts, 200)
     for index, rows in enumerate(memory_rows(config, 16)):
         split = found[f"memory_pipeline_rank_{index}"]
         assert split.pop("total") == sum(split.values()) == found["memory_by_pipeline_rank"][f"pipeline_rank_{index}"]

@@ -12,7 +12,7 @@ from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.layout.counts import flops_per_token
 from megallama.plan.hardware import built_in_hardware
-from megallama.plan.report.table import Part, as_dictionary, render
+from megallama.plan.report.table import Part, render, with_notes
 from megallama.plan.report.time import time_parts
 from megallama.plan.time.software import known_software, machine
 from megallama.plan.time.step_time import rank_works, slowest_work, step_time
@@ -30,7 +30,7 @@ def rows(parts: list[Part], key: str) -> dict[str, str]:
 
 
 def test_rows_add_up_and_agree_with_the_step_time() -> None:
-    found = as_dictionary(time_parts(config_7b(), 128, H100, price=2.5))
+    found = with_notes(time_parts(config_7b(), 128, H100, price=2.5))
     step = dict(found["step_time"])
     total = step.pop("total")
     assert total == step_time(config_7b(), 128, H100).total
@@ -47,7 +47,7 @@ def test_rows_add_up_and_agree_with_the_step_time() -> None:
 
 def test_mfu_is_that_of_training_whatever_pads_the_vocabulary() -> None:
     config = config_7b("parallel.tensor=8", "parallel.pipeline=1")
-    found = as_dictionary(time_parts(config, 8, H100))["speed"]
+    found = with_notes(time_parts(config, 8, H100))["speed"]
     flops = flops_per_token(config.model, config.data.sequence_length, "full")
     assert found["mfu_full"] == pytest.approx(100 * found["tokens_per_second_per_gpu"] * flops / 989.4e12)
 
@@ -67,7 +67,7 @@ def test_rows_show_their_arithmetic_and_only_what_there_is() -> None:
 def test_the_arithmetic_of_each_term_of_a_step_comes_to_its_seconds(words: tuple[str, ...]) -> None:
     config = config_7b(*words)
     parts = time_parts(config, 128, H100)
-    how, step = rows(parts, "step_time"), as_dictionary(parts)["step_time"]
+    how, step = rows(parts, "step_time"), with_notes(parts)["step_time"]
     work = slowest_work(rank_works(config, H100), config, H100)
     assert how["matmul"].startswith(f"16 micro-batches * {work.kernels.matmul_flops:.4g} FLOPs at ")
     assert how["attention"] == f"16 micro-batches * {work.kernels.attention_flops:.4g} FLOPs at 0.5 of that rate"
@@ -116,7 +116,7 @@ def test_every_collective_of_the_product_is_in_the_time() -> None:
 
 
 def test_an_assumed_mfu_gives_speed_and_cost_where_no_constant_is_known() -> None:
-    found = as_dictionary(time_parts(config_7b(), 128, machine(built_in_hardware()["mi300x"], mfu=0.35)))
+    found = with_notes(time_parts(config_7b(), 128, machine(built_in_hardware()["mi300x"], mfu=0.35)))
     assert list(found["step_time"]) == ["total"]
     assert found["speed"]["mfu_full"] == pytest.approx(35)
     assert found["cost"]["days"] > 1
@@ -124,7 +124,7 @@ def test_an_assumed_mfu_gives_speed_and_cost_where_no_constant_is_known() -> Non
 
 def test_hours_and_money_are_read_without_powers_of_ten() -> None:
     parts = time_parts(config_7b(), 128, H100, 15e12, price=2.5)
-    text, cost = render(parts, 160), as_dictionary(parts)["cost"]
+    text, cost = render(parts, 160), with_notes(parts)["cost"]
     assert cost["money"] > 1e6
     assert f"{cost['money']:,.2f}\n" in text
     assert f"{cost['gpu_hours']:,.2f} h * 2.5" in text
@@ -133,7 +133,7 @@ def test_hours_and_money_are_read_without_powers_of_ten() -> None:
 def test_tokens_and_software_of_the_caller_are_taken() -> None:
     a100 = built_in_hardware()["a100-80g"]
     names = ("megallama", "llama-2")
-    found = [as_dictionary(time_parts(config_7b(), 128, machine(a100, known_software()[name]), 2e12)) for name in names]
+    found = [with_notes(time_parts(config_7b(), 128, machine(a100, known_software()[name]), 2e12)) for name in names]
     assert {each["cost"]["steps"] for each in found} == {-(-2 * 10**12 // (1024 * 2048))}
     assert found[0]["step_time"]["matmul"] < found[1]["step_time"]["matmul"]
     assert found[0]["step_time"]["data"] > found[1]["step_time"]["data"], "which overlaps it"
@@ -152,4 +152,4 @@ def test_fp32_is_planned_where_the_peak_is_of_fp32() -> None:
         time_parts(config, 1, H100)
     measured = {"peak_tflops": 1.5, "memory_tb_s": 0.05, "efficiency": {"torch-2.13": 0.8}}
     cpu = machine(built_in_hardware()["cpu"].model_copy(update=measured))
-    assert as_dictionary(time_parts(config, 1, cpu))["step_time"]["total"] > 100
+    assert with_notes(time_parts(config, 1, cpu))["step_time"]["total"] > 100

@@ -34,13 +34,8 @@ class Part:
     """In the dictionary alone, since a reader has it in a shorter form."""
 
 
-def as_dictionary(parts: Iterable[Part]) -> dict[str, dict[str, Number]]:
-    """Part key -> row key -> number, at full precision."""
-    return {part.key: {row.key: row.value for row in part.rows} for part in parts}
-
-
 def with_notes(parts: Iterable[Part]) -> dict[str, dict[str, Number | str]]:
-    """`as_dictionary` with the sentence of each part that has one, under `note`."""
+    """Part key -> row key -> number, at full precision; the sentence below a part under `note`."""
     found: dict[str, dict[str, Number | str]] = {}
     for part in parts:
         found[part.key] = {row.key: row.value for row in part.rows}
