@@ -11,8 +11,9 @@ from megallama.config.load import load_config
 from megallama.errors import UserError
 from megallama.layout.check import check_config
 from megallama.plan.hardware import find_gpu
-from megallama.plan.memory.ledger import rank_bytes
-from megallama.plan.search.changes import nearest_change, refuse_too_large, single_changes
+from megallama.plan.memory.ledger import memory_rows, rank_bytes
+from megallama.plan.search.changes import largest_terms, nearest_change, refuse_too_large, single_changes
+from megallama.plan.time.software import machine
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -69,6 +70,39 @@ def test_tensor_parallelism_that_is_proposed_stays_within_a_node() -> None:
         refuse_too_large(whole_node, 16, find_gpu("h100"))
 
 
+@pytest.mark.parametrize("name", ["7b", "8b", "70b"])
+def test_a_single_change_is_one_key_as_it_is_typed_and_what_it_comes_to(name: str) -> None:
+    path, gpu = str(CONFIGS / f"{name}.yaml"), find_gpu("h100")
+    found = single_changes(load_config(path), 256, gpu)
+    assert len({one.words for one in found}) == len(found) > 5
+    for one in found:
+        changed = load_config(path, [one.words])
+        check_config(changed, 256)
+        assert changed == one.config
+        assert one.words == f"{one.key}={one.value}"
+        assert load_config(path, [f"{one.key}={one.instead_of}"]) == load_config(path)
+        assert one.size == max(rank_bytes(changed, 256))
+        assert (one.seconds(machine(gpu)) or 0) > 0
+
+
+def test_a_change_has_no_seconds_where_none_is_known_or_one_is_assumed_for_every_layout() -> None:
+    config, gpu = load_config(str(CONFIGS / "7b.yaml")), find_gpu("h100")
+    (first, *_) = single_changes(config, 128, gpu)
+    assert first.seconds(None) is None
+    assert first.seconds(machine(gpu, mfu=0.4)) is None
+
+
+@pytest.mark.parametrize("layers", ["[17,15]", "even"])
+def test_the_layers_of_each_stage_stay_as_the_run_has_them(layers: str) -> None:
+    words = ["parallel.pipeline=2", f"parallel.layers_per_stage={layers}"]
+    config = load_config(str(CONFIGS / "8b.yaml"), words)
+    found = single_changes(config, 16, find_gpu("h100"))
+    assert {one.config.parallel.layers_per_stage for one in found} == {config.parallel.layers_per_stage}
+    pipelines = [one.words for one in found if one.key == "parallel.pipeline"]
+    assert pipelines == ([] if layers != "even" else ["parallel.pipeline=1", "parallel.pipeline=4"])
+    assert "parallel.tensor=4" in [one.words for one in found]
+
+
 def test_a_list_of_layers_is_given_up_in_words_where_more_stages_are_what_fits() -> None:
     words = ["parallel.pipeline=2", "parallel.tensor=8", "parallel.layers_per_stage=[40,40]"]
     config = load_config(str(CONFIGS / "70b.yaml"), [*words, "train.recompute=full", "train.micro_batch_size=1"])
@@ -81,3 +115,10 @@ def test_the_change_that_a_run_out_of_memory_is_told_costs_the_least() -> None:
     assert found is not None
     assert found.words == "train.micro_batch_size=2"
     assert found.size <= 0.9 * max(rank_bytes(load_config(str(CONFIGS / "7b.yaml")), 128))
+
+
+def test_the_largest_terms_come_largest_first() -> None:
+    rows = memory_rows(load_config(str(CONFIGS / "7b.yaml")), 16)[0]
+    sizes = sorted((row.size for row in rows), reverse=True)
+    assert [row.size for row in largest_terms(rows)] == sizes[:3]
+    assert [row.size for row in largest_terms(rows, 5)] == sizes[:5]

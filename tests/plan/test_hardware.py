@@ -111,6 +111,13 @@ def test_an_unknown_name_brings_the_nearest(name: str, sentence: str) -> None:
         find_gpu(name)
 
 
+def test_a_driver_keeps_three_per_cent_of_the_memory_where_it_is_known() -> None:
+    known = built_in_hardware()
+    assert known["h100-80g"].usable_bytes == int(0.97 * 80 * 2**30)
+    with pytest.raises(UserError, match=r"^cpu\.memory_gib is not known; give it in "):
+        _ = known["cpu"].usable_bytes
+
+
 def test_a_figure_that_is_not_known_is_asked_for() -> None:
     known = built_in_hardware()
     with pytest.raises(UserError, match=r"^gh200-96g\.nic_gb_s is not known; give it in .* or by --hardware FILE$"):

@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 import typer
 from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from megallama.config.load import load_config
+from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.plan.cli import plan
-from megallama.plan.hardware import find_gpu
+from megallama.plan.hardware import Gpu, find_gpu
 from megallama.plan.memory.ledger import memory_rows
-from megallama.plan.report.plot import check_target, draw_plan
+from megallama.plan.report.plot import COMPONENTS, check_target, draw_plan
 
 CONFIG = Path(__file__).parents[2] / "configs" / "8b.yaml"
 PIPELINE = ["parallel.pipeline=4", "parallel.tensor=1", "train.global_batch_size=128"]
@@ -40,23 +42,78 @@ def test_bars_are_the_rows_of_the_ledger(schedule: str) -> None:
     assert len(set(colours)) == len(colours), "a colour stands for one row"
 
 
-def test_a_component_has_one_colour_in_every_picture() -> None:
+OTHERS = {
+    "a schedule that splits backwards": ["parallel.schedule=zbvzerobubble"],
+    "fp32": ["train.dtype=fp32"],
+    "no pipeline, ZeRO-3": ["parallel.pipeline=1", "zero.stage=3"],
+    "everything recomputed": ["train.recompute=full"],
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_component_has_one_colour_in_every_picture(other: str) -> None:
     def colours(*words: str) -> dict[str, object]:
         axes = draw_plan(load_config(CONFIG, [*PIPELINE, *words]), 64).axes[0]
         bars = [bar for bar in axes.containers if isinstance(bar, BarContainer)]
         return {str(bar.get_label()): bar.patches[0].get_facecolor() for bar in bars}
 
-    plain, split = colours(), colours("parallel.schedule=zbvzerobubble")
-    assert len(split) > len(plain)
-    assert {name: split[name] for name in plain} == plain
+    plain, changed = colours(), colours(*OTHERS[other])
+    shared = plain.keys() & changed.keys()
+    assert len(shared) >= 4
+    assert {name: changed[name] for name in shared} == {name: plain[name] for name in shared}
+    assert not {changed[name] for name in changed.keys() - shared} & {plain[name] for name in shared}
 
 
-def test_a_line_stands_where_the_memory_of_the_device_ends() -> None:
-    config, gpu = load_config(CONFIG, PIPELINE), find_gpu("h100")
-    (line,) = draw_plan(config, 64, gpu).axes[0].lines
-    assert line.get_ydata()[0] == pytest.approx(gpu.usable_bytes / 2**30)
-    assert line.get_label() == "77.6 GiB of NVIDIA H100 SXM"
+@pytest.mark.parametrize("other", OTHERS)
+def test_every_row_of_the_ledger_has_a_place_among_the_components(other: str) -> None:
+    config = load_config(CONFIG, [*PIPELINE, *OTHERS[other]])
+    keys = [row.key for rows in memory_rows(config, 16) for row in rows]
+    assert set(keys) <= set(COMPONENTS)
+
+
+def test_the_picture_is_of_memory_alone() -> None:
+    assert len(draw_plan(load_config(CONFIG, PIPELINE), 64).axes) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "gpu", "label", "fits"),
+    [
+        ([], "h100", "77.6 GiB of NVIDIA H100 SXM", True),
+        (["train.micro_batch_size=2", "train.recompute=none"], "a100-40g", "38.8 GiB of NVIDIA A100 SXM 40 GB", False),
+    ],
+)
+def test_a_line_stands_where_the_memory_of_the_device_ends_and_the_picture_holds_it(
+    words: list[str], gpu: str, label: str, fits: bool
+) -> None:
+    config, device = load_config(CONFIG, [*PIPELINE, *words]), find_gpu(gpu)
+    axes = draw_plan(config, 64, device).axes[0]
+    (line,) = axes.lines
+    (height,) = set(line.get_ydata())
+    assert height == pytest.approx(device.usable_bytes / 2**30)
+    assert line.get_label() == label
+    fullest = max(sum(row.size for row in rows) for rows in memory_rows(config, 16)) / 2**30
+    assert (fullest <= height) == fits
+    assert axes.get_ylim()[1] > max(height, fullest)
     assert not draw_plan(config, 64).axes[0].lines
+
+
+def test_the_command_draws_the_memory_of_the_device_that_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str | None] = []
+
+    def draw(config: RunConfig, world_size: int, gpu: Gpu | None = None) -> Figure:
+        drawn.append(gpu and gpu.key)
+        return draw_plan(config, world_size, gpu)
+
+    monkeypatch.setattr("megallama.plan.report.plot.draw_plan", draw)
+    run = [str(CONFIG), *PIPELINE, "--gpus", "64", "--plot"]
+    for words in ([str(tmp_path / "without.png")], [str(tmp_path / "with.png"), "--gpu", "h100"]):
+        assert CliRunner().invoke(app, [*run, *words]).exit_code == 0
+    assert drawn == [None, "h100-80g"]
+    result = CliRunner().invoke(app, [*run, str(tmp_path / "cpu.png"), "--gpu", "cpu"])
+    assert str(result.exception).startswith("cpu.memory_gib is not known")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["with.png", "without.png"]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])

@@ -18,9 +18,10 @@ from megallama.errors import UserError
 from megallama.layout.check import check_config, divisors
 from megallama.plan.hardware import find_gpu
 from megallama.plan.memory.ledger import rank_bytes
-from megallama.plan.report.search import search_parts
+from megallama.plan.report.search import POOR, SLOW, search_parts
 from megallama.plan.search.search import TIE, Candidate, Search, search
 from megallama.plan.search.space import RECOMPUTE, schedules
+from megallama.plan.sizing.cost import speed
 from megallama.plan.time.software import machine
 from megallama.plan.time.step_time import step_time
 
@@ -93,6 +94,15 @@ def test_interleaving_is_tried_up_to_as_many_stages_as_a_rank_has_layers() -> No
     assert [each for name, each in schedules(32, 16) if name == "interleaved1f1b"] == [2]
 
 
+def test_what_is_found_has_every_number_of_stages_that_its_layers_allow(small: Search) -> None:
+    """The 7B has 32 layers, so up to 16 stages on each of two ranks and 2 on each of sixteen."""
+    found: dict[int, set[int]] = {}
+    for one in small.found:
+        if one.config.parallel.schedule == "interleaved1f1b":
+            found.setdefault(one.config.parallel.pipeline, set()).add(one.config.parallel.chunks)
+    assert found == {2: {2, 3, 4, 8, 16}, 4: {2, 3, 4, 8}, 8: {2, 3, 4}, 16: {2}}
+
+
 @pytest.mark.parametrize(
     ("words", "why", "where"),
     [
@@ -128,19 +138,35 @@ def test_rejections_are_a_line_for_each_reason_and_their_places_are_explained(sm
     assert rejected.rows[0].how.startswith("tp 16: ")
 
 
-POOR = {
+BAD = {
     "a step of minutes": (("7b", "train.global_batch_size=65536"), 8, "Best of bad: a step takes "),
     "a copy without enough to do": (("8b", "train.global_batch_size=16"), 512, "Best of bad: an MFU of "),
 }
 
 
-@pytest.mark.parametrize("case", POOR)
+@pytest.mark.parametrize("case", BAD)
 def test_a_best_that_nobody_would_run_says_why(case: str) -> None:
-    words, gpus, begins = POOR[case]
+    words, gpus, begins = BAD[case]
     result = search(recipe(*words), gpus, machine(H100))
     note = search_parts(result, H100, 1e12, None)[0].note
     assert begins in note, note
-    assert "Best of bad" not in search_parts(search(recipe("7b"), 16, machine(H100)), H100, 1e12, None)[0].note
+    assert words[1] in note, "it names the key"
+
+
+def test_the_best_is_bad_above_ten_minutes_a_step_or_below_a_fifth_of_the_peak(small: Search) -> None:
+    def note(config: RunConfig, seconds: float) -> str:
+        only = Candidate(config, 16, seconds, small.found[0].size)
+        return search_parts(Search([only], {}, 1), H100, 1e12, None)[0].note
+
+    config = small.found[0].config
+    at_peak = small.found[0].seconds * speed(config, 16, H100, small.found[0].seconds).mfu_full
+    assert (SLOW, POOR) == (600, 0.2)
+    assert "Best of bad" not in note(config, at_peak / 0.201)
+    assert "Best of bad: an MFU of 20%, since " in note(config, at_peak / 0.199)
+    large = recipe("7b", "train.global_batch_size=65536")
+    assert "Best of bad" not in note(large, 599)
+    assert "Best of bad: a step takes 10 minutes, since train.global_batch_size=65536 makes " in note(large, 601)
+    assert "Best of bad" not in search_parts(small, H100, 1e12, None)[0].note
 
 
 def test_days_and_money_stand_beside_each_layout(small: Search) -> None:
@@ -148,6 +174,14 @@ def test_days_and_money_stand_beside_each_layout(small: Search) -> None:
     rows = search_parts(small, H100, 1e12, 2.0)[0].rows
     days = -(-(10**12) // first.config.tokens_per_step) * first.seconds / 86_400
     assert f"{days:.3g} days, costs {2 * 16 * 24 * days:,.0f}" in rows[0].how
+    assert not any("costs" in row.how for row in search_parts(small, H100, 1e12, None)[0].rows)
+
+
+def test_a_tie_is_said_to_be_one_and_a_lone_winner_is_not(small: Search) -> None:
+    tied = search_parts(small, H100, 1e12, None)[0].note
+    assert tied.startswith(f"The first {min(10, small.ties)} differ by less than 5%, which no prediction tells apart: ")
+    alone = Search(small.found, small.rejected, ties=1)
+    assert search_parts(alone, H100, 1e12, None)[0].note.startswith(f"{len(small.found):,} of {small.tried:,} layouts")
 
 
 def test_what_is_too_large_is_counted_by_place() -> None:

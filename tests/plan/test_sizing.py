@@ -38,10 +38,19 @@ def test_the_compute_that_would_do_reaches_the_same_loss() -> None:
     assert DEFAULT_FIT.loss(cheaper.parameters, cheaper.tokens) == pytest.approx(pair.loss)
 
 
+def test_the_best_split_costs_nothing_above_itself() -> None:
+    best = optima("flops", 1e22)[0]
+    assert best.flops == pytest.approx(1e22)
+    pair = compare(best.parameters, best.tokens)
+    assert pair.penalty == pytest.approx(0, abs=1e-9)
+    assert pair.sufficient_compute == pytest.approx(1)
+
+
 def test_smaller_models_cost_more_the_smaller_they_are_at_equal_compute() -> None:
     best = optima("flops", 1e22)[0]
     half, quarter = (compare(best.parameters / times, best.tokens * times) for times in (2, 4))
     assert 0 < half.penalty < quarter.penalty
+    assert 1 > half.sufficient_compute > quarter.sufficient_compute
 
 
 def test_data_may_repeat_four_times_and_no_more() -> None:

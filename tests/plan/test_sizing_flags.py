@@ -54,9 +54,11 @@ def test_a_ratio_of_tokens_settles_the_rest(given: str) -> None:
 
 def test_a_sized_run_takes_gpu_hours_at_an_assumed_share_of_the_peak() -> None:
     """184,320 GPU-hours of A100s at 0.391 of the peak are Llama 2 7B (its model card)."""
-    compute = read_flags(Flags(params="6.738B", tokens="2T", gpu="a100", mfu="0.391")).compute
+    compute = read_flags(Flags(params="6.738B", tokens="2T", gpu="a100", gpus="1024", mfu="0.391")).compute
     assert compute is not None
     assert compute.gpu_hours(6 * 6_738_415_616 * 2e12) == pytest.approx(184_320, rel=3e-3)
+    assert compute.flops(184_320 / 1024 / 24) == pytest.approx(6 * 6_738_415_616 * 2e12, rel=3e-3)
+    assert compute.gpu_hours(compute.flops(30)) == pytest.approx(1024 * 30 * 24)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,28 @@ WRONG: list[tuple[Flags, str]] = [
         Flags(tokens_per_param="20", params="7B", tokens="1T"),
         "--tokens-per-param=20 contradicts --params=7B --tokens=1T; leave one of them out",
     ),
+    (
+        Flags(tokens_per_param="20", flops="1e21", params="7B"),
+        "--tokens-per-param=20 contradicts --flops=1e21 --params=7B; leave one of them out",
+    ),
+    (
+        Flags(tokens_per_param="20", flops="1e21", tokens="1T"),
+        "--tokens-per-param=20 contradicts --flops=1e21 --tokens=1T; leave one of them out",
+    ),
+    (
+        Flags(tokens_per_param="20", gpus="64", days="30", params="7B"),
+        "--params=7B contradicts --gpus=64 --days=30, which is 6.565e+22 FLOPs; leave one of them out",
+    ),
+    (Flags(tokens_per_param="20", gpu="h100"), "--gpu=h100 alone is no compute; add --gpus 64 --days 30, or --params"),
     (Flags(tokens_per_param="0", params="7B"), "--tokens-per-param=0 is not a number from 0.01 to 1e6; nearest legal"),
+    (Flags(tokens_per_param="-20", params="7B"), "--tokens-per-param=-20 is not a number from 0.01 to 1e6; did you"),
+    (
+        Flags(tokens_per_param="few", params="7B"),
+        "--tokens-per-param=few is not a number from 0.01 to 1e6; write it as",
+    ),
+    (Flags(params="7B", gpu="h100", gpus="0"), "--gpus=0 is not a whole number from 1 to 10000000; nearest legal: 1"),
+    (Flags(params="7B", gpu="h100", price="-2"), "--price=-2 is not a number from 0 to 1e9; did you mean 2?"),
+    (Flags(params="7B", gpu=""), "the GPU  is not known; known: "),
     (
         Flags(gpus="64", days="30", flops="1e21"),
         "--flops=1e21 contradicts --gpus=64 --days=30, which is 6.565e+22 FLOPs; leave one of them out",
