@@ -7,6 +7,8 @@ from pathlib import Path
 from megallama.cluster.job_file import Allocation, job_file
 
 FOLDER = Path(__file__).parent
+HOME = '${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}'
+"""Also where one is run by hand, which then says that it is inside no job."""
 RECIPES = {
     # What it is, nodes of 8 GPUs, layout, seconds ahead of the time limit that a save may need.
     "1b": ("A Llama of 1.1B parameters", 1, "dp 8", 300),
@@ -26,7 +28,7 @@ def text_of(name: str) -> str:
         f"Submit from the repository root: sbatch slurm/{name}.sh [key.sub=value ...]; docs/clusters.md says more.",
     ]
     allocation = Allocation(nodes, 8, gpus=True, time="7-00:00:00", signal_seconds=seconds)
-    return job_file(Path(f"configs/{name}.yaml"), (), Path(name), "%x-%j.log", allocation, about)
+    return job_file(Path(f"configs/{name}.yaml"), (), Path(name), "%x-%j.log", allocation, about, HOME)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _LARGEST_BATCH = 1 << 31
 """Sequences of a step; more than a run ever had."""
 Batch = Annotated[int, Field(ge=1, lt=_LARGEST_BATCH)]
+Part = Annotated[float, Field(gt=0, lt=_LARGEST_BATCH, allow_inf_nan=False)]
 Loss = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -45,8 +46,11 @@ class TrainState:
     """Steps whose update was applied; fewer than `step` where a gradient was not finite."""
     validation_loss: Loss | None = None
     """The loss of these very weights, where it was evaluated and is finite."""
-    first_batch: Batch | None = None
-    """Sequences of the first step, the unit of a schedule by tokens; older checkpoints do not say."""
+    first_batch: Batch | Part | None = None
+    """Sequences of the first step, the unit of a schedule by tokens; older checkpoints do not say.
+
+    A part of one where the run goes on by longer sequences.
+    """
 
     @property
     def seen(self) -> Seen:
@@ -60,12 +64,12 @@ class TrainState:
     def in_sequences_of(self, length: int, before: int) -> TrainState:
         """The same tokens in sequences of `length`, which were of `before`; up to one sequence more.
 
-        The schedule's unit is as many tokens as before, as nearly as sequences can be; a loss at another length is not
-        known.
+        The schedule's unit is as many tokens as before, where need be a part of a sequence; a loss at another length is
+        not known.
         """
         if length == before:
             return self
-        first = self.first_batch and max(1, round(self.first_batch * before / length))
+        first = self.first_batch and self.first_batch * before / length
         samples = -(-self.samples * before // length)
         return replace(self, samples=samples, first_batch=first, validation_loss=None)
 

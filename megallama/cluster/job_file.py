@@ -56,12 +56,13 @@ def job_file(
     log: str,
     allocation: Allocation,
     about: Sequence[str] = (),
+    home: str = "$SLURM_SUBMIT_DIR",
 ) -> str:
     """Its text. It calls slurm/run.sh of the folder that it is submitted from; words after the file are overrides.
 
-    `about` is said in comments. `log` is a pattern of sbatch's, see `log_pattern`: Slurm makes no folder for it, and
-    runs no job whose log it cannot open. UserError for a word that would end its line, or that sbatch would take for
-    something else than an option.
+    `about` is said in comments; `home` is where the folder slurm/ is, as bash reads it within quotes. `log` is a
+    pattern of sbatch's, see `log_pattern`: Slurm makes no folder for it, and runs no job whose log it cannot open.
+    UserError for a word that would end its line, or that sbatch would take for something else than an option.
     """
     asked = [
         f"--job-name={job_name(run_dir)}",
@@ -87,7 +88,7 @@ def job_file(
             *(f"#SBATCH {_quoted(option)}" for option in asked),
             *ranks,
             "# sbatch runs a copy of this file from a spool folder.",
-            f'exec bash "${{SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/slurm/run.sh" {shlex.join(words)} "$@"',
+            f'exec bash "{home}/slurm/run.sh" {shlex.join(words)} "$@"',
             "",
         ]
     )

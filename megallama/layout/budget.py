@@ -1,7 +1,8 @@
 """How long a run is, and how much of it is done. Pure.
 
-A length in tokens is one in sequences, since a run keeps its data.sequence_length: the first step with which as many
-sequences are seen is the last, whatever the batches were. So nothing here looks at how many steps that took.
+A length in tokens is one in sequences of the run's data.sequence_length: the first step with which as many are seen is
+the last, whatever the batches were. So nothing here looks at how many steps that took. What was seen in sequences of
+another length is counted anew when a run goes on (checkpoint/state.py).
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class Seen:
     """Optimizer steps done."""
     samples: int = 0
     """Sequences consumed by them."""
-    first_batch: int | None = None
-    """Sequences of the first of them; None where it is to come, or not known."""
+    first_batch: float | None = None
+    """Sequences of the first of them, whole unless their length has changed; None where it is to come, or not known."""
 
 
 NOTHING_SEEN = Seen()
@@ -54,7 +55,7 @@ def total_steps(config: RunConfig, seen: Seen = NOTHING_SEEN) -> int:
     return seen.step + max(0, -(-(_total_samples(config) - seen.samples) // config.train.global_batch_size))
 
 
-def schedule_batch(config: RunConfig, seen: Seen) -> int:
+def schedule_batch(config: RunConfig, seen: Seen) -> float:
     """Sequences in a step of `schedule`'s keys, where the length is in tokens: those of the run's first step."""
     if seen.first_batch is None and seen.step:
         return max(1, seen.samples // seen.step)  # saved before it was recorded; exact where the batch never changed
@@ -65,7 +66,7 @@ def schedule_steps(config: RunConfig, seen: Seen = NOTHING_SEEN) -> int:
     """Steps that the run has in the unit of `schedule`'s keys."""
     if isinstance(config.train.steps, int):
         return config.train.steps
-    return -(-_total_samples(config) // schedule_batch(config, seen))
+    return int(-(-_total_samples(config) // schedule_batch(config, seen)))
 
 
 def planned_tokens(config: RunConfig, given: float | None = None) -> float:

@@ -85,7 +85,7 @@ class Asked:
         """The assumptions that were named; UserError for a name that is not known."""
         from megallama.plan.time.software import DEFAULT, find_software
 
-        return find_software(gpu, self.software or DEFAULT)
+        return find_software(gpu, DEFAULT if self.software is None else self.software)
 
     def machine(self, gpu: Gpu) -> Machine:
         """What the run is planned on; UserError where it has no constant, and no MFU takes its place."""
@@ -158,12 +158,15 @@ def _refuse_clashes(asked: Asked, modes: list[str]) -> None:
         clashing = [f"--{mode}" for mode in modes[1:]]
         clashing += flags.typed(*(field.name for field in fields(flags) if field.name not in used))
         if modes[0] != "search":
+            clashing += ["--explain"] if asked.explain else []
             clashing += asked.typed("software") + (["--json"] if asked.as_json else [])
             clashing += asked.typed("hardware") if modes[0] != "plot" else []
         if clashing:
             raise UserError(f"--{modes[0]} does not go with {clashing[0]}; leave one of them out")
         if asked.config_path is None:
             raise UserError(f"--{modes[0]} needs a CONFIG such as configs/7b.yaml")
+    if asked.software is not None and asked.mfu is not None:
+        raise UserError(f"--mfu={asked.mfu} leaves --software={asked.software} no say; leave one of them out")
     if asked.rank is not None and not asked.check:
         raise UserError(f"--rank={asked.rank} says which rank --check builds; give --check, or leave it out")
     if asked.write is not None and not asked.search:
@@ -290,11 +293,12 @@ def _search(config: RunConfig, asked: Asked) -> None:
     check_type(config, gpu)
     tokens, price = planned_tokens(config, asked.length()), asked.money_per_hour()
     with held_targets(asked.write, asked.sbatch):
-        result = search(config, asked.world_size(config), asked.machine(gpu))
+        on = asked.machine(gpu)
+        result = search(config, asked.world_size(config), on)
         if asked.as_json:
             typer.echo(json.dumps(search_dictionary(result, gpu, tokens, price), indent=2))
         else:
-            _print(search_parts(result, gpu, tokens, price, explain=asked.explain), as_json=False)
+            _print(search_parts(result, on, tokens, price, explain=asked.explain), as_json=False)
         if asked.write is not None:
             for line in write_winner(result.found[0], gpu, asked.write, asked.sbatch):
                 typer.echo(line, err=asked.as_json)

@@ -22,7 +22,7 @@ def next_rate(config: RunConfig, seen: Seen) -> float:
     return learning_rate(seen.samples + batch, end, lr, config.schedule, schedule_batch(config, seen))
 
 
-def learning_rate(done: int, total: int, lr: float, schedule: ScheduleConfig, unit: int = 1) -> float:
+def learning_rate(done: int, total: int, lr: float, schedule: ScheduleConfig, unit: float = 1) -> float:
     """Rate of the update after which `done` of `total` are done: steps, or whatever `unit` of make up a step.
 
     Warm-up rises linearly as lr * done / warmup_steps, so that the first update already moves and step warmup_steps,
@@ -42,7 +42,7 @@ def learning_rate(done: int, total: int, lr: float, schedule: ScheduleConfig, un
     return _fallen(done, fall_begins, total, lr, schedule)
 
 
-def _fallen(done: int, fall_begins: int, total: int, lr: float, schedule: ScheduleConfig) -> float:
+def _fallen(done: int, fall_begins: float, total: int, lr: float, schedule: ScheduleConfig) -> float:
     """The rate on the way down: the first update past `fall_begins` is below the peak, the last one at min_lr."""
     if done <= fall_begins:
         return lr

@@ -12,16 +12,17 @@ import pytest
 from typer.testing import CliRunner
 
 from megallama.checkpoint.format import STATE, TornCheckpointError
-from megallama.checkpoint.state import newest_seen, read_saved, seen_before
+from megallama.checkpoint.state import TrainState, newest_seen, read_saved, seen_before
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.layout.budget import NOTHING_SEEN, Seen, schedule_batch, total_steps, total_tokens
+from megallama.layout.budget import NOTHING_SEEN, Seen, schedule_batch, schedule_steps, total_steps, total_tokens
 from megallama.layout.check import check_config
 from megallama.plan.hardware import built_in_hardware
 from megallama.plan.search.changes import nearest_change
 from megallama.plan.time.software import machine
 from megallama.plan.time.step_time import step_time
+from megallama.train.lr_schedule import next_rate
 from tests.checkpoint.damaging import CHECKPOINT, edit
 from tests.plan.test_plan_command import CONFIGS, app
 
@@ -61,6 +62,19 @@ def test_a_step_of_the_schedule_is_that_of_the_batch_that_the_run_began_with() -
     assert schedule_batch(config, Seen(120, 960)) == 8, "a checkpoint from before it was recorded"
 
 
+def test_the_unit_of_a_schedule_is_as_many_tokens_whatever_the_sequences_are() -> None:
+    """8 sequences of 64 are half of one of 1,024: warm-up and rate stay where they are in the data."""
+    state = TrainState(10, 80, 10, None, 8)
+    longer = state.in_sequences_of(1024, 64)
+    assert (longer.samples, longer.first_batch) == (5, 0.5)
+    assert longer.in_sequences_of(64, 1024).first_batch == 8
+    words = ["train.tokens=1024000", "train.steps=null", "schedule.warmup_steps=20"]
+    short = run(*words, "data.sequence_length=64", "train.global_batch_size=16")
+    long = run(*words, "data.sequence_length=1024", "train.global_batch_size=1")
+    assert schedule_steps(short, state.seen) == schedule_steps(long, longer.seen) == 2000
+    assert next_rate(short, state.seen) == pytest.approx(next_rate(long, longer.seen))
+
+
 def test_a_checkpoint_of_the_first_format_says_how_far_its_run_is(tmp_path: Path) -> None:
     assert newest_seen(run(f"run.dir={tmp_path}")) == newest_seen(run(f"run.dir={tmp_path}/none")) == NOTHING_SEEN
     (tmp_path / "checkpoints").symlink_to(CHECKPOINT.parent)
@@ -71,7 +85,7 @@ def test_a_checkpoint_of_the_first_format_says_how_far_its_run_is(tmp_path: Path
 
 ILLEGAL: list[object] = [
     *(None, [], {}, {"step": 5}, {"step": "5", "samples": 9}, {"step": 5, "samples": math.inf}),
-    *({"step": 5, "samples": 50, "first_batch": batch} for batch in (-1, 0.5, "4", True, [4])),
+    *({"step": 5, "samples": 50, "first_batch": batch} for batch in (-1, 0, "4", True, [4])),
 ]
 
 

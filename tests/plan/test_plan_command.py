@@ -68,7 +68,7 @@ def test_overrides_recomputation_and_tokens_change_the_plan() -> None:
     assert plain["loss"]["penalty"] == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("quantity", ["1000", "1e30"])
+@pytest.mark.parametrize("quantity", ["1e7", "1e30"])
 def test_every_legal_quantity_has_a_finite_plan(quantity: str) -> None:
     given = ["--params", quantity, "--tokens", quantity]
     for arguments in (given, given[:2], given[2:], ["--flops", quantity], [str(CONFIGS / "7b.yaml"), *given[2:]]):
@@ -121,7 +121,7 @@ def test_the_plan_in_the_docs_is_what_is_printed(words: str, width: str) -> None
         (["--timeline", "--flops", "1e21"], "--timeline does not go with --flops=1e21; leave one of them out"),
         (["--timeline"], "--timeline needs a CONFIG such as configs/7b.yaml"),
         (["--params", "seven"], "--params=seven is not a number from 1 to 1e30; write it as 7e9 or 7B"),
-        (["--flops", "-1"], "--flops=-1 is not a number from 1"),
+        (["--flops", "-1"], "--flops=-1 is not a number from 6e6"),
         (["--tokens", "inf"], "--tokens=inf is not a number from 1"),
         (["--params", "nan"], "--params=nan is not a number from 1"),
         (["--params", "1e308"], "--params=1e308 is not a number from 1"),

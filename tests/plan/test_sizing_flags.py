@@ -77,12 +77,12 @@ def test_no_flag_is_no_question() -> None:
 
 
 WRONG: list[tuple[Flags, str]] = [
-    (Flags(flops="0"), "--flops=0 is not a number from 1 to 1e30; nearest legal: 1"),
-    (Flags(flops="-1e21"), "--flops=-1e21 is not a number from 1 to 1e30; did you mean 1e21?"),
-    (Flags(flops="many"), "--flops=many is not a number from 1 to 1e30; write it as 1e21"),
-    (Flags(flops=""), "--flops= is not a number from 1 to 1e30; write it as 1e21"),
-    (Flags(flops="nan"), "--flops=nan is not a number from 1 to 1e30; write it as 1e21"),
-    (Flags(flops="inf"), "--flops=inf is not a number from 1 to 1e30; nearest legal: 1e30"),
+    (Flags(flops="0"), "--flops=0 is not a number from 6e6 to 1e30; nearest legal: 6e6"),
+    (Flags(flops="-1e21"), "--flops=-1e21 is not a number from 6e6 to 1e30; did you mean 1e21?"),
+    (Flags(flops="many"), "--flops=many is not a number from 6e6 to 1e30; write it as 1e21"),
+    (Flags(flops=""), "--flops= is not a number from 6e6 to 1e30; write it as 1e21"),
+    (Flags(flops="nan"), "--flops=nan is not a number from 6e6 to 1e30; write it as 1e21"),
+    (Flags(flops="inf"), "--flops=inf is not a number from 6e6 to 1e30; nearest legal: 1e30"),
     (Flags(params="0"), "--params=0 is not a number from 1 to 1e30; nearest legal: 1"),
     (Flags(params="-7B"), "--params=-7B is not a number from 1 to 1e30; did you mean 7B?"),
     (Flags(params="7X"), "--params=7X is not a number from 1 to 1e30; write it as 7e9 or 7B"),

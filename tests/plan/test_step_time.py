@@ -13,6 +13,7 @@ from megallama.errors import UserError
 from megallama.layout.schedules import action_lists
 from megallama.layout.stages import stages
 from megallama.plan.hardware import built_in_hardware
+from megallama.plan.memory.state import rank_parameters
 from megallama.plan.memory.traffic import stage_traffic
 from megallama.plan.time.simulation import makespan, relative_seconds, simulate
 from megallama.plan.time.software import Machine, find_software, known_software, machine
@@ -81,6 +82,15 @@ def test_tensor_parallel_time_is_that_of_the_collectives_that_a_check_counts(
     found = step_time(config, 4, ON).tensor
     assert found == pytest.approx(waits * 20e-6 + sent * 3 / 4 / (0.8 * 450e9))
     assert step_time(config, 4, overlapping("tensor")).tensor == pytest.approx(found / 2)
+
+
+def test_a_backward_in_two_parts_repeats_the_collectives_of_what_it_computes_again() -> None:
+    layout = ["parallel.tensor=8", "parallel.pipeline=2", "parallel.schedule=zbvzerobubble", "train.recompute=full"]
+    config = run(*layout, micro_batches=8)
+    works, layers = rank_works(config, ON), [rank.layers for rank in rank_parameters(config)]
+    for rank, work in enumerate(works):
+        once = sum(stage_traffic(config, each, 4).number["all_gather"] for each in stages(config) if each.rank == rank)
+        assert work.traffic.number["all_gather"] == once + 2 * layers[rank]
 
 
 def test_tensor_parallelism_sends_what_its_paper_says() -> None:
@@ -183,7 +193,7 @@ def test_a_tied_matrix_on_one_rank_is_stepped_once() -> None:
     ("gpu", "software", "sentence"),
     [
         ("b200", "megallama", r"^b200\.efficiency is not known; assume a speed by --mfu 0\.4, calibrate"),
-        ("h100-80g", "llama-1", r"^h100-80g has no efficiency for llama-1; it has pytorch-2024"),
+        ("h100-80g", "llama-1", r"^--software=llama-1 has no constant on h100-80g; use megatron-2024, llama-3"),
     ],
 )
 def test_a_constant_that_is_not_known_is_asked_for(gpu: str, software: str, sentence: str) -> None:

@@ -30,12 +30,15 @@ class Traffic:
         return Traffic(self.number + other.number, self.size + other.size)
 
 
-def stage_traffic(config: RunConfig, stage: Stage, count: int) -> Traffic:
-    """The collectives of stage `stage` of `count`; none where tensor parallelism is off."""
+def stage_traffic(config: RunConfig, stage: Stage, count: int, backwards: int = 1) -> Traffic:
+    """The collectives of stage `stage` of `count`; none where tensor parallelism is off.
+
+    A backward in two parts runs what is computed again in each: `backwards` of them.
+    """
     found, of = Traffic(), tensors(config)
     if config.parallel.tensor == 1:
         return found
-    _add_layers(found, config, of, len(stage.layers))
+    _add_layers(found, config, of, len(stage.layers), backwards)
     cut = config.parallel.sequence_parallel
     if stage.index == 0:
         found.add("reduce_scatter" if cut else "all_reduce", of.whole_state)
@@ -45,12 +48,12 @@ def stage_traffic(config: RunConfig, stage: Stage, count: int) -> Traffic:
     return found
 
 
-def _add_layers(found: Traffic, config: RunConfig, of: Tensors, layers: int) -> None:
+def _add_layers(found: Traffic, config: RunConfig, of: Tensors, layers: int, backwards: int) -> None:
     """Two pairs of column and row per layer (arXiv 1909.08053, section 3; arXiv 2205.05198, section 4.2).
 
     Full recomputation runs a forward again up to the last tensor that it needs, the input of the down projection.
     """
-    again = layers if config.train.recompute == "full" else 0
+    again = backwards * layers if config.train.recompute == "full" else 0
     if config.parallel.sequence_parallel:
         # Forward, the gradients of the rows' outputs, and the columns' inputs for their weights' gradients.
         found.add("all_gather", of.whole_state, 6 * layers + 2 * again)

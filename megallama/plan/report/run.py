@@ -49,11 +49,12 @@ def _parameters(config: RunConfig) -> Part:
     head = "tied: the embedding again" if model.tie_word_embeddings else f"{model.vocab_size} * {hidden}"
     each = f"{count.attention_per_layer} + {count.mlp_per_layer} + {count.norms_per_layer}"
     matmul = f"{layers} * {count.matmul_per_layer} + {model.vocab_size} * {hidden}"
+    mlp = f"{model.mlp_matrices} * {hidden} * {model.intermediate_size}"
     tp = config.parallel.tensor
     padded = padded_vocabulary(model.vocab_size, tp)
     rows = [
         Row("attention_per_layer", "attention, per layer", f"2 * {hidden} * {heads}", count.attention_per_layer),
-        Row("mlp_per_layer", "SwiGLU, per layer", f"3 * {hidden} * {model.intermediate_size}", count.mlp_per_layer),
+        Row("mlp_per_layer", "MLP, per layer", mlp, count.mlp_per_layer),
         Row("norms_per_layer", "norms, per layer", f"2 * {hidden}", count.norms_per_layer),
         Row("per_layer", "one layer", each, count.per_layer),
         Row("layers", "all layers", f"{layers} * {count.per_layer}", layers * count.per_layer),

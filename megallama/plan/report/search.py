@@ -17,6 +17,8 @@ from megallama.plan.memory.state import GIB
 from megallama.plan.report.table import Part, Row
 from megallama.plan.search.search import TIE, Candidate, Search
 from megallama.plan.sizing.cost import run_cost, speed
+from megallama.plan.time.software import Machine
+from megallama.plan.time.step_time import step_time
 from megallama.system.lock import beside, output_lock
 from megallama.system.new_file import check_new_file, write_new_files
 
@@ -25,33 +27,46 @@ SLOW = 600.0
 """Seconds of a step that nobody would run."""
 POOR = 0.2
 """An MFU that nobody would run."""
+FEW = 8
+"""Micro-batches of a step and copy."""
 
 
-def search_parts(result: Search, gpu: Gpu, tokens: float, price: float | None, *, explain: bool = False) -> list[Part]:
+def search_parts(
+    result: Search, on: Machine, tokens: float, price: float | None, *, explain: bool = False
+) -> list[Part]:
     """The fastest layouts with the seconds of a step, and why others were rejected; where too, to `explain` it."""
-    best = result.found[:SHOWN]
+    gpu, best = on.gpu, result.found[:SHOWN]
     rows = [
         Row(f"rank_{number}", one.name, _words(one, gpu, tokens, price), one.seconds, "s")
         for number, one in enumerate(best, 1)
     ]
     fits, limit = len(result.found), f"{gpu.usable_bytes / GIB:.1f} GiB of {gpu.key}"
-    note = f"{fits:,} of {result.tried:,} layouts are legal and fit in {limit}."
-    if result.ties > 1:
-        note = (
-            f"The first {min(result.ties, SHOWN)} differ by less than {TIE:.0%}, which no prediction tells apart: the "
-            f"simplest stands first. {note}"
-        )
-    if poor := _why_poor(result.found[0], gpu):
-        note = f"{note} {poor}"
+    notes = [_tied(result, on), f"{fits:,} of {result.tried:,} layouts are legal and fit in {limit}."]
+    notes.append("" if on.mfu is not None else _why_poor(result.found[0], on))
     rejected = [
         Row(f"class_{number}", why, _several(places) if explain else "", places.total())
         for number, (why, places) in enumerate(result.rejected.items(), 1)
     ]
     title = f"Rejected: {result.tried - fits:,} of {result.tried:,} layouts"
+    heading = f"{'Fastest' if on.mfu is None else 'Simplest'} layouts on {result.found[0].world_size} x {gpu.name}"
     return [
-        Part("layouts", f"Fastest layouts on {result.found[0].world_size} x {gpu.name}", tuple(rows), note),
+        Part("layouts", heading, tuple(rows), " ".join(filter(None, notes))),
         Part("rejected", title, tuple(rejected), "" if explain else "--explain: where they are."),
     ]
+
+
+def _tied(result: Search, on: Machine) -> str:
+    """What is to be said of layouts that are as fast as the fastest."""
+    if on.mfu is not None:
+        return "All are as fast as --mfu assumes: these are the simplest that fit."
+    if result.ties == 1:
+        return ""
+    shown = f"These are {SHOWN} of {result.ties}" if result.ties > SHOWN else f"The first {result.ties} are"
+    fastest = min(result.found[: result.ties], key=lambda one: one.seconds)
+    return (
+        f"{shown} within {TIE:.0%} of the fastest, which no prediction tells apart: the simplest stands first. "
+        f"The fastest is {fastest.name}, {fastest.seconds:.4g} s."
+    )
 
 
 def search_dictionary(result: Search, gpu: Gpu, tokens: float, price: float | None) -> dict[str, Any]:
@@ -94,7 +109,7 @@ def _layout(one: Candidate, gpu: Gpu, tokens: float, price: float | None) -> dic
     }
 
 
-def _why_poor(best: Candidate, gpu: Gpu) -> str:
+def _why_poor(best: Candidate, on: Machine) -> str:
     """Why nobody would run even the best; empty where that is not so."""
     config, gpus = best.config, best.world_size
     batch, dp = config.train.global_batch_size, dp_size(config, gpus)
@@ -103,11 +118,18 @@ def _why_poor(best: Candidate, gpu: Gpu) -> str:
             f"Best of bad: a step takes {best.seconds / 60:.0f} minutes, since train.global_batch_size={batch} makes "
             f"{config.tokens_per_step:,} tokens a step on {gpus} GPUs; take a smaller batch, or more GPUs."
         )
-    mfu = speed(config, gpus, gpu, best.seconds).mfu_full
+    mfu = speed(config, gpus, on.gpu, best.seconds).mfu_full
     if mfu > POOR:
         return ""
-    why = f"train.global_batch_size={batch} leaves {batch // dp} sequences to each of dp {dp} copies"
-    return f"Best of bad: an MFU of {mfu:.0%}, since {why}; take a larger batch, or fewer GPUs."
+    if batch // dp // config.train.micro_batch_size < FEW and gpus > 1:
+        each = "1 sequence" if batch // dp == 1 else f"{batch // dp} sequences"
+        why = f"train.global_batch_size={batch} leaves {each} to each of dp {dp} copies"
+        return f"Best of bad: an MFU of {mfu:.0%}, since {why}; take a larger batch, or fewer GPUs."
+    step = step_time(config, gpus, on)
+    terms = ("matmul", "attention", "memory", "tensor", "pipeline", "bubble", "data", "optimizer")
+    most = max(terms, key=lambda term: float(getattr(step, term)))
+    share = getattr(step, most) / step.total
+    return f"Best of bad: an MFU of {mfu:.0%}; {share:.0%} of the step is {most}: the model is small for these GPUs."
 
 
 @contextmanager

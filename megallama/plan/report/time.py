@@ -65,16 +65,16 @@ def _step_time(config: RunConfig, world_size: int, on: Machine, step: StepTime) 
         way = _speed_of(on.gpu, Group(2, parallel.tensor * batching.dp_size))
         number = max(each.messages for each in works)
         one = f"{number} messages of {_bytes(tensors(config).state)} at {way}, {1e6 * NODE_LATENCY:g} us each"
-        rows.append(Row("pipeline", "pipeline communication", f"{each} * {one}", step.pipeline, "s"))
+        how = f"{each} * {one}{_hidden(on, 'pipeline')}"
+        rows.append(Row("pipeline", "pipeline communication", how, step.pipeline, "s"))
         waiting = step.bubble / (step.compute + step.tensor + step.pipeline)
         how = f"{parallel.schedule}, pp {parallel.pipeline}: {waiting:.4g} of compute, tensor and pipeline"
         rows.append(Row("bubble", "bubble", how, step.bubble, "s"))
-    dp = batching.dp_size
+    dp, parameters = batching.dp_size, max(each.parameters for each in works)
     if dp > 1:
-        traffic = data_traffic(config, on.software, work.parameters, batching.gradient_accumulation_steps)
+        traffic = data_traffic(config, on.software, parameters, batching.gradient_accumulation_steps)
         how = f"ZeRO-{config.zero.stage}: {_collectives(traffic, on.gpu, Group(dp, parallel.tensor))}"
         rows.append(Row("data", "data-parallel communication", how + _hidden(on, "data"), step.data, "s"))
-    parameters = max(each.parameters for each in works)
     share = on.software.optimizer_ranks(dp)
     how = f"{OPTIMIZER_BYTES} B * {parameters:.4g} parameters / {share} copies over {bandwidth} TB/s"
     rows.append(Row("optimizer", "optimizer", how, step.optimizer, "s"))
@@ -93,7 +93,9 @@ def _collectives(traffic: Traffic, gpu: Gpu, group: Group) -> str:
 
 
 def _hidden(on: Machine, what: str) -> str:
-    return ", behind computation where there is enough" if what in on.software.overlap else ""
+    if what not in on.software.overlap:
+        return ""
+    return ", half of it behind matmuls" if what == "tensor" else ", behind computation where there is enough"
 
 
 def _bytes(size: float) -> str:

@@ -98,11 +98,11 @@ def search(config: RunConfig, world_size: int, on: Machine) -> Search:
     UserError if none is legal and fits, with what lacks, or where the GPUs are no whole nodes.
     """
     result, gpu, sizes = Search(), on.gpu, dict[str, int]()
-    node = int(gpu.gpus_per_node or 1)
+    node = int(gpu.known("gpus_per_node")) if world_size > 1 else 1
     if world_size > node and world_size % node:
         low = world_size // node * node
         raise UserError(
-            f"--gpus={world_size} is no whole number of nodes of {node} {gpu.key}; nearest legal: {low} or {low + node}"
+            f"--gpus={world_size} is no whole number of nodes of {node} {gpu.key}; whole nodes: {low} or {low + node}"
         )
     for tp in tensor_sizes(config, world_size, gpu, result.reject):
         for pp in pipeline_sizes(config, world_size // tp, tp, result.reject):
@@ -113,11 +113,12 @@ def search(config: RunConfig, world_size: int, on: Machine) -> Search:
             f"{enough_gpus(config, world_size, gpu) if sizes else legal_gpus(config, world_size, gpu)}"
         )
     result.found.sort(key=_rank)
-    for place, one in enumerate(result.found[:SIMULATED]):
-        result.found[place] = replace(one, seconds=step_time(one.config, world_size, on).total)
-    result.found.sort(key=_rank)
+    best = SIMULATED if on.mfu is None else len(result.found)
+    simulated = [replace(one, seconds=step_time(one.config, world_size, on).total) for one in result.found[:best]]
+    # What was not simulated is behind: its closed form is too kind to it.
+    result.found[:best] = sorted(simulated, key=_rank)
     slowest = (1 + TIE) * result.found[0].seconds
-    result.ties = sum(one.seconds <= slowest for one in result.found)
+    result.ties = sum(one.seconds <= slowest for one in simulated)
     tied = sorted(result.found[: result.ties], key=lambda one: (one.complexity, one.seconds))
     result.found[: result.ties] = tied
     return result

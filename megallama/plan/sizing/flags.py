@@ -20,6 +20,7 @@ DEFAULT_VOCAB_SIZE = 32_000
 _LARGEST = 1e30
 _FEWEST = 1000
 """Parameters or tokens of anything that is trained."""
+_LEAST_FLOPS = 6.0 * _FEWEST**2
 _SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 
 
@@ -192,7 +193,7 @@ def amount(option: str, text: str | None, example: str) -> float | None:
     """A number from 1 to 1e30, None for none; UserError for anything else, and where its B or T was forgotten."""
     if text is None:
         return None
-    found = number(option, text, 1, _LARGEST, example)
+    found = number(option, text, _LEAST_FLOPS if option == "--flops" else 1, _LARGEST, example)
     unit = example[-1]
     if found < _FEWEST and unit in "BT":
         raise UserError(f"{option}={text} is {found:g}, fewer than any model has; did you mean {text}{unit}?")

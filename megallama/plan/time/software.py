@@ -34,8 +34,6 @@ class Recomputed(BaseModel):
     """Norms, rotations and activations."""
     activation: float = 0.0
     """Activations, where norms and rotations are not computed again."""
-    layers: float = 0.0
-    """Layers that run their forward again as a whole, with its tensor-parallel collectives."""
 
 
 class Software(BaseModel):
@@ -85,7 +83,7 @@ class Software(BaseModel):
         times = 2.0 if schedule_of(config.parallel).splits_backward == "always" else 1.0
         if recompute == "selective":
             return self.selective or Recomputed(activation=times)
-        return Recomputed(matmul=times * (1 - down), attention=times, elementwise=times, layers=times)
+        return Recomputed(matmul=times * (1 - down), attention=times, elementwise=times)
 
 
 @cache
@@ -124,7 +122,9 @@ def find_software(gpu: Gpu, name: str = DEFAULT) -> Software:
         return every[name]
     if name in gpu.efficiency:
         return every[DEFAULT].model_copy(update={"generation": name})
-    names = [*every, *gpu.efficiency]
+    # Those with a constant on this GPU, so that what is proposed can be typed.
+    usable = [each for each, software in every.items() if (software.generation or each) in gpu.efficiency]
+    names = [DEFAULT, *usable, *gpu.efficiency]
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(dict.fromkeys(names))}"
     raise UserError(f"--software={name} is not known; {hint}")
@@ -137,4 +137,8 @@ def machine(gpu: Gpu, software: Software | None = None, mfu: float | None = None
     """
     chosen = software or find_software(gpu)
     generation = chosen.generation or (None if chosen.name == DEFAULT else chosen.name)
+    if mfu is None and generation is not None and generation not in gpu.efficiency:
+        fitting = [name for name, one in known_software().items() if (one.generation or name) in gpu.efficiency]
+        instead = f"use {', '.join(fitting)}, or assume" if fitting else "assume"
+        raise UserError(f"--software={chosen.name} has no constant on {gpu.key}; {instead} a speed by --mfu 0.4")
     return Machine(gpu, chosen, gpu.efficiency_for(generation) if mfu is None else 1.0, mfu)

@@ -14,6 +14,7 @@ from itertools import pairwise
 from megallama.config.schema import RunConfig
 from megallama.layout.check import check_batching
 from megallama.layout.counts import flops_per_token
+from megallama.layout.schedules import schedule_of
 from megallama.layout.stages import Stage, stages
 from megallama.plan.memory.activations import tensors
 from megallama.plan.memory.state import rank_parameters
@@ -154,9 +155,9 @@ def step_time(config: RunConfig, world_size: int, on: Machine, *, simulated: boo
 
 
 def _tensor_traffic(config: RunConfig, mine: Sequence[Stage], count: int) -> Traffic:
-    found = Traffic()
+    found, backwards = Traffic(), 2 if schedule_of(config.parallel).splits_backward == "always" else 1
     for stage in mine:
-        found += stage_traffic(config, stage, count)
+        found += stage_traffic(config, stage, count, backwards)
     return found
 
 
