@@ -112,7 +112,7 @@ def test_repeated_data_is_told_beside_it() -> None:
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [
-        ("--software=megatorn", "--software=megatorn is not known; did you mean megatron-2024?"),
+        ("--software=lama-2", "--software=lama-2 is not known; did you mean llama-2?"),
         ("--mfu=40", "--mfu=40 is not a number from 0.01 to 1; did you mean 0.4?"),
         ("--price=$2", "did you mean 2?"),
     ],
