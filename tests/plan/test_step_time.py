@@ -12,7 +12,7 @@ from megallama.config.schema import RunConfig, Schedule
 from megallama.errors import UserError
 from megallama.layout.schedules import action_lists
 from megallama.layout.stages import stages
-from megallama.plan.hardware import built_in_hardware
+from megallama.plan.hardware import Gpu, built_in_hardware
 from megallama.plan.memory.state import rank_parameters
 from megallama.plan.memory.traffic import stage_traffic
 from megallama.plan.time.simulation import makespan, relative_seconds, simulate
@@ -34,10 +34,10 @@ def run(*words: str, name: str = "8b", micro_batches: int = 4, dp: int = 1) -> R
     return load_config(CONFIGS / f"{name}.yaml", [*PLAIN, "data.sequence_length=8192", batch, *words])
 
 
-def overlapping(*what: str, gpu: object = H100) -> Machine:
+def overlapping(*what: str, gpu: Gpu = H100) -> Machine:
     """Megallama, were it to hide these."""
     software = ON.software.model_copy(update={"overlap": frozenset(what)})
-    return replace(ON, software=software, gpu=gpu)  # type: ignore[arg-type]
+    return replace(ON, software=software, gpu=gpu)
 
 
 def test_one_gpu_computes_and_steps_its_optimizer() -> None:
