@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from itertools import groupby
+from statistics import median
 from typing import Any
 
 import pytest
@@ -227,26 +228,27 @@ def test_stages_of_known_times_wait_as_long_as_simulated_and_run_in_its_order() 
         for _ in range(ROUNDS):
             taken[schedule], found = fastest(run_ranks(run_steps, pp, config, micro_batches))
             assert [[action for action, _ in done] for done in found] == lists, schedule
-            took = means([entry for done in found for entry in done])
+            took = medians([entry for done in found for entry in done])
             spans = simulate(lists, took)
             waiting = 1 - sum(span.end - span.start for rank in spans for span in rank) / (taken[schedule] * pp)
             print(f"{schedule}: waiting {waiting:.1%}, simulated {bubble(spans):.1%}")
-            if waiting == pytest.approx(bubble(spans), rel=0.1):
+            simulated_waiting = pytest.approx(bubble(spans), rel=0.1, abs=0.01)
+            if waiting == simulated_waiting:
                 break
         # Time that a stage loses in itself would else be on both sides of what follows.
         known = {key: value for key, value in seconds(config.parallel).items() if key in took}
         assert took == pytest.approx(known, rel=0.1, abs=UNIT / 100), schedule
         assert taken[schedule] == pytest.approx(makespan(spans), rel=0.1), schedule
-        assert waiting == pytest.approx(bubble(spans), rel=0.1), schedule
+        assert waiting == simulated_waiting, schedule
     assert taken["1f1b"] > taken["interleaved1f1b"] > max(taken["dualpipev"], taken["zbvzerobubble"])
 
 
-def means(done: Done) -> dict[tuple[Kind, int], float]:
-    """Seconds by kind and stage."""
+def medians(done: Done) -> dict[tuple[Kind, int], float]:
+    """Seconds by kind and stage. One action that the system held up does not count as all of its kind."""
     each: dict[tuple[Kind, int], list[float]] = {}
     for action, taken in done:
         each.setdefault((action.kind, action.stage), []).append(taken)
-    return {key: sum(values) / len(values) for key, values in each.items()}
+    return {key: median(values) for key, values in each.items()}
 
 
 def test_plan_draws_the_timeline() -> None:
