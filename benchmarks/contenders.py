@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.data.loader import MicroBatch
+from megallama.hardware.measure import Peak
 from megallama.layout.check import check_config
 from megallama.layout.topology import Topology
 from megallama.model.init import initialise
 from megallama.model.llama import Llama
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh
-from megallama.train.device_peak import Peak
 from megallama.train.metrics import Metrics
 
 NAMES = ("engine", "bare", "transformers", "engine-compile", "bare-compile", "transformers-compile")

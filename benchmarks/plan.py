@@ -24,9 +24,9 @@ from rich.table import Table
 
 from megallama.data.build import build_dataset
 from megallama.errors import UserError
+from megallama.hardware.gpus import Gpu, load_hardware
 from megallama.layout.counts import count_parameters
-from megallama.plan.calibration.calibrate import LEAST_EVENTS, SETTLING, MeasuredRun, calibrate, read_run
-from megallama.plan.hardware import Gpu, load_hardware
+from megallama.plan.calibrate import LEAST_EVENTS, SETTLING, MeasuredRun, calibrate, read_run
 from megallama.plan.time.software import find_software, machine
 from megallama.plan.time.step_time import step_time
 

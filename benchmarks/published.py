@@ -20,9 +20,9 @@ import yaml
 
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
+from megallama.hardware.gpus import Gpu, built_in_hardware
 from megallama.layout.counts import Convention, flops_per_token
-from megallama.plan.calibration.calibrate import MeasuredStep, fitted_efficiency
-from megallama.plan.hardware import Gpu, built_in_hardware
+from megallama.plan.calibrate import MeasuredStep, fitted_efficiency
 from megallama.plan.time.software import find_software, known_software, machine
 from megallama.plan.time.step_time import step_time
 

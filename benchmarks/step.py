@@ -26,11 +26,11 @@ from worker import ContenderError, Round, Worker
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
+from megallama.hardware.measure import Peak, device_peak, measured_matmul
 from megallama.layout.check import check_config
 from megallama.layout.counts import count_parameters, flops_per_token
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import pick_device
-from megallama.train.device_peak import Peak, device_peak, measured_matmul
 
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3}
 """Relative difference of losses at the same step up to which contenders did the same work."""

@@ -15,8 +15,8 @@ import torch
 from contenders import Step, build
 
 from megallama.config.schema import RunConfig
+from megallama.hardware.measure import peak_memory_bytes
 from megallama.parallel.launch import Launch
-from megallama.train.device_peak import peak_memory_bytes
 
 
 class ContenderError(Exception):

@@ -8,7 +8,10 @@ these; recomputed work is in neither, and counts only as hardware FLOPs (HFU).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from megallama.config.schema import ModelConfig
 
 Convention = Literal["full", "causal"]
 
@@ -17,29 +20,6 @@ Convention = Literal["full", "causal"]
 VOCAB_MULTIPLE = 128
 LOGITS_AT_ONCE = 2**27
 """Elements of logits that the loss forms at once: half a GiB in fp32."""
-
-
-class Shape(Protocol):
-    """What the parameters of a Llama follow from: a config.schema.ModelConfig, or a plan.shape.LlamaShape."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def num_hidden_layers(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def head_size(self) -> int: ...
-    @property
-    def tie_word_embeddings(self) -> bool: ...
-    @property
-    def mlp_matrices(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +58,7 @@ class ParameterCount:
         return self.layers * self.matmul_per_layer + self.head_matmul
 
 
-def count_parameters(model: Shape) -> ParameterCount:
+def count_parameters(model: ModelConfig) -> ParameterCount:
     """Counts of the whole model; terms as in arXiv 2302.13971 with grouped KV heads (arXiv 2305.13245)."""
     hidden = model.hidden_size
     query_width, kv_width = model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
@@ -101,7 +81,7 @@ def padded_vocabulary(vocab_size: int, tp_size: int) -> int:
     return -(-vocab_size // unit) * unit
 
 
-def weight_shapes(model: Shape) -> dict[str, tuple[int, ...]]:
+def weight_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every weight as one device would hold it, the vocabulary unpadded; a tied head is no weight of its own."""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (model.vocab_size, model.hidden_size)}
     for layer in range(model.num_hidden_layers):
@@ -112,7 +92,7 @@ def weight_shapes(model: Shape) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _layer_shapes(model: Shape) -> dict[str, tuple[int, ...]]:
+def _layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     hidden, width = model.hidden_size, model.intermediate_size
     query_width, kv_width = model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
     return {
@@ -128,20 +108,20 @@ def _layer_shapes(model: Shape) -> dict[str, tuple[int, ...]]:
     }
 
 
-def attention_flops_per_token(model: Shape, sequence_length: int, convention: Convention) -> int:
+def attention_flops_per_token(model: ModelConfig, sequence_length: int, convention: Convention) -> int:
     """Scores and weighted values, forward and backward: 12 (full) or 6 (causal) * layers * query width * sequence."""
     query_width = model.num_attention_heads * model.head_size
     factor = 12 if convention == "full" else 6
     return factor * model.num_hidden_layers * query_width * sequence_length
 
 
-def flops_per_token(model: Shape, sequence_length: int, convention: Convention = "full") -> int:
+def flops_per_token(model: ModelConfig, sequence_length: int, convention: Convention = "full") -> int:
     """Forward and backward of one token: 6 * matmul weights + attention, as arXiv 2204.02311, appendix B."""
     attention = attention_flops_per_token(model, sequence_length, convention)
     return 6 * count_parameters(model).matmul + attention
 
 
-def hardware_flops_per_token(model: Shape, sequence_length: int, recompute: str) -> int:
+def hardware_flops_per_token(model: ModelConfig, sequence_length: int, recompute: str) -> int:
     """What is computed, recomputation included, in the full convention.
 
     `full` runs each layer's forward again, the output head's not: 8 instead of 6 per layer weight, 16 instead of 12 for

@@ -30,6 +30,7 @@ from megallama.checkpoint.writing.saver import Saver
 from megallama.config.schema import IGNORE_INDEX, RunConfig
 from megallama.data.loader import MicroBatch, prefetched
 from megallama.data.tokenizer import load_tokenizer
+from megallama.hardware.measure import device_peak
 from megallama.layout.check import Batching
 from megallama.layout.topology import Topology
 from megallama.parallel.join import join
@@ -38,7 +39,6 @@ from megallama.parallel.mesh import ParallelMesh, build_mesh
 from megallama.run_dir.limits import check_run_dir, checkpoint_bytes
 from megallama.run_dir.outcome import Reached, write_failure, write_outcome
 from megallama.train.agreement import check_same, facts_of
-from megallama.train.device_peak import device_peak
 from megallama.train.engine import StepResult
 from megallama.train.evaluate import evaluate
 from megallama.train.lr_schedule import next_rate

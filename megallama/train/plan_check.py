@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
+from megallama.hardware.gpus import gpu_of_driver, load_hardware
 from megallama.parallel.mesh import ParallelMesh
-from megallama.plan.hardware import gpu_of_driver, load_hardware
 from megallama.plan.memory.ledger import memory_rows
 from megallama.plan.report.time import check_type
 from megallama.plan.time.software import machine

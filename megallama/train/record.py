@@ -17,11 +17,11 @@ from megallama.config.load import dump_config
 from megallama.config.schema import RunConfig
 from megallama.data.tokenizer import Tokenizer
 from megallama.errors import SharedError, UserError
+from megallama.hardware.measure import Peak
 from megallama.parallel.mesh import ParallelMesh
 from megallama.parallel.plain import from_first
 from megallama.run_dir.outcome import Reached, write_failure, write_outcome
 from megallama.system.lock import RunLock
-from megallama.train.device_peak import Peak
 from megallama.train.metrics import WANDB_ID, Metrics, environment, open_metrics
 
 

@@ -11,6 +11,7 @@ from megallama.checkpoint.state import DataIdentity, TrainState
 from megallama.checkpoint.writing.saver import Saver
 from megallama.config.schema import RunConfig
 from megallama.data.loader import Loader
+from megallama.hardware.measure import Peak, peak_memory_bytes
 from megallama.layout.budget import total_steps
 from megallama.layout.counts import flops_per_token
 from megallama.layout.stages import stages
@@ -20,7 +21,6 @@ from megallama.model.llama import TensorParallelContext
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh, sum_losses
 from megallama.run_dir.outcome import Reached, Status
-from megallama.train.device_peak import Peak, peak_memory_bytes
 from megallama.train.engine import Engine
 from megallama.train.metrics import Metrics
 from megallama.train.stop_requests import StopRequests

@@ -16,9 +16,9 @@ from megallama.checkpoint.state import TrainState, newest_seen, read_saved, seen
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
+from megallama.hardware.gpus import built_in_hardware
 from megallama.layout.budget import NOTHING_SEEN, Seen, schedule_batch, schedule_steps, total_steps, total_tokens
 from megallama.layout.check import check_config
-from megallama.plan.hardware import built_in_hardware
 from megallama.plan.search.changes import nearest_change
 from megallama.plan.time.software import machine
 from megallama.plan.time.step_time import step_time

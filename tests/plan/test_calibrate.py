@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from megallama.config.load import dump_config, load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.plan.calibration.calibrate import (
+from megallama.hardware.gpus import built_in_hardware, find_gpu, load_hardware
+from megallama.plan.calibrate import (
     LEAST_EVENTS,
     MeasuredStep,
     calibrate,
@@ -24,7 +25,6 @@ from megallama.plan.calibration.calibrate import (
     steady_seconds,
 )
 from megallama.plan.cli import plan
-from megallama.plan.hardware import built_in_hardware, find_gpu, load_hardware
 from megallama.plan.time.software import machine
 from megallama.plan.time.step_time import step_time
 from tests.launching import arguments, pretrain
@@ -95,7 +95,7 @@ def test_a_cpu_is_measured_and_a_plan_gives_its_step_time(
     byte_dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Measured for real but for the link, for which ranks have to start."""
-    monkeypatch.setattr("megallama.plan.calibration.cpu_figures.run_ranks", lambda *_: [1e9, 2e9])
+    monkeypatch.setattr("megallama.hardware.measure.run_ranks", lambda *_: [1e9, 2e9])
     larger = ["model.hidden_size=128", "model.intermediate_size=512", "train.steps=14", "evaluation.every=0"]
     words = arguments(byte_dataset, tmp_path / "run", *larger, "checkpoint.every=0")
     assert pretrain(1, words) == [(0, "")]
@@ -108,7 +108,8 @@ def test_a_cpu_is_measured_and_a_plan_gives_its_step_time(
     for figure in ("peak_tflops", "memory_tb_s", "memory_gib", "gpus_per_node"):
         assert cpu.known(figure) > 0
     run = read_run(tmp_path / "run")
-    assert (run.device, run.threads, run.world_size) == ("cpu", 1, 1)
+    there = run.environment
+    assert (there.device, there.threads, there.world_size) == ("cpu", 1, 1)
     assert step_time(run.config, 1, machine(cpu)).total == pytest.approx(measured, rel=1e-2)
 
 
@@ -151,7 +152,9 @@ def test_runs_that_give_no_constant_are_refused(tmp_path: Path) -> None:
         calibrate(made_run(tmp_path / "fast", 1e-5))
     run = made_run(tmp_path / "old", 20.0)
     (run / "environment.json").write_text('{"device": "cpu", "topology": {}}')
-    with pytest.raises(UserError, match=r"environment\.json is not what a run of this version writes \('threads'\)"):
+    with pytest.raises(
+        UserError, match=r"environment\.json is not what a run of this version writes \(topology: Dictionary should"
+    ):
         calibrate(run)
 
 
@@ -161,12 +164,21 @@ OLD = "environment.json is not what a run of this version writes "
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"[1]", f"{OLD}(list indices must be integers or slices, not str); train again"),
-        (b'{"topology": 3, "device": "cpu", "threads": 1}', f"{OLD}(topology is 3); train again"),
-        (b'{"topology": {"tp": "2"}, "device": "cpu", "threads": 1}', f"{OLD}(topology is {{'tp': '2'}}); train again"),
-        (b'{"topology": {"tp": 2}, "device": 7, "threads": 1}', f"{OLD}(device is 7, threads is 1); train again"),
-        (b'{"topology": {"tp": 2}, "device": "cpu", "threads": 0}', f"{OLD}(device is cpu, threads is 0); train again"),
-        (b"\xff", f"{OLD}('utf-8' codec can't decode byte 0xff in position 0: invalid start byte); train again"),
+        (b"[1]", f"{OLD}(Input should be an object); train again"),
+        (b'{"topology": 3, "device": "cpu", "threads": 1}', f"{OLD}(topology: Input should be an object); train again"),
+        (
+            b'{"topology": {"tp": "2"}, "device": "cpu", "threads": 1}',
+            f"{OLD}(topology.tp: Input should be a valid integer); train again",
+        ),
+        (
+            b'{"topology": {"tp": 2}, "device": 7, "threads": 1}',
+            f"{OLD}(device: Input should be a valid string); train again",
+        ),
+        (
+            b'{"topology": {"tp": 2}, "device": "cpu", "threads": 0}',
+            f"{OLD}(threads: Input should be greater than or equal to 1); train again",
+        ),
+        (b"\xff", f"{OLD}(Invalid JSON: expected value at line 1 column 1); train again"),
     ],
 )
 def test_an_environment_that_no_run_wrote_is_one_sentence(

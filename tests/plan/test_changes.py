@@ -9,8 +9,8 @@ import pytest
 
 from megallama.config.load import load_config
 from megallama.errors import UserError
+from megallama.hardware.gpus import find_gpu
 from megallama.layout.check import check_config
-from megallama.plan.hardware import find_gpu
 from megallama.plan.memory.ledger import memory_rows, rank_bytes
 from megallama.plan.search.changes import largest_terms, nearest_change, refuse_too_large, single_changes
 from megallama.plan.time.software import machine
@@ -60,11 +60,10 @@ def test_a_run_that_no_single_change_helps_is_sent_to_the_search() -> None:
 
 def test_tensor_parallelism_that_is_proposed_stays_within_a_node() -> None:
     config = load_config(str(CONFIGS / "8b.yaml"), ["parallel.tensor=2"])
-    node = find_gpu("h100").model_copy(update={"gpus_per_node": 4})
-    tried = [one.words for one in single_changes(config, 16, node)]
+    tried = [one.words for one in single_changes(config, 16, 4)]
     assert "parallel.tensor=4" in tried
     small = load_config(str(CONFIGS / "8b.yaml"), ["parallel.tensor=4", "train.global_batch_size=512"])
-    assert "parallel.tensor=8" not in [one.words for one in single_changes(small, 16, node)]
+    assert "parallel.tensor=8" not in [one.words for one in single_changes(small, 16, 4)]
     whole_node = load_config(str(CONFIGS / "70b.yaml"), ["parallel.tensor=8", "parallel.pipeline=1"])
     with pytest.raises(UserError, match=r"nearest that fits: parallel\.pipeline=2 with --gpus 32$"):
         refuse_too_large(whole_node, 16, find_gpu("h100"))
@@ -73,13 +72,13 @@ def test_tensor_parallelism_that_is_proposed_stays_within_a_node() -> None:
 @pytest.mark.parametrize("name", ["7b", "8b", "70b"])
 def test_a_single_change_is_one_key_as_it_is_typed_and_what_it_comes_to(name: str) -> None:
     path, gpu = str(CONFIGS / f"{name}.yaml"), find_gpu("h100")
-    found = single_changes(load_config(path), 256, gpu)
+    found = single_changes(load_config(path), 256, 8)
     assert len({one.words for one in found}) == len(found) > 5
     for one in found:
         changed = load_config(path, [one.words])
         check_config(changed, 256)
         assert changed == one.config
-        assert one.words == f"{one.key}={one.value}"
+        assert one.words.startswith(f"{one.key}=")
         assert load_config(path, [f"{one.key}={one.instead_of}"]) == load_config(path)
         assert one.size == max(rank_bytes(changed, 256))
         assert (one.seconds(machine(gpu)) or 0) > 0
@@ -87,7 +86,7 @@ def test_a_single_change_is_one_key_as_it_is_typed_and_what_it_comes_to(name: st
 
 def test_a_change_has_no_seconds_where_none_is_known_or_one_is_assumed_for_every_layout() -> None:
     config, gpu = load_config(str(CONFIGS / "7b.yaml")), find_gpu("h100")
-    (first, *_) = single_changes(config, 128, gpu)
+    (first, *_) = single_changes(config, 128, 8)
     assert first.seconds(None) is None
     assert first.seconds(machine(gpu, mfu=0.4)) is None
 
@@ -96,7 +95,7 @@ def test_a_change_has_no_seconds_where_none_is_known_or_one_is_assumed_for_every
 def test_the_layers_of_each_stage_stay_as_the_run_has_them(layers: str) -> None:
     words = ["parallel.pipeline=2", f"parallel.layers_per_stage={layers}"]
     config = load_config(str(CONFIGS / "8b.yaml"), words)
-    found = single_changes(config, 16, find_gpu("h100"))
+    found = single_changes(config, 16, 8)
     assert {one.config.parallel.layers_per_stage for one in found} == {config.parallel.layers_per_stage}
     pipelines = [one.words for one in found if one.key == "parallel.pipeline"]
     assert pipelines == ([] if layers != "even" else ["parallel.pipeline=1", "parallel.pipeline=4"])

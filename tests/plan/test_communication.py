@@ -12,11 +12,11 @@ import torch
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
+from megallama.hardware.gpus import built_in_hardware
 from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
-from megallama.plan.hardware import built_in_hardware
 from megallama.plan.memory.dry_run import Issued
 from megallama.plan.memory.state import rank_parameters
 from megallama.plan.memory.traffic import Traffic

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
+from megallama.hardware.gpus import Gpu, find_gpu
 from megallama.plan.cli import plan
-from megallama.plan.hardware import Gpu, find_gpu
 from megallama.plan.memory.ledger import memory_rows
 from megallama.plan.report.plot import COMPONENTS, check_target, draw_plan
 
@@ -157,9 +157,12 @@ def test_without_matplotlib_the_command_to_install_it_is_given(monkeypatch: pyte
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--plot", "out.png"], "--plot needs a CONFIG such as configs/7b.yaml"),
-        ([str(CONFIG), "--plot", "out.png", "--json"], "--plot does not go with --json; leave one of them out"),
-        ([str(CONFIG), "--timeline", "--plot", "o.png"], "--timeline does not go with --plot; leave one of them out"),
+        (["--plot", "out.png"], "--plot=out.png needs a CONFIG such as configs/7b.yaml; give one"),
+        ([str(CONFIG), "--plot", "out.png", "--json"], "--plot=out.png does not go with --json; leave one of them out"),
+        (
+            [str(CONFIG), "--timeline", "--plot", "o.png"],
+            "--timeline does not go with --plot=o.png; leave one of them out",
+        ),
     ],
 )
 def test_options_that_contradict_it_are_refused(arguments: list[str], sentence: str) -> None:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from benchmarks.published import PublishedRun, fitted_constants, published_runs, summary
 from megallama.cli import app
-from megallama.plan.hardware import built_in_hardware
+from megallama.hardware.gpus import built_in_hardware
 from megallama.plan.time.software import known_software
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megallama.errors import UserError
-from megallama.plan.hardware import find_gpu
+from megallama.hardware.gpus import find_gpu
 from megallama.system.new_file import write_new_files
 from tests.plan.test_plan_command import CONFIGS, app, planned
 

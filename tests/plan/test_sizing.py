@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megallama.layout.scaling_laws import DEFAULT_FIT, FITS
-from megallama.plan.sizing.sizing import Quantity, compare, nearest_recipe, optima, repeats_too_often
+from megallama.plan.sizing.sizing import Quantity, compare, nearest_recipe, optima
 
 
 def test_the_default_answer_for_1e21() -> None:
@@ -51,11 +51,6 @@ def test_smaller_models_cost_more_the_smaller_they_are_at_equal_compute() -> Non
     half, quarter = (compare(best.parameters / times, best.tokens * times) for times in (2, 4))
     assert 0 < half.penalty < quarter.penalty
     assert 1 > half.sufficient_compute > quarter.sufficient_compute
-
-
-def test_data_may_repeat_four_times_and_no_more() -> None:
-    assert not repeats_too_often(4e9, 1e9)
-    assert repeats_too_often(4.01e9, 1e9)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig, Schedule
 from megallama.errors import UserError
+from megallama.hardware.gpus import Gpu, built_in_hardware
 from megallama.layout.schedules import action_lists
 from megallama.layout.stages import stages
-from megallama.plan.hardware import Gpu, built_in_hardware
 from megallama.plan.memory.state import rank_parameters
 from megallama.plan.memory.traffic import stage_traffic
 from megallama.plan.time.simulation import makespan, relative_seconds, simulate

@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 
 from megallama.cli import app
 from megallama.config.load import load_config
-from megallama.plan.hardware import find_gpu, load_hardware
+from megallama.hardware.gpus import find_gpu, load_hardware
+from megallama.plan.asked import Asked
+from megallama.plan.report.answers import timed_on
 from megallama.plan.report.summary import summarise
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -41,7 +43,9 @@ def command(name: str) -> list[str]:
 def test_it_is_a_screen(name: str, gpu: str, micro_batch: int) -> None:
     config = load_config(CONFIGS / f"{name}.yaml", [f"train.micro_batch_size={micro_batch}"])
     found = find_gpu(gpu, load_hardware(None))
-    lines = summarise(config, PLANNED[name][0], found, tokens=3e12, price=2.5).render().splitlines()
+    gpus = PLANNED[name][0]
+    timed = timed_on(config, gpus, found, Asked())
+    lines = summarise(config, gpus, found, timed, tokens=3e12, price=2.5).render().splitlines()
     assert len(lines) <= 20
     assert max(map(len, lines)) <= 80
 
@@ -103,10 +107,6 @@ def test_without_a_kind_of_gpu_there_is_memory_and_the_way_to_the_rest() -> None
     said = screen(str(CONFIGS / "7b.yaml"), "--gpus=128")
     assert "memory  30.7 GiB on pipeline rank 0; --gpu h100 says whether it" in said
     assert "tokens/s" not in said
-
-
-def test_repeated_data_is_told_beside_it() -> None:
-    assert "the data repeats 62.9 times" in screen(str(CONFIGS / "7b.yaml"), "--gpus=128", "--unique-tokens=10B")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megallama.errors import UserError
-from megallama.plan.calibration.calibrate import steady_seconds
+from megallama.plan.calibrate import steady_seconds
 from megallama.run_dir.events import METRICS, read_events, standing, standing_events
 from megallama.verify.compare import train_losses
 

@@ -213,7 +213,7 @@ def test_a_second_plan_to_one_file_is_refused(option: str, tmp_path: Path) -> No
 
 
 def test_a_second_calibration_of_one_file_is_refused(tmp_path: Path) -> None:
-    from megallama.plan.calibration.calibrate import calibrate
+    from megallama.plan.calibrate import calibrate
 
     file, run = tmp_path / "mine.yaml", made_run(tmp_path / "run", 20.0)
     with held(beside(file)), pytest.raises(UserError, match=rf"^--hardware={file} {REFUSED}--hardware$"):

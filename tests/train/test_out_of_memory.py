@@ -105,7 +105,8 @@ def test_the_sentence_in_the_documents_is_that_of_its_run() -> None:
         (["train.micro_batch_size=1", "model.num_hidden_layers=32"], 1, "train.recompute=full"),
         (["train.micro_batch_size=1", "train.recompute=full", "model.hidden_size=1024"], 8, "zero.stage=2"),
         (["train.micro_batch_size=1", "train.recompute=full", "zero.stage=3"], 2, "parallel.tensor=2"),
-        (["train.micro_batch_size=1", "train.recompute=full", "zero.stage=3"], 1, None),
+        (["train.micro_batch_size=1", "train.recompute=full", "zero.stage=3"], 1, "zero.stage=1"),
+        (["train.micro_batch_size=1", "train.recompute=full"], 1, None),
     ],
 )
 def test_the_cheapest_change_that_helps_is_named(overrides: list[str], ranks: int, words: str | None) -> None:

@@ -10,7 +10,7 @@ from statistics import median
 import pytest
 
 from megallama.config.load import load_config
-from megallama.plan.hardware import load_hardware
+from megallama.hardware.gpus import load_hardware
 from megallama.plan.memory.ledger import memory_rows
 from megallama.plan.time.software import find_software, machine
 from megallama.plan.time.step_time import step_time

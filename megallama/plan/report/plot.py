@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
+from megallama.hardware.gpus import Gpu
 from megallama.layout.check import check_config
-from megallama.plan.hardware import Gpu
 from megallama.plan.memory.ledger import memory_rows
 from megallama.plan.memory.state import GIB
 from megallama.system.lock import beside, output_lock

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from math import ceil
 
 from megallama.config.schema import RunConfig
+from megallama.hardware.gpus import USABLE, Gpu
 from megallama.layout.budget import planned_tokens, total_steps
 from megallama.layout.check import Batching, check_config
 from megallama.layout.counts import count_parameters, flops_per_token, hardware_flops_per_token, padded_vocabulary
-from megallama.plan.hardware import USABLE, Gpu
 from megallama.plan.memory.ledger import memory_rows, rank_bytes
 from megallama.plan.memory.state import GIB, MemoryRow, rank_parameters
 from megallama.plan.report.table import Part, Row

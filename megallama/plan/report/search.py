@@ -10,9 +10,9 @@ from typing import Any
 from megallama.cluster.job_file import Allocation, job_file
 from megallama.config.load import dump_config
 from megallama.errors import UserError
+from megallama.hardware.gpus import Gpu
 from megallama.layout.check import dp_size
 from megallama.layout.schedules import chunks
-from megallama.plan.hardware import Gpu
 from megallama.plan.memory.state import GIB
 from megallama.plan.report.table import Part, Row
 from megallama.plan.search.search import TIE, Candidate, Search

@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
+from megallama.config.schema import ModelConfig
 from megallama.errors import UserError
+from megallama.layout.counts import count_parameters
 from megallama.layout.scaling_laws import DEFAULT_FIT, FLOPS_PER_PARAMETER_AND_TOKEN
 from megallama.plan.report.table import Part, Row
-from megallama.plan.sizing.flags import SECONDS_PER_DAY, Compute, Question
-from megallama.plan.sizing.shape import LlamaShape, find_shape
-from megallama.plan.sizing.sizing import (
-    MOST_EPOCHS,
-    Quantity,
-    compare,
-    nearest_recipe,
-    optima,
-    repeats_too_often,
-)
+from megallama.plan.sizing.question import SECONDS_PER_DAY, Compute, Question
+from megallama.plan.sizing.shape import find_shape
+from megallama.plan.sizing.sizing import Quantity, compare, nearest_recipe, optima
 
 _KEYS = {"flops": "optimum_for_flops", "parameters": "optimum_for_size", "tokens": "optimum_for_tokens"}
 _WORDS = {"flops": "FLOPs", "parameters": "parameters", "tokens": "tokens"}
-SMALLER = (2, 4, 8)
-"""Sizes below the optimum whose price is told, as parts of it."""
 
 
 def plan_sizing(question: Question) -> list[Part]:
     """The compute-optimal rest of what is given, what it takes, a shape and a recipe; a size with data is compared."""
-    pair, compute, parts = question.fixed_ratio(), question.compute, list[Part]()
+    compute, parts = question.compute, list[Part]()
     if compute is not None and question.days is not None:
         parts.append(_budget(compute, question.days))
-    if pair is not None:
-        parameters, tokens = pair
+    if question.pair is not None:
+        parameters, tokens = question.pair
         parts += compared(parameters, tokens)
     else:
-        given, amount = _given(question)
-        parts += [optimum(given, amount), _smaller(given, amount)]
-        best = optima(given, amount)[0]
+        parts.append(optimum(question.given, question.amount))
+        best = optima(question.given, question.amount)[0]
         parameters, tokens = best.parameters, best.tokens
     if compute is not None and question.days is None:
         parts.append(_cost(compute, FLOPS_PER_PARAMETER_AND_TOKEN * parameters * tokens))
-    if question.unique_tokens is not None:
-        parts.append(repetition(tokens, question.unique_tokens))
     return [*parts, _shape(parameters, question.vocab_size), _recipe(parameters)]
 
 
@@ -75,31 +65,6 @@ def optimum(given: Quantity, amount: float) -> Part:
     rows.append(Row("loss", "predicted loss", _formula(best.parameters, best.tokens), loss))
     title = f"Compute-optimal for {amount:.4g} {_WORDS[given]}; the first fit is the default"
     return Part(_KEYS[given], title, tuple(rows))
-
-
-def repetition(tokens: float, unique_tokens: float) -> Part:
-    """How often training goes over its data, with a warning above four times."""
-    most, needed = MOST_EPOCHS * unique_tokens, tokens / MOST_EPOCHS
-    rows = (
-        Row("epochs", "epochs", f"{tokens:.4g} / {unique_tokens:.4g}", tokens / unique_tokens),
-        Row("most_epochs", "repeated tokens are nearly worth fresh ones up to", "arXiv 2305.16264", MOST_EPOCHS),
-        Row("most_tokens", "tokens of training at most", f"{MOST_EPOCHS} * {unique_tokens:.4g}", most),
-        Row("needed_unique_tokens", "or unique tokens at least", f"{tokens:.4g} / {MOST_EPOCHS}", needed),
-    )
-    warning = (
-        f"Warning: the data repeats {tokens / unique_tokens:.1f} times. Above {MOST_EPOCHS} times repeated tokens are "
-        f"worth less than fresh ones: find {needed:.4g} unique tokens, or train on {most:.4g}."
-    )
-    return Part("data", "Repeated data", rows, warning if repeats_too_often(tokens, unique_tokens) else "")
-
-
-def _given(question: Question) -> tuple[Quantity, float]:
-    if question.flops is not None:
-        return "flops", question.flops
-    if question.parameters is not None:
-        return "parameters", question.parameters
-    assert question.tokens is not None
-    return "tokens", question.tokens
 
 
 def _assumed(compute: Compute) -> list[Row]:
@@ -143,17 +108,6 @@ def _formula(parameters: float, tokens: float) -> str:
     return f"{fit.irreducible} + {of_parameters} + {fit.token_scale} / {tokens:.4g}^{fit.token_exponent}"
 
 
-def _smaller(given: Quantity, amount: float) -> Part:
-    """What models that are cheaper to serve cost at equal compute."""
-    best, rows = optima(given, amount)[0], []
-    for times in SMALLER:
-        pair = compare(best.parameters / times, best.tokens * times)
-        how = f"{pair.parameters:.4g} parameters on {pair.tokens:.4g} tokens; as good with "
-        how += f"{pair.sufficient_compute:.0%} of the compute at its best size"
-        rows.append(Row(f"penalty 1/{times}", f"1/{times} of the size: loss above", how, pair.penalty, decimals=4))
-    return Part("over_training", "Over-training: smaller models for the same compute", tuple(rows))
-
-
 def _shape(parameters: float, vocab_size: int) -> Part:
     """A shape, or the sentence that says why there is none."""
     try:
@@ -163,20 +117,13 @@ def _shape(parameters: float, vocab_size: int) -> Part:
     return Part("shape", "A Llama of this size", _shape_rows(shape, parameters))
 
 
-def _shape_rows(shape: LlamaShape, wanted: float) -> tuple[Row, ...]:
-    heads = f"{shape.hidden_size} / {shape.head_dim}"
-    return (
-        Row("vocab_size", "model.vocab_size", "--vocab is yours", shape.vocab_size),
-        Row("hidden_size", "model.hidden_size", "", shape.hidden_size),
-        Row("intermediate_size", "model.intermediate_size", "", shape.intermediate_size),
-        Row("num_hidden_layers", "model.num_hidden_layers", "", shape.num_hidden_layers),
-        Row("num_attention_heads", "model.num_attention_heads", heads, shape.num_attention_heads),
-        Row("num_key_value_heads", "model.num_key_value_heads", "", shape.num_key_value_heads),
-        Row("head_dim", "model.head_dim", "", shape.head_dim),
-        Row("tie_word_embeddings", "model.tie_word_embeddings", "1 is true", int(shape.tie_word_embeddings)),
-        Row("parameters", "parameters", f"{shape.parameters / wanted - 1:+.2%} of {wanted:.4g}", shape.parameters),
-        Row("largest_tensor", "parallel.tensor up to", "divides heads, KV heads and width", shape.largest_tensor),
-    )
+def _shape_rows(shape: ModelConfig, wanted: float) -> tuple[Row, ...]:
+    total = count_parameters(shape).total
+    how = {"vocab_size": "--vocab is yours", "num_attention_heads": f"{shape.hidden_size} / {shape.head_size}"}
+    keys = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    keys += ["num_key_value_heads", "head_dim", "tie_word_embeddings"]
+    rows = [Row(key, f"model.{key}", how.get(key, ""), int(getattr(shape, key))) for key in keys]
+    return (*rows, Row("parameters", "parameters", f"{total / wanted - 1:+.2%} of {wanted:.4g}", total))
 
 
 def _recipe(parameters: float) -> Part:

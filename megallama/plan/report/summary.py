@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
+from megallama.hardware.gpus import Gpu
 from megallama.layout.budget import planned_tokens
 from megallama.layout.check import dp_size
 from megallama.layout.counts import count_parameters
 from megallama.layout.scaling_laws import optimal_tokens
 from megallama.layout.schedules import schedule_of
-from megallama.plan.hardware import Gpu
 from megallama.plan.memory.ledger import rank_bytes
 from megallama.plan.memory.state import GIB
 from megallama.plan.report.table import Part, Row
-from megallama.plan.report.time import check_type
-from megallama.plan.search.changes import single_changes
+from megallama.plan.search.changes import Change, single_changes
 from megallama.plan.sizing.cost import run_cost, speed
-from megallama.plan.time.software import Machine, machine
-from megallama.plan.time.step_time import StepTime, step_time
+from megallama.plan.time.software import Machine
+from megallama.plan.time.step_time import StepTime
 
 WIDTH = 80
 LARGE_BUBBLE = 0.3
@@ -40,8 +38,6 @@ class Summary:
     title: str
     lines: tuple[tuple[str, str], ...]
     warning: str = ""
-    without_time: UserError | None = None
-    """Why a GPU that was named has no step time."""
 
     def render(self) -> str:
         """At most 20 lines of at most 80 characters."""
@@ -54,33 +50,17 @@ class Summary:
         return "\n".join([*found, *textwrap.wrap(self.warning, WIDTH)])
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """A change with what it comes to."""
-
-    key: str
-    words: str
-    instead_of: str
-    size: int
-    seconds: float | None
-    fits: bool
-
-
-def _measured(config: RunConfig, world_size: int, gpu: Gpu, on: Machine | None) -> list[_Measured]:
-    found = []
-    for one in single_changes(config, world_size, gpu):
-        size = one.size
-        fits = size <= gpu.usable_bytes
-        found.append(_Measured(one.key, one.words, one.instead_of, size, one.seconds(on), fits))
-    return found
+Timed = tuple[Machine, StepTime]
+"""What a run is planned on, and the time of one of its steps."""
 
 
 def changes_part(config: RunConfig, world_size: int, on: Machine) -> Part:
     """Every single change of the layout that is legal, with the seconds of a step."""
+    changes = single_changes(config, world_size, int(on.gpu.gpus_per_node or 1))
     rows = [
-        Row(one.words, one.words, f"now {one.instead_of}; {one.size / GIB:.2f} GiB", one.seconds, "s")
-        for one in _measured(config, world_size, on.gpu, on)
-        if one.seconds is not None
+        Row(one.words, one.words, f"now {one.instead_of}; {one.size / GIB:.2f} GiB", seconds, "s")
+        for one in changes
+        if (seconds := one.seconds(on)) is not None
     ]
     return Part("changes", "Single changes of the layout, with the memory that they need", tuple(rows))
 
@@ -88,36 +68,30 @@ def changes_part(config: RunConfig, world_size: int, on: Machine) -> Part:
 def summarise(
     config: RunConfig,
     world_size: int,
-    gpu: Gpu | None,
-    machine: Callable[[Gpu], Machine] = machine,
+    gpu: Gpu | None = None,
+    timed: Timed | UserError | None = None,
     tokens: float | None = None,
     price: float | None = None,
 ) -> Summary:
-    """The first screen of a legal run; without a kind of GPU it has no time, and nothing to fit into.
-
-    `machine` says what is assumed of the software on it; its UserError is why there is no time.
-    """
+    """The first screen of a legal run; without a kind of GPU it has no time, and nothing to fit into."""
     title = f"{_figure(count_parameters(config.model).total)} parameters on {world_size} x "
-    length = _length(config, planned_tokens(config, tokens))
+    length = planned_tokens(config, tokens)
+    layout, lines, warning = _layout(config, world_size), list[tuple[str, str]](), ""
     if gpu is None:
         needed = f"{_memory(config, world_size)}; --gpu h100 says whether it fits, and how long it takes"
-        return Summary(f"{title}GPU: {_layout(config, world_size)}", (("memory", needed), ("tokens", length), _MORE))
-    lines = [("memory", _fit(config, world_size, gpu))] if gpu.memory_gib is not None else []
-    on, step, warning, without_time = None, None, "", None
-    try:
-        check_type(config, gpu)
-        on = machine(gpu)
-        step = step_time(config, world_size, on)
-    except UserError as reason:
-        without_time = reason
-    else:
-        lines += _time(config, world_size, gpu, step, planned_tokens(config, tokens), price)
-    lines.append(("tokens", length))
+        return Summary(f"{title}GPU: {layout}", (("memory", needed), ("tokens", _length(config, length)), _MORE))
     if gpu.memory_gib is not None:
-        beside = _measured(config, world_size, gpu, on)
+        lines.append(("memory", _fit(config, world_size, gpu)))
+    on, step = timed if isinstance(timed, tuple) else (None, None)
+    if step is not None:
+        lines += _time(config, world_size, gpu, step, length, price)
+    lines.append(("tokens", _length(config, length)))
+    if gpu.memory_gib is not None:
+        changes = single_changes(config, world_size, int(gpu.gpus_per_node or 1))
+        beside = [(one, one.seconds(on)) for one in changes]
         lines += _changes(config, world_size, gpu, step, beside)
-        warning = _warning(step, [one for one in beside if one.fits])
-    return Summary(f"{title}{gpu.name}: {_layout(config, world_size)}", (*lines, _MORE), warning, without_time)
+        warning = _warning(step, [seconds for one, seconds in beside if one.size <= gpu.usable_bytes])
+    return Summary(f"{title}{gpu.name}: {layout}", (*lines, _MORE), warning)
 
 
 _MORE = ("more", "--explain: the arithmetic; --search: other layouts; --json: everything")
@@ -183,48 +157,45 @@ def _length(config: RunConfig, tokens: float) -> str:
 
 
 def _changes(
-    config: RunConfig, world_size: int, gpu: Gpu, step: StepTime | None, beside: list[_Measured]
+    config: RunConfig, world_size: int, gpu: Gpu, step: StepTime | None, beside: list[tuple[Change, float | None]]
 ) -> list[tuple[str, str]]:
     """The two that help most, of two keys: towards fitting where the run does not, else towards speed."""
-    now = max(rank_bytes(config, world_size))
-    fitting = [one for one in beside if one.fits]
-    if now > gpu.usable_bytes:
-        chosen = sorted(fitting, key=lambda one: (one.seconds or 0.0, one.size)) or sorted(beside, key=lambda x: x.size)
-        chosen = [one for one in chosen if one.size < now]
+    now, limit = max(rank_bytes(config, world_size)), gpu.usable_bytes
+    if now > limit:
+        smaller = [(one, seconds) for one, seconds in beside if one.size < now]
+        chosen = sorted(smaller, key=lambda each: (each[0].size > limit, each[1] or 0.0, each[0].size))
     elif step is not None:
-        faster = [one for one in fitting if one.seconds is not None and one.seconds < WORTH_NAMING * step.total]
-        chosen = sorted(faster, key=lambda one: one.seconds or 0.0)
+        most = WORTH_NAMING * step.total
+        faster = [(one, s) for one, s in beside if s is not None and s < most and one.size <= limit]
+        chosen = sorted(faster, key=lambda each: each[1] or 0.0)
     else:
-        chosen = []
-    lines = [f"{one.words} (now {one.instead_of}): {_effect(one, now, step)}" for one in _of_two_keys(chosen)]
-    if not lines and ((step is not None and not step.assumed) or now > gpu.usable_bytes):
+        return []
+    best = {one.key: (one, seconds) for one, seconds in reversed(chosen)}  # of each key the first
+    lines = [
+        f"{one.words} (now {one.instead_of}): {_effect(one, seconds, now, limit, step)}"
+        for one, seconds in sorted(best.values(), key=chosen.index)[:2]
+    ]
+    if not lines and ((step is not None and not step.assumed) or now > limit):
         lines = [f"none of {len(beside)} single changes of the layout helps"]
     return [("" if number else "better", line) for number, line in enumerate(lines)]
 
 
-def _of_two_keys(chosen: Iterable[_Measured]) -> list[_Measured]:
-    found: dict[str, _Measured] = {}
-    for one in chosen:
-        found.setdefault(one.key, one)
-    return list(found.values())[:2]
-
-
-def _effect(one: _Measured, now: int, step: StepTime | None) -> str:
+def _effect(one: Change, seconds: float | None, now: int, limit: int, step: StepTime | None) -> str:
     words = []
-    if step is not None and one.seconds is not None:
-        change = one.seconds / step.total - 1
+    if step is not None and seconds is not None:
+        change = seconds / step.total - 1
         words.append(f"{abs(100 * change):.0f} % {'faster' if change < 0 else 'slower'}")
     if abs(one.size - now) > 0.05 * GIB:
         words.append(f"{'frees' if one.size < now else 'takes'} {abs(one.size - now) / GIB:.1f} GiB")
-    return ", ".join([*words, "fits" if one.fits else "does not fit yet"])
+    return ", ".join([*words, "fits" if one.size <= limit else "does not fit yet"])
 
 
-def _warning(step: StepTime | None, fitting: list[_Measured]) -> str:
+def _warning(step: StepTime | None, fitting: list[float | None]) -> str:
     if step is None or step.assumed:
         return ""
     if step.bubble > LARGE_BUBBLE * step.total:
         return f"Poor: the pipeline waits for {100 * step.bubble / step.total:.0f} % of each step. Try --search."
-    best = min((one.seconds for one in fitting if one.seconds is not None), default=step.total)
+    best = min((seconds for seconds in fitting if seconds is not None), default=step.total)
     if best < FAR_FROM_BEST * step.total:
         return f"Poor: a single change makes it {step.total / best:.1f} times as fast. Try --search."
     return ""

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.layout.budget import planned_tokens
+from megallama.hardware.gpus import Gpu
 from megallama.layout.check import check_batching
-from megallama.plan.hardware import Gpu
 from megallama.plan.memory.activations import tensors
 from megallama.plan.memory.traffic import Traffic
 from megallama.plan.report.table import Part, Row
 from megallama.plan.sizing.cost import PUE, run_cost, speed
 from megallama.plan.time.communication import NODE_LATENCY, Group, data_traffic, latency, ring_bandwidth
 from megallama.plan.time.software import Machine
-from megallama.plan.time.step_time import OPTIMIZER_BYTES, StepTime, rank_works, slowest_work, step_time
+from megallama.plan.time.step_time import OPTIMIZER_BYTES, StepTime, rank_works, slowest_work
 
 
 def time_parts(
-    config: RunConfig, world_size: int, on: Machine, tokens: float | None = None, price: float | None = None
+    config: RunConfig, world_size: int, on: Machine, step: StepTime, tokens: float, price: float | None = None
 ) -> list[Part]:
-    """Step time, speed and cost of a run on `world_size` GPUs; `tokens` takes the place of its length.
-
-    `price` is for one GPU and hour, in any currency. UserError if the run is not legal on that many ranks, or where a
-    figure of the GPU that is needed is not known.
-    """
-    check_type(config, on.gpu)
-    step = step_time(config, world_size, on)
+    """Step time, speed and cost of `tokens` on `world_size` GPUs; `price` is for one GPU-hour, in any currency."""
     return [
         _step_time(config, world_size, on, step),
         _speed(config, world_size, on, step),
-        _cost(config, world_size, on.gpu, step, planned_tokens(config, tokens), price),
+        _cost(config, world_size, on.gpu, step, tokens, price),
     ]
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.layout.check import check_batching, check_config
+from megallama.hardware.gpus import Gpu
+from megallama.layout.check import check_batching
 from megallama.layout.schedules import SCHEDULES
-from megallama.plan.hardware import Gpu
 from megallama.plan.memory.ledger import rank_bytes
 from megallama.plan.memory.state import GIB, MemoryRow
 from megallama.plan.search.space import RECOMPUTE, ZERO_STAGES
@@ -23,25 +23,16 @@ WORTHWHILE = 0.9
 
 @dataclass(frozen=True)
 class Change:
-    """Another value of one key, on as many GPUs or more."""
+    """Another value of one key, or more GPUs, or both."""
 
     config: RunConfig
-    key: str
-    value: str
-    instead_of: str
     gpus: int
-    more: str = ""
-    """What has to be typed beside it."""
-
-    @property
-    def words(self) -> str:
-        """As it is typed."""
-        return f"{self.key}={self.value}{self.more}" if self.key else self.more.strip()
-
-    @property
-    def size(self) -> int:
-        """Bytes that its fullest rank needs."""
-        return max(rank_bytes(self.config, self.gpus))
+    key: str
+    words: str
+    """As it is typed."""
+    instead_of: str
+    size: int
+    """Bytes that its fullest rank needs."""
 
     def seconds(self, on: Machine | None) -> float | None:
         """Predicted, of one step; None where no figure or only an assumed one is known, the same for every layout."""
@@ -53,20 +44,29 @@ class Change:
             return None
 
 
-def single_changes(config: RunConfig, world_size: int, gpu: Gpu) -> list[Change]:
-    """All legal ones on as many GPUs, up and down; model, data and global batch stay as the run has them."""
-    train, parallel, node = config.train, config.parallel, int(gpu.gpus_per_node or 1)
-    keys: list[tuple[str, str, Any]] = [("train", "recompute", kind) for kind in RECOMPUTE if kind != train.recompute]
+def single_changes(config: RunConfig, world_size: int, node: int) -> list[Change]:
+    """All legal ones on as many GPUs, with tensor parallelism within a `node` of them.
+
+    Model, data and global batch stay as the run has them. Those that need less memory come first, from what costs the
+    least time on: batch, ZeRO, recomputation, layout.
+    """
+    train, parallel, zero = config.train, config.parallel, config.zero
+    kind, batch = RECOMPUTE.index(train.recompute), train.micro_batch_size
+    keys: list[tuple[str, str, Any]] = []
+    keys += [("train", "micro_batch_size", batch // n) for n in range(2, batch + 1) if batch % n == 0]
+    keys += [("zero", "stage", stage) for stage in ZERO_STAGES if stage > zero.stage]
+    keys += [("train", "recompute", each) for each in RECOMPUTE[kind + 1 :]]
+    keys += [("parallel", "tensor", 2 * parallel.tensor)] if 2 * parallel.tensor <= node else []
+    keys += [("parallel", "pipeline", 2 * parallel.pipeline), ("parallel", "pipeline", parallel.pipeline // 2)]
+    keys += [("parallel", "tensor", parallel.tensor // 2), ("train", "micro_batch_size", 2 * batch)]
+    keys += [("train", "recompute", each) for each in RECOMPUTE[:kind]]
+    keys += [("zero", "stage", stage) for stage in ZERO_STAGES if stage < zero.stage]
     keys += [] if train.compile else [("train", "compile", True)]
-    keys += [("train", "micro_batch_size", size) for size in _halves_and_doubles(train.micro_batch_size)]
-    tensors = _halves_and_doubles(parallel.tensor)
-    keys += [("parallel", "tensor", tp) for tp in tensors if tp <= max(node, parallel.tensor)]
-    if not isinstance(parallel.layers_per_stage, tuple):  # a list of other stages is another change
-        keys += [("parallel", "pipeline", pp) for pp in _halves_and_doubles(parallel.pipeline)]
-        if parallel.pipeline > 1:
-            keys += [("parallel", "schedule", name) for name in SCHEDULES if name != parallel.schedule]
-    keys += [("zero", "stage", stage) for stage in ZERO_STAGES if stage != config.zero.stage]
-    return [found for key in keys if _legal(found := _changed(config, world_size, *key))]
+    if parallel.pipeline > 1:
+        keys += [("parallel", "schedule", name) for name in SCHEDULES if name != parallel.schedule]
+    if isinstance(parallel.layers_per_stage, tuple):  # a list of other stages is another change
+        keys = [key for key in keys if key[1] != "pipeline"]
+    return [change for key in keys if key[2] and (change := _changed(config, world_size, *key)) is not None]
 
 
 def refuse_too_large(config: RunConfig, world_size: int, gpu: Gpu) -> None:
@@ -75,8 +75,8 @@ def refuse_too_large(config: RunConfig, world_size: int, gpu: Gpu) -> None:
     if max(sizes) <= limit:
         return
     where = f" on pipeline rank {sizes.index(max(sizes))}" if len(sizes) > 1 else ""
-    fitting = (one for one in _smaller(config, world_size, int(gpu.gpus_per_node or 1)) if _legal(one))
-    nearest = next((one for one in fitting if one.size <= limit), None)
+    changes = [*single_changes(config, world_size, int(gpu.gpus_per_node or 1)), *_more_gpus(config, world_size)]
+    nearest = next((one for one in changes if one.size <= limit), None)
     fix = f"nearest that fits: {nearest.words}" if nearest else "no single change fits; try --search with more GPUs"
     raise UserError(
         f"the run needs {max(sizes) / GIB:.1f} GiB{where}, {(max(sizes) - limit) / GIB:.1f} GiB more than the "
@@ -85,13 +85,12 @@ def refuse_too_large(config: RunConfig, world_size: int, gpu: Gpu) -> None:
 
 
 def nearest_change(config: RunConfig, world_size: int) -> Change | None:
-    """The first change, from what costs least to what costs most, that helps on as many ranks; None if none does.
+    """The change that helps a run for want of memory and costs the least time; None if none helps.
 
     Where none leaves at most 0.9 of the memory, the one that leaves least.
     """
     now = max(rank_bytes(config, world_size))
-    every = (one for one in _smaller(config, world_size) if one.gpus == world_size)
-    less = [one for one in every if _divides(one) and one.size < now]
+    less = [one for one in single_changes(config, world_size, world_size) if one.size < now]
     worthwhile = [one for one in less if one.size <= WORTHWHILE * now]
     return worthwhile[0] if worthwhile else min(less, key=lambda one: one.size, default=None)
 
@@ -101,56 +100,29 @@ def largest_terms(rows: list[MemoryRow], count: int = 3) -> list[MemoryRow]:
     return sorted(rows, key=lambda row: row.size, reverse=True)[:count]
 
 
-def _smaller(config: RunConfig, world_size: int, node: int | None = None) -> Iterator[Change]:
-    """What needs less, from what costs the least time on: batch, ZeRO, recomputation, layout, more GPUs.
-
-    Tensor parallelism stays within `node` GPUs, where that is known.
-    """
-    parallel, micro_batch = config.parallel, config.train.micro_batch_size
-    for size in range(micro_batch - 1, 0, -1):
-        if micro_batch % size == 0:
-            yield _changed(config, world_size, "train", "micro_batch_size", size)
-    for stage in range(config.zero.stage + 1, 4):
-        yield _changed(config, world_size, "zero", "stage", stage)
-    for recompute in RECOMPUTE[1:]:
-        yield _changed(config, world_size, "train", "recompute", recompute)
+def _more_gpus(config: RunConfig, world_size: int) -> Iterator[Change]:
+    """More stages on as many more GPUs, or more copies."""
+    pp = config.parallel.pipeline
     for factor in (2, 4, 8):
-        more = factor * world_size
-        for key, value in (("tensor", factor * parallel.tensor), ("pipeline", factor * parallel.pipeline)):
-            if key == "tensor" and node is not None and parallel.tensor < value > node:
-                continue
-            yield _changed(config, world_size, "parallel", key, value)
-            yield _changed(config, more, "parallel", key, value, f" with --gpus {more}")
-    for factor in (2, 4, 8, 16):
-        yield Change(config, "", "", "", factor * world_size, f" --gpus {factor * world_size}")
+        gpus = factor * world_size
+        for value in (factor * pp, pp):
+            change = _changed(config, gpus, "parallel", "pipeline", value, f" with --gpus {gpus}")
+            if change is not None:
+                yield change
 
 
-def _changed(config: RunConfig, gpus: int, section: str, key: str, value: Any, more: str = "") -> Change:
+def _changed(config: RunConfig, gpus: int, section: str, key: str, value: Any, more: str = "") -> Change | None:
+    """None where it is not legal, whatever the length of the run: it may be under way and nearly done."""
     part, update = getattr(config, section), {key: value}
-    if key == "pipeline" and isinstance(part.layers_per_stage, tuple):  # a list of fewer stages
+    before = getattr(part, key)
+    if key == "pipeline" and value != before and isinstance(part.layers_per_stage, tuple):  # a list of fewer stages
         update["layers_per_stage"] = "balanced"
         more = f" parallel.layers_per_stage=balanced{more}"
-    typed, before = (str(each).lower() if isinstance(each, bool) else str(each) for each in (value, getattr(part, key)))
     changed = config.model_copy(update={section: part.model_copy(update=update)})
-    return Change(changed, f"{section}.{key}", typed, before, gpus, more)
-
-
-def _legal(change: Change) -> bool:
     try:
-        check_config(change.config, change.gpus)
+        check_batching(changed, gpus)
     except UserError:
-        return False
-    return True
-
-
-def _divides(change: Change) -> bool:
-    """Whether the layout is legal, whatever the length is: a run that is under way may be nearly done."""
-    try:
-        check_batching(change.config, change.gpus)
-    except UserError:
-        return False
-    return True
-
-
-def _halves_and_doubles(value: int) -> list[int]:
-    return [*([value // 2] if value % 2 == 0 else []), 2 * value]
+        return None
+    typed, now = (str(each).lower() if isinstance(each, bool) else str(each) for each in (value, before))
+    words = f"{section}.{key}={typed}{more}"
+    return Change(changed, gpus, f"{section}.{key}", words, now, max(rank_bytes(changed, gpus)))

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megallama.config.schema import MOST_PIPELINE, RunConfig
+from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.layout.check import divisors, legal_tensors
+from megallama.hardware.gpus import Gpu
 from megallama.layout.schedules import SCHEDULES, schedule_of
-from megallama.plan.hardware import Gpu
 from megallama.plan.memory.ledger import rank_bytes
 from megallama.plan.memory.state import GIB
 from megallama.plan.search.space import (
@@ -35,7 +34,7 @@ SIMULATED = 50
 TIE = 0.05
 """Layouts that differ by less are as fast as a prediction can tell: its mean error on published runs is 5 %."""
 NEAR = 128
-"""GPU counts on either side that are tried in place of one without a legal layout."""
+"""Nodes, or GPUs within one, on either side that are tried in place of a number without a layout."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def search(config: RunConfig, world_size: int, on: Machine) -> Search:
     if not result.found:
         raise UserError(
             f"no layout of {world_size} {gpu.key} is legal and fits; {_lacking(result, sizes, gpu)}"
-            f"{enough_gpus(config, world_size, gpu) if sizes else legal_gpus(config, world_size, gpu)}"
+            f"{other_gpus(config, world_size, gpu, more=bool(sizes))}"
         )
     result.found.sort(key=_rank)
     best = SIMULATED if on.mfu is None else len(result.found)
@@ -165,26 +164,19 @@ def _lacking(result: Search, sizes: dict[str, int], gpu: Gpu) -> str:
     return f"{next(iter(places))}: {why}"
 
 
-def enough_gpus(config: RunConfig, world_size: int, gpu: Gpu) -> str:
-    """The end of a sentence: the first doubling of the GPUs on which a layout fits; empty if six are too few."""
-    for gpus in (world_size << n for n in range(1, 7)):
-        if any(max(rank_bytes(one, gpus)) <= gpu.usable_bytes for one in _smallest(config, gpus, gpu)):
+def other_gpus(config: RunConfig, world_size: int, gpu: Gpu, *, more: bool) -> str:
+    """The end of a sentence: the first doubling on which a layout fits, or the nearest number that has a legal one.
+
+    Empty where that is far.
+    """
+    node = int(gpu.gpus_per_node or 1)
+    step = node if world_size > node else 1
+    near = (world_size + sign * step * far for far in range(1, NEAR) for sign in (-1, 1))
+    for gpus in [world_size << n for n in range(1, 7)] if more else near:
+        smallest = _smallest(config, gpus, gpu) if gpus > 0 else iter(())
+        if any(max(rank_bytes(one, gpus)) <= gpu.usable_bytes or not more for one in smallest):
             return f"; try --gpus {gpus}"
     return ""
-
-
-def legal_gpus(config: RunConfig, world_size: int, gpu: Gpu) -> str:
-    """The end of a sentence: the nearest GPUs below and above that have a legal layout; empty if none has."""
-    node, copies = int(gpu.gpus_per_node or 1), divisors(config.train.global_batch_size)
-    tensors = [tp for tp in legal_tensors(config) if tp <= node]
-    most = min(config.model.num_hidden_layers, MOST_PIPELINE)
-    sizes = {tp * pp * dp for tp in tensors for pp in range(1, most + 1) for dp in copies}
-    whole = sorted(size for size in sizes if size <= node or size % node == 0)
-    below, above = [size for size in whole if size < world_size], [size for size in whole if size > world_size]
-    found = []
-    for side in (below[: -NEAR - 1 : -1], above[:NEAR]):
-        found += [size for size in side if any(_smallest(config, size, gpu))][:1]
-    return f"; nearest legal: --gpus {' or '.join(map(str, found))}" if found else ""
 
 
 def _smallest(config: RunConfig, world_size: int, gpu: Gpu) -> Iterator[RunConfig]:

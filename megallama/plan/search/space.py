@@ -7,9 +7,9 @@ from typing import Any
 
 from megallama.config.schema import MOST_PIPELINE, RunConfig, Schedule
 from megallama.errors import UserError
+from megallama.hardware.gpus import Gpu
 from megallama.layout.check import check_config, divisors, dp_size, legal_tensors
 from megallama.layout.schedules import SCHEDULES, chunks, legal_micro_batches
-from megallama.plan.hardware import Gpu
 
 Reject = Callable[[str, str, int], None]
 """Takes why layouts are out, where they are, and how many they are."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from megallama.config.schema import RunConfig
+from megallama.hardware.gpus import Gpu
 from megallama.layout.counts import flops_per_token, hardware_flops_per_token
-from megallama.plan.hardware import Gpu
 
 # Power that a data centre draws for each watt of its machines: that of arXiv 2302.13971, table 15.
 PUE = 1.1

@@ -8,8 +8,6 @@ from typing import Literal
 
 from megallama.layout.scaling_laws import DEFAULT_FIT, FITS, FLOPS_PER_PARAMETER_AND_TOKEN, LossFit, PowerLaw
 
-# Up to here repeated tokens are nearly worth fresh ones (arXiv 2305.16264).
-MOST_EPOCHS = 4
 Quantity = Literal["flops", "parameters", "tokens"]
 
 
@@ -60,11 +58,6 @@ def compare(parameters: float, tokens: float) -> Pair:
     """What this pair costs against the best of equal compute."""
     flops = FLOPS_PER_PARAMETER_AND_TOKEN * parameters * tokens
     return Pair(parameters, tokens, _optimum(DEFAULT_FIT, "flops", flops))
-
-
-def repeats_too_often(tokens: float, unique_tokens: float) -> bool:
-    """Whether training goes over its data more often than repeated tokens are worth."""
-    return tokens > MOST_EPOCHS * unique_tokens
 
 
 def _optimum(fit: LossFit | PowerLaw, given: Quantity, amount: float) -> Optimum:

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from math import ceil
 
 from megallama.config.schema import RunConfig
+from megallama.hardware.gpus import LINK_FRACTION, Gpu
 from megallama.layout.counts import padded_vocabulary
-from megallama.plan.hardware import Gpu
 from megallama.plan.memory.traffic import Traffic
 from megallama.plan.time.software import Software
 
-LINK_FRACTION = 0.80
 NIC_FRACTION = 0.95
 NODE_LATENCY = 40e-6
 NETWORK_LATENCY = 380e-6

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict
 from megallama.config.load import parse_yaml
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
+from megallama.hardware.gpus import Gpu
 from megallama.layout.schedules import schedule_of
-from megallama.plan.hardware import Gpu
 
 DEFAULT = "megallama"
 ATTENTION_RATE = 0.5
@@ -141,4 +141,5 @@ def machine(gpu: Gpu, software: Software | None = None, mfu: float | None = None
         fitting = [name for name, one in known_software().items() if (one.generation or name) in gpu.efficiency]
         instead = f"use {', '.join(fitting)}, or assume" if fitting else "assume"
         raise UserError(f"--software={chosen.name} has no constant on {gpu.key}; {instead} a speed by --mfu 0.4")
-    return Machine(gpu, chosen, gpu.efficiency_for(generation) if mfu is None else 1.0, mfu)
+    constant = gpu.default_efficiency if generation is None else lambda: gpu.efficiency[generation]
+    return Machine(gpu, chosen, constant() if mfu is None else 1.0, mfu)

@@ -1,37 +1,84 @@
-"""What this machine's CPU can do, measured in seconds: the figures that a table has of a GPU."""
+"""What this machine can do, measured: the peak that MFU is a share of, and the figures of a CPU."""
 
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from megallama.hardware.gpus import LINK_FRACTION, built_in_hardware, gpu_of_driver
 from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
-from megallama.plan.time.communication import LINK_FRACTION
-from megallama.plan.time.kernels import SWIGLU_ELEMENTS
+
+
+@dataclass(frozen=True)
+class Peak:
+    """FLOP/s that count as 100 % of MFU, and where the number is from."""
+
+    flops: float
+    source: str
+
+
+def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
+    """The published bf16 peak of a known accelerator; elsewhere the best of three timed matmuls in `dtype`."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        known = gpu_of_driver(name, built_in_hardware())
+        if known is not None:
+            return Peak(known.known("peak_tflops") * 1e12, f"published, {name}")
+    return Peak(measured_matmul(device, dtype), f"measured {dtype} matmul on {device.type}")
+
+
+def measured_matmul(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matmul of random numbers, the best of three."""
+    n = 8192 if device.type == "cuda" else 512  # a CPU without bf16 units takes half a second for 512
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(3):
+        _synchronise(device)
+        start = time.perf_counter()
+        a @ b
+        _synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: allocated on the device, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
 
 _LONG = 0.25
 """Seconds after which a matmul is large enough: a CPU without bf16 units takes half a second for 512 in bf16."""
 
 
-def measure_cpu(dtype: str, threads: int) -> dict[str, float | int | str]:
+def measure_cpu(dtype: str, threads: int, swiglu_elements: int) -> dict[str, float | int | str]:
     """The entry `cpu` of a hardware file for ranks of so many threads each, in fp32 or bf16.
 
-    A rank stands for a GPU and the machine for a node. Takes some seconds.
+    A rank stands for a GPU and the machine for a node. Kernels of SwiGLU count as so many elements read and written for
+    each of theirs. Takes some seconds.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         element = torch.bfloat16 if dtype == "bf16" else torch.float32
-        flops, bandwidth = matmul_flops(element), kernel_bandwidth(element)
+        flops, bandwidth = matmul_flops(element), kernel_bandwidth(element, swiglu_elements)
     finally:
         torch.set_num_threads(before)
     ranks = max(1, len(os.sched_getaffinity(0)) // threads)
@@ -59,8 +106,8 @@ def matmul_flops(dtype: torch.dtype) -> float:
     return best
 
 
-def kernel_bandwidth(dtype: torch.dtype) -> float:
-    """Bytes per second of SwiGLU, forward and backward, counted as `megallama.plan.time.kernels` does.
+def kernel_bandwidth(dtype: torch.dtype, swiglu_elements: int) -> float:
+    """Bytes per second of SwiGLU, forward and backward, counted as so many elements for each of theirs.
 
     It stands for all that is not a matmul. On a CPU such kernels wait for arithmetic as well as for memory, and run at
     about half of the rate at which memory is copied.
@@ -72,7 +119,7 @@ def kernel_bandwidth(dtype: torch.dtype) -> float:
         gate.grad = up.grad = None
         (F.silu(gate) * up).backward(gradient)
 
-    return SWIGLU_ELEMENTS * gate.numel() * gate.element_size() / _shortest(both)
+    return swiglu_elements * gate.numel() * gate.element_size() / _shortest(both)
 
 
 def link_bandwidth(launch: Launch) -> float:

@@ -5,23 +5,24 @@ A CPU's own figures are measured first, on the machine that this runs on; that a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import log, prod
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megallama.config.load import load_config, parse_yaml, read_text
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.plan.hardware import USER_FILE, Gpu, gpu_of_driver, load_hardware
+from megallama.hardware.gpus import USER_FILE, Gpu, gpu_of_driver, load_hardware
 from megallama.plan.report.table import Part, Row
 from megallama.plan.report.time import check_type
+from megallama.plan.time.kernels import SWIGLU_ELEMENTS
 from megallama.plan.time.software import Machine, Software, find_software
 from megallama.plan.time.step_time import step_time
 from megallama.run_dir.events import METRICS, Event, read_events, standing
@@ -34,16 +35,29 @@ LEAST_EVENTS = 5
 """Fewer say nothing of what is usual."""
 
 
+class Environment(BaseModel):
+    """Of environment.json, what a calibration needs."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    topology: dict[str, Annotated[int, Field(ge=1)]] = Field(min_length=1)
+    device: str
+    """By its driver's name, or cpu."""
+    threads: int = Field(ge=1)
+    """The threads of each rank, on a CPU."""
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return prod(self.topology.values())
+
+
 @dataclass(frozen=True)
 class MeasuredRun:
     """The last start of a run."""
 
     config: RunConfig
-    world_size: int
-    device: str
-    """By its driver's name, or cpu."""
-    threads: int
-    """The threads of each rank, on a CPU."""
+    environment: Environment
     seconds: tuple[float, ...]
     """Per step, of each `train` event in which nothing but training went on."""
 
@@ -59,20 +73,21 @@ def read_run(folder: Path) -> MeasuredRun:
         if not (folder / name).is_file():
             raise UserError(f"--calibrate={folder} is no run, for it has no {name}; give the run.dir of one")
     config = load_config(folder / "config.yaml")
-    environment = _environment(folder / "environment.json")
+    try:
+        environment = Environment.model_validate_json((folder / "environment.json").read_bytes())
+    except ValidationError as error:
+        why = error.errors(include_url=False)[0]
+        where = f"{'.'.join(map(str, why['loc']))}: {why['msg']}".removeprefix(": ")
+        raise UserError(
+            f"{folder}/environment.json is not what a run of this version writes ({where}); train again"
+        ) from None
     seconds = steady_seconds(_events(folder / METRICS), config.logging.every)
     if len(seconds) < LEAST_EVENTS:
         raise UserError(
             f"--calibrate={folder} has {len(seconds)} train events of steady steps, and {LEAST_EVENTS} are needed; "
             f"train {SETTLING + (LEAST_EVENTS + 1) * config.logging.every} steps, without a save between"
         )
-    return MeasuredRun(
-        config=config,
-        world_size=prod(environment["topology"].values()),
-        device=environment["device"],
-        threads=environment["threads"],
-        seconds=tuple(seconds),
-    )
+    return MeasuredRun(config, environment, tuple(seconds))
 
 
 def steady_seconds(events: list[Event], every: int) -> list[float]:
@@ -97,28 +112,6 @@ def steady_seconds(events: list[Event], every: int) -> list[float]:
             # The step before which it ended is not recorded yet.
             saving = True
     return list(found.values())
-
-
-def _environment(path: Path) -> Event:
-    try:
-        found: Event = json.loads(path.read_bytes())
-        topology, device, threads = found["topology"], found["device"], found["threads"]
-    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-        raise _unreadable(path, str(error)) from None
-    sizes = list(topology.values()) if isinstance(topology, dict) else []
-    if not sizes or not all(_is_count(size) for size in sizes):
-        raise _unreadable(path, f"topology is {topology}")
-    if not isinstance(device, str) or not _is_count(threads):
-        raise _unreadable(path, f"device is {device}, threads is {threads}")
-    return {"topology": topology, "device": device, "threads": threads}
-
-
-def _unreadable(path: Path, why: str) -> UserError:
-    return UserError(f"{path} is not what a run of this version writes ({why}); train again")
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 1
 
 
 def _events(path: Path) -> list[Event]:
@@ -184,17 +177,18 @@ def calibrate(folder: Path, hardware: Path | None = None) -> list[Part]:
     """
     run = read_run(folder)
     file = USER_FILE.expanduser() if hardware is None else hardware
-    gpu = gpu_of_driver(run.device, load_hardware(hardware if hardware and hardware.exists() else None))
+    device = run.environment.device
+    gpu = gpu_of_driver(device, load_hardware(hardware if hardware and hardware.exists() else None))
     if gpu is None:
         raise UserError(
-            f"--calibrate={folder} ran on {run.device}, which no GPU that is known is called by its driver; "
+            f"--calibrate={folder} ran on {device}, which no GPU that is known is called by its driver; "
             f"give one with this driver_name in {file}"
         )
     check_type(run.config, gpu)
     with output_lock(beside(file), f"--hardware={file}", "--hardware"):
         figures = _measured_cpu(run) if gpu.kind == "cpu" else {}
         measured = gpu.model_copy(update=figures)
-        step = MeasuredStep(run.config, run.world_size, measured, find_software(measured), run.step_seconds)
+        step = MeasuredStep(run.config, run.environment.world_size, measured, find_software(measured), run.step_seconds)
         efficiency = float(f"{fitted_efficiency([step]):.4g}")
         lay_down(file, gpu.key, figures, efficiency)
     return [_part(folder, run, gpu, figures, efficiency, file)]
@@ -222,9 +216,9 @@ def lay_down(file: Path, key: str, figures: Mapping[str, Any], efficiency: float
 
 def _measured_cpu(run: MeasuredRun) -> Figures:
     # Imports torch, which nothing else here does.
-    from megallama.plan.calibration.cpu_figures import measure_cpu
+    from megallama.hardware.measure import measure_cpu
 
-    return measure_cpu(run.config.train.dtype, run.threads)
+    return measure_cpu(run.config.train.dtype, run.environment.threads, SWIGLU_ELEMENTS)
 
 
 def _part(folder: Path, run: MeasuredRun, gpu: Gpu, figures: Mapping[str, Any], efficiency: float, file: Path) -> Part:
