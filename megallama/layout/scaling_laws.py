@@ -42,16 +42,6 @@ class LossFit:
             + self.token_scale / tokens**self.token_exponent
         )
 
-    def flops_for_loss(self, loss: float) -> float:
-        """The least compute that reaches this loss: that of the size for which it is the optimum."""
-        exponent = self.parameter_exponent * self.parameters_over_compute
-        at_one = (
-            self.parameter_scale / self.balance**self.parameter_exponent
-            + self.token_scale * self.balance**self.token_exponent
-        )
-        share = (at_one / (loss - self.irreducible)) ** (1 / exponent)
-        return float(FLOPS_PER_PARAMETER_AND_TOKEN * share)
-
     def optimal_for_compute(self, flops: float) -> tuple[float, float]:
         """(N*, D*) with the least loss at 6 N D = flops."""
         share = flops / FLOPS_PER_PARAMETER_AND_TOKEN

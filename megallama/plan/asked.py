@@ -79,10 +79,10 @@ class Asked:
                 raise UserError(f"{self.typed(name)} needs --{needed}; add {example}, or leave it out")
         for name in given:
             if name != mode and name not in TAKEN[mode]:
-                asked = self.typed({"run": "config_path", "size": name}.get(mode, mode))
-                clash = "needs a CONFIG such as configs/7b.yaml; give one" if mode == "size" else "does not go with "
-                other = "" if mode == "size" else f"{self.typed(name)}; leave one of them out"
-                raise UserError(f"{asked} {clash}{other}")
+                if mode == "size":
+                    raise UserError(f"{self.typed(name)} needs a CONFIG such as configs/7b.yaml; give one")
+                asked = self.typed("config_path" if mode == "run" else mode)
+                raise UserError(f"{asked} does not go with {self.typed(name)}; leave one of them out")
         if mode not in ("calibrate", "size") and self.config_path is None:
             raise UserError(f"{self.typed(mode)} needs a CONFIG such as configs/7b.yaml; give one")
         if self.software is not None and self.mfu is not None:

@@ -33,6 +33,10 @@ SETTLING = 3
 """First steps of a start, in which kernels are compiled and memory is taken."""
 LEAST_EVENTS = 5
 """Fewer say nothing of what is usual."""
+SOFTWARE = "calibrated"
+"""The generation of software under which the constant is written."""
+_LOWEST = 1e-3
+Figures = dict[str, Any]
 
 
 class Environment(BaseModel):
@@ -127,9 +131,6 @@ def _events(path: Path) -> list[Event]:
     return events
 
 
-_LOWEST = 1e-3
-
-
 @dataclass(frozen=True)
 class MeasuredStep:
     """A step and the seconds that it took."""
@@ -164,12 +165,6 @@ def _excess(steps: Sequence[MeasuredStep], efficiency: float) -> float:
     )
 
 
-SOFTWARE = "calibrated"
-"""The generation of software under which the constant is written."""
-
-Figures = dict[str, Any]
-
-
 def calibrate(folder: Path, hardware: Path | None = None) -> list[Part]:
     """Fit the efficiency to the run in `folder` and write it to `hardware`, by default the user's own file.
 
@@ -186,7 +181,11 @@ def calibrate(folder: Path, hardware: Path | None = None) -> list[Part]:
         )
     check_type(run.config, gpu)
     with output_lock(beside(file), f"--hardware={file}", "--hardware"):
-        figures = _measured_cpu(run) if gpu.kind == "cpu" else {}
+        figures: Figures = {}
+        if gpu.kind == "cpu":
+            from megallama.hardware.measure import measure_cpu  # imports torch, which nothing else here does
+
+            figures = measure_cpu(run.config.train.dtype, run.environment.threads, SWIGLU_ELEMENTS)
         measured = gpu.model_copy(update=figures)
         step = MeasuredStep(run.config, run.environment.world_size, measured, find_software(measured), run.step_seconds)
         efficiency = float(f"{fitted_efficiency([step]):.4g}")
@@ -212,13 +211,6 @@ def lay_down(file: Path, key: str, figures: Mapping[str, Any], efficiency: float
         put(file, yaml.safe_dump(tree, sort_keys=False).encode())
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error.strerror}); give another by --hardware FILE") from None
-
-
-def _measured_cpu(run: MeasuredRun) -> Figures:
-    # Imports torch, which nothing else here does.
-    from megallama.hardware.measure import measure_cpu
-
-    return measure_cpu(run.config.train.dtype, run.environment.threads, SWIGLU_ELEMENTS)
 
 
 def _part(folder: Path, run: MeasuredRun, gpu: Gpu, figures: Mapping[str, Any], efficiency: float, file: Path) -> Part:

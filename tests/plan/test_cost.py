@@ -9,7 +9,7 @@ import pytest
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.hardware.gpus import built_in_hardware
-from megallama.plan.sizing.cost import run_cost, speed
+from megallama.plan.report.time import run_cost, speed
 
 CONFIG = Path(__file__).parents[2] / "configs" / "8b.yaml"
 HARDWARE = built_in_hardware()

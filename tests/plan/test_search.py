@@ -19,9 +19,9 @@ from megallama.hardware.gpus import find_gpu
 from megallama.layout.check import check_config, divisors
 from megallama.plan.memory.ledger import rank_bytes
 from megallama.plan.report.search import POOR, SLOW, search_parts
+from megallama.plan.report.time import speed
 from megallama.plan.search.search import TIE, Candidate, Search, search
 from megallama.plan.search.space import RECOMPUTE, schedules
-from megallama.plan.sizing.cost import speed
 from megallama.plan.time.software import machine
 from megallama.plan.time.step_time import step_time
 

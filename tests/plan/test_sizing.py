@@ -31,26 +31,17 @@ def test_an_8b_on_15t_tokens_costs_five_hundredths_of_a_nat() -> None:
     assert pair.best.tokens == pytest.approx(1.48e12, rel=3e-3)
 
 
-def test_the_compute_that_would_do_reaches_the_same_loss() -> None:
-    pair = compare(8.03e9, 15e12)
-    assert 0 < pair.sufficient_compute < 1
-    cheaper = optima("flops", pair.sufficient_compute * pair.best.flops)[0]
-    assert DEFAULT_FIT.loss(cheaper.parameters, cheaper.tokens) == pytest.approx(pair.loss)
-
-
 def test_the_best_split_costs_nothing_above_itself() -> None:
     best = optima("flops", 1e22)[0]
     assert best.flops == pytest.approx(1e22)
     pair = compare(best.parameters, best.tokens)
     assert pair.penalty == pytest.approx(0, abs=1e-9)
-    assert pair.sufficient_compute == pytest.approx(1)
 
 
 def test_smaller_models_cost_more_the_smaller_they_are_at_equal_compute() -> None:
     best = optima("flops", 1e22)[0]
     half, quarter = (compare(best.parameters / times, best.tokens * times) for times in (2, 4))
     assert 0 < half.penalty < quarter.penalty
-    assert 1 > half.sufficient_compute > quarter.sufficient_compute
 
 
 @pytest.mark.parametrize(

@@ -96,11 +96,7 @@ def held_rows(config: RunConfig, rank: RankParameters, dp_size: int) -> list[Mem
     fillers = rank.padding + sum(-part % (2 * dp_size) for part in (rank.sharded + rank.padding, rank.replicated))
     padding = sum(row.size for row in state_rows(dtype, stage, fillers, dp_size))
     words = f"{rank.padding} vocabulary rows' and {fillers - rank.padding} ZeRO's elements, all kinds"
-    found = []
-    for row in rows:
-        how = f"{row.bytes_per_parameter} B * {row.parameters} / {row.ranks}"
-        found.append(MemoryRow(row.name.replace(" ", "_"), row.name, how, row.size))
-    return [*found, MemoryRow("padding", "padding", words, padding)]
+    return [*rows, MemoryRow("padding", "padding", words, padding)]
 
 
 def fullest_peak(

@@ -25,22 +25,7 @@ class MemoryRow:
     """Bytes."""
 
 
-@dataclass(frozen=True)
-class StateRow:
-    """One kind of state: bytes per parameter, and over how many data-parallel ranks it is cut."""
-
-    name: str
-    parameters: int
-    bytes_per_parameter: int
-    ranks: int
-
-    @property
-    def size(self) -> int:
-        """Bytes on one rank, rounded up."""
-        return -(-self.parameters * self.bytes_per_parameter // self.ranks)
-
-
-def state_rows(dtype: str, stage: int, parameters: int, dp_size: int) -> list[StateRow]:
+def state_rows(dtype: str, stage: int, parameters: int, dp_size: int) -> list[MemoryRow]:
     """Resident state of a rank that holds `parameters` before ZeRO cuts them.
 
     bf16 with fp32 gradient sums: stage 1 is `BF16_Optimizer` (runtime/bf16_optimizer.py), which adds each bf16 gradient
@@ -50,18 +35,18 @@ def state_rows(dtype: str, stage: int, parameters: int, dp_size: int) -> list[St
     bytes at stage 1 (zero/stage_1_and_2.py); stages 2 and 3 then follow with gradients, and weights, cut as well.
     """
     assert stage in (1, 2, 3), stage
-    weight = 2 if dtype == "bf16" else 4
-    cut_gradients = dp_size if stage >= 2 else 1
-    rows = [StateRow(f"{dtype} weights", parameters, weight, dp_size if stage == 3 else 1)]
+    weight, cut_gradients = 2 if dtype == "bf16" else 4, dp_size if stage >= 2 else 1
     # Every stage adds a bf16 gradient to its fp32 sum as it appears.
-    if dtype == "fp32":
-        rows.append(StateRow(f"{dtype} gradients", parameters, weight, cut_gradients))
-    if dtype == "bf16":
-        rows.append(StateRow("fp32 gradient sums", parameters, 4, cut_gradients))
+    gradients = "fp32 gradients" if dtype == "fp32" else "fp32 gradient sums"
+    kinds = (
+        (f"{dtype} weights", weight, dp_size if stage == 3 else 1),
+        (gradients, 4, cut_gradients),
+        ("fp32 master weights", 4, dp_size),
+        ("fp32 Adam moments", 8, dp_size),
+    )
     return [
-        *rows,
-        StateRow("fp32 master weights", parameters, 4, dp_size),
-        StateRow("fp32 Adam moments", parameters, 8, dp_size),
+        MemoryRow(name.replace(" ", "_"), name, f"{size} B * {parameters} / {ranks}", -(-parameters * size // ranks))
+        for name, size, ranks in kinds
     ]
 
 

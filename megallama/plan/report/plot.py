@@ -81,13 +81,11 @@ def draw_plan(config: RunConfig, world_size: int, gpu: Gpu | None = None) -> Fig
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     for rank, total in enumerate(bottoms):
         axes.annotate(f"{total:.2f}", (rank, total), ha="center", va="bottom")
-    top = max(bottoms)
     if gpu is not None:
         limit = gpu.usable_bytes / GIB
         axes.axhline(limit, color="black", linestyle="--", label=f"{limit:.1f} GiB of {gpu.name}")
-        top = max(top, limit)
     axes.set(title="Memory of a rank at its fullest", xlabel="pipeline rank", ylabel="GiB", xticks=range(len(ranks)))
     axes.set_xlim(-0.5, max(4, len(ranks)) - 0.5)
-    axes.set_ylim(0, 1.1 * top)
+    axes.margins(y=0.1)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
     return figure

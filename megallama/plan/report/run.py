@@ -14,8 +14,7 @@ from megallama.plan.memory.ledger import memory_rows, rank_bytes
 from megallama.plan.memory.state import GIB, MemoryRow, rank_parameters
 from megallama.plan.report.table import Part, Row
 
-_LEAST_SHOWN = 0.005 * GIB
-"""The least that is shown in the line of a rank: less would be 0.00 there."""
+_LEAST_SHOWN = 0.005 * GIB  # less would be 0.00
 _SHORT = {
     "bf16_weights": "weights",
     "fp32_weights": "weights",

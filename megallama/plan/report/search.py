@@ -15,8 +15,8 @@ from megallama.layout.check import dp_size
 from megallama.layout.schedules import chunks
 from megallama.plan.memory.state import GIB
 from megallama.plan.report.table import Part, Row
+from megallama.plan.report.time import run_cost, speed
 from megallama.plan.search.search import TIE, Candidate, Search
-from megallama.plan.sizing.cost import run_cost, speed
 from megallama.plan.time.software import Machine
 from megallama.plan.time.step_time import step_time
 from megallama.system.lock import beside, output_lock
@@ -167,13 +167,10 @@ def write_winner(winner: Candidate, gpu: Gpu, config_path: Path, job_path: Path 
 
 
 def _words(one: Candidate, gpu: Gpu, tokens: float, price: float | None) -> str:
-    found = speed(one.config, one.world_size, gpu, one.seconds)
-    cost = run_cost(one.config.tokens_per_step, one.world_size, gpu, one.seconds, tokens, price)
-    money = "" if cost.money is None else f", costs {cost.money:,.0f}"
-    return (
-        f"{one.size / GIB:.1f} GiB, {found.tokens_per_second_per_gpu:,.0f} tokens/s per GPU, MFU {found.mfu_full:.1%}, "
-        f"{cost.hours / 24:.3g} days{money}"
-    )
+    found = _layout(one, gpu, tokens, price)
+    money = f", costs {found['money']:,.0f}" if "money" in found else ""
+    rate = f"{found['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU, MFU {found['mfu']:.1f}%"
+    return f"{one.size / GIB:.1f} GiB, {rate}, {found['days']:.3g} days{money}"
 
 
 def _several(places: Mapping[str, int]) -> str:

@@ -35,7 +35,7 @@ def plan_sizing(question: Question) -> list[Part]:
 def compared(parameters: float, tokens: float) -> list[Part]:
     """The loss of a size on its tokens beside the best of equal compute, and the tokens that would be best for it."""
     pair = compare(parameters, tokens)
-    best, enough = pair.best, f"best size that reaches {pair.loss:.4f}, over this compute"
+    best = pair.best
     rows = (
         Row("tokens_per_parameter", "tokens per parameter", f"{tokens:.4g} / {parameters:.4g}", tokens / parameters),
         Row("flops", "training FLOPs", f"6 * {parameters:.4g} * {tokens:.4g}", best.flops),
@@ -43,7 +43,6 @@ def compared(parameters: float, tokens: float) -> list[Part]:
         Row("optimal_parameters", "best size at equal compute", f"{DEFAULT_FIT.name}", best.parameters),
         Row("optimal_tokens", "its tokens", f"{best.flops:.4g} / (6 * {best.parameters:.4g})", best.tokens),
         Row("penalty", "loss above that of the best size", "same fit", pair.penalty, decimals=4),
-        Row("sufficient_compute", "compute that would do", enough, pair.sufficient_compute),
     )
     title = f"Predicted loss on the fit's own corpus ({DEFAULT_FIT.name}, {DEFAULT_FIT.source})"
     return [Part("loss", title, rows), optimum("parameters", parameters)]

@@ -16,8 +16,8 @@ from megallama.layout.schedules import schedule_of
 from megallama.plan.memory.ledger import rank_bytes
 from megallama.plan.memory.state import GIB
 from megallama.plan.report.table import Part, Row
+from megallama.plan.report.time import run_cost, speed
 from megallama.plan.search.changes import Change, single_changes
-from megallama.plan.sizing.cost import run_cost, speed
 from megallama.plan.time.software import Machine
 from megallama.plan.time.step_time import StepTime
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 from megallama.config.schema import MOST_PIPELINE, RunConfig, Schedule
@@ -97,33 +98,21 @@ def refusal(config: RunConfig, world_size: int) -> str | None:
 def choices(config: RunConfig, pp: int, dp: int) -> Iterator[dict[str, Any]]:
     """Everything but the sizes of the mesh; what keeps less comes before what keeps more."""
     stages = ZERO_STAGES if pp == 1 and dp > 1 else (1,)
-    for schedule, each in schedules(config.model.num_hidden_layers, pp):
-        for zero in stages:
-            for recompute in reversed(RECOMPUTE):
-                for size in micro_batch_sizes(config.train.global_batch_size, dp):
-                    yield {
-                        "schedule": schedule,
-                        "chunks": max(2, each),
-                        "zero": zero,
-                        "recompute": recompute,
-                        "micro_batch_size": size,
-                    }
+    sizes = micro_batch_sizes(config.train.global_batch_size, dp)
+    for (schedule, each), zero in product(schedules(config.model.num_hidden_layers, pp), stages):
+        for recompute, size in product(reversed(RECOMPUTE), sizes):
+            layout = {"schedule": schedule, "chunks": max(2, each), "zero": zero}
+            yield {**layout, "recompute": recompute, "micro_batch_size": size}
 
 
 def with_layout(config: RunConfig, tp: int, pp: int, choice: dict[str, Any]) -> RunConfig:
     """The run at that layout; copied field by field, since checking a whole tree again takes ten times as long."""
-    parallel = config.parallel.model_copy(
-        update={
-            "tensor": tp,
-            "pipeline": pp,
-            "context": 1,
-            "schedule": choice["schedule"],
-            "chunks": choice["chunks"],
-            "layers_per_stage": "balanced",
-        }
+    axes = {"tensor": tp, "pipeline": pp, "context": 1, "layers_per_stage": "balanced"}
+    values = {
+        "parallel": {**axes, "schedule": choice["schedule"], "chunks": choice["chunks"]},
+        "train": {"micro_batch_size": choice["micro_batch_size"], "recompute": choice["recompute"]},
+        "zero": {"stage": choice["zero"]},
+    }
+    return config.model_copy(
+        update={name: getattr(config, name).model_copy(update=each) for name, each in values.items()}
     )
-    train = config.train.model_copy(
-        update={"micro_batch_size": choice["micro_batch_size"], "recompute": choice["recompute"]}
-    )
-    zero = config.zero.model_copy(update={"stage": choice["zero"]})
-    return config.model_copy(update={"parallel": parallel, "train": train, "zero": zero})

@@ -43,11 +43,6 @@ class Pair:
         """Loss above the best of equal compute."""
         return self.loss - DEFAULT_FIT.loss(self.best.parameters, self.best.tokens)
 
-    @property
-    def sufficient_compute(self) -> float:
-        """The share of this compute with which the best split reaches this loss."""
-        return DEFAULT_FIT.flops_for_loss(self.loss) / self.best.flops
-
 
 def optima(given: Quantity, amount: float) -> list[Optimum]:
     """The compute-optimal rest of compute in FLOPs, parameters, or tokens, by every fit; the first is the default."""

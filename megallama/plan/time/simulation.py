@@ -170,8 +170,6 @@ def _needs(action: Action, count: int) -> list[tuple[str, int, int]]:
 
 # Sums of floats differ by less from what they should be, and no action that does something takes less.
 _NOTHING = 1e-9
-
-
 MOST_WRITTEN = 100_000
 """Micro-batches times stages: more are gigabytes, which nobody reads."""
 
