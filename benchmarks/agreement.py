@@ -19,13 +19,11 @@ import torch.distributed as dist
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.data.build import build_dataset
-from megallama.data.tokenizer import load_tokenizer
-from megallama.layout.topology import Topology
+from megallama.data.loader import open_data
+from megallama.parallel.agreement import check_same, facts_of
 from megallama.parallel.join import join
 from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import run_ranks
-from megallama.train.agreement import check_same, facts_of
-from megallama.train.run import open_data
 
 MILLISECOND = 1e-3
 
@@ -33,8 +31,7 @@ MILLISECOND = 1e-3
 def measure(launch: Launch, config: RunConfig, rounds: int) -> dict[str, float]:
     """Milliseconds of each part on this rank: medians, where a part can be repeated."""
     device = torch.device("cpu")
-    training, validation = open_data(config, Topology(dp=launch.world_size), launch.rank)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    data = open_data(config, launch.rank, launch.world_size)
     began = time.perf_counter()
     join(launch, device)
     met = time.perf_counter() - began
@@ -42,7 +39,7 @@ def measure(launch: Launch, config: RunConfig, rounds: int) -> dict[str, float]:
     words = torch.zeros(16, dtype=torch.int64)
     for _ in range(rounds):
         began = time.perf_counter()
-        facts = facts_of(config, training, validation, tokenizer)
+        facts = facts_of(config, data.contents)
         collected = time.perf_counter()
         dist.barrier()  # ranks are timed together, not how far they are apart
         start = time.perf_counter()

@@ -189,7 +189,7 @@ def state_of(fragment: Fragment) -> dict[str, Tensor]:
 
 def chunks(engine: Engine, model: ModelStages) -> Iterator[tuple[str, Tensor]]:
     """This rank's state by reference, named by place: without the padding of vocabularies, which no one need keep."""
-    for name, tensor in logical_state(engine.fragments(), model.shard_slices()).items():
+    for name, tensor in logical_state(engine.fragments(), model.shard_slices).items():
         for offset, chunk in tensor.chunks.items():
             yield f"{name} {tuple(offset)}", chunk
 

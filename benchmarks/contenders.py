@@ -22,7 +22,7 @@ from megallama.model.init import initialise
 from megallama.model.llama import Llama
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh
-from megallama.train.metrics import Metrics
+from megallama.run_dir.metrics import Metrics
 
 NAMES = ("engine", "bare", "transformers", "engine-compile", "bare-compile", "transformers-compile")
 
@@ -138,7 +138,7 @@ def initialised_llama(config: RunConfig) -> Llama:
     """The weights that the engine starts from, on the CPU."""
     model = Llama(config.model, recompute=config.train.recompute)
     layers, scheme, std = config.model.num_hidden_layers, config.model.init, config.model.initializer_range
-    initialise(model, model.shard_slices(), seed=config.train.seed, num_layers=layers, scheme=scheme, std=std)
+    initialise(model, model.shard_slices, seed=config.train.seed, num_layers=layers, scheme=scheme, std=std)
     return model
 
 
@@ -149,7 +149,7 @@ def transformers_llama(ours: Llama, config: RunConfig) -> Any:
     model = LlamaForCausalLM(LlamaConfig(**transformers_shape(config.model), attn_implementation="sdpa"))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, pieces in ours.shard_slices().items():
+        for name, pieces in ours.shard_slices.items():
             for piece in pieces:
                 parameters[piece.name].copy_(piece.of(ours.get_parameter(name)))
     if config.train.recompute == "full":

@@ -42,7 +42,7 @@ def load_run(run_dir: Path) -> tuple[Llama, Tokenizer, Path]:
     weights = load_weights(found[0])  # first: it reads the files against their hashes
     model = Llama(read_saved(found[0]).model)
     with torch.no_grad():
-        for name, pieces in model.shard_slices().items():
+        for name, pieces in model.shard_slices.items():
             parameter = model.get_parameter(name).zero_()
             for piece in pieces:
                 piece.of(parameter).copy_(weights[piece.name])

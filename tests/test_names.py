@@ -19,7 +19,7 @@ from megallama.config.keys import LEGAL_KEYS, SECTIONS
 from megallama.config.load import load_config
 from megallama.errors import SharedError, UserError
 from megallama.run_dir.limits import check_run_dir
-from megallama.train.metrics import Terminal
+from megallama.run_dir.metrics import Terminal
 from tests.launching import CONFIG, arguments, pretrain
 
 HIDDEN = ["\0", "\n", "\r", "\t", "\x1b[31m", "\x7f", "\x85", "\u200b", "\u2028", "\u2029", "\u202e", "\ufeff"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -101,6 +102,11 @@ class Saved(BaseModel):
         return self.state.in_sequences_of(sequence_length, self.data.sequence_length or sequence_length)
 
 
+def data_identity(seed: int, fingerprint: Callable[[int], str], sequence_length: int) -> DataIdentity:
+    """What the position of a checkpoint counts in, of a run with such sequences, which have a `fingerprint`."""
+    return DataIdentity(fingerprint(sequence_length), seed, sequence_length)
+
+
 def state_document(
     state: TrainState, loss: float, healthy: bool, data: DataIdentity, model: ModelConfig, layout: dict[str, object]
 ) -> dict[str, object]:
@@ -120,6 +126,7 @@ def read_saved(path: Path) -> Saved:
 
     UserError for a format that this version does not know.
     """
+    step = read_manifest(path).step
     try:
         saved = Saved.model_validate_json(read_regular(path / STATE, LARGEST_STATE, follow=False), strict=True)
     except OSError as error:
@@ -130,7 +137,7 @@ def read_saved(path: Path) -> Saved:
         check_trained(saved.model)
     except UserError as error:
         raise TornCheckpointError(f"{STATE} names no Llama: {error}") from None
-    state, step = saved.state, read_manifest(path).step
+    state = saved.state
     if state.step != step:
         raise TornCheckpointError(f"{STATE} says step {state.step}, and the manifest {step}")
     if state.updates > state.step:

@@ -49,6 +49,7 @@ def launch(
     from megallama.checkpoint.state import seen_before
     from megallama.config.load import load_config
     from megallama.layout.check import check_training
+    from megallama.layout.counts import checkpoint_bytes
     from megallama.run_dir.limits import check_run_dir
 
     config = load_config(config_path, overrides or ())
@@ -73,7 +74,7 @@ def launch(
         if dry_run:
             typer.echo(text, nl=False)
         else:
-            check_run_dir(config)
+            check_run_dir(Path(config.run.dir), checkpoint_bytes(config.model))
             send(run_dir, text, chain)
 
 

@@ -30,9 +30,10 @@ from megallama.cluster.verdict import CANNOT_REACH, Link, Report
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
+from megallama.layout.counts import checkpoint_bytes
 from megallama.parallel.join import talk_over
 from megallama.parallel.mesh import pick_device
-from megallama.run_dir.limits import check_run_dir, checkpoint_bytes
+from megallama.run_dir.limits import check_run_dir
 
 PACKAGES = ("megallama", "torch", "deepspeed", "numpy")
 LEAST_FREE = 0.9
@@ -85,10 +86,10 @@ def examine(config: RunConfig, place: Place, ranks: int, token: Path) -> Report:
 
 def _host_errors(config: RunConfig, ranks: int, world_size: int) -> Iterator[str]:
     try:
-        check_run_dir(config)
+        check_run_dir(Path(config.run.dir), checkpoint_bytes(config.model))
     except UserError as error:
         yield str(error)
-    needed = checkpoint_bytes(config) / world_size * ranks
+    needed = checkpoint_bytes(config.model) / world_size * ranks
     memory = psutil.virtual_memory().available
     if memory < needed:
         yield f"it has {memory / 1e9:.2f} GB of free memory, and the copies for a save take {needed / 1e9:.2f} GB"

@@ -19,7 +19,9 @@ all little-endian. Datasets made here have one sequence per document; those made
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,6 @@ import numpy as np
 import numpy.typing as npt
 
 from megallama.errors import UserError
-from megallama.system.regular_file import open_regular
 from megallama.system.whole_file import temporary
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -138,15 +139,17 @@ def open_indexed(prefix: str) -> IndexedDataset:
 
 def _check_file(path: Path, prefix: str) -> None:
     try:
-        with open_regular(path) as file:
-            empty = not file.read(1)
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        path.open("rb").close()
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist; build the dataset with `megallama data build SOURCE --output {prefix}`"
         ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); mend that, or build the dataset again") from None
-    if empty:
+    if found.st_size == 0:
         raise UserError(f"{path} is empty; build the dataset again")
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megallama.config.schema import IGNORE_INDEX, DataConfig
+from megallama.config.schema import IGNORE_INDEX, DataConfig, RunConfig
 from megallama.data.dataset import Split, TokenDataset, sampled_ids, split_documents
 from megallama.data.sampler import Sampler, micro_batch_indices, num_windows
-from megallama.data.tokenizer import load_tokenizer
+from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.errors import UserError
 
 
@@ -115,6 +115,37 @@ class Loader:
         row = self._tokens[start : start + self._sequence_length + 1].astype(np.int64)
         self._split.dataset.check_ids(row, self._vocab_size)
         return row
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads, on one data-parallel rank."""
+
+    train: Loader
+    validation: Loader | None
+    tokenizer: Tokenizer
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """SHA-256 of each, by the name that a sentence calls it by: the same on all ranks."""
+        return {
+            "the training data": self.train.content_hash,
+            "the validation data": "none" if self.validation is None else self.validation.content_hash,
+            "the tokenizer": self.tokenizer.fingerprint,
+        }
+
+
+def open_data(config: RunConfig, dp_rank: int, dp_size: int) -> RunData:
+    """A rank's data of the run. UserError where it cannot be read, or does not suit the model."""
+    train = config.train
+
+    def open_split(split: Split) -> Loader:
+        sizes, vocabulary = (train.micro_batch_size, train.global_batch_size), config.model.vocab_size
+        return Loader(config.data, split, *sizes, dp_rank, dp_size, train.seed, vocabulary)
+
+    held_out = config.data.validation_path is not None or config.data.validation_fraction > 0
+    validation = open_split("validation") if held_out else None
+    return RunData(open_split("train"), validation, load_tokenizer(config.data.tokenizer))
 
 
 def _eod_id(dataset: TokenDataset, tokenizer: str) -> int:

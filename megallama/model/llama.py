@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, Self
 
 import torch
@@ -16,10 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megallama.config.schema import ModelConfig
-from megallama.model.rotary import rotary_frequencies, rotate, rotation
-from megallama.parallel.collectives import all_gather, copy_to, gather
-from megallama.parallel.cross_entropy import linear_cross_entropy
-from megallama.parallel.layers import (
+from megallama.model.layers import (
     SEQUENCE,
     ColumnParallelLinear,
     GradientFilter,
@@ -28,6 +26,9 @@ from megallama.parallel.layers import (
     VocabParallel,
     VocabParallelEmbedding,
 )
+from megallama.model.rotary import rotary_frequencies, rotate, rotation
+from megallama.parallel.collectives import all_gather, copy_to, gather
+from megallama.parallel.cross_entropy import linear_cross_entropy
 from megallama.parallel.mesh import ALONE, Axis
 from megallama.parallel.shards import ShardSlice, shard_slices
 
@@ -218,6 +219,7 @@ class Llama(nn.Module):
             return x
         return self.lm_head(self.norm(x), labels)
 
+    @cached_property
     def shard_slices(self) -> dict[str, tuple[ShardSlice, ...]]:
         """What each parameter holds, under the names of Hugging Face's LlamaForCausalLM."""
         return {

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 from torch import Tensor, nn
 
 from megallama.config.schema import ModelConfig
+from megallama.layout.stages import Stage
 from megallama.model.llama import Llama, Recompute, TensorParallelContext
 from megallama.parallel.shards import ShardSlice
 
 
 class ModelStages(nn.Module):
-    """Stages by their index in the pipeline; `stages` maps each to its decoder layers."""
+    """Of the `stages` of a pipeline those that the pipeline rank `rank` holds."""
 
     def __init__(
         self,
         config: ModelConfig,
-        stages: Mapping[int, Sequence[int]],
+        stages: Sequence[Stage],
+        rank: int,
         tp_context: TensorParallelContext,
         *,
         recompute: Recompute = "none",
     ) -> None:
         super().__init__()
         self.config, self.tp_context = config, tp_context
+        self.ranks = [stage.rank for stage in stages]
+        """Of every stage of the pipeline the rank that holds it."""
         self.stages = nn.ModuleDict(
             {
-                str(index): Llama(config, tp_context, recompute=recompute, layers=layers)
-                for index, layers in stages.items()
+                str(stage.index): Llama(config, tp_context, recompute=recompute, layers=stage.layers)
+                for stage in stages
+                if stage.rank == rank
             }
         )
         models = self.models
@@ -58,12 +64,13 @@ class ModelStages(nn.Module):
             x = model(x, labels)
         return x
 
+    @cached_property
     def shard_slices(self) -> dict[str, tuple[ShardSlice, ...]]:
         """What each parameter holds, under the names of Hugging Face's LlamaForCausalLM."""
         found = {
             f"stages.{index}.{name}": pieces
             for index, model in self.stages.items()
             if isinstance(model, Llama)
-            for name, pieces in model.shard_slices().items()
+            for name, pieces in model.shard_slices.items()
         }
         return {name: found[name] for name, _ in self.named_parameters()}

@@ -71,8 +71,6 @@ class Asked:
     def check_words(self) -> None:
         """UserError for words that do not go together, or have no say in what is asked."""
         mode, given = self.mode, self.given
-        for name in ("write", "sbatch", "plot"):
-            check_printable(f"--{name}", str(getattr(self, name) or ""))
         for name, needed, example in NEEDED:
             there = needed in given or (name, mode) == ("hardware", "calibrate")
             if name in given and not there and (name in TAKEN[mode] or needed in TAKEN):
@@ -87,6 +85,8 @@ class Asked:
             raise UserError(f"{self.typed(mode)} needs a CONFIG such as configs/7b.yaml; give one")
         if self.software is not None and self.mfu is not None:
             raise UserError(f"--mfu={self.mfu} leaves --software={self.software} no say; leave one of them out")
+        for name in ("write", "sbatch", "plot"):
+            check_printable(f"--{name}", str(getattr(self, name) or ""))
 
     def assumed_mfu(self) -> float | None:
         """The utilisation that takes the place of what is predicted."""

@@ -7,12 +7,8 @@ import resource
 import shutil
 from pathlib import Path
 
-from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.layout.counts import count_parameters
 
-CHECKPOINT_BYTES = 12
-"""Per parameter: weight and two moments in fp32."""
 _DEEPEST = Path("checkpoints", ".partial-step_00000000", "tensors-00000-of-00000.bin")
 """About as long as what a run writes below its directory."""
 
@@ -24,9 +20,8 @@ LEAST_FILE = 1 << 20
 """Bytes: what a rank writes beside checkpoints."""
 
 
-def check_run_dir(config: RunConfig) -> None:
-    """UserError where the run directory cannot be made or written to, or has no room for a checkpoint."""
-    folder = Path(config.run.dir)
+def check_run_dir(folder: Path, needed: int) -> None:
+    """UserError where the run directory cannot be made or written to, or has no room for a checkpoint of that size."""
     try:
         there = _nearest(folder.absolute())
     except OSError as error:
@@ -35,17 +30,12 @@ def check_run_dir(config: RunConfig) -> None:
         raise UserError(f"run.dir={folder} cannot be made: {there} is not a folder; use another run.dir")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"run.dir={folder} cannot be written: {there} is read-only for this user; use another run.dir")
-    free, needed = shutil.disk_usage(there).free, checkpoint_bytes(config)
+    free = shutil.disk_usage(there).free
     if free < needed:
         raise UserError(
             f"run.dir={folder} has {free / 1e9:.2f} GB of free disk, and a checkpoint takes {needed / 1e9:.2f} GB; "
             "free some, or use another run.dir"
         )
-
-
-def checkpoint_bytes(config: RunConfig) -> int:
-    """What one checkpoint takes, names and places of tensors left out."""
-    return CHECKPOINT_BYTES * count_parameters(config.model).total
 
 
 def _nearest(folder: Path) -> Path:
@@ -63,9 +53,9 @@ def _nearest(folder: Path) -> Path:
     raise AssertionError("the root is there")
 
 
-def check_limits(config: RunConfig, world_size: int) -> None:
-    """UserError where a limit of this process is below what a rank takes at least."""
-    file = max(LEAST_FILE, checkpoint_bytes(config) // world_size)
+def check_limits(written: int) -> None:
+    """UserError where a limit of this process is below what a rank takes at least, who writes so much of a save."""
+    file = max(LEAST_FILE, written)
     for number, letter, what, least in (
         (resource.RLIMIT_NOFILE, "n", "open files", LEAST_OPEN_FILES),
         (resource.RLIMIT_AS, "v", "bytes of address space", LEAST_ADDRESSES),

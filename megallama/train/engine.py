@@ -7,7 +7,7 @@ state as flat fragments of parameters, from which checkpoints are made.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -19,8 +19,8 @@ from deepspeed.ops import __compatible_ops__ as compatible_ops
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
-from megallama.config.deepspeed import deepspeed_config
 from megallama.config.schema import RunConfig
+from megallama.layout.schedules import Action
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh
 from megallama.train.pipeline import MicroBatch, Pipeline
@@ -57,7 +57,14 @@ class Engine:
     tensor-parallel shards and pipeline stages, replicated parameters counted once.
     """
 
-    def __init__(self, chunks: ModelStages, config: RunConfig, mesh: ParallelMesh, micro_batches: int) -> None:
+    def __init__(
+        self,
+        chunks: ModelStages,
+        config: RunConfig,
+        mesh: ParallelMesh,
+        lists: Sequence[Sequence[Action]],
+        settings: Mapping[str, Any],
+    ) -> None:
         self._chunks = chunks.to(mesh.device)
         self._optimizer = _adamw(chunks, config)
         self._stage, self._data_rank = config.zero.stage, mesh.data.rank
@@ -70,7 +77,7 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=chunks,
                 optimizer=self._optimizer,
-                config=deepspeed_config(config, mesh.data.size),
+                config=settings,
                 mpu=_Mpu(mesh),
                 dist_init_required=False,
             )
@@ -79,7 +86,7 @@ class Engine:
         self._passes: _Passes = (
             NoPipeline(self._engine)
             if mesh.pp.size == 1
-            else Pipeline(chunks, config, mesh, micro_batches, self._take_gradients)
+            else Pipeline(chunks, config, mesh, lists, self._take_gradients)
         )
 
     def forward_backward(self, batches: Iterable[MicroBatch], scale: Tensor) -> Tensor:

@@ -1,7 +1,4 @@
-"""The spine: a run from its config to its end.
-
-Everything a user can get wrong is found before the process groups exist and before anything is written.
-"""
+"""The spine: a run from its first step to its end, on ranks that have met."""
 
 from __future__ import annotations
 
@@ -24,88 +21,55 @@ from megallama.checkpoint.reading.store import (
     confirm,
     pick_start,
 )
-from megallama.checkpoint.state import TrainState
+from megallama.checkpoint.state import TrainState, data_identity
 from megallama.checkpoint.writing.commit import Retention
 from megallama.checkpoint.writing.saver import Saver
 from megallama.config.schema import IGNORE_INDEX, RunConfig
-from megallama.data.loader import MicroBatch, prefetched
-from megallama.data.tokenizer import load_tokenizer
+from megallama.data.loader import MicroBatch, RunData, prefetched
 from megallama.hardware.measure import device_peak
-from megallama.layout.check import Batching
-from megallama.layout.topology import Topology
-from megallama.parallel.join import join
+from megallama.layout.counts import checkpoint_bytes
 from megallama.parallel.launch import Launch
-from megallama.parallel.mesh import ParallelMesh, build_mesh
-from megallama.run_dir.limits import check_run_dir, checkpoint_bytes
+from megallama.parallel.mesh import ParallelMesh
 from megallama.run_dir.outcome import Reached, write_failure, write_outcome
-from megallama.train.agreement import check_same, facts_of
 from megallama.train.engine import StepResult
 from megallama.train.evaluate import evaluate
 from megallama.train.lr_schedule import next_rate
-from megallama.train.metrics import check_sinks
 from megallama.train.out_of_memory import memory_explained
 from megallama.train.plan_check import check_plan
 from megallama.train.record import locked, recorded
-from megallama.train.run import Ending, Finished, Run, build_model, data_identity, open_data, write_train_event
+from megallama.train.run import Ending, Finished, Run, build_model, write_train_event
 from megallama.train.saves import check_loaded, clean_checkpoints, report_saves, save_checkpoint, start_state
 from megallama.train.step_timer import StepTimer
 from megallama.train.stop_requests import StopDecision, StopRequests
 from megallama.train.watchdog import Watchdog
 
 
-def train(config: RunConfig, batching: Batching, launch: Launch, device: torch.device) -> Finished:
-    """Train `config`, which is legal with that `batching`, as one rank of the job.
+def train(config: RunConfig, mesh: ParallelMesh, micro_batches: int, data: RunData, launch: Launch) -> Finished:
+    """Train `config` as one rank of `mesh`, with that many micro-batches per step.
 
     UserError, on every rank alike, for what a user can mend; on one rank alone where that has too little memory.
     """
-    check_run_dir(config)
-    if launch.rank == 0:
-        check_sinks(config)
-    topology = Topology(pp=config.parallel.pipeline, dp=batching.dp_size, tp=config.parallel.tensor)
-    train_data, validation_data = open_data(config, topology, launch.rank)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    identify = partial(data_identity, config, train_data)
+    folder = Path(config.run.dir)
+    identify = partial(data_identity, config.train.seed, data.train.fingerprint)
     pick = partial(pick_start, config, identify)
-    pick()  # each rank for itself: what a user can mend is said before any waits for another
-
-    facts = facts_of(config, train_data, validation_data, tokenizer)
-
-    join(launch, device)
-    check_same(facts, device)  # before the groups: ranks of another layout would make others, and wait for ever
-    mesh = build_mesh(topology, launch, device)
     check_weights(agree(pick, mesh), mesh)  # they are read, and nothing is written yet
-    folder = Path(config.run.dir) / "checkpoints"
-    peak = device_peak(device, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
     reached = Reached()
     with ExitStack() as stack:
         lock = stack.enter_context(locked(config, mesh))
-        minutes, save_bytes = config.train.max_minutes, checkpoint_bytes(config)
-        requests = StopRequests(Path(config.run.dir), lock, mesh, minutes, save_bytes, launch)
+        requests = StopRequests(folder, lock, mesh, config.train.max_minutes, checkpoint_bytes(config.model), launch)
         # Whoever held the lock until now may have saved.
         start, damaged = confirm(agree(pick, mesh), config, identify, mesh)
-        metrics = stack.enter_context(recorded(config, mesh, tokenizer, peak, reached))
-        launch.signals.record(lambda reason: write_failure(Path(config.run.dir), reason, reached.step))
+        peak = device_peak(mesh.device, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
+        metrics = stack.enter_context(recorded(config, mesh, data.tokenizer, peak, reached))
+        launch.signals.record(lambda reason: write_failure(folder, reason, reached.step))
         watchdog = stack.enter_context(watched(config, mesh, reached))
         stack.enter_context(memory_explained(config, mesh))
         retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every)
         if mesh.rank == 0:
-            clean_checkpoints(folder, start, damaged, retention, metrics)
-        model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
-        saver = Saver(folder, engine, model, mesh, retention)
-        run = Run(
-            config,
-            mesh,
-            model,
-            engine,
-            train_data,
-            validation_data,
-            metrics,
-            saver,
-            requests,
-            watchdog,
-            reached,
-            peak,
-        )
+            clean_checkpoints(folder / "checkpoints", start, damaged, retention, metrics)
+        model, engine = build_model(config, mesh, micro_batches)
+        saver = Saver(folder / "checkpoints", engine, model, mesh, retention)
+        run = Run(config, mesh, model, engine, data, metrics, saver, requests, watchdog, reached, peak)
         try:
             state = start_state(run, start)
             reached.step = state.step
@@ -143,11 +107,11 @@ def loop(run: Run, state: TrainState) -> Ending:
     every = run.config.evaluation.every, run.config.checkpoint.every, run.config.logging.every
     # A start that was stopped at a step to be evaluated leaves that to the next one.
     # Whether it was done is known by the validation loss alone.
-    unknown = run.validation_data is not None and state.validation_loss is None
+    unknown = run.data.validation is not None and state.validation_loss is None
     missed = due(run.config.evaluation.every, state.step) and unknown
     if state.step == 0 or (missed and state.step < run.last_step(state)):
         state, _ = evaluate_splits(run, state)
-    timer, batches = StepTimer(), prefetched(run.train_data, state.samples)
+    timer, batches = StepTimer(), prefetched(run.data.train, state.samples)
     ending, loss, skipped, begun = None, torch.zeros(()), 0, state
     healthy: bool | None = None
     while ending is None and state.step < run.last_step(state):
@@ -272,7 +236,7 @@ def evaluate_splits(run: Run, state: TrainState) -> tuple[TrainState, bool]:
     """
     run.watchdog.now("evaluation")
     finite = True
-    for split, data in (("train", run.train_data), ("validation", run.validation_data)):
+    for split, data in (("train", run.data.train), ("validation", run.data.validation)):
         if data is not None:
             loss = evaluate(run.engine, data, run.config.evaluation.samples, run.mesh)
             run.metrics.write("eval", step=state.step, split=split, loss=loss, perplexity=math.exp(min(loss, 700.0)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,9 +33,9 @@ from torch.distributed.pipelining.stage import _RecvInfo
 from torch.utils.checkpoint import GraphExecGroup
 
 from megallama.config.schema import ParallelConfig, RunConfig
-from megallama.layout.schedules import Action, action_lists, schedule_of, stage_ranks
+from megallama.layout.schedules import Action, schedule_of
+from megallama.model.layers import GradientFilter
 from megallama.model.stages import ModelStages
-from megallama.parallel.layers import GradientFilter
 from megallama.parallel.mesh import ParallelMesh
 
 MicroBatch = tuple[Tensor, Tensor]
@@ -42,20 +43,22 @@ MicroBatch = tuple[Tensor, Tensor]
 
 
 def make_schedule(
-    parallel: ParallelConfig, stages: Sequence[Any], micro_batches: int, loss: Callable[..., Tensor] | None = None
+    parallel: ParallelConfig,
+    stages: Sequence[Any],
+    lists: Sequence[Sequence[Action]],
+    loss: Callable[..., Tensor] | None = None,
 ) -> _PipelineScheduleRuntime:
-    """The schedule of the run over this rank's `stages`, with the list of what each rank computes.
+    """The schedule of the run over this rank's `stages`; `lists` are what each rank computes in a step.
 
     torch's own 1F1B is a loop that waits for each message to arrive before it computes on; the runtime of the other
     schedules waits only for what it needs, so 1F1B runs there as well, from a list of ours.
     """
-    name = schedule_of(parallel).torch_name
+    name, micro_batches = schedule_of(parallel).torch_name, 1 + max(action.micro_batch for action in lists[0])
     if name is not None:
         kind: Any = get_schedule_class(name)
         made: _PipelineScheduleRuntime = kind(stages, micro_batches, loss_fn=loss, scale_grads=False)
         return made
     runtime = _PipelineScheduleRuntime(stages, micro_batches, loss_fn=loss, scale_grads=False)
-    lists = action_lists(parallel, micro_batches)
     runtime.pipeline_order = {rank: _as_torch(actions) for rank, actions in enumerate(lists)}
     runtime._prepare_schedule_with_comms(runtime.pipeline_order)
     return runtime
@@ -68,7 +71,7 @@ def _as_torch(actions: Sequence[Action]) -> list[_Action | None]:
 
 
 class Pipeline:
-    """This rank's stages under the schedule of the run, `micro_batches` per step.
+    """This rank's stages under the schedule of the run; `lists` are what each rank computes in a step.
 
     `take_gradients` is called with a stage after each backward that computed weight gradients outside autograd's hooks.
     """
@@ -78,20 +81,18 @@ class Pipeline:
         chunks: ModelStages,
         config: RunConfig,
         mesh: ParallelMesh,
-        micro_batches: int,
+        lists: Sequence[Sequence[Action]],
         take_gradients: Callable[[nn.Module], None],
     ) -> None:
         self._chunks, self._config, self._mesh = chunks, config, mesh
-        self._ranks = stage_ranks(config.parallel)
+        self._ranks = chunks.ranks
         self._scale = torch.ones((), device=mesh.device)
         self._take = take_gradients
         stages = self._make_stages()
-        self._schedule = make_schedule(config.parallel, stages, micro_batches, self._scaled)
+        self._schedule = make_schedule(config.parallel, stages, lists, self._scaled)
         for stage in stages:
             if not stage.is_first:
-                before = stage.stage_index - 1
-                order = self._schedule.pipeline_order_with_comms[self._ranks[before]]
-                stage.arrived = arrived_gradients(order, before)
+                stage.order_before = self._schedule.pipeline_order_with_comms[self._ranks[stage.stage_index - 1]]
         self._evaluations: dict[int, _PipelineScheduleRuntime] = {}
 
     def forward_backward(self, batches: Iterable[MicroBatch], scale: Tensor) -> Tensor:
@@ -199,10 +200,15 @@ class Stage(PipelineStage):
         self._part, self._take = part, take_gradients
         # torch lets go of the graph between the two parts of a backward, before 2.13 too early for Python's functions.
         self._graphs: dict[int, list[GradientEdge]] = {}
-        self.arrived: dict[int, list[int]] = {}
-        """By the micro-batch of an input: the sent gradients that must have arrived when it is here."""
+        self.order_before: Sequence[_Action] = ()
+        """In a step, of the rank that holds the stage before."""
         self._sent_outputs: dict[int, list[dist.Work]] = {}
         self._sent_gradients: dict[int, list[dist.Work]] = {}
+
+    @cached_property
+    def arrived(self) -> dict[int, list[int]]:
+        """By the micro-batch of an input: the sent gradients that must have arrived when it is here."""
+        return arrived_gradients(self.order_before, self.stage_index - 1)
 
     def clear_runtime_states(self) -> None:
         for sent in (self._sent_outputs, self._sent_gradients):

@@ -13,7 +13,7 @@ from megallama.plan.memory.ledger import memory_rows
 from megallama.plan.report.time import check_type
 from megallama.plan.time.software import machine
 from megallama.plan.time.step_time import step_time
-from megallama.train.metrics import Metrics
+from megallama.run_dir.metrics import Metrics
 from megallama.train.step_timer import StepTimer
 
 FORECAST_STEP = 10

@@ -20,9 +20,9 @@ from megallama.errors import SharedError, UserError
 from megallama.hardware.measure import Peak
 from megallama.parallel.mesh import ParallelMesh
 from megallama.parallel.plain import from_first
+from megallama.run_dir.metrics import WANDB_ID, Metrics, environment, open_metrics
 from megallama.run_dir.outcome import Reached, write_failure, write_outcome
 from megallama.system.lock import RunLock
-from megallama.train.metrics import WANDB_ID, Metrics, environment, open_metrics
 
 
 @contextmanager
@@ -68,6 +68,7 @@ def _record(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, peak: P
     if config.checkpoint.resume == "never":
         put_aside(folder)
         (folder / WANDB_ID).unlink(missing_ok=True)
+    metrics = open_metrics(config, folder)
     shutil.rmtree(folder / "stacks", ignore_errors=True)  # of an earlier hang: who wrote none now would not be seen
     (folder / "config.yaml").write_text(dump_config(config))
     tokenizer.save(folder / "tokenizer")
@@ -76,4 +77,4 @@ def _record(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, peak: P
     facts = environment(device=device, threads=threads, topology=layout, peak=asdict(peak))
     (folder / "environment.json").write_text(json.dumps(facts, indent=2))
     write_outcome(folder, "running", 0, "")
-    return open_metrics(config, folder)
+    return metrics

@@ -7,22 +7,23 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megallama.checkpoint.state import DataIdentity, TrainState
+from megallama.checkpoint.state import TrainState
 from megallama.checkpoint.writing.saver import Saver
+from megallama.config.deepspeed import deepspeed_config
 from megallama.config.schema import RunConfig
-from megallama.data.loader import Loader
+from megallama.data.loader import RunData
 from megallama.hardware.measure import Peak, peak_memory_bytes
 from megallama.layout.budget import total_steps
 from megallama.layout.counts import flops_per_token
+from megallama.layout.schedules import action_lists
 from megallama.layout.stages import stages
-from megallama.layout.topology import Topology
 from megallama.model.init import initialise
 from megallama.model.llama import TensorParallelContext
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh, sum_losses
+from megallama.run_dir.metrics import Metrics
 from megallama.run_dir.outcome import Reached, Status
 from megallama.train.engine import Engine
-from megallama.train.metrics import Metrics
 from megallama.train.stop_requests import StopRequests
 from megallama.train.watchdog import Watchdog
 
@@ -52,8 +53,7 @@ class Run:
     mesh: ParallelMesh
     model: ModelStages
     engine: Engine
-    train_data: Loader
-    validation_data: Loader | None
+    data: RunData
     metrics: Metrics
     saver: Saver
     requests: StopRequests
@@ -76,33 +76,15 @@ class Run:
         return min(total, self.config.train.stop_after or total)
 
 
-def open_data(config: RunConfig, topology: Topology, rank: int) -> tuple[Loader, Loader | None]:
-    """This rank's train and validation data. UserError where they do not suit the model."""
-
-    def open_split(split: str) -> Loader:
-        return Loader(
-            config.data,
-            "train" if split == "train" else "validation",
-            config.train.micro_batch_size,
-            config.train.global_batch_size,
-            topology.coordinate(rank, "dp"),
-            topology.dp,
-            config.train.seed,
-            config.model.vocab_size,
-        )
-
-    held_out = config.data.validation_path is not None or config.data.validation_fraction > 0
-    return open_split("train"), open_split("validation") if held_out else None
-
-
 def build_model(config: RunConfig, mesh: ParallelMesh, micro_batches: int) -> tuple[ModelStages, Engine]:
     """This rank's part of the model, initialised, and the engine around it for that many micro-batches per step."""
-    mine = {stage.index: stage.layers for stage in stages(config) if stage.rank == mesh.pp.rank}
+    lists, every = action_lists(config.parallel, micro_batches), stages(config)
+    settings = deepspeed_config(config, mesh.data.size)
     tp_context = TensorParallelContext(mesh.tp, config.parallel.sequence_parallel)
-    model = ModelStages(config.model, mine, tp_context, recompute=config.train.recompute)
+    model = ModelStages(config.model, every, mesh.pp.rank, tp_context, recompute=config.train.recompute)
     initialise(
         model,
-        model.shard_slices(),
+        model.shard_slices,
         seed=config.train.seed,
         num_layers=config.model.num_hidden_layers,
         scheme=config.model.init,
@@ -111,12 +93,7 @@ def build_model(config: RunConfig, mesh: ParallelMesh, micro_batches: int) -> tu
     if config.train.compile:
         for layer in model.decoder_layers():
             layer.compile()
-    return model, Engine(model, config, mesh, micro_batches)
-
-
-def data_identity(config: RunConfig, data: Loader, sequence_length: int) -> DataIdentity:
-    """What the position of a checkpoint counts in, of a run with sequences of that length."""
-    return DataIdentity(data.fingerprint(sequence_length), config.train.seed, sequence_length)
+    return model, Engine(model, config, mesh, lists, settings)
 
 
 def write_train_event(run: Run, state: TrainState, loss: Tensor, grad_norm: float, lr: float, seconds: float) -> None:

@@ -17,13 +17,13 @@ from megallama.checkpoint.reading.store import (
     load,
     load_initial_weights,
 )
-from megallama.checkpoint.state import TrainState, read_saved, state_document
+from megallama.checkpoint.state import TrainState, data_identity, read_saved, state_document
 from megallama.checkpoint.writing.commit import Retention, apply_retention, quarantine
 from megallama.errors import NotFiniteError
 from megallama.layout.budget import schedule_batch
 from megallama.parallel.mesh import sum_losses
-from megallama.train.metrics import Metrics
-from megallama.train.run import Run, data_identity
+from megallama.run_dir.metrics import Metrics
+from megallama.train.run import Run
 
 
 def clean_checkpoints(
@@ -105,7 +105,7 @@ def save_checkpoint(run: Run, state: TrainState, loss: Tensor, *, healthy: bool)
         "zero_stage": config.zero.stage,
         "dtype": config.train.dtype,
     }
-    identity = data_identity(config, run.train_data, config.data.sequence_length)
+    identity = data_identity(config.train.seed, run.data.train.fingerprint, config.data.sequence_length)
     run.saver.save(state.step, state_document(state, total / mesh.data.size, healthy, identity, config.model, layout))
     if not config.checkpoint.asynchronous:
         run.saver.wait()

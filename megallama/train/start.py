@@ -1,15 +1,23 @@
-"""The way into training for every launcher: what has to happen before deepspeed is imported."""
+"""The way into training for every launcher: from a config to ranks that have met and agree.
+
+Everything a user can get wrong is found here, before the process groups exist and before anything is written.
+"""
 
 from __future__ import annotations
 
 import warnings
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megallama.checkpoint.state import seen_before
+from megallama.checkpoint.state import data_identity, seen_before
 from megallama.config.schema import RunConfig
 from megallama.layout.check import check_training
+from megallama.layout.counts import checkpoint_bytes
+from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
-from megallama.run_dir.limits import check_limits
+from megallama.run_dir.limits import check_limits, check_run_dir
+from megallama.run_dir.metrics import check_sinks
 
 if TYPE_CHECKING:
     from megallama.train.run import Finished
@@ -21,15 +29,34 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     UserError, raised by every rank alike and before anything is written, for what a user can mend; later, and on one
     rank alone, where that has too little memory.
     """
-    batching = check_training(config, launch.world_size, seen_before(config))
-    check_limits(config, launch.world_size)
-    from megallama.parallel.mesh import pick_device
+    seen = seen_before(config)
+    batching = check_training(config, launch.world_size, seen)
+    save_bytes = checkpoint_bytes(config.model)
+    topology = Topology(pp=config.parallel.pipeline, dp=batching.dp_size, tp=config.parallel.tensor)
+    # torch, which the above does without, so that it is said at once.
+    from megallama.checkpoint.reading.store import pick_start
+    from megallama.data.loader import open_data
+    from megallama.parallel.agreement import check_same, facts_of
+    from megallama.parallel.join import join
+    from megallama.parallel.mesh import build_mesh, pick_device
 
+    data = open_data(config, topology.coordinate(launch.rank, "dp"), topology.dp)
+    check_limits(save_bytes // launch.world_size)
+    check_run_dir(Path(config.run.dir), save_bytes)
+    if launch.rank == 0:
+        check_sinks(config)
     device = pick_device(config.train.device, launch.local_rank, own=launch.by_tasks)
     launch.prepare(device)
     # torch 2.13 renames collectives that 2.11 knows by their old names only; DeepSpeed and we use the old ones.
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
+    pick = partial(pick_start, config, partial(data_identity, config.train.seed, data.train.fingerprint))
+    pick()  # each rank for itself: what a user can mend is said before any waits for another
+    facts = facts_of(config, data.contents)
+    join(launch, device)
+    check_same(facts, device)  # before the groups: ranks of another layout would make others, and wait for ever
+    mesh = build_mesh(topology, launch, device)
 
+    # deepspeed is imported when the environment that it reads is prepared.
     from megallama.train.loop import train
 
-    return train(config, batching, launch, device)
+    return train(config, mesh, batching.gradient_accumulation_steps, data, launch)

@@ -145,7 +145,7 @@ def write_dataset(folder: Path) -> Path:
 def initial_weights(config: RunConfig) -> dict[str, Tensor]:
     """The weights that training starts from, whole, by logical name."""
     model = Llama(config.model)
-    held = model.shard_slices()
+    held = model.shard_slices
     initialise(
         model,
         held,
@@ -225,7 +225,7 @@ def train_rank(launch: Launch, config: RunConfig, plant: Plant | None) -> dict[s
     if plant is not None:
         plant()
     model = start(config, launch).model
-    held = model.shard_slices()
+    held = model.shard_slices
     return {
         f"{'copy ' if all(p.size == p.shape for p in held[name]) else 'shard '}{name}": _hash(parameter)
         for name, parameter in model.named_parameters()

@@ -68,7 +68,7 @@ def test_text_is_generated_with_the_weights_of_the_fixture(expected: dict[str, A
     load_tokenizer("bytes").save(tmp_path / "tokenizer")
     model, tokenizer, path = load_run(tmp_path)
     assert (model.config, path.name) == (read_saved(CHECKPOINT).model, CHECKPOINT.name)
-    for name, pieces in model.shard_slices().items():
+    for name, pieces in model.shard_slices.items():
         for piece in pieces:
             assert torch.equal(piece.of(model.get_parameter(name)), weights[piece.name]), piece.name
     assert len(generate(model, tokenizer, "Document", 4, Sampling(temperature=0.0))) > len("Document")

@@ -28,7 +28,7 @@ def trained(parallel: ParallelConfig, micro_batches: int) -> list[list[Action]]:
     """The lists that training runs, without waiting; a forward that is paired with a backward comes before it."""
     ranks = stage_ranks(parallel)
     seats = [Seat(stage, len(ranks), parallel.pipeline) for stage, rank in enumerate(ranks) if rank == 0]
-    order = make_schedule(parallel, seats, micro_batches).pipeline_order
+    order = make_schedule(parallel, seats, action_lists(parallel, micro_batches)).pipeline_order
     return [flattened(order[rank]) for rank in range(parallel.pipeline)]
 
 

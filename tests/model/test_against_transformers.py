@@ -113,7 +113,7 @@ def both(config: ModelConfig, told: ModelConfig | None = None) -> tuple[Outcome,
 def random_llama(config: ModelConfig) -> Llama:
     """Weights large enough to matter, and norms that are not all ones, so that no two could be swapped unseen."""
     model = Llama(config)
-    initialise(model, model.shard_slices(), seed=7, num_layers=config.num_hidden_layers, std=0.1)
+    initialise(model, model.shard_slices, seed=7, num_layers=config.num_hidden_layers, std=0.1)
     draws = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -136,7 +136,7 @@ def transformers_llama(config: ModelConfig) -> LlamaForCausalLM:
 def copy_weights(ours: Llama, reference: nn.Module) -> None:
     """Every parameter of `reference` from the piece of ours that bears its name."""
     parameters = dict(reference.named_parameters())
-    for name, pieces in ours.shard_slices().items():
+    for name, pieces in ours.shard_slices.items():
         for piece in pieces:
             parameters.pop(piece.name).copy_(piece.of(ours.get_parameter(name)))
     assert not parameters, f"without a counterpart: {sorted(parameters)}"
@@ -150,7 +150,7 @@ def outcome_of_ours(model: Llama, tokens: Tensor) -> Outcome:
     loss = model(inputs, labels) / labels.numel()
     loss.backward()
     gradients: dict[str, Tensor] = {}
-    for name, pieces in model.shard_slices().items():
+    for name, pieces in model.shard_slices.items():
         gradient = model.get_parameter(name).grad
         assert gradient is not None
         gradients |= {piece.name: piece.of(gradient) for piece in pieces}

@@ -32,7 +32,7 @@ def bytes_kept_for_backward(model: nn.Module, forward: Callable[[], Tensor]) -> 
 
 def saved_bytes_and_gradients(recompute: Recompute) -> tuple[int, dict[str, Tensor]]:
     model = Llama(SHAPE, recompute=recompute)
-    initialise(model, model.shard_slices(), seed=7, num_layers=SHAPE.num_hidden_layers, std=0.1)
+    initialise(model, model.shard_slices, seed=7, num_layers=SHAPE.num_hidden_layers, std=0.1)
     tokens = torch.randint(SHAPE.vocab_size, (2, 33), generator=torch.Generator().manual_seed(1))
     loss, kept = bytes_kept_for_backward(model, lambda: model(tokens[:, :-1], tokens[:, 1:]))
     loss.backward()

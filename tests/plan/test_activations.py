@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
+from megallama.layout.schedules import action_lists
 from megallama.layout.stages import stages
 from megallama.layout.topology import Topology
 from megallama.model.llama import TensorParallelContext
@@ -77,9 +78,7 @@ def planned_bytes(config: RunConfig) -> int:
 
 
 def kept_bytes(config: RunConfig, tp_context: TensorParallelContext) -> int:
-    model = ModelStages(
-        config.model, {0: range(config.model.num_hidden_layers)}, tp_context, recompute=config.train.recompute
-    )
+    model = ModelStages(config.model, stages(config), 0, tp_context, recompute=config.train.recompute)
     fill(model, config)
     tokens = torch.zeros(config.train.micro_batch_size, config.data.sequence_length, dtype=torch.int64)
     kept = KeptForBackward(model.parameters())
@@ -151,8 +150,8 @@ def peaks_by_rank(launch: Launch, configs: list[RunConfig]) -> list[int]:
 
 
 def peak_bytes(config: RunConfig, mesh: ParallelMesh) -> int:
-    mine = {stage.index: stage.layers for stage in stages(config) if stage.rank == mesh.pp.rank}
-    chunks = ModelStages(config.model, mine, TensorParallelContext(), recompute=config.train.recompute)
+    context = TensorParallelContext()
+    chunks = ModelStages(config.model, stages(config), mesh.pp.rank, context, recompute=config.train.recompute)
     fill(chunks, config)
 
     def drop(module: torch.nn.Module) -> None:
@@ -160,7 +159,7 @@ def peak_bytes(config: RunConfig, mesh: ParallelMesh) -> int:
 
     for parameter in chunks.parameters():
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
-    pipeline = Pipeline(chunks, config, mesh, 8, drop)
+    pipeline = Pipeline(chunks, config, mesh, action_lists(config.parallel, 8), drop)
     tokens = torch.zeros(config.train.micro_batch_size, config.data.sequence_length, dtype=torch.int64)
     with LiveBytes(tensor.untyped_storage() for tensor in [*chunks.parameters(), tokens]) as live:
         pipeline.forward_backward([(tokens, tokens)] * 8, torch.ones(()))

@@ -13,9 +13,9 @@ from megallama.config.load import load_config
 from megallama.config.schema import DataConfig, ParallelConfig, RunConfig, Schedule
 from megallama.layout.counts import VOCAB_MULTIPLE, count_parameters, weight_shapes
 from megallama.layout.stages import stages
+from megallama.model.layers import VOCABULARY_MULTIPLE
 from megallama.model.llama import Llama, TensorParallelContext
 from megallama.model.stages import ModelStages
-from megallama.parallel.layers import VOCABULARY_MULTIPLE
 from megallama.parallel.mesh import Axis
 from megallama.plan.memory.state import rank_parameters
 from tests.layout.test_counts import PUBLISHED
@@ -30,7 +30,7 @@ def test_the_total_is_that_of_the_logical_tensors(path: Path) -> None:
     model = load_config(path).model
     with torch.device("meta"):
         llama = Llama(model)
-    shapes = {piece.name: piece.shape for pieces in llama.shard_slices().values() for piece in pieces}
+    shapes = {piece.name: piece.shape for pieces in llama.shard_slices.values() for piece in pieces}
     assert count_parameters(model).total == sum(prod(shape) for shape in shapes.values())
 
 
@@ -40,7 +40,7 @@ def test_names_and_shapes_of_weights_are_those_of_the_logical_tensors(path: Path
     model = load_config(path, overrides).model
     with torch.device("meta"):
         llama = Llama(model)
-    shapes = {piece.name: piece.shape for pieces in llama.shard_slices().values() for piece in pieces}
+    shapes = {piece.name: piece.shape for pieces in llama.shard_slices.values() for piece in pieces}
     assert weight_shapes(model) == shapes
 
 
@@ -74,7 +74,7 @@ def assert_planned(config: RunConfig) -> None:
     for place, tp_rank in product(range(config.parallel.pipeline), {0, tp - 1}):
         held = {stage.index: stage.layers for stage in stages(config) if stage.rank == place}
         with torch.device("meta"):
-            chunks = ModelStages(config.model, held, TensorParallelContext(Axis(None, tp_rank, tp)))
+            chunks = ModelStages(config.model, stages(config), place, TensorParallelContext(Axis(None, tp_rank, tp)))
         assert sum(p.numel() for p in chunks.parameters()) == planned[place].total
         assert planned[place].stages == tuple(held)
 

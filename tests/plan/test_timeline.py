@@ -152,7 +152,7 @@ class SleepingChunks(nn.Module):
     def __init__(self, config: RunConfig, rank: int) -> None:
         super().__init__()
         self.tp_context = TensorParallelContext()
-        ranks = stage_ranks(config.parallel)
+        self.ranks = ranks = stage_ranks(config.parallel)
         self.indices = [stage for stage, holder in enumerate(ranks) if holder == rank]
         self.part = UNIT * config.parallel.pipeline / len(ranks)
         self.models = nn.ModuleList(SleepingStage(index, len(ranks)) for index in self.indices)
@@ -177,7 +177,7 @@ def run_steps(launch: Launch, config: RunConfig, micro_batches: int) -> list[Ste
     record(done)
     mesh = build_mesh(Topology(pp=config.parallel.pipeline), launch, torch.device("cpu"))
     chunks: Any = SleepingChunks(config, mesh.pp.rank)
-    pipeline = Pipeline(chunks, config, mesh, micro_batches, lambda _: None)
+    pipeline = Pipeline(chunks, config, mesh, action_lists(config.parallel, micro_batches), lambda _: None)
     batch = torch.zeros(1, config.data.sequence_length, dtype=torch.int64)
     steps: list[Step] = []
     for _ in range(3):

@@ -14,7 +14,7 @@ from megallama.hardware.gpus import load_hardware
 from megallama.plan.memory.ledger import memory_rows
 from megallama.plan.time.software import find_software, machine
 from megallama.plan.time.step_time import step_time
-from megallama.train.metrics import _line
+from megallama.run_dir.metrics import _line
 from megallama.train.plan_check import compared_memory, compared_seconds
 from tests.launching import ROOT, arguments, events, pretrain
 

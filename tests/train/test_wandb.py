@@ -25,7 +25,7 @@ ONE_EVENT = """
 import sys
 from pathlib import Path
 from megallama.config.load import load_config
-from megallama.train.metrics import open_metrics
+from megallama.run_dir.metrics import open_metrics
 
 config = load_config("configs/debug.yaml", ["logging.wandb={project: tests}"])
 with open_metrics(config, Path(sys.argv[1])) as metrics:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import megallama.parallel.layers
+import megallama.model.layers
 import megallama.train.engine
 import megallama.train.loop
 from megallama.layout.names import parse_layout
@@ -15,22 +15,22 @@ from tests.verify.test_parity import debug_config
 
 
 def no_reduction_after_row_parallel() -> None:
-    megallama.parallel.layers.reduce_from = lambda x, axis: x
+    megallama.model.layers.reduce_from = lambda x, axis: x
 
 
 def no_reduction_of_norm_gradients() -> None:
-    megallama.parallel.layers.copy_to = lambda x, axis: x
+    megallama.model.layers.copy_to = lambda x, axis: x
 
 
 def shards_not_marked_for_the_norm() -> None:
-    unmarked = megallama.parallel.layers._weight
+    unmarked = megallama.model.layers._weight
 
     def forget(rows: int, columns: int) -> nn.Parameter:
         weight = unmarked(rows, columns)
         del weight.tensor_model_parallel  # type: ignore[attr-defined]
         return weight
 
-    megallama.parallel.layers._weight = forget
+    megallama.model.layers._weight = forget
 
 
 def mean_of_means() -> None:

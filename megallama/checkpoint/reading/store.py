@@ -63,14 +63,14 @@ class Start:
 def load(path: Path, engine: Engine, model: ModelStages) -> TrainState:
     """Overwrite weights, moments and position with those of `path`; every rank must call it."""
     state = read_saved(path).state
-    dcp.load(dict(logical_state(engine.fragments(), model.shard_slices())), storage_reader=ShardReader(path))
+    dcp.load(dict(logical_state(engine.fragments(), model.shard_slices)), storage_reader=ShardReader(path))
     engine.state_was_loaded(state.updates)
     return state
 
 
 def load_initial_weights(path: Path, engine: Engine, model: ModelStages) -> None:
     """Overwrite the weights alone with those of `path`: a new run from old weights. Every rank must call it."""
-    state = logical_state(engine.fragments(), model.shard_slices())
+    state = logical_state(engine.fragments(), model.shard_slices)
     weights = {name: tensor for name, tensor in state.items() if is_weight(name)}
     dcp.load(dict(weights), storage_reader=ShardReader(path))
     engine.state_was_loaded(0)

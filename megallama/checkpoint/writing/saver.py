@@ -65,7 +65,7 @@ class Saver:
         self._folder, self._rank, self._retention = folder.absolute(), mesh.rank, retention
         # Of its own: the thread talks while training uses the other groups. Lives without the launcher's store.
         self._group = dist.new_group(backend="gloo", timeout=_DISK_TIMEOUT)
-        self._engine, self._held = engine, model.shard_slices()
+        self._engine, self._held = engine, model.shard_slices
         if mesh.tp.rank > 0:
             # A piece that is the whole tensor is on every tp rank, bit for bit: the first writes it.
             self._held = {name: tuple(p for p in ps if p.size != p.shape) for name, ps in self._held.items()}

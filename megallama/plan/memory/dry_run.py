@@ -116,9 +116,7 @@ def check_rank(config: RunConfig, world_size: int, rank: int) -> list[Comparison
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     with _world_of(world_size, rank), FakeTensorMode(), torch.device("cpu"), _norms_of(config), _default(dtype):
         tp_context = TensorParallelContext(_tensor_axis(topology, rank), parallel.sequence_parallel)
-        chunks = ModelStages(
-            config.model, {s.index: s.layers for s in mine}, tp_context, recompute=config.train.recompute
-        )
+        chunks = ModelStages(config.model, every, place, tp_context, recompute=config.train.recompute)
         weights = list(chunks.parameters())
         found = [
             Comparison("parameters", planned, sum(weight.numel() for weight in weights)),

@@ -10,9 +10,9 @@ import pytest
 
 from megallama.data.build import build_dataset
 from megallama.data.dataset import SAMPLED_STRETCHES, SAMPLED_TOKENS
+from megallama.parallel.agreement import differences
 from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import run_ranks
-from megallama.train.agreement import differences
 from tests.launching import PRETRAIN, ROOT, arguments, events, execute, pretrain, pretrain_here, tree
 from tests.test_bad_input import assert_one_sentence, write_ranks
 from tests.test_launchers import deepspeed, free_port, torchrun

@@ -19,8 +19,6 @@ import torch.distributed as dist
 
 import megallama
 from megallama.config.schema import RunConfig
-from megallama.data.loader import Loader
-from megallama.data.tokenizer import Tokenizer
 from megallama.errors import SharedError
 
 PACKAGES = ("torch", "deepspeed", "numpy")
@@ -33,16 +31,12 @@ _WORDS = 8
 Facts = Mapping[str, str]
 
 
-def facts_of(
-    config: RunConfig, train_data: Loader, validation_data: Loader | None, tokenizer: Tokenizer
-) -> dict[str, str]:
-    """What must be the same on all ranks, each by the name that a sentence calls it by."""
+def facts_of(config: RunConfig, contents: Facts) -> dict[str, str]:
+    """What must be the same on all ranks, each by the name that a sentence calls it by; `contents` are hashes."""
     keys = {key: value for key, value in _flat(config.model_dump(mode="json")) if key not in MAY_DIFFER}
     return {
         **keys,
-        "the training data": train_data.content_hash,
-        "the validation data": "none" if validation_data is None else validation_data.content_hash,
-        "the tokenizer": tokenizer.fingerprint,
+        **contents,
         "the version of python": platform.python_version(),
         **{f"the version of {package}": version(package) for package in PACKAGES},
         **_source(),

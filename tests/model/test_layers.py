@@ -11,16 +11,16 @@ import megallama.parallel.cross_entropy
 from megallama.config.schema import IGNORE_INDEX, ModelConfig
 from megallama.layout.topology import Topology
 from megallama.model.init import initialise
-from megallama.model.llama import Llama, Recompute, TensorParallelContext
-from megallama.parallel.cross_entropy import linear_cross_entropy
-from megallama.parallel.launch import Launch
-from megallama.parallel.layers import (
+from megallama.model.layers import (
     ColumnParallelLinear,
     GradientFilter,
     RMSNorm,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
+from megallama.model.llama import Llama, Recompute, TensorParallelContext
+from megallama.parallel.cross_entropy import linear_cross_entropy
+from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import Axis, build_mesh
 from megallama.parallel.shards import ShardSlice
 from megallama.parallel.spawn import run_ranks
@@ -188,7 +188,7 @@ def model_against_one_device(
     tokens = torch.randint(0, 150, (2, 17), generator=torch.Generator().manual_seed(2))
 
     def gradients(model: Llama) -> tuple[Tensor, dict[str, tuple[ShardSlice, Tensor]]]:
-        held = model.shard_slices()
+        held = model.shard_slices
         initialise(model, held, seed=3, num_layers=2, std=0.2)
         loss = model(tokens[:, :-1], tokens[:, 1:]) / 32
         loss.backward()
