@@ -1,12 +1,14 @@
-"""Flat fragments of local parameters seen as rectangles of logical tensors, which any layout can read.
+"""Flat fragments of local parameters seen as boxes of logical tensors, which any layout can read.
 
 ZeRO cuts optimizer state into flat ranges. A flat range of a row-major matrix is at most three rectangles: the rest of
-a row, whole rows, the beginning of a row. Given to `torch.distributed.checkpoint` as chunks of the logical tensor, they
-are stored and found again by place, whoever wrote them and whoever reads.
+a row, whole rows, the beginning of a row; that of a tensor of n dimensions is at most 2 n - 1 boxes. Given to
+`torch.distributed.checkpoint` as chunks of the logical tensor, they are stored and found again by place, whoever wrote
+them and whoever reads.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +74,7 @@ def logical_state(fragments: Iterable[Fragment], held: Mapping[str, Sequence[Sha
 
     for fragment in fragments:
         for piece in held[fragment.parameter]:
-            for offset, size, flat in rectangles(piece, fragment.start, fragment.start + fragment.master.numel()):
+            for offset, size, flat in boxes(piece, fragment.start, fragment.start + fragment.master.numel()):
                 here = slice(flat - fragment.start, flat - fragment.start + size.numel())
                 add(piece.name, piece, offset, fragment.master[here].view(size))
                 add(moment_name(EXP_AVG, piece.name), piece, offset, fragment.exp_avg[here].view(size))
@@ -80,22 +82,30 @@ def logical_state(fragments: Iterable[Fragment], held: Mapping[str, Sequence[Sha
     return state
 
 
-def rectangles(piece: ShardSlice, start: int, stop: int) -> Iterator[tuple[torch.Size, torch.Size, int]]:
+def boxes(piece: ShardSlice, start: int, stop: int) -> Iterator[tuple[torch.Size, torch.Size, int]]:
     """What elements start ... stop of a flattened local parameter hold of `piece`.
 
-    Yields (offset in the logical tensor, size, first element in the local parameter) for one to three rectangles, or
-    none.
+    Yields (offset in the logical tensor, size, first element in the local parameter) for each box, of which a tensor of
+    n dimensions has 2 n - 1 at most.
     """
-    columns = piece.size[1] if len(piece.size) == 2 else 1
-    first = piece.row * columns
-    start, stop = max(start - first, 0), min(stop - first, piece.size[0] * columns)
-    while start < stop:
-        row, column = divmod(start, columns)
-        if column or stop - start < columns:
-            rows, width = 1, min(columns - column, stop - start)
-        else:
-            rows, width = (stop - start) // columns, columns
-        place, extent = (row, column)[: len(piece.size)], (rows, width)[: len(piece.size)]
+    first = piece.row * math.prod(piece.size[1:])
+    start, stop = max(start - first, 0), min(stop - first, math.prod(piece.size))
+    for place, extent, flat in _boxes(piece.size, start, stop):
         offset = torch.Size(a + b for a, b in zip(piece.offset, place, strict=True))
-        yield offset, torch.Size(extent), first + start
-        start += rows * width
+        yield offset, torch.Size(extent), first + flat
+
+
+def _boxes(size: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
+    """The same of a whole tensor of that size: the rest of a row, whole rows, the beginning of a row."""
+    row_size = math.prod(size[1:])
+    while start < stop:
+        row, within = divmod(start, row_size)
+        if within or stop - start < row_size:
+            end = min(stop, (row + 1) * row_size)
+            for place, extent, flat in _boxes(size[1:], within, end - row * row_size):
+                yield (row, *place), (1, *extent), row * row_size + flat
+        else:
+            rows = (stop - start) // row_size
+            end = start + rows * row_size
+            yield (row, *(0 for _ in size[1:])), (rows, *size[1:]), start
+        start = end

@@ -1,7 +1,7 @@
 """Which part of which logical tensor a local parameter holds.
 
 A logical tensor is a weight as one device would hold it, under its Hugging Face name. Fused parameters hold several,
-sharded ones a rectangle of each. Initialisation, checkpoints and parity tests all speak of logical tensors, which is
+sharded ones a box of each. Initialisation, checkpoints and parity tests all speak of logical tensors, which is
 why none of them depends on the layout.
 """
 
@@ -15,18 +15,19 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """A rectangle of the logical tensor `name`, held in whole rows of a local parameter from `row` on.
+    """A box of the logical tensor `name`, of any number of dimensions, held in a local parameter from `row` on.
 
-    Rows of the parameter that no piece covers are padding: zero for ever, in no checkpoint.
+    It fills whole rows of the parameter, which are what its first dimension counts. Rows that no piece covers are
+    padding: zero for ever, in no checkpoint.
     """
 
     name: str
     shape: tuple[int, ...]
     """Shape of the logical tensor."""
     offset: tuple[int, ...]
-    """Where the rectangle starts in the logical tensor."""
+    """Where the box starts in the logical tensor."""
     size: tuple[int, ...]
-    """Extent of the rectangle."""
+    """Extent of the box."""
     row: int = 0
     """First row of the local parameter that holds it."""
 

@@ -85,7 +85,8 @@ def read_run(folder: Path) -> MeasuredRun:
         raise UserError(
             f"{folder}/environment.json is not what a run of this version writes ({where}); train again"
         ) from None
-    seconds = steady_seconds(_events(folder / METRICS), config.logging.every)
+    events = _events(folder / METRICS)
+    seconds = steady_seconds(events, config.logging.every)
     if len(seconds) < LEAST_EVENTS:
         raise UserError(
             f"--calibrate={folder} has {len(seconds)} train events of steady steps, and {LEAST_EVENTS} are needed; "

@@ -50,7 +50,7 @@ def train(config: RunConfig, mesh: ParallelMesh, micro_batches: int, data: RunDa
     UserError, on every rank alike, for what a user can mend; on one rank alone where that has too little memory.
     """
     folder = Path(config.run.dir)
-    identify = partial(data_identity, config.train.seed, data.train.fingerprint)
+    identify = partial(data_identity, config.train.seed, data.train.source.fingerprint)
     pick = partial(pick_start, config, identify)
     check_weights(agree(pick, mesh), mesh)  # they are read, and nothing is written yet
     reached = Reached()

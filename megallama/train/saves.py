@@ -105,7 +105,7 @@ def save_checkpoint(run: Run, state: TrainState, loss: Tensor, *, healthy: bool)
         "zero_stage": config.zero.stage,
         "dtype": config.train.dtype,
     }
-    identity = data_identity(config.train.seed, run.data.train.fingerprint, config.data.sequence_length)
+    identity = data_identity(config.train.seed, run.data.train.source.fingerprint, config.data.sequence_length)
     run.saver.save(state.step, state_document(state, total / mesh.data.size, healthy, identity, config.model, layout))
     if not config.checkpoint.asynchronous:
         run.saver.wait()

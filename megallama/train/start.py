@@ -49,7 +49,7 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     launch.prepare(device)
     # torch 2.13 renames collectives that 2.11 knows by their old names only; DeepSpeed and we use the old ones.
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
-    pick = partial(pick_start, config, partial(data_identity, config.train.seed, data.train.fingerprint))
+    pick = partial(pick_start, config, partial(data_identity, config.train.seed, data.train.source.fingerprint))
     pick()  # each rank for itself: what a user can mend is said before any waits for another
     facts = facts_of(config, data.contents)
     join(launch, device)

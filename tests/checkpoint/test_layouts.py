@@ -21,7 +21,7 @@ from megallama.checkpoint.state import DataIdentity, state_document
 from megallama.checkpoint.writing.commit import Retention
 from megallama.checkpoint.writing.saver import Saver
 from megallama.config.schema import RunConfig
-from megallama.data.loader import Loader
+from megallama.data.source import Windows
 from megallama.layout.check import check_config
 from megallama.layout.names import parse_layout
 from megallama.layout.topology import Topology
@@ -96,12 +96,12 @@ def merged(ranks: list[Rows]) -> Rows:
 def train_recorded(launch: Launch, config: RunConfig) -> Rows:
     """One rank of a run. Its loop draws no random number: that is why a checkpoint holds no generator."""
     rows: Rows = {}
-    read, loop = Loader._row, megallama.train.loop.loop
+    read, loop = Windows.sample, megallama.train.loop.loop
 
-    def recorded(loader: Loader, sample: int) -> Any:
-        row = read(loader, sample)
-        if loader._sampler is not None:
-            rows[sample] = zlib.crc32(row.tobytes())
+    def recorded(source: Windows, number: int) -> Any:
+        row = read(source, number)
+        if source.sampler is not None:
+            rows[number] = zlib.crc32(row.tobytes())
         return row
 
     def undisturbed(*arguments: Any) -> Any:
@@ -112,7 +112,7 @@ def train_recorded(launch: Launch, config: RunConfig) -> Rows:
         assert before[1:] == after[1:]
         return ending
 
-    Loader._row, megallama.train.loop.loop = recorded, undisturbed  # type: ignore[method-assign]
+    Windows.sample, megallama.train.loop.loop = recorded, undisturbed  # type: ignore[method-assign]
     train_rank(launch, config, None)
     return rows
 

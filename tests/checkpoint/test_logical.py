@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import math
+from itertools import combinations
+
 import pytest
 import torch
 
-from megallama.checkpoint.logical import logical_state, rectangles
+from megallama.checkpoint.logical import boxes, logical_state
 from megallama.checkpoint.tensors import EXP_AVG, EXP_AVG_SQ, moment_name
 from megallama.parallel.shards import ShardSlice
 from megallama.train.engine import Fragment
@@ -14,12 +17,12 @@ HELD = (ShardSlice("a", (8, 10), (4, 5), (4, 5), 0), ShardSlice("b", (6, 10), (0
 
 @pytest.mark.parametrize("start", range(0, 45, 3))
 @pytest.mark.parametrize("length", [1, 4, 5, 7, 13, 30, 45])
-def test_rectangles_hold_exactly_the_elements_of_a_flat_range(start: int, length: int) -> None:
+def test_boxes_hold_exactly_the_elements_of_a_flat_range(start: int, length: int) -> None:
     stop = min(start + length, 45)
     local = torch.arange(45.0)
     whole = {"a": torch.full((8, 10), -1.0), "b": torch.full((6, 10), -1.0)}
     for piece in HELD:
-        found = list(rectangles(piece, start, stop))
+        found = list(boxes(piece, start, stop))
         assert len(found) <= 3
         for offset, size, flat in found:
             part = tuple(slice(a, a + n) for a, n in zip(offset, size, strict=True))
@@ -35,7 +38,26 @@ def test_rectangles_hold_exactly_the_elements_of_a_flat_range(start: int, length
 
 def test_a_vector_is_one_stretch() -> None:
     piece = ShardSlice("norm", (10,), (0,), (10,))
-    assert list(rectangles(piece, 3, 8)) == [(torch.Size([3]), torch.Size([5]), 3)]
+    assert list(boxes(piece, 3, 8)) == [(torch.Size([3]), torch.Size([5]), 3)]
+
+
+@pytest.mark.parametrize("size", [(7,), (4, 5), (3, 2, 4), (2, 3, 2, 3)])
+def test_tensors_of_any_number_of_dimensions_are_cut_into_boxes(size: tuple[int, ...]) -> None:
+    shape, offset = tuple(2 * n for n in size), tuple(size)
+    row = math.prod(size[1:])
+    piece = ShardSlice("w", shape, offset, size, row=1)
+    local = torch.arange(float((size[0] + 2) * row))
+    for start, stop in combinations(range(len(local) + 1), 2):
+        whole, found = torch.full(shape, -1.0), list(boxes(piece, start, stop))
+        assert len(found) <= 2 * len(size) - 1
+        for place, extent, flat in found:
+            whole[tuple(slice(a, a + n) for a, n in zip(place, extent, strict=True))] = local[
+                flat : flat + extent.numel()
+            ].view(extent)
+        expected = torch.full((len(local),), -1.0)
+        expected[start:stop] = local[start:stop]
+        held = whole[tuple(slice(n, None) for n in size)]
+        assert torch.equal(held, expected[row : row + held.numel()].view(size))
 
 
 def test_loading_writes_through_to_the_optimizer() -> None:

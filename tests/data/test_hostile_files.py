@@ -26,6 +26,7 @@ from megallama.data.build import build_dataset
 from megallama.data.dataset import TokenDataset
 from megallama.data.indexed import open_indexed
 from megallama.data.loader import Loader
+from megallama.data.source import open_source
 from megallama.data.tokenizer import load_tokenizer, rank_lines, tokenizer_from_ranks
 from megallama.errors import UserError
 from tests.data.mutating import (
@@ -162,8 +163,8 @@ def trained_on(prefix: str) -> list[tuple[int, ...]] | None:
     """The samples of a step and of an evaluation; None where the data is refused."""
     config = DataConfig(path=prefix, sequence_length=16, validation_fraction=0.0, eod_mask_loss=True)
     try:
-        loader = Loader(config, "train", 2, 4, 0, 1, 3, 300)
-        assert loader.content_hash
+        loader = Loader(open_source(config, "train", 3, 300), 2, 4)
+        assert loader.source.content_hash
         batches = [*loader.step(0), *loader.step(10**12), *loader.evaluation(3)]
     except UserError:
         return None

@@ -19,6 +19,7 @@ from megallama.data.build import build_dataset
 from megallama.data.dataset import SCANNED_TOKENS, TokenDataset, split_documents
 from megallama.data.indexed import bin_path, idx_path, index_bytes
 from megallama.data.loader import Loader, MicroBatch, prefetched
+from megallama.data.source import open_source
 from megallama.errors import UserError
 
 Write = Callable[..., str]
@@ -37,7 +38,7 @@ def config(prefix: str, **keys: Any) -> DataConfig:
 
 def loader(prefix: str, mbs: int = 1, gbs: int = 12, rank: int = 0, dp: int = 1, seed: int = 5, **keys: Any) -> Loader:
     split, vocab_size = keys.pop("split", "train"), keys.pop("vocab_size", 257)
-    return Loader(config(prefix, **keys), split, mbs, gbs, rank, dp, seed, vocab_size)
+    return Loader(open_source(config(prefix, **keys), split, seed, vocab_size), mbs, gbs, rank, dp)
 
 
 def rows(batches: list[MicroBatch]) -> torch.Tensor:
@@ -62,16 +63,18 @@ def test_shapes_types_and_labels_are_the_next_tokens(prefix: str) -> None:
 def test_an_epoch_predicts_every_token_but_the_first_once(prefix: str) -> None:
     one = loader(prefix, gbs=1)
     stream = split_documents(config(prefix))["train"].tokens
-    assert one.samples_per_epoch == (len(stream) - 1) // 7
-    seen = Counter(tuple(batch.labels[0].tolist()) for i in range(one.samples_per_epoch) for batch in one.step(i))
-    expected = Counter(tuple(stream[k * 7 + 1 : k * 7 + 8].tolist()) for k in range(one.samples_per_epoch))
+    assert one.source.samples_per_epoch == (len(stream) - 1) // 7
+    seen = Counter(
+        tuple(batch.labels[0].tolist()) for i in range(one.source.samples_per_epoch) for batch in one.step(i)
+    )
+    expected = Counter(tuple(stream[k * 7 + 1 : k * 7 + 8].tolist()) for k in range(one.source.samples_per_epoch))
     assert seen == expected
 
 
 @pytest.mark.parametrize(("mbs", "dp"), [(1, 2), (2, 2), (3, 2), (1, 4), (6, 2), (12, 1)])
 @pytest.mark.parametrize("position", [0, 24, 120, 132])  # 120 crosses into epoch 2, 132 is inside it
 def test_batches_over_all_ranks_equal_those_of_one(prefix: str, mbs: int, dp: int, position: int) -> None:
-    assert loader(prefix).samples_per_epoch == 128
+    assert loader(prefix).source.samples_per_epoch == 128
     assert torch.equal(step_over_ranks(prefix, mbs, dp, position), rows(loader(prefix).step(position)))
 
 
@@ -137,7 +140,7 @@ def test_evaluation_labels_do_not_depend_on_the_layout(
         return [row for row in found.tolist() if row != [IGNORE_INDEX] * 7]
 
     one = labels(1, 1)
-    assert len(one) == min(samples, loader(prefix, split=split).samples_per_epoch)
+    assert len(one) == min(samples, loader(prefix, split=split).source.samples_per_epoch)
     assert labels(mbs, dp) == one
 
 
@@ -227,9 +230,9 @@ def test_the_fingerprint_tells_data_documents_and_length_apart(prefix: str, writ
         loader(prefix, validation_fraction=0.2),
         loader(prefix, split="validation"),
     ]
-    assert len({one.fingerprint(length) for one in found for length in (7, 8)}) == 2 * len(found)
-    assert loader(prefix, sequence_length=8).fingerprint(7) == loader(prefix).fingerprint(7)
-    assert loader(prefix, mbs=2, rank=1, dp=2, seed=9).fingerprint(7) == loader(prefix).fingerprint(7)
+    assert len({one.source.fingerprint(length) for one in found for length in (7, 8)}) == 2 * len(found)
+    assert loader(prefix, sequence_length=8).source.fingerprint(7) == loader(prefix).source.fingerprint(7)
+    assert loader(prefix, mbs=2, rank=1, dp=2, seed=9).source.fingerprint(7) == loader(prefix).source.fingerprint(7)
 
 
 def test_a_missing_dataset_is_refused(tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ def question(**words: Any) -> Question:
 )
 def test_a_question_is_one_budget(words: dict[str, str], given: str, amount: float) -> None:
     found = question(**words)
-    assert (found.given, found.pair) == (given, None)
-    assert found.amount == pytest.approx(amount)
+    assert found.pair is None
+    assert found.quantities == {given: pytest.approx(amount)}
 
 
 def test_a_size_with_its_data_is_a_pair() -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from megallama.config.load import load_config
 from megallama.errors import UserError
-from megallama.run_dir.limits import check_limits, checkpoint_bytes
+from megallama.layout.counts import checkpoint_bytes
+from megallama.run_dir.limits import check_limits
 from tests.launching import PRETRAIN, arguments, events, execute, pretrain
 
 FILE_LIMIT = 10_000_000
@@ -31,11 +32,11 @@ def limited(number: int, soft: int) -> Iterator[None]:
 
 def test_a_limit_of_a_file_below_a_ranks_part_of_a_checkpoint_is_refused() -> None:
     config = load_config("configs/debug.yaml", ["model.hidden_size=256"])
-    whole = checkpoint_bytes(config)
+    whole = checkpoint_bytes(config.model)
     with limited(resource.RLIMIT_FSIZE, whole // 2):
-        check_limits(config, 2)
+        check_limits(whole // 2)
         with pytest.raises(UserError) as refusal:
-            check_limits(config, 1)
+            check_limits(whole)
     assert str(refusal.value) == (
         f"`ulimit -f` allows {whole // 2:,} bytes in one file, and a rank of this run needs {whole:,}; "
         "use `ulimit -f unlimited`, or ask who sets it"
@@ -50,9 +51,8 @@ def test_a_limit_of_a_file_below_a_ranks_part_of_a_checkpoint_is_refused() -> No
     ],
 )
 def test_siblings_are_refused(number: int, letter: str, least: str, more: str) -> None:
-    config = load_config("configs/debug.yaml", [])
     with limited(number, 100), pytest.raises(UserError) as refusal:
-        check_limits(config, 1)
+        check_limits(1)
     assert f"`ulimit -{letter}` allows 100 " in str(refusal.value)
     assert f"needs {least}; use `ulimit -{letter} {more}`" in str(refusal.value)
 

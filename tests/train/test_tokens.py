@@ -17,6 +17,7 @@ from megallama.cluster.cli import reached
 from megallama.cluster.job import main
 from megallama.config.load import load_config
 from megallama.data.loader import Loader
+from megallama.data.source import open_source
 from megallama.layout.budget import NOTHING_SEEN, Seen, total_steps
 from megallama.train.lr_schedule import next_rate
 from tests.checkpoint.damaging import edit
@@ -73,7 +74,7 @@ def test_every_sequence_is_seen_once_and_the_first_step_that_reaches_the_tokens_
     changed: Path, byte_dataset: str
 ) -> None:
     config = config_of(changed / "run", byte_dataset)
-    straight = Loader(config.data, "train", 1, 1, 0, 1, config.train.seed, config.model.vocab_size)
+    straight = Loader(open_source(config.data, "train", config.train.seed, config.model.vocab_size), 1, 1)
     expected = [tuple(straight.step(sample)[0].tokens[0].tolist()) for sample in range(42)]
     assert len(set(expected)) == 42
     parts = [rows(changed / str(number)) for number in range(3)]
@@ -200,7 +201,7 @@ def test_another_sequence_length_keeps_the_tokens_that_were_seen_and_the_total(
     assert [event["total_steps"] for event in found] == [11] * 5 + [11] * 2 + [9] * 2
     for number, length, positions in ((1, 64, range(10, 14)), (2, 16, range(56, 88))):
         config = config_of(run, byte_dataset, f"data.sequence_length={length}")
-        straight = Loader(config.data, "train", 1, 1, 0, 1, config.train.seed, config.model.vocab_size)
+        straight = Loader(open_source(config.data, "train", config.train.seed, config.model.vocab_size), 1, 1)
         expected = [tuple(straight.step(sample)[0].tokens[0].tolist()) for sample in positions]
         assert sorted(rows(tmp_path / str(number))) == sorted(expected)
     said = [event["text"] for event in events(run, "notice")]

@@ -24,8 +24,9 @@ def plan_sizing(question: Question) -> list[Part]:
         parameters, tokens = question.pair
         parts += compared(parameters, tokens)
     else:
-        parts.append(optimum(question.given, question.amount))
-        best = optima(question.given, question.amount)[0]
+        ((given, amount),) = question.quantities.items()
+        parts.append(optimum(given, amount))
+        best = optima(given, amount)[0]
         parameters, tokens = best.parameters, best.tokens
     if compute is not None and question.days is None:
         parts.append(_cost(compute, FLOPS_PER_PARAMETER_AND_TOKEN * parameters * tokens))

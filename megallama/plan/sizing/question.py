@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megallama.errors import UserError
@@ -45,37 +46,45 @@ class Compute:
 class Question:
     """One quantity, or a size with its data."""
 
-    given: Quantity
-    amount: float
-    """Of it: FLOPs, parameters or tokens."""
-    pair: tuple[float, float] | None
-    """Parameters and tokens where both follow from what was typed; None where a fit is to choose the other."""
+    quantities: Mapping[Quantity, float]
+    """FLOPs, parameters or tokens; or the latter two."""
+    ratio: float | None
+    """Tokens per parameter that are wanted; the compute-optimal ones where None."""
     days: float | None
     """Of a budget in GPUs and days."""
     compute: Compute | None
     """What the run is to be trained on, where a kind of GPU was named."""
     vocab_size: int
 
+    @property
+    def pair(self) -> tuple[float, float] | None:
+        """Parameters and tokens where both follow from what was typed; None where a fit is to choose the other."""
+        if self.ratio is None:
+            both = len(self.quantities) == 2
+            return (self.quantities["parameters"], self.quantities["tokens"]) if both else None
+        ((name, value),) = self.quantities.items()
+        of_compute = math.sqrt(value / FLOPS_PER_PARAMETER_AND_TOKEN / self.ratio)
+        parameters = {"parameters": value, "tokens": value / self.ratio, "flops": of_compute}[name]
+        return parameters, self.ratio * parameters
+
 
 def read_question(asked: Asked) -> Question:
     """The question that the words ask; UserError where one is not legal or contradicts another."""
     _refuse_contradictions(asked)
     days = None if asked.days is None else number("--days", asked.days, 0.01, 100_000, "30")
-    compute = _compute(asked)
-    budget = compute.flops(days) if compute is not None and days is not None else None
+    vocab_size = DEFAULT_VOCAB_SIZE if asked.vocab is None else count("--vocab", asked.vocab, 10**9, "32000")
+    each = asked.tokens_per_param
+    ratio = None if each is None else number("--tokens-per-param", each, 0.01, 1e6, "20")
     typed: dict[Quantity, float | None] = {
-        "flops": budget or amount("--flops", asked.flops, "1e21"),
+        "flops": amount("--flops", asked.flops, "1e21"),
         "parameters": amount("--params", asked.params, "7e9 or 7B"),
         "tokens": asked.length(),
     }
-    given = {name: value for name, value in typed.items() if value is not None}
-    return Question(
-        *next(iter(given.items())),
-        pair=_pair(given, asked.tokens_per_param),
-        days=days,
-        compute=compute,
-        vocab_size=DEFAULT_VOCAB_SIZE if asked.vocab is None else count("--vocab", asked.vocab, 10**9, "32000"),
-    )
+    compute = _compute(asked)
+    if compute is not None and days is not None:
+        typed["flops"] = compute.flops(days)
+    quantities = {name: value for name, value in typed.items() if value is not None}
+    return Question(quantities, ratio, days, compute, vocab_size)
 
 
 def _refuse_contradictions(asked: Asked) -> None:
@@ -97,22 +106,7 @@ def _compute(asked: Asked) -> Compute | None:
         if asked.gpus is not None:
             raise UserError(f"--gpus={asked.gpus} needs --gpu; add --gpu h100, or leave it out")
         return None
-    mfu = asked.assumed_mfu()
-    return Compute(
-        gpus=None if asked.gpus is None else count("--gpus", asked.gpus, 10**7, "64"),
-        gpu=asked.gpu,
-        peak=find_gpu(asked.gpu, load_hardware(asked.hardware)).known("peak_tflops") * 1e12,
-        mfu=DEFAULT_MFU if mfu is None else mfu,
-        price=asked.money_per_hour(),
-    )
-
-
-def _pair(given: dict[Quantity, float], ratio: str | None) -> tuple[float, float] | None:
-    """Parameters and tokens, where both were typed, or a ratio of them."""
-    if ratio is None:
-        return (given["parameters"], given["tokens"]) if len(given) == 2 else None
-    each = number("--tokens-per-param", ratio, 0.01, 1e6, "20")
-    ((name, value),) = given.items()
-    of_compute = math.sqrt(value / FLOPS_PER_PARAMETER_AND_TOKEN / each)
-    parameters = {"parameters": value, "tokens": value / each, "flops": of_compute}[name]
-    return parameters, each * parameters
+    gpus = None if asked.gpus is None else count("--gpus", asked.gpus, 10**7, "64")
+    mfu, price = asked.assumed_mfu(), asked.money_per_hour()
+    peak = find_gpu(asked.gpu, load_hardware(asked.hardware)).known("peak_tflops") * 1e12
+    return Compute(gpus, asked.gpu, peak, DEFAULT_MFU if mfu is None else mfu, price)

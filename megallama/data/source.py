@@ -1,0 +1,88 @@
+"""The samples of a split in the order in which a run consumes them: what a loader reads, whatever is behind it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megallama.config.schema import DataConfig
+from megallama.data.dataset import DocumentSplit, Split, sampled_ids, split_documents
+from megallama.data.sampler import Sampler, num_windows
+from megallama.data.tokenizer import load_tokenizer
+from megallama.errors import UserError
+
+
+class Source(Protocol):
+    """Samples by their number, the same on every rank and at every batch size."""
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples until one comes again."""
+
+    @property
+    def masked_id(self) -> int | None:
+        """The id whose prediction counts nothing, None for none."""
+
+    def sample(self, number: int) -> NDArray[np.int64]:
+        """[sequence_length + 1] ids of sample `number` of the run; UserError for ids that the model does not know."""
+
+    def fingerprint(self, sequence_length: int) -> str:
+        """SHA-256 of what a position means besides the seed: the data, and samples of that length."""
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the fingerprint, and of ids from all over the split: whether two files of one name are one."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of one dataset's split, shuffled anew in every epoch; without `sampler` in the order of the file."""
+
+    split: DocumentSplit
+    sequence_length: int
+    vocab_size: int
+    masked_id: int | None
+    sampler: Sampler | None
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return num_windows(len(self.split.tokens), self.sequence_length)
+
+    def sample(self, number: int) -> NDArray[np.int64]:
+        window = self.sampler.window(number) if self.sampler else number % self.samples_per_epoch
+        start = window * self.sequence_length
+        row = self.split.tokens[start : start + self.sequence_length + 1].astype(np.int64)
+        self.split.dataset.check_ids(row, self.vocab_size)
+        return row
+
+    def fingerprint(self, sequence_length: int) -> str:
+        parts = [self.split.dataset.fingerprint, self.split.first_document, self.split.end_document, sequence_length]
+        return hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()
+
+    @property
+    def content_hash(self) -> str:
+        fingerprint = self.fingerprint(self.sequence_length).encode()
+        return hashlib.sha256(fingerprint + sampled_ids(self.split.tokens).tobytes()).hexdigest()
+
+
+def open_source(config: DataConfig, split: Split, seed: int, vocab_size: int) -> Windows:
+    """The samples of a split: train in an order drawn from the seed, validation in that of the file.
+
+    UserError if the data cannot be read, is too short, was not made with data.tokenizer, or holds an id that is not
+    below `vocab_size`; ids far into a large dataset are met when their sample is read.
+    """
+    splits = split_documents(config)
+    if split not in splits:
+        raise UserError("there is no validation split; set data.validation_path or data.validation_fraction")
+    found, length = splits[split], config.sequence_length
+    found.dataset.check_tokenizer(config.tokenizer)
+    found.dataset.check_vocabulary(vocab_size)
+    info, masked_id = found.dataset.info, None
+    if config.eod_mask_loss:
+        masked_id = info.eod_id if info else load_tokenizer(config.tokenizer).eod_id
+    sampler = Sampler(num_windows(len(found.tokens), length), seed) if split == "train" else None
+    return Windows(found, length, vocab_size, masked_id, sampler)
