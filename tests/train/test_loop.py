@@ -297,7 +297,7 @@ def watch_evaluations(launch: Launch, words: list[str], between: int) -> list[tu
             scale = run.mesh.data.size / count(batches, run.mesh)
             loss = run.engine.forward_backward(megallama.train.loop.on_device(batches, run.mesh.device), scale)
             if between:
-                around(seen, run, lambda: megallama.train.loop.evaluate(run.engine, run.train_data, 4, run.mesh))
+                around(seen, run, lambda: megallama.train.loop.evaluate(run.engine, run.data.train, 4, run.mesh))
             return loss, run.engine.step(lr)
 
         megallama.train.loop.evaluate_splits = watched
