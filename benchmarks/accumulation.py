@@ -54,17 +54,21 @@ def measure(launch: Launch, config: RunConfig, way: Way) -> Found:
     device = torch.device("cpu")
     launch.prepare(device)
     import megallama.train.engine
-    from megallama.train.run import build_model  # brings deepspeed with it, which looks for a device: after `prepare`
+    from megallama.train.run import (
+        build_model,
+        draw_weights,
+    )  # brings deepspeed with it, which looks for a device: after `prepare`
 
     if way == "grad_dtype":
-        plain = megallama.train.engine.deepspeed_config
-        megallama.train.engine.deepspeed_config = lambda config, dp: (
+        plain = megallama.train.run.deepspeed_config
+        megallama.train.run.deepspeed_config = lambda config, dp: (
             plain(config, dp) | {"bf16": {"enabled": True, "immediate_grad_update": False}}
         )
     batching = check_config(config, launch.world_size)
     topology = Topology(pp=config.parallel.pipeline, dp=batching.dp_size, tp=config.parallel.tensor)
     mesh = build_mesh(topology, launch, device)
     model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
+    draw_weights(config, model, engine)
     if way == "fp32":
         for parameter in model.parameters():  # the reference differs by its arithmetic, not by its weights
             parameter.data.copy_(parameter.data.bfloat16())
@@ -131,11 +135,11 @@ def numbers(found: list[Found], reference: list[Found]) -> dict[str, float]:
 
 
 def main(
-    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of a run; its data are not read.")],
+    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file of a run; its data is not read.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compare the ways to sum bf16 gradients in fp32 under the schedule of a config.
+    """Compare the ways to sum bf16 gradients in fp32, with the schedule of a config.
 
     Example: python benchmarks/accumulation.py configs/debug.yaml parallel.pipeline=2 train.global_batch_size=64
     """

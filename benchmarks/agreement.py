@@ -1,7 +1,7 @@
-"""What it costs that ranks hold the same before they train: `python benchmarks/agreement.py [--ranks 8] [--rounds 20]`.
+"""Time the check that all ranks run the same: `python benchmarks/agreement.py [--ranks 8] [--rounds 20]`.
 
-Ranks are processes of this machine over gloo. Beside the agreement itself, a bare all-reduce of the same size, and how
-long the ranks take to meet.
+Ranks are processes on this machine, over gloo. Also timed: a bare all-reduce of the same size, and how long the ranks
+take to meet.
 """
 
 from __future__ import annotations

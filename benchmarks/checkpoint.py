@@ -91,11 +91,15 @@ def measure(
 ) -> dict[str, list[Turn]]:
     """The turns of every contender, as one rank of the job sees them."""
     launch.prepare(device)
-    from megallama.train.run import build_model  # brings deepspeed with it, which looks for a device: after `prepare`
+    from megallama.train.run import (
+        build_model,
+        draw_weights,
+    )  # brings deepspeed with it, which looks for a device: after `prepare`
 
     batching, parallel = check_config(config, launch.world_size), config.parallel
     mesh = build_mesh(Topology(pp=parallel.pipeline, dp=batching.dp_size, tp=parallel.tensor), launch, device)
     model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
+    draw_weights(config, model, engine)
     fill_moments(engine, model)
     found = contenders(engine, model, mesh, folder)
     turns: dict[str, list[Turn]] = {name: [] for name in found}
@@ -309,14 +313,14 @@ def run(config: RunConfig, device: torch.device, ranks: int, folder: Path, round
 
 
 def main(
-    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of a run; its data are not read.")],
+    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file of a run; its data is not read.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None,
-    ranks: Annotated[int, typer.Option(help="Processes on this machine; more than one on the CPU only.", min=1)] = 1,
+    ranks: Annotated[int, typer.Option(help="Processes on this machine; more than one only on the CPU.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="Turns of each contender.", min=1)] = 3,
-    folder: Annotated[Path | None, typer.Option(help="Where to write; the system's temporary folder if unset.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where to write. Default: the system's temporary folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Save and load one checkpoint of a config: megallama's, `torch.save` of the same content, and DeepSpeed's own.
+    """Time saving and loading a checkpoint: megallama, `torch.save` of the same content, and DeepSpeed.
 
     Exit code 1 if megallama's takes more than 12.1 bytes per parameter, for 100M parameters or more.
     Example: python benchmarks/checkpoint.py configs/110m.yaml train.micro_batch_size=1 --rounds 3

@@ -68,13 +68,14 @@ def engine_step(config: RunConfig, device: torch.device) -> Step:
     """megallama's own training step, in a world of one process."""
     # Imported here: it brings deepspeed with it, of which the other contenders stay free.
     from megallama.train.loop import train_step
-    from megallama.train.run import Run, build_model
+    from megallama.train.run import Run, build_model, draw_weights
 
     batching = check_config(config, 1)
     mesh = build_mesh(Topology(), Launch(), device)
     model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
+    draw_weights(config, model, engine, Launch().processors)
     none: Any = None  # a step is given its batches, and saves and heeds nothing
-    run = Run(config, mesh, model, engine, none, none, Metrics([]), none, none, none, 1, Peak(1.0, "not used"))
+    run = Run(config, mesh, model, engine, none, Metrics([]), none, none, none, none, Peak(1.0, "not used"))
     batches = random_batches(config)
     return lambda: train_step(run, next(batches), config.optimizer.lr)[0]
 

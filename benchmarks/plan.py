@@ -148,13 +148,13 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="Of each run.", min=SETTLING + LEAST_EVENTS + 1)] = 12,
+    steps: Annotated[int, typer.Option(help="Steps of each run.", min=SETTLING + LEAST_EVENTS + 1)] = 12,
     rounds: Annotated[int, typer.Option(help="Runs of each shape, in turn; the fastest counts.", min=1)] = 2,
-    head_size: Annotated[int, typer.Option(help="All widths grow with it.", min=8)] = 64,
-    sequence: Annotated[int, typer.Option(help="Length of most sequences.", min=16)] = 256,
+    head_size: Annotated[int, typer.Option(help="Head size; all widths are proportional to it.", min=8)] = 64,
+    sequence: Annotated[int, typer.Option(help="Sequence length of most shapes.", min=16)] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Exit code 1 if any of the five others is predicted more than 15 % wrong."""
+    """Calibrate on one shape, predict five others. Exit code 1 if any prediction is off by more than 15 %."""
     load = os.getloadavg()[0]
     scores = measure([CALIBRATED, *OTHERS], head_size, sequence, steps, rounds)
     rows = [{**asdict(score), "error": score.error} for score in scores]

@@ -155,9 +155,9 @@ def summary(runs: Sequence[PublishedRun]) -> str:
 
 def main() -> None:
     """Print every run with its error, and how many are near: by software, of those that were not fitted, of all."""
-    parser = argparse.ArgumentParser(description="Published step times against predicted ones.")
+    parser = argparse.ArgumentParser(description="Compare published step times with predictions.")
     parser.add_argument("--commands", action="store_true", help="print the command that plans each run")
-    parser.add_argument("--fit", action="store_true", help="print the constants that the marked runs give")
+    parser.add_argument("--fit", action="store_true", help="print the efficiencies fitted to the marked runs")
     arguments = parser.parse_args()
     runs = published_runs()
     if arguments.commands:

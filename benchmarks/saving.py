@@ -71,12 +71,16 @@ def measure(
 ) -> list[Round]:
     """As one rank of the job sees it."""
     launch.prepare(device)
-    from megallama.train.run import build_model  # brings deepspeed with it, which looks for a device: after `prepare`
+    from megallama.train.run import (
+        build_model,
+        draw_weights,
+    )  # brings deepspeed with it, which looks for a device: after `prepare`
 
     batching, parallel = check_config(config, launch.world_size), config.parallel
     mesh = build_mesh(Topology(pp=parallel.pipeline, dp=batching.dp_size, tp=parallel.tensor), launch, device)
     count = batching.gradient_accumulation_steps
     model, engine = build_model(config, mesh, count)
+    draw_weights(config, model, engine)
     saver = Saver(folder, engine, model, mesh, Retention(keep=1))
     shape = (config.train.micro_batch_size, config.data.sequence_length)
     tokens = torch.randint(config.model.vocab_size, shape, device=device)
@@ -167,17 +171,17 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def main(
-    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of a run; its data are not read.")],
+    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file of a run; its data is not read.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None,
-    ranks: Annotated[int, typer.Option(help="Processes on this machine; more than one on the CPU only.", min=1)] = 1,
-    steps: Annotated[int, typer.Option(help="Training steps of a round: more than a save takes.", min=1)] = 5,
-    rounds: Annotated[int, typer.Option(help="Rounds; few say little, since steps vary.", min=1)] = 11,
-    folder: Annotated[Path | None, typer.Option(help="Where to write; the system's temporary folder if unset.")] = None,
+    ranks: Annotated[int, typer.Option(help="Processes on this machine; more than one only on the CPU.", min=1)] = 1,
+    steps: Annotated[int, typer.Option(help="Training steps per round; they must take longer than a save.", min=1)] = 5,
+    rounds: Annotated[int, typer.Option(help="Number of rounds; use many, since steps vary.", min=1)] = 11,
+    folder: Annotated[Path | None, typer.Option(help="Where to write. Default: the system's temporary folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure what a save costs a run that trains on while it is written.
+    """Measure how much a save slows down training.
 
-    Exit code 1 where a bound is missed. Example: python benchmarks/saving.py configs/110m.yaml data.sequence_length=128
+    Exit code 1 if a bound is exceeded. Example: python benchmarks/saving.py configs/110m.yaml data.sequence_length=128
     """
     config = load_config(config_path, overrides or [])
     check_config(config, ranks)

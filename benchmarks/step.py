@@ -219,18 +219,18 @@ def footnotes(report: dict[str, Any]) -> list[str]:
 
 
 def main(
-    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of a run; its data are not read.")],
+    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file of a run; its data is not read.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None,
     steps: Annotated[int, typer.Option(help="Timed steps of each contender in a round.", min=2)] = 10,
     warmup: Annotated[int, typer.Option(help="Untimed steps before the first round.", min=1)] = 5,
     rounds: Annotated[int, typer.Option(help="Turns of each contender.", min=3)] = 5,
-    contenders: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(NAMES)}.")] = ",".join(NAMES[:3]),
-    apart: Annotated[bool, typer.Option("--apart", help="One contender on the device at a time.")] = False,
+    contenders: Annotated[str, typer.Option(help=f"Comma-separated, from {', '.join(NAMES)}.")] = ",".join(NAMES[:3]),
+    apart: Annotated[bool, typer.Option("--apart", help="Keep only one contender on the device at a time.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Time one optimizer step of a run: megallama's engine, a bare torch loop, and transformers, on random ids.
 
-    Ratios are of the first contender named to each other one. Exit code 1 if one is left out or losses differ.
+    Ratios are relative to the first contender. Exit code 1 if a contender fails or losses differ.
     Example: python benchmarks/step.py configs/110m.yaml train.global_batch_size=16 --steps 20
     """
     names = list(dict.fromkeys(contenders.split(",")))

@@ -1,6 +1,6 @@
 """Pretrain: `deepspeed launch/pretrain.py --config C.yaml [key.sub=value ...]`.
 
-The same file under deepspeed, torchrun and plain python, on CPU and CUDA, on one node or many.
+Runs under deepspeed, torchrun, srun, mpirun or plain python, on CPU and CUDA, on one node or many.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def main(arguments: Sequence[str] | None = None, launch: Launch | None = None) -
     from megallama.run_dir.outcome import exit_code
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--config", required=True, help="config file of the run")
     parser.add_argument(
         "--local_rank", help=argparse.SUPPRESS
     )  # the deepspeed launcher adds it; the environment counts
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that win over the file")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that override the file")
     refuse_hidden(
         sys.argv[1:] if arguments is None else arguments
     )  # argparse prints what it does not know as it stands

@@ -21,7 +21,7 @@ from megallama.plan.cli import plan
 _INTERRUPTED = 130
 
 app = typer.Typer(
-    help="Pretrain Llamas: plan a run, prepare its data, prove its layout, look at what it learnt.",
+    help="Pretrain Llama models: plan a run, prepare data, verify layouts, inspect checkpoints, generate text.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,13 +35,13 @@ app.add_typer(checkpoint_app, name="checkpoint")
 
 @app.command()
 def config(
-    config_path: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="YAML of a run.")] = None,
+    config_path: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="Config file of a run.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None,
-    gpus: Annotated[int | None, typer.Option(help="Ranks; by default one copy of the model.", min=1)] = None,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a file, for editors.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one dictionary for scripts.")] = False,
+    gpus: Annotated[int | None, typer.Option(help="Number of ranks. Default: one copy of the model.", min=1)] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a config, for editors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """The resolved run and its DeepSpeed dictionary, after every check.
+    """Check a config, and print it with all defaults and its DeepSpeed dictionary.
 
     Example: megallama config configs/7b.yaml train.micro_batch_size=2 --gpus 128
     """
@@ -72,18 +72,18 @@ def config(
 
 @app.command()
 def verify(
-    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of a run.")],
+    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file of a run.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None,
     layouts: Annotated[
-        str | None, typer.Option(help="Comma-separated, as tp2,pp2-dualpipev; by default one of each kind.")
+        str | None, typer.Option(help="Comma-separated, such as tp2,pp2-dualpipev. Default: one of each kind.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps to train at each layout.", min=1)] = 5,
-    dtype: Annotated[str, typer.Option(help="fp32, or bf16 with wider bounds.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="fp32, or bf16 with larger tolerances.")] = "fp32",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Train a shrunk copy of a run at many layouts, as real processes on this machine, and compare them.
+    """Train a small version of a run at many layouts, with real processes on this machine, and compare them.
 
-    Exit code 1 if any layout gives another answer than one process. Example: megallama verify configs/7b.yaml
+    Exit code 1 if any layout differs from a single process. Example: megallama verify configs/7b.yaml
     """
     from rich.console import Console
 
@@ -108,16 +108,16 @@ def verify(
 
 @app.command()
 def generate(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, as runs/quickstart.")],
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, such as runs/quickstart.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to add.", min=1)] = 128,
-    temperature: Annotated[float, typer.Option(help="Divides the logits; lower is safer.", min=0.0)] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Draw among this many likeliest tokens.", min=1)] = None,
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to add.", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="Divides the logits; lower is less random.", min=0.0)] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Sample from this many likeliest tokens.", min=1)] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Draw among the likeliest tokens of this total probability.", min=0.0, max=1.0)
+        float | None, typer.Option(help="Sample from the likeliest tokens up to this probability.", min=0.0, max=1.0)
     ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
-    seed: Annotated[int, typer.Option(help="Fixes the draws.", min=0, max=2**63 - 1)] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.", min=0, max=2**63 - 1)] = 0,
 ) -> None:
     """Continue a prompt with the newest checkpoint of a run.
 

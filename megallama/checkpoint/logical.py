@@ -8,8 +8,7 @@ them and whoever reads.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from megallama.checkpoint.tensors import EXP_AVG, EXP_AVG_SQ, moment_name
-from megallama.parallel.shards import ShardSlice
+from megallama.parallel.shards import ShardSlice, boxes
 
 if TYPE_CHECKING:
     from megallama.train.engine import Fragment
@@ -80,32 +79,3 @@ def logical_state(fragments: Iterable[Fragment], held: Mapping[str, Sequence[Sha
                 add(moment_name(EXP_AVG, piece.name), piece, offset, fragment.exp_avg[here].view(size))
                 add(moment_name(EXP_AVG_SQ, piece.name), piece, offset, fragment.exp_avg_sq[here].view(size))
     return state
-
-
-def boxes(piece: ShardSlice, start: int, stop: int) -> Iterator[tuple[torch.Size, torch.Size, int]]:
-    """What elements start ... stop of a flattened local parameter hold of `piece`.
-
-    Yields (offset in the logical tensor, size, first element in the local parameter) for each box, of which a tensor of
-    n dimensions has 2 n - 1 at most.
-    """
-    first = piece.row * math.prod(piece.size[1:])
-    start, stop = max(start - first, 0), min(stop - first, math.prod(piece.size))
-    for place, extent, flat in _boxes(piece.size, start, stop):
-        offset = torch.Size(a + b for a, b in zip(piece.offset, place, strict=True))
-        yield offset, torch.Size(extent), first + flat
-
-
-def _boxes(size: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
-    """The same of a whole tensor of that size: the rest of a row, whole rows, the beginning of a row."""
-    row_size = math.prod(size[1:])
-    while start < stop:
-        row, within = divmod(start, row_size)
-        if within or stop - start < row_size:
-            end = min(stop, (row + 1) * row_size)
-            for place, extent, flat in _boxes(size[1:], within, end - row * row_size):
-                yield (row, *place), (1, *extent), row * row_size + flat
-        else:
-            rows = (stop - start) // row_size
-            end = start + rows * row_size
-            yield (row, *(0 for _ in size[1:])), (rows, *size[1:]), start
-        start = end

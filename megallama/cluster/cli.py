@@ -28,20 +28,20 @@ _STOPPING = {"PENDING": "it waited, and is cancelled", "RUNNING": "it is asked t
 
 
 def launch(
-    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of a run.")],
+    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file of a run.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None,
-    nodes: Annotated[int | None, typer.Option(help="By default as many as one copy of the model takes.", min=1)] = None,
-    per_node: Annotated[int, typer.Option(help="Ranks, and GPUs, of each node.", min=1)] = 8,
-    limit: Annotated[str, typer.Option("--time", help="Time limit of a start, as Slurm takes it.")] = "7-00:00:00",
-    signal_seconds: Annotated[int, typer.Option(help="Ahead of the limit that the run saves.", min=30)] = 300,
-    option: Annotated[list[str] | None, typer.Option(help="Of sbatch, as --option=--partition=gpu.")] = None,
-    chain: Annotated[int, typer.Option(help="Jobs, one after the other: where requeueing is not allowed.", min=1)] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job file, send nothing.")] = False,
-    status: Annotated[bool, typer.Option("--status", help="Tell where the run's jobs stand.")] = False,
+    nodes: Annotated[int | None, typer.Option(help="Number of nodes. Default: one copy of the model.", min=1)] = None,
+    per_node: Annotated[int, typer.Option(help="Ranks and GPUs per node.", min=1)] = 8,
+    limit: Annotated[str, typer.Option("--time", help="Time limit of a start, in Slurm's format.")] = "7-00:00:00",
+    signal_seconds: Annotated[int, typer.Option(help="Save this many seconds before the limit.", min=30)] = 300,
+    option: Annotated[list[str] | None, typer.Option(help="sbatch option, such as --option=--partition=gpu.")] = None,
+    chain: Annotated[int, typer.Option(help="Number of jobs in a chain, for clusters without requeueing.", min=1)] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job file, submit nothing.")] = False,
+    status: Annotated[bool, typer.Option("--status", help="Print the status of the run's jobs.")] = False,
     follow: Annotated[bool, typer.Option("--follow", help="Print rank 0's log until the run's jobs end.")] = False,
-    stop: Annotated[bool, typer.Option("--stop", help="Save, end, and take what waits out of the queue.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="Make the run save and end, and cancel waiting jobs.")] = False,
 ) -> None:
-    """Send the Slurm job of a run; or, with the same CONFIG, look at it, follow it, stop it.
+    """Submit a run as a Slurm job. With the same CONFIG, print its status, follow its log, or stop it.
 
     Run it from the root of a checkout. Example: megallama launch configs/7b.yaml --nodes 16 --option=--partition=gpu
     """

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 IGNORE_INDEX = -100
-"""Label of a position that is left out of the loss; torch's own convention."""
+"""Label of a position that is left out of the loss, as in torch."""
 
 
 class Section(BaseModel):
@@ -93,51 +93,51 @@ Schedule = Literal["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"]
 
 
 class RopeScaling(Section):
-    """How rotary frequencies are stretched beyond the trained length; names as in Hugging Face's Llama."""
+    """Scaling of the rotary frequencies beyond the trained length, with the names of Hugging Face's Llama."""
 
     rope_type: Literal["linear", "llama3"]
     """linear (arXiv 2306.15595) or llama3 (arXiv 2407.21783, Llama 3.1 and 3.2)."""
     factor: Real = Field(gt=0)
-    """Every stretched wavelength grows by this."""
+    """Factor by which wavelengths are stretched."""
     low_freq_factor: Real = Field(default=1.0, gt=0)
-    """llama3: wavelengths above original_max_position_embeddings / low_freq_factor are stretched in full."""
+    """llama3: wavelengths above original_max_position_embeddings / low_freq_factor are stretched by the full factor."""
     high_freq_factor: Real = Field(default=4.0, gt=0)
-    """llama3: wavelengths below original_max_position_embeddings / high_freq_factor are kept."""
+    """llama3: wavelengths below original_max_position_embeddings / high_freq_factor are not stretched."""
     original_max_position_embeddings: int = Field(default=8192, ge=1, le=MOST_SEQUENCES)
-    """llama3: the sequence length before stretching."""
+    """llama3: sequence length of the original training."""
 
 
 class ModelConfig(Section):
-    """The shape of the Llama, under Hugging Face's names."""
+    """Shape of the Llama, with Hugging Face's names."""
 
     vocab_size: int = Field(ge=1, le=MOST_WIDTH)
-    """Tokens the model knows; padded on each rank for speed, never in a checkpoint."""
+    """Size of the vocabulary; padded in memory for speed, but not in checkpoints."""
     hidden_size: int = Field(ge=1, le=MOST_WIDTH)
     """Width of the residual stream."""
     intermediate_size: int = Field(ge=1, le=MOST_WIDTH)
-    """Width of the SwiGLU product."""
+    """Width of the MLP."""
     num_hidden_layers: int = Field(ge=1, le=MOST_LAYERS)
-    """Decoder layers."""
+    """Number of decoder layers."""
     num_attention_heads: int = Field(ge=1, le=MOST_WIDTH)
-    """Query heads."""
+    """Number of query heads."""
     num_key_value_heads: int | None = Field(default=None, ge=1, le=MOST_WIDTH)
-    """Key and value heads (arXiv 2305.13245); null means as many as query heads."""
+    """Number of key and value heads (arXiv 2305.13245); null means as many as query heads."""
     head_dim: int | None = Field(default=None, ge=2, le=MOST_WIDTH)
     """Size of one head; null means hidden_size / num_attention_heads."""
     max_position_embeddings: int = Field(default=2048, ge=1, le=MOST_SEQUENCES)
-    """Longest sequence the model is meant for."""
+    """Longest sequence that the model supports."""
     rms_norm_eps: Real = Field(default=1e-5, gt=0)
-    """Added to the mean square in RMSNorm."""
+    """Epsilon of RMSNorm, added to the mean square."""
     rope_theta: Real = Field(default=10000.0, gt=0)
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
-    """Stretch of the rotary frequencies; null for none."""
+    """Scaling of the rotary frequencies; null for none."""
     tie_word_embeddings: bool = False
-    """Use the embedding as output head."""
+    """Share the weights of the embedding and the output head."""
     block: Literal["llama", "gpt"] = "llama"
-    """gpt: an MLP of two matrices and no rotation; `megallama plan` alone takes it, to judge other people's runs."""
+    """gpt: an MLP of two matrices and no rotary embedding; only for `megallama plan`, to plan published runs."""
     init: Literal["normal", "kaiming_uniform", "xavier_uniform"] = "normal"
-    """normal: std initializer_range, output projections divided by sqrt(2 * layers) (GPT-2); or uniform by fan."""
+    """normal: std initializer_range, divided by sqrt(2 * layers) for output projections (GPT-2); or uniform by fan."""
     initializer_range: Real = Field(default=0.02, gt=0)
     """Standard deviation of the normal initialisation."""
 
@@ -158,46 +158,46 @@ class ModelConfig(Section):
 
 
 class RunSection(Section):
-    """Where the run lives."""
+    """Location of the run."""
 
     dir: Name = Field(default="runs/default", min_length=1)
-    """Run directory: config, metrics, checkpoints, tokenizer."""
+    """Run directory, for config, metrics, checkpoints and tokenizer."""
 
 
 class DataConfig(Section):
-    """What is read."""
+    """Datasets and tokenizer."""
 
     path: Name
-    """Prefix of an indexed dataset: PATH.bin and PATH.idx, as `megallama data build` or Megatron-LM make them."""
+    """Prefix of an indexed dataset, PATH.bin and PATH.idx, written by `megallama data build` or Megatron-LM."""
     tokenizer: Name = "bytes"
-    """`bytes`, a tiktoken encoding by name (r50k_base), a tiktoken rank file, or a folder from `tokenizer train`."""
+    """`bytes`, a tiktoken encoding (r50k_base), a tiktoken rank file, or a folder from `tokenizer train`."""
     sequence_length: int = Field(default=2048, ge=1, le=MOST_SEQUENCES)
-    """Tokens per sample that the model predicts."""
+    """Predicted tokens per sample."""
     validation_path: Name | None = None
-    """Prefix of a dataset kept for validation; null takes the tail of `path`."""
+    """Prefix of a separate validation dataset; null uses the tail of `path`."""
     validation_fraction: Real = Field(default=0.01, ge=0, lt=1)
-    """Share of the documents at the end of `path` kept for validation when validation_path is null."""
+    """Share of the documents, at the end of `path`, that is held out for validation if validation_path is null."""
     eod_mask_loss: bool = False
-    """Leave the prediction of each end-of-document token out of the loss."""
+    """Exclude the prediction of end-of-document tokens from the loss."""
 
 
 class ParallelConfig(Section):
-    """How one copy of the model is spread; data parallelism is what the world size leaves over."""
+    """Layout of one copy of the model. The data-parallel size follows from the world size."""
 
     tensor: int = Field(default=1, ge=1, le=MOST_RANKS)
-    """tp: ranks that share each weight matrix; keep within one node (arXiv 1909.08053)."""
+    """tp: ranks that share each weight matrix; keep it within one node (arXiv 1909.08053)."""
     pipeline: int = Field(default=1, ge=1, le=MOST_PIPELINE)
-    """pp: stages that the layers are cut into."""
+    """pp: ranks that share the layers."""
     context: int = Field(default=1, ge=1, le=MOST_RANKS)
     """cp: ranks that share each sequence."""
     sequence: bool | None = None
-    """Sequence parallelism between the tensor-parallel regions (arXiv 2205.05198); null means on when tensor > 1."""
+    """Sequence parallelism between the tensor-parallel regions (arXiv 2205.05198); null means on if tensor > 1."""
     schedule: Schedule = "1f1b"
-    """Order of forward and backward: one stage per rank (1f1b), several (interleaved1f1b), or two in a V."""
+    """Pipeline schedule: one stage per rank (1f1b), several (interleaved1f1b), or two in a V (the others)."""
     chunks: int = Field(default=2, ge=2, le=MOST_LAYERS)
-    """Stages per rank under interleaved1f1b; 1f1b has one, the V-shaped schedules two."""
+    """Stages per rank for interleaved1f1b; 1f1b has one, the V-shaped schedules two."""
     layers_per_stage: LayersPerStage | Literal["balanced", "even"] = "balanced"
-    """Decoder layers of each stage in the order of the model; balanced counts the output head's work, even does not."""
+    """Decoder layers of each stage, in model order; balanced counts the work of the output head, even does not."""
 
     @property
     def sequence_parallel(self) -> bool:
@@ -209,11 +209,11 @@ class ZeroConfig(Section):
     """DeepSpeed ZeRO (arXiv 1910.02054)."""
 
     stage: int = Field(default=1, ge=0, le=3)
-    """1 cuts optimizer state over data-parallel ranks, 2 gradients as well, 3 parameters as well."""
+    """1 partitions the optimizer state over data-parallel ranks, 2 also the gradients, 3 also the parameters."""
     bucket_elements: int = Field(default=100_000_000, ge=1, le=MOST_STEPS)
-    """Elements per collective in gradient reduction and parameter gathering; ZeRO 3 gathers twice as many ahead."""
+    """Elements per collective when reducing gradients and gathering parameters; ZeRO 3 gathers twice as many ahead."""
     communication_dtype: Literal["bf16", "fp32"] = "fp32"
-    """Type in which gradients cross data-parallel ranks; bf16 halves the bytes and rounds the sum."""
+    """Type of gradients in the reduction over data-parallel ranks; bf16 halves the bytes and rounds the sums."""
 
 
 _LENGTH_SAID = {
@@ -224,32 +224,32 @@ _LENGTH_SAID = {
 
 
 class TrainConfig(Section):
-    """The step."""
+    """Length of the run, batch size, precision and limits."""
 
     steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | Literal["chinchilla"] | None = "chinchilla"
-    """Optimizer steps of the run; `chinchilla`: the compute-optimal tokens for this model size; null with tokens."""
+    """Optimizer steps; `chinchilla` trains on the compute-optimal tokens for this model size; null with tokens."""
     tokens: Tokens | None = None
-    """Tokens of the run, in place of steps: 3T, 300B, 1.5e9; it ends with the first step that reaches them."""
+    """Tokens, instead of steps: 3T, 300B, 1.5e9; the run ends with the first step that reaches them."""
     stop_after: int | None = Field(default=None, ge=1, le=MOST_STEPS)
-    """Save and end, successfully, once this step is done; the schedule still spans the whole run."""
+    """Save and end with exit code 0 after this step; the learning rate still spans the whole run."""
     micro_batch_size: int = Field(default=1, ge=1, le=MOST_SEQUENCES)
-    """Sequences in one forward on one data-parallel rank."""
+    """Sequences per forward on one data-parallel rank."""
     global_batch_size: int = Field(default=1, ge=1, le=MOST_SEQUENCES)
     """Sequences per optimizer step over all ranks."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """Type of weights and activations; master weights, moments and gradient sums are fp32 in both."""
+    """Type of weights and activations; master weights, moments and gradient sums are always fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes CUDA when there is one."""
+    """auto uses CUDA if there is a GPU."""
     seed: int = Field(default=1234, ge=0, lt=2**63)
-    """Fixes initialisation and sample order at every layout."""
+    """Seed of initialisation and sample order, the same at every layout."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in backward: none, the SwiGLU product, or whole layers."""
+    """Activations recomputed in backward: none, the SwiGLU product, or whole layers."""
     max_minutes: Annotated[Real, Field(gt=0)] | None = None
-    """Save and leave, to be started again, in time for the save to end this long after the process began."""
+    """Save and end as `requeue`, early enough for the save to end this many minutes after the process began."""
     max_skipped: int = Field(default=100, ge=1, le=MOST_STEPS)
-    """Steps in a row whose gradient is not finite, after which the run has failed."""
+    """The run fails after this many steps in a row with a gradient that is not finite."""
     compile: bool = False
-    """Run each layer through torch.compile; needs a compiler on the machine."""
+    """Run each layer through torch.compile; needs a compiler."""
 
     @model_validator(mode="before")
     @classmethod
@@ -266,55 +266,55 @@ class TrainConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW (arXiv 1711.05101); decay applies to matrices, not to norms."""
+    """AdamW (arXiv 1711.05101)."""
 
     lr: Real = Field(default=3e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
-    """Decay of the first and second moment."""
+    """Decay rates of the first and second moment."""
     eps: Real = Field(default=1e-8, gt=0)
-    """Added to the root of the second moment."""
+    """Epsilon, added to the root of the second moment."""
     weight_decay: Real = Field(default=0.1, ge=0)
-    """Decoupled decay of weight matrices and embeddings."""
+    """Decoupled weight decay of matrices and embeddings, not of norms."""
     clip: Real = Field(default=1.0, gt=0)
-    """Largest norm of the global gradient."""
+    """Maximum norm of the global gradient."""
 
 
 class ScheduleConfig(Section):
-    """Learning rate over steps."""
+    """Learning rate schedule."""
 
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """Form after warm-up; wsd holds the peak and falls linearly over the last decay_steps."""
+    """Shape after warm-up; wsd holds the peak and decays linearly over the last decay_steps."""
     warmup_steps: int = Field(default=0, ge=0, le=MOST_STEPS)
-    """Steps of linear rise from zero."""
+    """Steps of linear warm-up from zero."""
     min_lr: Real = Field(default=0.0, ge=0)
-    """Learning rate at the last step."""
+    """Learning rate at the last step; not used by constant."""
     decay_steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
-    """wsd: steps of the final fall; null means a tenth of the run."""
+    """wsd: steps of the final decay; null means a tenth of the run."""
 
 
 class EvaluationConfig(Section):
-    """Loss on held-out and on training data."""
+    """Loss on validation and training data."""
 
     every: int = Field(default=0, ge=0, le=MOST_STEPS)
-    """Steps between evaluations; 0 evaluates at the beginning and the end only."""
+    """Steps between evaluations; 0 evaluates only at the beginning and the end."""
     samples: int = Field(default=64, ge=1, le=MOST_SEQUENCES)
-    """Sequences evaluated on each split, rounded up to whole global micro-batches."""
+    """Sequences per split, rounded up to whole micro-batches over all ranks."""
 
 
 class CheckpointConfig(Section):
-    """What is saved and where a run starts from."""
+    """Saving and resuming."""
 
     every: int = Field(default=0, ge=0, le=MOST_STEPS)
-    """Steps between saves; 0 saves at the end only."""
+    """Steps between saves; 0 saves only at the end."""
     keep: int = Field(default=2, ge=1, le=MOST_STEPS)
-    """Newest healthy checkpoints kept; the one with the lowest validation loss is kept beside them."""
+    """Number of newest healthy checkpoints to keep; the one with the lowest validation loss is kept as well."""
     keep_every: int = Field(default=0, ge=0, le=MOST_STEPS)
-    """Checkpoints of steps that are multiples of this are kept for ever; 0 for none."""
+    """Keep checkpoints of steps that are multiples of this forever; 0 for none."""
     asynchronous: bool = True
-    """Train on while a process of its own writes; false waits for it."""
+    """Continue training while a separate process writes; false waits for the save."""
     max_failures: int = Field(default=3, ge=1, le=MOST_STEPS)
-    """Saves in a row that could not be written, after which the run has failed."""
+    """The run fails after this many failed saves in a row."""
     resume: Literal["auto", "must", "never"] | Annotated[int, Field(ge=1, le=MOST_STEPS)] | CheckpointPath = "auto"
     """auto continues or starts fresh; must only continues; never starts fresh; a step or path goes back to it once."""
     init_from: Name | None = None
@@ -322,38 +322,38 @@ class CheckpointConfig(Section):
 
 
 class WatchdogConfig(Section):
-    """When a step, an evaluation or a save counts as hung: each rank writes its stacks and the run ends."""
+    """When a step, an evaluation or a save counts as hung. Each rank then writes its stacks, and the run ends."""
 
     factor: Real = Field(default=10.0, gt=1)
-    """A step, evaluation or save may take this many times the recent median of its kind."""
+    """Time limit as a multiple of the recent median of steps, evaluations or saves."""
     least_seconds: Real = Field(default=300.0, gt=0)
-    """Any step, evaluation or save may take this long, however fast those before were."""
+    """Lower bound of the time limit, in seconds."""
     first_seconds: Real = Field(default=1800.0, gt=0)
-    """The first step, evaluation or save may take this long."""
+    """Lower bound for the first step, the first evaluation and every save, in seconds."""
 
 
 class WandbConfig(Section):
-    """Weights & Biases; without an account use mode: offline."""
+    """Weights & Biases."""
 
     project: Name
     """Project name."""
     name: Name | None = None
-    """Name of the run; null takes the name of the run directory."""
+    """Name of the run; null uses the name of the run directory."""
     mode: Literal["online", "offline"] = "online"
-    """offline writes into the run directory and needs no account."""
+    """offline writes to the run directory and needs no account."""
 
 
 class LoggingConfig(Section):
-    """What is printed and recorded."""
+    """Logging."""
 
     every: int = Field(default=1, ge=1, le=MOST_STEPS)
-    """Steps between train events; each one waits for the device once."""
+    """Steps between `train` events; each one synchronizes with the device once."""
     wandb: WandbConfig | None = None
     """Weights & Biases; null for none."""
 
 
 class RunConfig(Section):
-    """One training run, whole."""
+    """One training run."""
 
     run: RunSection = RunSection()
     model: ModelConfig

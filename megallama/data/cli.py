@@ -14,24 +14,24 @@ Sources = Annotated[
     list[str],
     typer.Argument(metavar="SOURCE...", help="`stdlib`, a .txt, .jsonl, .jsonl.gz or .jsonl.zst file, or a folder."),
 ]
-TextField = Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what stands at the output.")]
+TextField = Annotated[str, typer.Option(help="JSON field that holds the text.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite the output.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
-data_app = typer.Typer(help="Make and look at datasets.", no_args_is_help=True)
-tokenizer_app = typer.Typer(help="Make and look at tokenizers.", no_args_is_help=True)
+data_app = typer.Typer(help="Build and inspect datasets.", no_args_is_help=True)
+tokenizer_app = typer.Typer(help="Train and inspect tokenizers.", no_args_is_help=True)
 
 
 @data_app.command("build")
 def build_command(
     sources: Sources,
-    output: Annotated[str, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin, PREFIX.idx and PREFIX.json.")],
-    tokenizer: Annotated[str, typer.Option(help="`bytes`, an encoding name, a rank file or a folder.")] = "bytes",
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per CPU if not given.")] = None,
+    output: Annotated[str, typer.Option(metavar="PREFIX", help="Write PREFIX.bin, PREFIX.idx and PREFIX.json.")],
+    tokenizer: Annotated[str, typer.Option(help="`bytes`, a tiktoken encoding, a rank file or a folder.")] = "bytes",
+    workers: Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one per CPU.")] = None,
     text_field: TextField = "text",
     force: Force = False,
 ) -> None:
-    """Turn text into a dataset that training reads. Repeated with the same inputs it keeps what is there.
+    """Build a dataset from text. An output that was built from the same inputs is kept.
 
     Example: megallama data build stdlib --output data/stdlib --tokenizer data/tokenizer
     """
@@ -45,10 +45,10 @@ def build_command(
 
 @data_app.command("info")
 def data_info_command(
-    prefix: Annotated[str, typer.Argument(metavar="PREFIX", help="As given to `data build --output`.")],
+    prefix: Annotated[str, typer.Argument(metavar="PREFIX", help="Dataset prefix, as in `data build --output`.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say what a dataset holds, also one made by Megatron-LM.
+    """Describe a dataset, including one written by Megatron-LM.
 
     Example: megallama data info data/stdlib
     """
@@ -71,12 +71,12 @@ def data_info_command(
 @tokenizer_app.command("train")
 def train_command(
     sources: Sources,
-    output: Annotated[str, typer.Option(metavar="FOLDER", help="Where the tokenizer is saved.")],
-    vocab_size: Annotated[int, typer.Option(help="Entries, the end of document included.")] = 4096,
+    output: Annotated[str, typer.Option(metavar="FOLDER", help="Folder for the tokenizer.")],
+    vocab_size: Annotated[int, typer.Option(help="Vocabulary size, including the end-of-document token.")] = 4096,
     text_field: TextField = "text",
     force: Force = False,
 ) -> None:
-    """Train a byte-level BPE on text. Repeated with the same inputs it keeps what is there.
+    """Train a byte-level BPE tokenizer. An output that was trained from the same inputs is kept.
 
     Example: megallama tokenizer train stdlib --output data/tokenizer --vocab-size 4096
     """
@@ -90,10 +90,10 @@ def train_command(
 
 @tokenizer_app.command("info")
 def tokenizer_info_command(
-    spec: Annotated[str, typer.Argument(metavar="SPEC", help="`bytes`, an encoding name, a rank file or a folder.")],
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="`bytes`, a tiktoken encoding, a rank file or a folder.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say what a tokenizer is.
+    """Describe a tokenizer.
 
     Example: megallama tokenizer info data/tokenizer
     """

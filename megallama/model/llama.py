@@ -1,6 +1,6 @@
 """Llama, all generations (arXiv 2302.13971, 2307.09288, 2407.21783), written as for one device.
 
-Hidden states are [batch, sequence, hidden]. Parallelism enters through the layers of `parallel.layers` alone; a stage
+Hidden states are [batch, sequence, hidden]. Parallelism enters through the layers of `model.layers` alone; a stage
 of a pipeline is the same module with fewer layers and without embedding or head.
 """
 

@@ -11,8 +11,8 @@ from megallama.config.schema import ModelConfig
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Radians per position for each pair of channels: [head_dim / 2], fp32."""
-    exponents = torch.arange(0, config.head_size, 2, dtype=torch.int64).float() / config.head_size
+    """Radians per position for each pair of channels: [head_dim / 2], fp32 on the CPU, whatever the default device."""
+    exponents = torch.arange(0, config.head_size, 2, dtype=torch.int64, device="cpu").float() / config.head_size
     frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
     if scaling is None:

@@ -99,6 +99,11 @@ class Launch:
             return _by_scheduler(said, _SRUN)
         return cls(local_rank=_number(said, "LOCAL_RANK", 0))
 
+    @property
+    def processors(self) -> int:
+        """This rank's share of the processors of its node."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+
     def prepare(self, device: torch.device) -> None:
         """Set up this process for `device`; call it before deepspeed is imported, which looks for a device then."""
         import torch
@@ -106,7 +111,7 @@ class Launch:
         os.environ["DS_ACCELERATOR"] = device.type
         os.environ["LOCAL_RANK"] = str(self.local_rank)  # deepspeed refuses to start without one, also when alone
         if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_world_size))
+            torch.set_num_threads(self.processors)
 
 
 def _by_torch(said: Said) -> Launch:

@@ -7,9 +7,12 @@ why none of them depends on the layout.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 
@@ -54,3 +57,32 @@ def shard_slices(root: nn.Module) -> dict[str, tuple[ShardSlice, ...]]:
     missing = {name for name, _ in root.named_parameters()} - found.keys()
     assert not missing, f"parameters without a logical name: {sorted(missing)}"
     return {name: found[name] for name, _ in root.named_parameters()}
+
+
+def boxes(piece: ShardSlice, start: int, stop: int) -> Iterator[tuple[torch.Size, torch.Size, int]]:
+    """What elements start ... stop of a flattened local parameter hold of `piece`.
+
+    Yields (offset in the logical tensor, size, first element in the local parameter) for each box, of which a tensor of
+    n dimensions has 2 n - 1 at most.
+    """
+    first = piece.row * math.prod(piece.size[1:])
+    start, stop = max(start - first, 0), min(stop - first, math.prod(piece.size))
+    for place, extent, flat in _boxes(piece.size, start, stop):
+        offset = torch.Size(a + b for a, b in zip(piece.offset, place, strict=True))
+        yield offset, torch.Size(extent), first + flat
+
+
+def _boxes(size: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
+    """The same of a whole tensor of that size: the rest of a row, whole rows, the beginning of a row."""
+    row_size = math.prod(size[1:])
+    while start < stop:
+        row, within = divmod(start, row_size)
+        if within or stop - start < row_size:
+            end = min(stop, (row + 1) * row_size)
+            for place, extent, flat in _boxes(size[1:], within, end - row * row_size):
+                yield (row, *place), (1, *extent), row * row_size + flat
+        else:
+            rows = (stop - start) // row_size
+            end = start + rows * row_size
+            yield (row, *(0 for _ in size[1:])), (rows, *size[1:]), start
+        start = end

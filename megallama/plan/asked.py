@@ -23,34 +23,34 @@ _SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 class Asked:
     """The words of the command line."""
 
-    config_path: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="YAML of a run.")] = None
+    config_path: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="Config file of a run.")] = None
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None
     gpus: Annotated[str | None, typer.Option(help="Number of GPUs. Default: one copy of the model.")] = None
-    gpu: Annotated[str | None, typer.Option(help="Kind of GPU, as h100: adds fit, step time and cost.")] = None
-    price: Annotated[str | None, typer.Option(help="Price of one GPU-hour: adds the money that a run costs.")] = None
-    mfu: Annotated[str | None, typer.Option(help="Model FLOPs utilisation to assume instead of predicting it.")] = None
-    software: Annotated[str | None, typer.Option(help="Software whose speed is predicted. Default: megallama.")] = None
-    hardware: Annotated[Path | None, typer.Option(help="YAML file of more GPUs, or of other figures of them.")] = None
-    tokens: Annotated[str | None, typer.Option(help="Training tokens, as 2e12 or 2T.")] = None
-    flops: Annotated[str | None, typer.Option(help="Training compute, as 1e21: finds the best model for it.")] = None
-    params: Annotated[str | None, typer.Option(help="Parameters, as 7e9 or 7B: finds the best data for them.")] = None
+    gpu: Annotated[str | None, typer.Option(help="Kind of GPU, such as h100: adds fit, step time and cost.")] = None
+    price: Annotated[str | None, typer.Option(help="Price per GPU-hour: adds the cost of the run.")] = None
+    mfu: Annotated[str | None, typer.Option(help="MFU to assume instead of predicting the step time.")] = None
+    software: Annotated[str | None, typer.Option(help="Software to predict the speed of. Default: megallama.")] = None
+    hardware: Annotated[Path | None, typer.Option(help="YAML file that adds GPUs or changes their figures.")] = None
+    tokens: Annotated[str | None, typer.Option(help="Training tokens, such as 2e12 or 2T.")] = None
+    flops: Annotated[str | None, typer.Option(help="Training FLOPs, such as 1e21: finds the best model.")] = None
+    params: Annotated[str | None, typer.Option(help="Parameters, such as 7B: finds the best number of tokens.")] = None
     tokens_per_param: Annotated[
-        str | None, typer.Option(help="Tokens per parameter. Default: the compute-optimal ones.")
+        str | None, typer.Option(help="Tokens per parameter. Default: the compute-optimal ratio.")
     ] = None
-    days: Annotated[str | None, typer.Option(help="With --gpus and --gpu: a budget of so many days.")] = None
-    vocab: Annotated[str | None, typer.Option(help="Vocabulary of the model that is found. Default: 32000.")] = None
+    days: Annotated[str | None, typer.Option(help="With --gpus and --gpu: budget in days.")] = None
+    vocab: Annotated[str | None, typer.Option(help="Vocabulary size of the model to find. Default: 32000.")] = None
     search: Annotated[bool, typer.Option("--search", help="Rank every legal layout by predicted step time.")] = False
     write: Annotated[Path | None, typer.Option(help="With --search: write the best layout as a config.")] = None
     sbatch: Annotated[Path | None, typer.Option(help="With --write: write a Slurm job file for it.")] = None
-    timeline: Annotated[bool, typer.Option("--timeline", help="Draw what each pipeline rank does when.")] = False
+    timeline: Annotated[bool, typer.Option("--timeline", help="Draw a timeline of the pipeline ranks.")] = False
     plot: Annotated[Path | None, typer.Option(help="Draw the memory of each rank: .png, .svg or .pdf.")] = None
-    check: Annotated[bool, typer.Option("--check", help="Build a rank's stages on fake tensors and compare.")] = False
-    rank: Annotated[str | None, typer.Option(help="With --check: the rank. Default: the last.")] = None
+    check: Annotated[bool, typer.Option("--check", help="Compare with a rank's real stages on fake tensors.")] = False
+    rank: Annotated[str | None, typer.Option(help="With --check: which rank. Default: the last.")] = None
     calibrate: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Fit predictions to the steps of this run directory.")
+        Path | None, typer.Option(metavar="RUN", help="Fit predictions to the measured steps of this run directory.")
     ] = None
-    explain: Annotated[bool, typer.Option("--explain", help="Print every figure beside its arithmetic.")] = False
-    as_json: Annotated[bool, typer.Option("--json", help="Print a dictionary for scripts.")] = False
+    explain: Annotated[bool, typer.Option("--explain", help="Print every figure with its arithmetic.")] = False
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
 
     @property
     def given(self) -> list[str]:

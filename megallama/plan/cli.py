@@ -30,7 +30,7 @@ def taking(command: Callable[[Asked], None]) -> Callable[..., None]:
 
 @taking
 def plan(asked: Asked) -> None:
-    """Plan a run: parameters, memory, step time and cost. Or size one: the best model and data for a budget.
+    """Plan a run: parameters, memory, step time and cost. Without CONFIG, find the best model and data for a budget.
 
     Examples: megallama plan configs/7b.yaml --gpus 128 --gpu h100; megallama plan --params 7B --tokens 1T --gpu a100
     """

@@ -7,6 +7,7 @@ state as flat fragments of parameters, from which checkpoints are made.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 
 from megallama.config.schema import RunConfig
 from megallama.layout.schedules import Action
+from megallama.model.init import in_memory, initialise_owned
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh
+from megallama.parallel.shards import ShardSlice
 from megallama.train.pipeline import MicroBatch, Pipeline
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -51,7 +54,7 @@ class Fragment:
 
 
 class Engine:
-    """ZeRO stage 1 to 3 in bf16 or fp32 around `chunks`, whose parameters move to this rank's device.
+    """ZeRO stage 1 to 3 in bf16 or fp32 around `chunks`, built on the meta device: its parameters begin as zeros here.
 
     Master weights, moments and gradient sums are fp32. Gradients are clipped by their norm over the whole model: over
     tensor-parallel shards and pipeline stages, replicated parameters counted once.
@@ -65,14 +68,22 @@ class Engine:
         lists: Sequence[Sequence[Action]],
         settings: Mapping[str, Any],
     ) -> None:
-        self._chunks = chunks.to(mesh.device)
-        self._optimizer = _adamw(chunks, config)
         self._stage, self._data_rank = config.zero.stage, mesh.data.rank
-        self._names = {parameter: name for name, parameter in chunks.named_parameters()}
-        self._group_of = {p: index for index, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
+        self._dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+        weights = in_memory(chunks, self._dtype, mesh.device)
         # On a CPU DeepSpeed would compile a shared-memory op at start: minutes, a compiler, and a lock that outlives
         # a killed build. gloo does without.
         compatible_ops["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_init_required=False)
+        if self._stage == 3:  # cut one by one, so that a rank never holds more than its part and one weight
+            cut, group = deepspeed.zero.Init, mesh.data.group
+            cut(_Weights(weights), group, dtype=self._dtype, config_dict_or_path=dict(settings), mpu=_Mpu(mesh))
+        else:
+            deque(weights, maxlen=0)
+        chunks.to(mesh.device)  # what is no parameter
+        self._optimizer = _adamw(chunks, config)
+        self._names = {parameter: name for name, parameter in chunks.named_parameters()}
+        self._group_of = {p: index for index, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
         with redirect_stdout(StringIO()):  # BF16_Optimizer prints memory statistics whatever the log level
             self._engine, *_ = deepspeed.initialize(
                 model=chunks,
@@ -119,6 +130,15 @@ class Engine:
             state = self._optimizer.state[partition]
             here = slice(offset, offset + numel)
             yield Fragment(name, start, partition.detach()[here], state["exp_avg"][here], state["exp_avg_sq"][here])
+
+    def initialise(self, held: Mapping[str, Sequence[ShardSlice]], threads: int, **values: Any) -> None:
+        """Draw the initial weights: of `held`, by parameter, what this rank owns. Every rank must call it.
+
+        `values` are those of `megallama.model.init.initialise_owned`.
+        """
+        owned = ((fragment.parameter, fragment.start, fragment.master) for fragment in self.fragments())
+        initialise_owned(owned, held, dtype=self._dtype, threads=threads, **values)
+        self.state_was_loaded(0)
 
     @torch.no_grad()
     def state_was_loaded(self, updates: int) -> None:
@@ -180,6 +200,17 @@ class Engine:
             state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device if on_device else "cpu")
             state["exp_avg"] = torch.zeros_like(partition, requires_grad=False)
             state["exp_avg_sq"] = torch.zeros_like(partition, requires_grad=False)
+
+
+class _Weights(nn.Module):
+    """Weights as a module, which is what DeepSpeed takes them from."""
+
+    def __init__(self, weights: Iterator[nn.Parameter]) -> None:
+        super().__init__()
+        self._weights = weights
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return self._weights
 
 
 class _Passes(Protocol):
@@ -247,11 +278,13 @@ class _Mpu:
 
 
 def _adamw(module: nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves norm weights alone."""
-    parameters = list(module.parameters())
+    """AdamW that decays matrices and leaves norm weights alone; ZeRO 3 says of what it has cut how it was."""
+    matrices: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in module.parameters():
+        matrices[len(getattr(parameter, "ds_shape", parameter.shape)) >= 2].append(parameter)
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.optimizer.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": matrices[True], "weight_decay": config.optimizer.weight_decay},
+        {"params": matrices[False], "weight_decay": 0.0},
     ]
     lr, betas, eps = config.optimizer.lr, config.optimizer.betas, config.optimizer.eps
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=True)

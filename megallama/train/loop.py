@@ -71,7 +71,7 @@ def train(config: RunConfig, mesh: ParallelMesh, micro_batches: int, data: RunDa
         saver = Saver(folder / "checkpoints", engine, model, mesh, retention)
         run = Run(config, mesh, model, engine, data, metrics, saver, requests, watchdog, reached, peak)
         try:
-            state = start_state(run, start)
+            state = start_state(run, start, launch.processors)
             reached.step = state.step
             launch.signals.training(elastic=launch.elastic)
             ending = loop(run, state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megallama.checkpoint.state import TrainState
@@ -17,7 +18,6 @@ from megallama.layout.budget import total_steps
 from megallama.layout.counts import flops_per_token
 from megallama.layout.schedules import action_lists
 from megallama.layout.stages import stages
-from megallama.model.init import initialise
 from megallama.model.llama import TensorParallelContext
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh, sum_losses
@@ -77,23 +77,23 @@ class Run:
 
 
 def build_model(config: RunConfig, mesh: ParallelMesh, micro_batches: int) -> tuple[ModelStages, Engine]:
-    """This rank's part of the model, initialised, and the engine around it for that many micro-batches per step."""
+    """This rank's part of the model, all zeros, and the engine around it for that many micro-batches per step."""
     lists, every = action_lists(config.parallel, micro_batches), stages(config)
     settings = deepspeed_config(config, mesh.data.size)
     tp_context = TensorParallelContext(mesh.tp, config.parallel.sequence_parallel)
-    model = ModelStages(config.model, every, mesh.pp.rank, tp_context, recompute=config.train.recompute)
-    initialise(
-        model,
-        model.shard_slices,
-        seed=config.train.seed,
-        num_layers=config.model.num_hidden_layers,
-        scheme=config.model.init,
-        std=config.model.initializer_range,
-    )
+    with torch.device("meta"):
+        model = ModelStages(config.model, every, mesh.pp.rank, tp_context, recompute=config.train.recompute)
     if config.train.compile:
         for layer in model.decoder_layers():
             layer.compile()
     return model, Engine(model, config, mesh, lists, settings)
+
+
+def draw_weights(config: RunConfig, model: ModelStages, engine: Engine, threads: int = 1) -> None:
+    """Give the model its initial weights; every rank must call it."""
+    shape = config.model
+    values = {"num_layers": shape.num_hidden_layers, "scheme": shape.init, "std": shape.initializer_range}
+    engine.initialise(model.shard_slices, threads, seed=config.train.seed, **values)
 
 
 def write_train_event(run: Run, state: TrainState, loss: Tensor, grad_norm: float, lr: float, seconds: float) -> None:

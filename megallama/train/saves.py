@@ -23,7 +23,7 @@ from megallama.errors import NotFiniteError
 from megallama.layout.budget import schedule_batch
 from megallama.parallel.mesh import sum_losses
 from megallama.run_dir.metrics import Metrics
-from megallama.train.run import Run
+from megallama.train.run import Run, draw_weights
 
 
 def clean_checkpoints(
@@ -43,8 +43,8 @@ def clean_checkpoints(
             metrics.write("notice", text=notice)
 
 
-def start_state(run: Run, start: Start) -> TrainState:
-    """Where the run stands: the newest checkpoint, the weights of another run, or the beginning."""
+def start_state(run: Run, start: Start, threads: int) -> TrainState:
+    """Where the run stands: the newest checkpoint, the weights of another run, or weights that `threads` draw."""
     if start.resume is not None:
         state = load(start.resume, run.engine, run.model)
         state = replace(state, first_batch=schedule_batch(run.config, state.seen))
@@ -59,6 +59,8 @@ def start_state(run: Run, start: Start) -> TrainState:
         if not state_is_finite(run.engine.fragments(), run.mesh):
             what = f"checkpoint.init_from={start.weights} has weights that are not finite"
             raise NotFiniteError(f"{what}; use another checkpoint")
+    else:
+        draw_weights(run.config, run.model, run.engine, threads)
     return TrainState(first_batch=run.config.train.global_batch_size)
 
 

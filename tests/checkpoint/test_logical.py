@@ -6,9 +6,9 @@ from itertools import combinations
 import pytest
 import torch
 
-from megallama.checkpoint.logical import boxes, logical_state
+from megallama.checkpoint.logical import logical_state
 from megallama.checkpoint.tensors import EXP_AVG, EXP_AVG_SQ, moment_name
-from megallama.parallel.shards import ShardSlice
+from megallama.parallel.shards import ShardSlice, boxes
 from megallama.train.engine import Fragment
 
 # A fused parameter of 9 rows and 5 columns: 4 rows of "a", 3 of "b" and 2 of padding, columns 5 ... 9 of 10.

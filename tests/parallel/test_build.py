@@ -14,7 +14,7 @@ from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
-from megallama.train.run import build_model
+from megallama.train.run import build_model, draw_weights
 from tests.model.test_recompute import bytes_kept_for_backward
 
 SEQUENCE = 64
@@ -34,6 +34,7 @@ def look(launch: Launch, config: RunConfig) -> Seen:
     launch.prepare(device)
     mesh = build_mesh(Topology(dp=launch.world_size // tp, tp=tp), launch, device)
     model, engine = build_model(config, mesh, 1)
+    draw_weights(config, model, engine)
     positions: list[int] = []
 
     def record(layer: nn.Module, inputs: object, hidden: Tensor) -> None:

@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from megallama.checkpoint.tensors import Stored
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Checkpoint = Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, as .../checkpoints/step_00001000.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="PATH", help="Checkpoint, such as .../checkpoints/step_00001000.")]
 
-checkpoint_app = typer.Typer(help="Look at what a run has saved, and go back to it.", no_args_is_help=True)
+checkpoint_app = typer.Typer(help="Inspect the checkpoints of a run, or go back to one.", no_args_is_help=True)
 
 
 @checkpoint_app.command("list")
 def list_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or the folder of its checkpoints.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or its checkpoints folder.")],
     as_json: AsJson = False,
 ) -> None:
-    """All checkpoints of a run, newest first, and what is left of others. Files are looked at, not read.
+    """List all checkpoints of a run, newest first, including incomplete ones. Does not read their tensors.
 
     Example: megallama checkpoint list runs/quickstart
     """
@@ -48,11 +48,11 @@ def list_command(
 @checkpoint_app.command("verify")
 def verify_command(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH...", help="Checkpoints, or run directories for all they have.")
+        list[Path], typer.Argument(metavar="PATH...", help="Checkpoints, or run directories to verify all of theirs.")
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Read checkpoints to the last byte: hashes, every tensor of the model once, every number finite.
+    """Verify every byte of checkpoints: hashes, that all tensors of the model are there, and finite numbers.
 
     Exit code 2 if one is damaged. Example: megallama checkpoint verify runs/quickstart
     """
@@ -76,7 +76,7 @@ def verify_command(
 
 @checkpoint_app.command("show")
 def show_command(path: Checkpoint, as_json: AsJson = False) -> None:
-    """What a checkpoint holds: where the run stood, how it was spread, the model, the files, the tensors.
+    """Show the content of a checkpoint: position of the run, layout, model, files and tensors.
 
     Example: megallama checkpoint show runs/quickstart/checkpoints/step_00000700
     """
@@ -95,10 +95,10 @@ def show_command(path: Checkpoint, as_json: AsJson = False) -> None:
 @checkpoint_app.command("diff")
 def diff_command(
     a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another checkpoint.")],
     as_json: AsJson = False,
 ) -> None:
-    """What two checkpoints do not have in common: state, data, model, layout, and the numbers of each tensor.
+    """Compare two checkpoints: state, data, model, layout, and the values of each tensor.
 
     `largest` is the largest |A - B| of a tensor, `relative` is |A - B| / |A|. Exit code 1 if anything differs.
 
@@ -123,13 +123,13 @@ def diff_command(
 
 @checkpoint_app.command("rollback")
 def rollback_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, as runs/quickstart.")],
-    step: Annotated[str, typer.Argument(metavar="STEP", help="Step, name or path of one of its checkpoints.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, such as runs/quickstart.")],
+    step: Annotated[str, typer.Argument(metavar="STEP", help="Step, name or path of a checkpoint of the run.")],
     as_json: AsJson = False,
 ) -> None:
-    """Go back to a checkpoint: newer ones are set aside, none is deleted, and the next start continues it.
+    """Go back to a checkpoint. Newer ones are renamed, not deleted; the next start continues from it.
 
-    The run must not be alive. Example: megallama checkpoint rollback runs/quickstart 700
+    The run must not be active. Example: megallama checkpoint rollback runs/quickstart 700
     """
     from megallama.checkpoint.commands.report import json_of
     from megallama.checkpoint.reading.rollback import roll_back
