@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megallama.errors import UserError
 from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import run_ranks
@@ -73,8 +75,12 @@ def arguments(dataset: str, run_dir: Path, *more: str) -> list[str]:
 
 
 def clean_environment(home: Path, **variables: str) -> dict[str, str]:
-    """Nothing of this process's environment but PATH; every cache is empty and below `home`."""
+    """Nothing of this process's environment but PATH; every cache is empty and below `home`.
+
+    What this process has imported its children import too, wherever it is installed.
+    """
     return {
+        "PYTHONPATH": os.pathsep.join(sorted({str(Path(torch.__file__).parents[1]), str(ROOT)})),
         "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]]),
         "HOME": str(home),
         "LANG": "C.UTF-8",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megallama.verify.compare import read_tensors
 from tests.launching import PRETRAIN, arguments, events, execute
 
 pytestmark = [
@@ -36,7 +37,7 @@ LARGE = [
 def train(dataset: str, run_dir: Path, home: Path, *more: str) -> None:
     home.mkdir()
     command = [sys.executable, PRETRAIN, *arguments(dataset, run_dir, *more)]
-    done = execute(command, home, timeout=400, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+    done = execute(command, home, timeout=60, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
     assert done.code == 0, done.err
 
 
@@ -62,11 +63,22 @@ def test_losses_are_those_of_a_cpu(byte_dataset: str, tmp_path: Path, dtype: str
 
 
 def test_a_model_that_does_not_fit_ends_in_one_sentence(byte_dataset: str, tmp_path: Path) -> None:
+    """Its activations do not; a model of such weights would be refused for its checkpoints on a small disk."""
     home = tmp_path / "home"
     home.mkdir()
-    sizes = ["model.hidden_size=8192", "model.intermediate_size=28672", "model.num_hidden_layers=12"]
-    words = arguments(byte_dataset, tmp_path / "run", *sizes, "train.device=cuda", "train.dtype=bf16")
+    batch = ["train.micro_batch_size=4096", "train.global_batch_size=4096"]
+    words = arguments(byte_dataset, tmp_path / "run", *LARGE, *batch, "train.device=cuda", "train.dtype=bf16")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    done = execute([sys.executable, PRETRAIN, *words], home, timeout=400, CUDA_VISIBLE_DEVICES=visible)
+    done = execute([sys.executable, PRETRAIN, *words], home, timeout=60, CUDA_VISIBLE_DEVICES=visible)
     assert done.code == 2
     assert len(done.sentences) == 1, done.err
+    assert "no memory is left on rank 0" in done.sentences[0]
+
+
+def test_a_run_with_deterministic_kernels_is_continued_to_the_bit(byte_dataset: str, tmp_path: Path) -> None:
+    more = ["train.device=cuda", "train.dtype=bf16", "train.deterministic=true", "train.steps=8", "checkpoint.every=4"]
+    train(byte_dataset, tmp_path / "whole", tmp_path / "a", *more)
+    train(byte_dataset, tmp_path / "parts", tmp_path / "b", *more, "train.stop_after=4")
+    train(byte_dataset, tmp_path / "parts", tmp_path / "c", *more)
+    whole, parts = (read_tensors(tmp_path / name / "checkpoints" / "step_00000008") for name in ("whole", "parts"))
+    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []

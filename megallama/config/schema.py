@@ -249,7 +249,9 @@ class TrainConfig(Section):
     max_skipped: int = Field(default=100, ge=1, le=MOST_STEPS)
     """The run fails after this many steps in a row with a gradient that is not finite."""
     compile: bool = False
-    """Run each layer through torch.compile; needs a compiler."""
+    """Run each layer through torch.compile; needs a compiler, and zero.stage below 3."""
+    deterministic: bool = False
+    """Use deterministic kernels only: on a GPU, the backward of attention is otherwise not the same in every run."""
 
     @model_validator(mode="before")
     @classmethod

@@ -41,13 +41,8 @@ class Topology:
         size: int = getattr(self, axis)
         return rank // inner % size
 
-    def groups(self, axes: Sequence[AxisName]) -> list[list[int]]:
-        """Every set of ranks that differ on `axes` only, each in rank order."""
-        fixed = [axis for axis in AXES if axis not in axes]
-        groups: list[list[int]] = []
-        for held in product(*(range(getattr(self, axis)) for axis in fixed)):
-            here = dict(zip(fixed, held, strict=True))
-            free = product(*(range(getattr(self, axis)) for axis in AXES if axis in axes))
-            names = [axis for axis in AXES if axis in axes]
-            groups.append(sorted(self.rank(**here, **dict(zip(names, there, strict=True))) for there in free))
-        return groups
+    def peers(self, rank: int, axes: Sequence[AxisName]) -> list[int]:
+        """The ranks that differ from `rank` on `axes` only, itself included, in order."""
+        held = {axis: self.coordinate(rank, axis) for axis in AXES}
+        free = product(*(range(getattr(self, axis)) if axis in axes else [held[axis]] for axis in AXES))
+        return sorted(self.rank(**dict(zip(AXES, there, strict=True))) for there in free)

@@ -60,7 +60,6 @@ def join(launch: Launch, device: torch.device) -> None:
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=COLLECTIVE_TIMEOUT,
-        device_id=device if device.type == "cuda" else None,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,19 +59,32 @@ def pick_device(wanted: str, local_rank: int, *, own: bool = False) -> torch.dev
     return torch.device("cuda", local_rank)
 
 
-def build_mesh(topology: Topology, launch: Launch, device: torch.device) -> ParallelMesh:
-    """Build every group, after joining the job where that is not done; all ranks must call this."""
-    join(launch, device)
+def driver_versions(device: torch.device) -> dict[str, str]:
+    """What a GPU runs on, by the name that a sentence calls it by; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    runtime: Any = torch._C
+    return {
+        "the version of CUDA": str(torch.version.cuda),
+        "the version of NCCL": ".".join(map(str, torch.cuda.nccl.version())),
+        "the CUDA version of the driver": str(runtime._cuda_getDriverVersion()),
+    }
 
-    def axis(*names: AxisName) -> Axis:
-        mine = None
-        # Every rank takes part in making every group, also those it is not in.
-        for ranks in topology.groups(names):
-            group = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)
-            if launch.rank in ranks:
-                mine = Axis(group, ranks.index(launch.rank), len(ranks))
-        assert mine is not None
-        return mine
+
+def build_mesh(topology: Topology, launch: Launch, device: torch.device) -> ParallelMesh:
+    """Build this rank's groups, after joining the job where that is not done; all ranks must call this.
+
+    A rank makes the groups that it is in and that are used, each of its ranks once: four at most, whatever the world.
+    """
+    join(launch, device)
+    made: dict[tuple[int, ...], Any] = {tuple(range(launch.world_size)): dist.group.WORLD}
+
+    def axis(*names: AxisName, of_one: bool = False) -> Axis:
+        ranks = tuple(topology.peers(launch.rank, names))
+        if ranks not in made and (len(ranks) > 1 or of_one):
+            # Made by its members: those of other groups neither call nor wait.
+            made[ranks] = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT, use_local_synchronization=True)
+        return Axis(made.get(ranks), ranks.index(launch.rank), len(ranks))
 
     return ParallelMesh(
         topology=topology,
@@ -78,8 +92,8 @@ def build_mesh(topology: Topology, launch: Launch, device: torch.device) -> Para
         device=device,
         tp=axis("tp"),
         pp=axis("pp"),
-        data=axis("dp", "cp"),
-        model=axis("pp", "tp"),
+        data=axis("dp", "cp", of_one=True),  # DeepSpeed takes none for all ranks
+        model=axis("pp", "tp", of_one=True),
         world=Axis(dist.group.WORLD, launch.rank, launch.world_size),
     )
 

@@ -13,7 +13,7 @@ _DEEPEST = Path("checkpoints", ".partial-step_00000000", "tensors-00000-of-00000
 """About as long as what a run writes below its directory."""
 
 LEAST_OPEN_FILES = 128
-"""A rank alone takes 40."""
+"""A rank alone takes 40, and two connections to each other: the saver's group and, on a CPU, that of all."""
 LEAST_ADDRESSES = 1 << 30
 """Bytes: torch and its threads."""
 LEAST_FILE = 1 << 20
@@ -53,11 +53,11 @@ def _nearest(folder: Path) -> Path:
     raise AssertionError("the root is there")
 
 
-def check_limits(written: int) -> None:
-    """UserError where a limit of this process is below what a rank takes at least, who writes so much of a save."""
+def check_limits(world_size: int, written: int) -> None:
+    """UserError where a limit of this process is below what a rank of so many takes, which writes so much of a save."""
     file = max(LEAST_FILE, written)
     for number, letter, what, least in (
-        (resource.RLIMIT_NOFILE, "n", "open files", LEAST_OPEN_FILES),
+        (resource.RLIMIT_NOFILE, "n", "open files", LEAST_OPEN_FILES + 2 * world_size),
         (resource.RLIMIT_AS, "v", "bytes of address space", LEAST_ADDRESSES),
         (resource.RLIMIT_FSIZE, "f", "bytes in one file", file),
     ):
@@ -70,5 +70,5 @@ def too_little(limit: int, letter: str, what: str, least: int) -> str:
     """The sentence about one limit."""
     return (
         f"`ulimit -{letter}` allows {limit:,} {what}, and a rank of this run needs {least:,}; "
-        f"use `ulimit -{letter} {'unlimited' if letter != 'n' else 1024}`, or ask who sets it"
+        f"use `ulimit -{letter} {'unlimited' if letter != 'n' else 1 << least.bit_length()}`, or ask who sets it"
     )

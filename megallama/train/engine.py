@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from megallama.config.schema import RunConfig
 from megallama.layout.schedules import Action
-from megallama.model.init import in_memory, initialise_owned
+from megallama.model.init import initialise_owned
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh
 from megallama.parallel.shards import ShardSlice
@@ -54,7 +54,7 @@ class Fragment:
 
 
 class Engine:
-    """ZeRO stage 1 to 3 in bf16 or fp32 around `chunks`, built on the meta device: its parameters begin as zeros here.
+    """ZeRO stage 1 to 3 in bf16 or fp32 around `chunks`, whose `weights` get their memory as they are asked for.
 
     Master weights, moments and gradient sums are fp32. Gradients are clipped by their norm over the whole model: over
     tensor-parallel shards and pipeline stages, replicated parameters counted once.
@@ -63,6 +63,7 @@ class Engine:
     def __init__(
         self,
         chunks: ModelStages,
+        weights: Iterator[nn.Parameter],
         config: RunConfig,
         mesh: ParallelMesh,
         lists: Sequence[Sequence[Action]],
@@ -70,7 +71,6 @@ class Engine:
     ) -> None:
         self._stage, self._data_rank = config.zero.stage, mesh.data.rank
         self._dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-        weights = in_memory(chunks, self._dtype, mesh.device)
         # On a CPU DeepSpeed would compile a shared-memory op at start: minutes, a compiler, and a lock that outlives
         # a killed build. gloo does without.
         compatible_ops["deepspeed_shm_comm"] = False

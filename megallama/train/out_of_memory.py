@@ -13,7 +13,7 @@ from megallama.errors import UserError
 from megallama.layout.check import check_batching
 from megallama.parallel.mesh import ParallelMesh
 from megallama.plan.memory.ledger import memory_rows
-from megallama.plan.search.changes import largest_terms, nearest_change
+from megallama.plan.search.changes import nearest_change
 
 # torch has an exception of its own for its CUDA allocator alone: cublas, nccl and its CPU allocator raise plain ones.
 _ON_A_GPU = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -54,7 +54,8 @@ def out_of_memory(error: BaseException | None, device: torch.device) -> bool:
 def explanation(config: RunConfig, world_size: int, rank: int, pipeline_rank: int) -> str:
     """The sentence, for a run that is legal on `world_size` ranks."""
     rows = memory_rows(config, check_batching(config, world_size).dp_size)[pipeline_rank]
-    *first, last = (f"{row.name} {_size(row.size)}" for row in largest_terms(rows))
+    largest = sorted(rows, key=lambda row: row.size, reverse=True)[:3]
+    *first, last = (f"{row.name} {_size(row.size)}" for row in largest)
     terms = f"{', '.join(first)} and {last}"
     change = nearest_change(config, world_size)
     fix = (

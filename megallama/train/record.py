@@ -18,7 +18,7 @@ from megallama.config.schema import RunConfig
 from megallama.data.tokenizer import Tokenizer
 from megallama.errors import SharedError, UserError
 from megallama.hardware.measure import Peak
-from megallama.parallel.mesh import ParallelMesh
+from megallama.parallel.mesh import ParallelMesh, driver_versions
 from megallama.parallel.plain import from_first
 from megallama.run_dir.metrics import WANDB_ID, Metrics, environment, open_metrics
 from megallama.run_dir.outcome import Reached, write_failure, write_outcome
@@ -74,7 +74,8 @@ def _record(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, peak: P
     tokenizer.save(folder / "tokenizer")
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
     layout, threads = asdict(mesh.topology), torch.get_num_threads()
-    facts = environment(device=device, threads=threads, topology=layout, peak=asdict(peak))
+    versions = {name.removeprefix("the "): found for name, found in driver_versions(mesh.device).items()}
+    facts = environment(device=device, threads=threads, topology=layout, peak=asdict(peak), **versions)
     (folder / "environment.json").write_text(json.dumps(facts, indent=2))
     write_outcome(folder, "running", 0, "")
     return metrics

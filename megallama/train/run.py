@@ -18,6 +18,7 @@ from megallama.layout.budget import total_steps
 from megallama.layout.counts import flops_per_token
 from megallama.layout.schedules import action_lists
 from megallama.layout.stages import stages
+from megallama.model.init import in_memory
 from megallama.model.llama import TensorParallelContext
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh, sum_losses
@@ -86,7 +87,8 @@ def build_model(config: RunConfig, mesh: ParallelMesh, micro_batches: int) -> tu
     if config.train.compile:
         for layer in model.decoder_layers():
             layer.compile()
-    return model, Engine(model, config, mesh, lists, settings)
+    weights = in_memory(model, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32, mesh.device)
+    return model, Engine(model, weights, config, mesh, lists, settings)
 
 
 def draw_weights(config: RunConfig, model: ModelStages, engine: Engine, threads: int = 1) -> None:

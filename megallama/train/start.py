@@ -34,24 +34,28 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     save_bytes = checkpoint_bytes(config.model)
     topology = Topology(pp=config.parallel.pipeline, dp=batching.dp_size, tp=config.parallel.tensor)
     # torch, which the above does without, so that it is said at once.
+    import torch
+
     from megallama.checkpoint.reading.store import pick_start
     from megallama.data.loader import open_data
     from megallama.parallel.agreement import check_same, facts_of
     from megallama.parallel.join import join
-    from megallama.parallel.mesh import build_mesh, pick_device
+    from megallama.parallel.mesh import build_mesh, driver_versions, pick_device
 
     data = open_data(config, topology.coordinate(launch.rank, "dp"), topology.dp)
-    check_limits(save_bytes // launch.world_size)
+    check_limits(launch.world_size, save_bytes // launch.world_size)
     check_run_dir(Path(config.run.dir), save_bytes)
     if launch.rank == 0:
         check_sinks(config)
     device = pick_device(config.train.device, launch.local_rank, own=launch.by_tasks)
     launch.prepare(device)
+    if config.train.deterministic:
+        torch.use_deterministic_algorithms(True)
     # torch 2.13 renames collectives that 2.11 knows by their old names only; DeepSpeed and we use the old ones.
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
     pick = partial(pick_start, config, partial(data_identity, config.train.seed, data.train.source.fingerprint))
     pick()  # each rank for itself: what a user can mend is said before any waits for another
-    facts = facts_of(config, data.contents)
+    facts = facts_of(config, data.contents | driver_versions(device))
     join(launch, device)
     check_same(facts, device)  # before the groups: ranks of another layout would make others, and wait for ever
     mesh = build_mesh(topology, launch, device)

@@ -193,7 +193,7 @@ def test_a_refusal_names_keys_and_numbers_and_its_advice_passes(
             2,
             Batching(2, 1, 8),
         ),
-        (["zero.stage=3", "train.compile=true", "train.recompute=full"], 2, Batching(2, 2, 4)),
+        (["zero.stage=2", "train.compile=true", "train.recompute=full"], 2, Batching(2, 2, 4)),
         (["model.num_key_value_heads=1", "parallel.tensor=4"], 4, Batching(4, 1, 8)),
     ],
 )

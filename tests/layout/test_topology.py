@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from math import prod
+
 import pytest
 
 from megallama.layout.topology import AXES, AxisName, Topology
@@ -16,17 +18,19 @@ def test_rank_and_coordinates_are_inverse(topology: Topology) -> None:
 
 @pytest.mark.parametrize("topology", SHAPES)
 @pytest.mark.parametrize("axes", [("tp",), ("dp",), ("pp",), ("dp", "cp"), ("pp", "tp")])
-def test_groups_part_all_ranks_by_the_other_coordinates(topology: Topology, axes: tuple[AxisName, ...]) -> None:
-    groups = topology.groups(axes)
-    assert sorted(rank for group in groups for rank in group) == list(range(topology.world_size))
-    for group in groups:
-        held = {tuple(topology.coordinate(rank, axis) for axis in AXES if axis not in axes) for rank in group}
-        assert len(held) == 1
+def test_peers_differ_on_their_axes_only(topology: Topology, axes: tuple[AxisName, ...]) -> None:
+    for rank in range(topology.world_size):
+        peers = topology.peers(rank, axes)
+        assert rank in peers and peers == sorted(set(peers))
+        assert len(peers) == prod(getattr(topology, axis) for axis in axes)
+        assert all(topology.peers(peer, axes) == peers for peer in peers)
+        for axis in set(AXES) - set(axes):
+            assert {topology.coordinate(peer, axis) for peer in peers} == {topology.coordinate(rank, axis)}
 
 
 def test_tensor_parallel_ranks_are_neighbours_and_stages_are_far_apart() -> None:
     topology = Topology(pp=2, dp=2, tp=2)
-    assert topology.groups(["tp"]) == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert topology.groups(["dp"]) == [[0, 2], [1, 3], [4, 6], [5, 7]]
-    assert topology.groups(["pp"]) == [[0, 4], [1, 5], [2, 6], [3, 7]]
-    assert topology.groups(["pp", "tp"]) == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert topology.peers(5, ["tp"]) == [4, 5]
+    assert topology.peers(5, ["dp"]) == [5, 7]
+    assert topology.peers(5, ["pp"]) == [1, 5]
+    assert topology.peers(5, ["pp", "tp"]) == [0, 1, 4, 5]

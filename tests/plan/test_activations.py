@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.live_bytes import LiveBytes
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.layout.schedules import action_lists
@@ -26,7 +27,6 @@ from megallama.plan.memory.ledger import fullest_peak, messages, peak_at
 from megallama.plan.memory.state import rank_parameters
 from megallama.plan.memory.zero_buffers import RankWeights, buffer_row
 from megallama.train.pipeline import Pipeline
-from tests.plan.live_bytes import LiveBytes
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug.yaml"
 SHAPES = {

@@ -11,8 +11,8 @@ from megallama.config.load import load_config
 from megallama.errors import UserError
 from megallama.hardware.gpus import find_gpu
 from megallama.layout.check import check_config
-from megallama.plan.memory.ledger import memory_rows, rank_bytes
-from megallama.plan.search.changes import largest_terms, nearest_change, refuse_too_large, single_changes
+from megallama.plan.memory.ledger import rank_bytes
+from megallama.plan.search.changes import nearest_change, refuse_too_large, single_changes
 from megallama.plan.time.software import machine
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -114,10 +114,3 @@ def test_the_change_that_a_run_out_of_memory_is_told_costs_the_least() -> None:
     assert found is not None
     assert found.words == "train.micro_batch_size=2"
     assert found.size <= 0.9 * max(rank_bytes(load_config(str(CONFIGS / "7b.yaml")), 128))
-
-
-def test_the_largest_terms_come_largest_first() -> None:
-    rows = memory_rows(load_config(str(CONFIGS / "7b.yaml")), 16)[0]
-    sizes = sorted((row.size for row in rows), reverse=True)
-    assert [row.size for row in largest_terms(rows)] == sizes[:3]
-    assert [row.size for row in largest_terms(rows, 5)] == sizes[:5]

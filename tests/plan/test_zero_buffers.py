@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.live_bytes import LiveBytes
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.layout.topology import Topology
@@ -17,7 +18,6 @@ from megallama.parallel.mesh import ParallelMesh, build_mesh
 from megallama.parallel.spawn import run_ranks
 from megallama.plan.memory.ledger import memory_rows
 from megallama.train.run import build_model
-from tests.plan.live_bytes import LiveBytes
 from tests.plan.test_state import storages
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug.yaml"

@@ -34,9 +34,9 @@ def test_a_limit_of_a_file_below_a_ranks_part_of_a_checkpoint_is_refused() -> No
     config = load_config("configs/debug.yaml", ["model.hidden_size=256"])
     whole = checkpoint_bytes(config.model)
     with limited(resource.RLIMIT_FSIZE, whole // 2):
-        check_limits(whole // 2)
+        check_limits(2, whole // 2)
         with pytest.raises(UserError) as refusal:
-            check_limits(whole)
+            check_limits(1, whole)
     assert str(refusal.value) == (
         f"`ulimit -f` allows {whole // 2:,} bytes in one file, and a rank of this run needs {whole:,}; "
         "use `ulimit -f unlimited`, or ask who sets it"
@@ -44,15 +44,16 @@ def test_a_limit_of_a_file_below_a_ranks_part_of_a_checkpoint_is_refused() -> No
 
 
 @pytest.mark.parametrize(
-    ("number", "letter", "least", "more"),
+    ("number", "letter", "world_size", "least", "more"),
     [
-        (resource.RLIMIT_NOFILE, "n", "128", "1024"),
-        (resource.RLIMIT_AS, "v", "1,073,741,824", "unlimited"),
+        (resource.RLIMIT_NOFILE, "n", 1, "130", "256"),
+        (resource.RLIMIT_NOFILE, "n", 1024, "2,176", "4096"),
+        (resource.RLIMIT_AS, "v", 1, "1,073,741,824", "unlimited"),
     ],
 )
-def test_siblings_are_refused(number: int, letter: str, least: str, more: str) -> None:
+def test_siblings_are_refused(number: int, letter: str, world_size: int, least: str, more: str) -> None:
     with limited(number, 100), pytest.raises(UserError) as refusal:
-        check_limits(1)
+        check_limits(world_size, 1)
     assert f"`ulimit -{letter}` allows 100 " in str(refusal.value)
     assert f"needs {least}; use `ulimit -{letter} {more}`" in str(refusal.value)
 

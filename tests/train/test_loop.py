@@ -24,7 +24,7 @@ from megallama.checkpoint.tensors import EXP_AVG, is_weight, moment_name
 from megallama.config.load import load_config
 from megallama.data.tokenizer import load_tokenizer
 from megallama.parallel.launch import Launch
-from megallama.parallel.spawn import run_ranks
+from megallama.parallel.spawn import RankFailedError, run_ranks
 from megallama.train.lr_schedule import learning_rate
 from megallama.verify.compare import read_tensors
 from tests.launching import (
@@ -355,3 +355,31 @@ def test_without_validation_data_a_step_is_evaluated_once(byte_dataset: str, tmp
     assert pretrain(1, [*words, "train.stop_after=2"]) == [(0, "")]
     assert pretrain(1, words) == [(0, "")]
     assert [event["step"] for event in events(tmp_path, "eval")] == [0, 2, 4]
+
+
+def refuse_to_draw() -> None:
+    import megallama.train.saves
+
+    def refused(*_: object) -> None:
+        raise AssertionError("weights are drawn")
+
+    megallama.train.saves.draw_weights = refused
+
+
+def test_a_start_that_loads_weights_draws_none(byte_dataset: str, tmp_path: Path) -> None:
+    words = arguments(byte_dataset, tmp_path / "run", "train.steps=4")
+    assert pretrain(1, [*words, "train.stop_after=2"]) == [(0, "")]
+    assert pretrain(1, words, plant=refuse_to_draw) == [(0, "")]
+    others = arguments(byte_dataset, tmp_path / "other", "train.steps=4")
+    weights = f"checkpoint.init_from={tmp_path / 'run' / 'checkpoints' / 'step_00000004'}"
+    assert pretrain(1, [*others, weights], plant=refuse_to_draw) == [(0, "")]
+    with pytest.raises(RankFailedError, match="weights are drawn"):
+        pretrain(1, arguments(byte_dataset, tmp_path / "fresh"), plant=refuse_to_draw)
+
+
+def test_deterministic_kernels_give_the_losses_of_any_run_on_a_cpu(byte_dataset: str, tmp_path: Path) -> None:
+    found = []
+    for name, more in (("plain", []), ("deterministic", ["train.deterministic=true"])):
+        assert pretrain(1, arguments(byte_dataset, tmp_path / name, "train.steps=3", *more)) == [(0, "")]
+        found.append([event["loss"] for event in events(tmp_path / name, "train")])
+    assert found[0] == found[1] != []

@@ -85,7 +85,7 @@ class Saver:
         self._unproven = True
         """Whether the newest checkpoint replaces no older one yet."""
         self._tending: Future[Answer] | None = None
-        self._notices: list[str] = []
+        self._notices = [self._snapshot.notice] if self._snapshot.notice else list[str]()
 
     @property
     def busy(self) -> bool:

@@ -211,5 +211,5 @@ def _world_of(world_size: int, rank: int) -> Iterator[None]:
 
 def _tensor_axis(topology: Topology, rank: int) -> Axis:
     """This rank's tensor-parallel group; the others' are not needed, since nobody answers."""
-    mine = next(ranks for ranks in topology.groups(["tp"]) if rank in ranks)
+    mine = topology.peers(rank, ["tp"])
     return Axis(dist.new_group(mine) if len(mine) > 1 else None, mine.index(rank), len(mine))

@@ -29,7 +29,14 @@ from megallama.plan.memory.activations import (
 )
 from megallama.plan.memory.in_flight import Moment, fullest
 from megallama.plan.memory.state import GIB, MemoryRow, RankParameters, rank_parameters, state_rows
-from megallama.plan.memory.zero_buffers import RankWeights, after_backward, buffer_row, own_gradients, reduced_bytes
+from megallama.plan.memory.zero_buffers import (
+    RankWeights,
+    after_backward,
+    buffer_row,
+    own_gradients,
+    reduced_bytes,
+    start_bytes,
+)
 
 CONTEXT = GIB // 2
 """A process's CUDA context with torch's kernels. An assumption: 0.3 to 0.5 GB are reported."""
@@ -76,10 +83,12 @@ def memory_rows(config: RunConfig, dp_size: int) -> list[list[MemoryRow]]:
         meanwhile += own_gradients(config, of, weights, sum(each.total for each in mine))
         peak = fullest_peak(of, config.train.recompute, here, rank.stages, mine, meanwhile)
         buffers = buffer_row(config, of, weights, messages(every, rank.rank))
-        at, size = after_backward(config, weights, reduced)
-        if size > peak.total + buffers.size:
-            peak, buffers = Peak(at, 0, "none", transients=size), replace(buffers, how=f"in the {at} none", size=0)
-        rows = [*held_rows(config, rank, dp_size), *_peak_rows(peak), buffers]
+        held = held_rows(config, rank, dp_size)
+        start = start_bytes(config, weights) - sum(row.size for row in held)
+        for at, size in (after_backward(config, weights, reduced), ("start", start)):
+            if size > peak.total + buffers.size:
+                peak, buffers = Peak(at, 0, "none", transients=size), replace(buffers, how=f"in the {at} none", size=0)
+        rows = [*held, *_peak_rows(peak), buffers]
         found.append([*rows, overhead(config, dp_size, peak.total + buffers.size)])
     return found
 

@@ -86,6 +86,17 @@ def after_backward(config: RunConfig, weights: RankWeights, reduced: int) -> tup
     return ("reduction of all gradients", last) if last > step else ("optimizer step", step)
 
 
+def start_bytes(config: RunConfig, weights: RankWeights) -> int:
+    """All that a start holds at its fullest, before there is an optimizer: DeepSpeed copies the weights flat.
+
+    ZeRO-3 has cut each of them, one after the other, when it does.
+    """
+    element = 2 if config.train.dtype == "bf16" else 4
+    if config.zero.stage == 3:
+        return element * (2 * weights.mine + weights.largest)
+    return 2 * element * weights.total
+
+
 def step_bytes(config: RunConfig, weights: RankWeights) -> int:
     """Temporaries of the optimizer step: DeepSpeed copies gradients to one flat tensor.
 

@@ -108,10 +108,8 @@ def _flops(config: RunConfig, tokens: float) -> Part:
     matmul = f"6 * {count_parameters(model).matmul}"
     attention = f"{model.num_hidden_layers} * {model.num_attention_heads * model.head_size} * {length}"
     full, causal = flops_per_token(model, length, "full"), flops_per_token(model, length, "causal")
-    rows = [
-        Row("per_token_full", "per token, full convention", f"{matmul} + 12 * {attention}", full),
-        Row("per_token_causal", "per token, causal convention", f"{matmul} + 6 * {attention}", causal),
-    ]
+    rows = [Row("per_token_full", "per token, full convention", f"{matmul} + 12 * {attention}", full)]
+    rows.append(Row("per_token_causal", "per token, causal convention", f"{matmul} + 6 * {attention}", causal))
     hardware = hardware_flops_per_token(model, length, config.train.recompute)
     if hardware != full:
         how = f"full + 2 * layers' matmul weights + 4 * {attention}"

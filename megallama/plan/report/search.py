@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,10 @@ def search_parts(
     fits, limit = len(result.found), f"{gpu.usable_bytes / GIB:.1f} GiB of {gpu.key}"
     notes = [_tied(result, on), f"{fits:,} of {result.tried:,} layouts are legal and fit in {limit}."]
     notes.append("" if on.mfu is not None else _why_poor(result.found[0], on))
-    rejected = [
-        Row(f"class_{number}", why, _several(places) if explain else "", places.total())
-        for number, (why, places) in enumerate(result.rejected.items(), 1)
-    ]
+    rejected = []
+    for number, (why, places) in enumerate(result.rejected.items(), 1):
+        where = "; ".join(f"{place}: {layouts:,}" for place, layouts in places.items())
+        rejected.append(Row(f"class_{number}", why, where if explain else "", places.total()))
     title = f"Rejected: {result.tried - fits:,} of {result.tried:,} layouts"
     heading = f"{'Fastest' if on.mfu is None else 'Simplest'} layouts on {result.found[0].world_size} x {gpu.name}"
     return [
@@ -171,7 +171,3 @@ def _words(one: Candidate, gpu: Gpu, tokens: float, price: float | None) -> str:
     money = f", costs {found['money']:,.0f}" if "money" in found else ""
     rate = f"{found['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU, MFU {found['mfu']:.1f}%"
     return f"{one.size / GIB:.1f} GiB, {rate}, {found['days']:.3g} days{money}"
-
-
-def _several(places: Mapping[str, int]) -> str:
-    return "; ".join(f"{where}: {layouts:,}" for where, layouts in places.items())

@@ -12,7 +12,7 @@ from megallama.hardware.gpus import Gpu
 from megallama.layout.check import check_batching
 from megallama.layout.schedules import SCHEDULES
 from megallama.plan.memory.ledger import rank_bytes
-from megallama.plan.memory.state import GIB, MemoryRow
+from megallama.plan.memory.state import GIB
 from megallama.plan.search.space import RECOMPUTE, ZERO_STAGES
 from megallama.plan.time.software import Machine
 from megallama.plan.time.step_time import step_time
@@ -93,11 +93,6 @@ def nearest_change(config: RunConfig, world_size: int) -> Change | None:
     less = [one for one in single_changes(config, world_size, world_size) if one.size < now]
     worthwhile = [one for one in less if one.size <= WORTHWHILE * now]
     return worthwhile[0] if worthwhile else min(less, key=lambda one: one.size, default=None)
-
-
-def largest_terms(rows: list[MemoryRow], count: int = 3) -> list[MemoryRow]:
-    """The rows that take most, the largest first."""
-    return sorted(rows, key=lambda row: row.size, reverse=True)[:count]
 
 
 def _more_gpus(config: RunConfig, world_size: int) -> Iterator[Change]:
