@@ -110,8 +110,10 @@ class Launch:
 
         os.environ["DS_ACCELERATOR"] = device.type
         os.environ["LOCAL_RANK"] = str(self.local_rank)  # deepspeed refuses to start without one, also when alone
-        if device.type == "cuda":  # blocks that grow waste less of the memory than blocks of many sizes
-            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        if device.type == "cuda":
+            if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+                # Blocks that grow waste less of the memory than blocks of many sizes.
+                os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(self.processors)
