@@ -59,7 +59,7 @@ def config(
     from megallama.config.deepspeed import deepspeed_config
 
     run = load_config(config_path, overrides or ())
-    one_copy = run.parallel.tensor * run.parallel.pipeline * run.parallel.context
+    one_copy = run.parallel.model_ranks
     batching = check_config(run, one_copy if gpus is None else gpus, seen_before(run))
     engine = deepspeed_config(run, batching.dp_size)
     if as_json:

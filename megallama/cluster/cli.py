@@ -64,7 +64,7 @@ def launch(
     elif stop:
         end_run(run_dir)
     else:
-        ranks = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+        ranks = config.parallel.model_ranks
         asked = nodes or -(-ranks // per_node)
         check_training(config, asked * per_node, seen_before(config))
         allocation = Allocation(

@@ -200,6 +200,11 @@ class ParallelConfig(Section):
     """Decoder layers of each stage, in model order; balanced counts the work of the output head, even does not."""
 
     @property
+    def model_ranks(self) -> int:
+        """Ranks of one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
     def sequence_parallel(self) -> bool:
         """Whether activations between tensor-parallel regions are cut along the sequence."""
         return self.tensor > 1 if self.sequence is None else self.sequence and self.tensor > 1

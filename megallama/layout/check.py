@@ -55,7 +55,7 @@ def check_batching(config: RunConfig, world_size: int) -> Batching:
 def dp_size(config: RunConfig, world_size: int) -> int:
     """Copies of the model: what the world size leaves over; UserError if that is not whole."""
     parallel = config.parallel
-    ranks = parallel.tensor * parallel.pipeline * parallel.context
+    ranks = parallel.model_ranks
     dp, rest = divmod(world_size, ranks)
     if world_size >= 1 and not rest:
         return dp
@@ -99,7 +99,7 @@ def _nearest_batching(config: RunConfig, dp: int) -> str:
     if sizes := [size for size in dividing if size <= _FAR * train.micro_batch_size and legal(dp, size)]:
         return f"train.micro_batch_size={_or(_nearest(sizes, train.micro_batch_size))}"
     if copies := [count for count in dividing if count <= _FAR * dp and legal(count, train.micro_batch_size)]:
-        ranks = parallel.tensor * parallel.pipeline * parallel.context
+        ranks = parallel.model_ranks
         return f"a world size of {_or(ranks * count for count in _nearest(copies, dp))}"
     samples = dp * train.micro_batch_size
     now = train.global_batch_size // samples

@@ -32,7 +32,7 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     seen = seen_before(config)
     batching = check_training(config, launch.world_size, seen)
     save_bytes = checkpoint_bytes(config.model)
-    topology = Topology(pp=config.parallel.pipeline, dp=batching.dp_size, tp=config.parallel.tensor)
+    topology = Topology.of(config.parallel, batching.dp_size)
     # torch, which the above does without, so that it is said at once.
     import torch
 

@@ -53,7 +53,7 @@ def _print(parts: list[Part], asked: Asked) -> None:
 
 def _world_size(config: RunConfig, asked: Asked) -> int:
     """Ranks of the run: one copy of the model unless a number was typed."""
-    one_copy = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+    one_copy = config.parallel.model_ranks
     return one_copy if asked.gpus is None else count("--gpus", asked.gpus, 10**7, f"{one_copy}")
 
 

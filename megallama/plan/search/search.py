@@ -52,7 +52,7 @@ class Candidate:
     def name(self) -> str:
         """As `tp8 pp4 dp16 zero1 interleaved1f1b x2 micro-batch 2 selective`."""
         parallel, train = self.config.parallel, self.config.train
-        dp = self.world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+        dp = self.world_size // parallel.model_ranks
         chunks = f" x{parallel.chunks}" if schedule_of(parallel).stages_per_rank is None else ""
         schedule = f" {parallel.schedule}{chunks}" if parallel.pipeline > 1 else ""
         return (
