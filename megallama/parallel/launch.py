@@ -109,7 +109,8 @@ class Launch:
         import torch
 
         os.environ["DS_ACCELERATOR"] = device.type
-        os.environ["LOCAL_RANK"] = str(self.local_rank)  # deepspeed refuses to start without one, also when alone
+        # deepspeed refuses to start without one, also when alone, and takes it for the number of the device.
+        os.environ["LOCAL_RANK"] = str(self.local_rank if device.index is None else device.index)
         if device.type == "cuda":
             if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
                 # Blocks that grow waste less of the memory than blocks of many sizes.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 
 from megallama.errors import UserError
 from megallama.parallel.launch import Launch, first_host
@@ -142,3 +145,17 @@ def test_steps_and_starts_of_a_job_meet_on_ports_of_their_own() -> None:
     ports = [Launch.from_environment(SLURM_TASK | change).port for change in changes]
     assert len(set(ports)) == 4
     assert all(10000 <= port < 30000 for port in ports)
+
+
+def test_deepspeed_is_told_the_device_of_a_rank_that_sees_its_own_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DS_ACCELERATOR", "LOCAL_RANK", "PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    Launch(rank=3, world_size=4, local_rank=3, local_world_size=4).prepare(torch.device("cuda", 0))
+    assert (os.environ["DS_ACCELERATOR"], os.environ["LOCAL_RANK"]) == ("cuda", "0")
+    assert "PYTORCH_ALLOC_CONF" not in os.environ, "the user has set the allocator up"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    Launch().prepare(torch.device("cuda", 0))
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    for name in ("DS_ACCELERATOR", "LOCAL_RANK", "PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.delenv(name)
