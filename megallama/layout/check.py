@@ -39,6 +39,12 @@ def check_config(config: RunConfig, world_size: int, seen: Seen = NOTHING_SEEN) 
 def check_training(config: RunConfig, world_size: int, seen: Seen = NOTHING_SEEN) -> Batching:
     """`check_config` of what is to be trained, and not planned alone."""
     check_trained(config.model)
+    if config.zero.stage == 3 and config.train.compile:
+        # ZeRO 3 gathers and drops weights in hooks: 12 layers became 26 graphs with 40 breaks.
+        raise UserError(
+            "train.compile=true gains nothing at zero.stage=3, which gathers each layer's weights between its graphs; "
+            "use zero.stage=2, or train.compile=false"
+        )
     return check_config(config, world_size, seen)
 
 
@@ -166,12 +172,6 @@ def check_layout(config: RunConfig, world_size: int) -> None:
         raise UserError(f"parallel.context={config.parallel.context} is not available yet; use parallel.context=1")
     if config.zero.stage == 0:
         raise UserError("zero.stage=0 is not offered: at dp 1 stage 1 is the same; use zero.stage=1")
-    if config.zero.stage == 3 and config.train.compile:
-        # ZeRO 3 gathers and drops weights in hooks: 12 layers became 26 graphs with 40 breaks.
-        raise UserError(
-            "train.compile=true gains nothing at zero.stage=3, which gathers each layer's weights between its graphs; "
-            "use zero.stage=2, or train.compile=false"
-        )
     longest = config.model.max_position_embeddings
     if config.data.sequence_length > longest:
         raise UserError(

@@ -10,7 +10,14 @@ from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.layout.budget import Seen
-from megallama.layout.check import Batching, check_config, dp_size, gradient_accumulation_steps, legal_tensors
+from megallama.layout.check import (
+    Batching,
+    check_config,
+    check_training,
+    dp_size,
+    gradient_accumulation_steps,
+    legal_tensors,
+)
 
 RUN = """\
 model: {vocab_size: 100, hidden_size: 192, intermediate_size: 512, num_hidden_layers: 4, num_attention_heads: 12,
@@ -204,6 +211,13 @@ def test_legal_runs_get_their_batching(
     assert check_config(config, world_size) == expected
     assert dp_size(config, world_size) == expected.dp_size
     assert gradient_accumulation_steps(config, expected.dp_size) == expected.gradient_accumulation_steps
+
+
+def test_compiled_layers_are_planned_at_zero_3_and_not_trained(tmp_path: Path) -> None:
+    config = run(tmp_path, ["zero.stage=3", "train.compile=true"])
+    check_config(config, 1)
+    with pytest.raises(UserError, match=r"^train\.compile=true gains nothing at zero\.stage=3, .*use zero\.stage=2"):
+        check_training(config, 1)
 
 
 def test_a_length_in_tokens_is_checked_with_the_steps_that_it_takes_from_where_the_run_is(tmp_path: Path) -> None:

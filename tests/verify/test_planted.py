@@ -68,7 +68,7 @@ def one_rank_moves_a_norm() -> None:
     def step_and_move(self: megallama.train.engine.Engine, lr: float) -> megallama.train.engine.StepResult:
         result = step(self, lr)
         if torch.distributed.get_rank() == 1:
-            self._chunks.get_parameter("stages.0.norm.weight").data.mul_(1 + 1e-6)
+            self._engine.module.get_parameter("stages.0.norm.weight").data.mul_(1 + 1e-6)
         return result
 
     megallama.train.engine.Engine.step = step_and_move  # type: ignore[method-assign]
