@@ -87,10 +87,7 @@ def after_backward(config: RunConfig, weights: RankWeights, reduced: int) -> tup
 
 
 def start_bytes(config: RunConfig, weights: RankWeights) -> int:
-    """All that a start holds at its fullest, before there is an optimizer: DeepSpeed copies the weights flat.
-
-    ZeRO-3 has cut each of them, one after the other, when it does.
-    """
+    """All that a start holds at its fullest, before there is an optimizer: DeepSpeed copies flat what it has cut."""
     element = 2 if config.train.dtype == "bf16" else 4
     if config.zero.stage == 3:
         return element * (2 * weights.mine + weights.largest)
