@@ -7,6 +7,7 @@ sections or against a world size live in `config.check`.
 from __future__ import annotations
 
 from decimal import Decimal
+from math import prod
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -200,9 +201,14 @@ class ParallelConfig(Section):
     """Decoder layers of each stage, in model order; balanced counts the work of the output head, even does not."""
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Of every axis of the mesh but dp, which is what the world size leaves over."""
+        return {"pp": self.pipeline, "cp": self.context, "tp": self.tensor}
+
+    @property
     def model_ranks(self) -> int:
         """Ranks of one copy of the model."""
-        return self.tensor * self.pipeline * self.context
+        return prod(self.sizes.values())
 
     @property
     def sequence_parallel(self) -> bool:

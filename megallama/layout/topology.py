@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from megallama.config.schema import ParallelConfig
+from typing import Literal
 
 AxisName = Literal["pp", "dp", "cp", "tp"]
 AXES: tuple[AxisName, ...] = ("pp", "dp", "cp", "tp")
@@ -27,11 +24,6 @@ class Topology:
     dp: int = 1
     cp: int = 1
     tp: int = 1
-
-    @classmethod
-    def of(cls, parallel: ParallelConfig, dp: int) -> Topology:
-        """The mesh of so many copies of the model."""
-        return cls(pp=parallel.pipeline, dp=dp, cp=parallel.context, tp=parallel.tensor)
 
     @property
     def world_size(self) -> int:

@@ -111,6 +111,8 @@ class Launch:
         os.environ["DS_ACCELERATOR"] = device.type
         # deepspeed refuses to start without one, also when alone, and takes it for the number of the device.
         os.environ["LOCAL_RANK"] = str(self.local_rank if device.index is None else device.index)
+        if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # deepspeed wants them equal
+            os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = os.environ["LOCAL_RANK"]
         if device.type == "cuda":
             if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
                 # Blocks that grow waste less of the memory than blocks of many sizes.

@@ -13,7 +13,7 @@ _DEEPEST = Path("checkpoints", ".partial-step_00000000", "tensors-00000-of-00000
 """About as long as what a run writes below its directory."""
 
 LEAST_OPEN_FILES = 128
-"""A rank alone takes 40, and two connections to each other: the saver's group and, on a CPU, that of all."""
+"""A rank alone takes 40, and connections to each other one: of the saver's group, on a CPU of all, and the store's."""
 LEAST_ADDRESSES = 1 << 30
 """Bytes: torch and its threads."""
 LEAST_FILE = 1 << 20
@@ -57,7 +57,7 @@ def check_limits(world_size: int, written: int) -> None:
     """UserError where a limit of this process is below what a rank of so many takes, which writes so much of a save."""
     file = max(LEAST_FILE, written)
     for number, letter, what, least in (
-        (resource.RLIMIT_NOFILE, "n", "open files", LEAST_OPEN_FILES + 2 * world_size),
+        (resource.RLIMIT_NOFILE, "n", "open files", LEAST_OPEN_FILES + 3 * world_size),
         (resource.RLIMIT_AS, "v", "bytes of address space", LEAST_ADDRESSES),
         (resource.RLIMIT_FSIZE, "f", "bytes in one file", file),
     ):

@@ -68,14 +68,16 @@ def _record(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, peak: P
     if config.checkpoint.resume == "never":
         put_aside(folder)
         (folder / WANDB_ID).unlink(missing_ok=True)
-    metrics = open_metrics(config, folder)
-    shutil.rmtree(folder / "stacks", ignore_errors=True)  # of an earlier hang: who wrote none now would not be seen
-    (folder / "config.yaml").write_text(dump_config(config))
-    tokenizer.save(folder / "tokenizer")
-    device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
-    layout, threads = asdict(mesh.topology), torch.get_num_threads()
-    versions = {name.removeprefix("the "): found for name, found in driver_versions(mesh.device).items()}
-    facts = environment(device=device, threads=threads, topology=layout, peak=asdict(peak), **versions)
-    (folder / "environment.json").write_text(json.dumps(facts, indent=2))
-    write_outcome(folder, "running", 0, "")
+    with ExitStack() as stack:
+        metrics = stack.enter_context(open_metrics(config, folder))
+        shutil.rmtree(folder / "stacks", ignore_errors=True)  # of an earlier hang: who wrote none now would not be seen
+        (folder / "config.yaml").write_text(dump_config(config))
+        tokenizer.save(folder / "tokenizer")
+        device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
+        layout, threads = asdict(mesh.topology), torch.get_num_threads()
+        versions = {name.removeprefix("the "): found for name, found in driver_versions(mesh.device).items()}
+        facts = environment(device=device, threads=threads, topology=layout, peak=asdict(peak), **versions)
+        (folder / "environment.json").write_text(json.dumps(facts, indent=2))
+        write_outcome(folder, "running", 0, "")
+        stack.pop_all()  # nothing failed: they stay open
     return metrics

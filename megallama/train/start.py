@@ -32,8 +32,12 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     seen = seen_before(config)
     batching = check_training(config, launch.world_size, seen)
     save_bytes = checkpoint_bytes(config.model)
-    topology = Topology.of(config.parallel, batching.dp_size)
-    # torch, which the above does without, so that it is said at once.
+    topology = Topology(dp=batching.dp_size, **config.parallel.sizes)
+    check_limits(launch.world_size, save_bytes // launch.world_size)
+    check_run_dir(Path(config.run.dir), save_bytes)
+    if launch.rank == 0:
+        check_sinks(config)
+    # torch, which the above does without: it is said at once, and a small `ulimit -v` leaves no room for torch.
     import torch
 
     from megallama.checkpoint.reading.store import pick_start
@@ -43,16 +47,13 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     from megallama.parallel.mesh import build_mesh, driver_versions, pick_device
 
     data = open_data(config, topology.coordinate(launch.rank, "dp"), topology.dp)
-    check_limits(launch.world_size, save_bytes // launch.world_size)
-    check_run_dir(Path(config.run.dir), save_bytes)
-    if launch.rank == 0:
-        check_sinks(config)
     device = pick_device(config.train.device, launch.local_rank, own=launch.by_tasks)
     launch.prepare(device)
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
     # torch 2.13 renames collectives that 2.11 knows by their old names only; DeepSpeed and we use the old ones.
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", r"barrier\(\): using the device", UserWarning)  # it is the one that is set
     pick = partial(pick_start, config, partial(data_identity, config.train.seed, data.train.source.fingerprint))
     pick()  # each rank for itself: what a user can mend is said before any waits for another
     facts = facts_of(config, data.contents | driver_versions(device))

@@ -151,8 +151,10 @@ def test_deepspeed_is_told_the_device_of_a_rank_that_sees_its_own_alone(monkeypa
     for name in ("DS_ACCELERATOR", "LOCAL_RANK", "PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3")
     Launch(rank=3, world_size=4, local_rank=3, local_world_size=4).prepare(torch.device("cuda", 0))
     assert (os.environ["DS_ACCELERATOR"], os.environ["LOCAL_RANK"]) == ("cuda", "0")
+    assert os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == "0", "deepspeed compares"
     assert "PYTORCH_ALLOC_CONF" not in os.environ, "the user has set the allocator up"
     del os.environ["PYTORCH_CUDA_ALLOC_CONF"]
     Launch().prepare(torch.device("cuda", 0))

@@ -46,8 +46,8 @@ def test_a_limit_of_a_file_below_a_ranks_part_of_a_checkpoint_is_refused() -> No
 @pytest.mark.parametrize(
     ("number", "letter", "world_size", "least", "more"),
     [
-        (resource.RLIMIT_NOFILE, "n", 1, "130", "256"),
-        (resource.RLIMIT_NOFILE, "n", 1024, "2,176", "4096"),
+        (resource.RLIMIT_NOFILE, "n", 1, "131", "256"),
+        (resource.RLIMIT_NOFILE, "n", 1024, "3,200", "4096"),
         (resource.RLIMIT_AS, "v", 1, "1,073,741,824", "unlimited"),
     ],
 )
@@ -58,13 +58,22 @@ def test_siblings_are_refused(number: int, letter: str, world_size: int, least: 
     assert f"needs {least}; use `ulimit -{letter} {more}`" in str(refusal.value)
 
 
-def test_a_start_without_room_for_any_file_ends_in_a_sentence(byte_dataset: str, tmp_path: Path) -> None:
-    """Before torch, which looks for a folder for its own files, fails in its way."""
+@pytest.mark.parametrize(
+    ("limit", "says"),
+    [
+        ("-f 0", "`ulimit -f` allows 0 bytes in one file"),
+        ("-v 300000", "`ulimit -v` allows 307,200,000 bytes of address"),
+    ],
+)
+def test_a_start_without_room_for_torch_ends_in_a_sentence(
+    limit: str, says: str, byte_dataset: str, tmp_path: Path
+) -> None:
+    """Before torch, which looks for a folder for its own files, or for its libraries' place, fails in its way."""
     words = arguments(byte_dataset, tmp_path / "run")
     # Its words go through a pipe: what it may not write to is a file.
-    command = ["sh", "-c", '(ulimit -f 0; "$@") 2>&1 | cat >&2', "sh", sys.executable, PRETRAIN, *words]
+    command = ["sh", "-c", f'(ulimit {limit}; "$@") 2>&1 | cat >&2', "sh", sys.executable, PRETRAIN, *words]
     ended = execute(command, tmp_path)
-    assert ended.err.startswith("megallama: `ulimit -f` allows 0 bytes in one file") and ended.err.count("\n") == 1
+    assert ended.err.startswith(f"megallama: {says}") and ended.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 

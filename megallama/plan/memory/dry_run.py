@@ -108,7 +108,7 @@ def check_rank(config: RunConfig, world_size: int, rank: int) -> list[Comparison
     batching = check_config(config, world_size)
     check_trained(config.model)
     parallel = config.parallel
-    topology = Topology.of(parallel, batching.dp_size)
+    topology = Topology(dp=batching.dp_size, **parallel.sizes)
     place = topology.coordinate(rank, "pp")
     every = stages(config)
     mine = [stage for stage in every if stage.rank == place]

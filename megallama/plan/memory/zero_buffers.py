@@ -87,11 +87,11 @@ def after_backward(config: RunConfig, weights: RankWeights, reduced: int) -> tup
 
 
 def start_bytes(config: RunConfig, weights: RankWeights) -> int:
-    """All that a start holds at its fullest, before there is an optimizer: DeepSpeed copies flat what it has cut."""
+    """The most of a start, without optimizer: DeepSpeed copies weights flat, on a full GPU over the host."""
     element = 2 if config.train.dtype == "bf16" else 4
     if config.zero.stage == 3:
         return element * (2 * weights.mine + weights.largest)
-    return 2 * element * weights.total
+    return element * weights.total * (2 if config.train.device == "cpu" else 1)
 
 
 def step_bytes(config: RunConfig, weights: RankWeights) -> int:
