@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from multiprocessing import get_context
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -108,23 +109,17 @@ def grouping(launch: Launch, everywhere: bool) -> tuple[int, float]:
     topology = Topology(pp=2, dp=launch.world_size // 4, tp=2)
     join(launch, CPU)
     dist.barrier()
-    made, began, new_group = 0, time.perf_counter(), dist.new_group
-
-    def counted(*arguments: object, **options: object) -> object:
-        nonlocal made
-        made += 1
-        return new_group(*arguments, **options)  # type: ignore[arg-type]
-
-    dist.new_group = counted  # type: ignore[assignment]
-    if everywhere:
-        for axes in AXES:
-            for ranks in sorted({tuple(topology.peers(rank, axes)) for rank in range(launch.world_size)}):
-                dist.new_group(ranks)
-    else:
-        build_mesh(topology, launch, CPU)
+    began = time.perf_counter()
+    with patch.object(dist, "new_group", side_effect=dist.new_group) as made:
+        if everywhere:
+            for axes in AXES:
+                for ranks in sorted({tuple(topology.peers(rank, axes)) for rank in range(launch.world_size)}):
+                    dist.new_group(ranks)
+        else:
+            build_mesh(topology, launch, CPU)
     taken = time.perf_counter() - began
     dist.barrier()  # rank 0 has the store in which the others still meet
-    return made, taken
+    return made.call_count, taken
 
 
 def main() -> int:
