@@ -3,18 +3,23 @@
 Memory is counted tensor by tensor on ranks that meet over gloo, beside the bytes of state that a rank holds from its
 first step to its last; and on one rank of 512 that trains a 70B model at ZeRO 3, at its true widths and two layers,
 whose peers are not there. Initial weights are drawn at the widths of an 8B model at tp 2. Groups are made as training
-makes them, and as a launcher would that makes every group on every rank.
+makes them, and as a launcher would that makes every group on every rank. Runs of a tiny model are launched by torchrun.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Sequence
 from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import torch
@@ -122,10 +127,29 @@ def grouping(launch: Launch, everywhere: bool) -> tuple[int, float]:
     return made.call_count, taken
 
 
+def launching(ranks: int, folder: Path) -> float:
+    """Seconds from the command to the end of the first step of so many ranks, of a model of 131,520 parameters."""
+    (folder / "text.txt").write_text("Every rank imports torch and deepspeed before it meets the others.\n" * 100)
+    corpus, batch = folder / "corpus", f"train.global_batch_size={ranks}"
+    build = [sys.executable, "-m", "megallama", "data", "build", str(folder / "text.txt"), "--output", str(corpus)]
+    subprocess.run([*build, "--tokenizer", "bytes"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = [f"data.path={corpus}", f"run.dir={folder / 'run'}", "train.device=cpu", "train.micro_batch_size=1", batch]
+    words += ["train.steps=1", "schedule.warmup_steps=0", "data.validation_fraction=0"]
+    words += ["evaluation.every=0", "checkpoint.every=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["launch/pretrain.py", "--config", "configs/debug.yaml", *words]
+    began = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
+        said = run.stdout or ()
+        taken = next((time.perf_counter() - began for line in said if line.startswith("step 1/1")), math.nan)
+    return taken
+
+
 def main() -> int:
     """Measure and print; the exit code says whether a start at ZeRO 3 keeps its bound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64], help="Ranks whose groups are timed.")
+    parser.add_argument("--launched", type=int, nargs="*", default=[1, 2, 4, 8], help="Ranks that torchrun starts.")
     parser.add_argument("--copies", type=int, default=4, help="Data-parallel ranks whose memory is counted.")
     parser.add_argument("--layers", type=int, default=2, help="Layers of the rank of 512; 0 leaves it out.")
     parser.add_argument("--rows", type=int, default=14336, help="Rows of a matrix to draw.")
@@ -151,6 +175,11 @@ def main() -> int:
             found = run_ranks(grouping, ranks, everywhere, timeout=600)
             groups[f"{ranks} {name}"] = row = {"made": max(n for n, _ in found), "seconds": max(s for _, s in found)}
             print_unless(options.json, f"groups of {ranks} ranks, {name}: {row['made']} a rank, {row['seconds']:.2f} s")
+    report["launched"] = launched = {}
+    for ranks in options.launched:
+        with TemporaryDirectory() as folder:
+            launched[str(ranks)] = launching(ranks, Path(folder))
+        print_unless(options.json, f"from the command to the first step of {ranks} ranks: {launched[str(ranks)]:.1f} s")
     if options.json:
         print(json.dumps(report, indent=2))
     return int(counted["ZeRO 3"]["ratio"] > MOST)

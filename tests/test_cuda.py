@@ -34,11 +34,19 @@ LARGE = [
 ]
 
 
-def train(dataset: str, run_dir: Path, home: Path, *more: str) -> None:
+LOSSES = ["train.steps=8", "train.micro_batch_size=1", "evaluation.every=0", "model.num_hidden_layers=4"]
+DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-3), ("bf16", 2e-2)])
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+
+
+def train(dataset: str, run_dir: Path, home: Path, *more: str, ranks: int = 1) -> list[float]:
+    """The losses of a run of that many ranks."""
     home.mkdir()
-    command = [sys.executable, PRETRAIN, *arguments(dataset, run_dir, *more)]
-    done = execute(command, home, timeout=60, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+    launcher = ["torchrun", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else [sys.executable]
+    command = [*launcher, PRETRAIN, *arguments(dataset, run_dir, *more)]
+    done = execute(command, home, timeout=60, CUDA_VISIBLE_DEVICES=VISIBLE)
     assert done.code == 0, done.err
+    return [event["loss"] for event in events(run_dir, "train")]
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -51,15 +59,45 @@ def test_the_peak_is_what_the_plan_says(byte_dataset: str, tmp_path: Path, stage
     assert -0.03 <= error <= 0.05, forecast
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-3), ("bf16", 2e-2)])
+@DTYPES
 def test_losses_are_those_of_a_cpu(byte_dataset: str, tmp_path: Path, dtype: str, tolerance: float) -> None:
-    found = {}
-    for device in ("cpu", "cuda"):
-        more = ["train.steps=8", "evaluation.every=0", f"train.device={device}", f"train.dtype={dtype}"]
-        train(byte_dataset, tmp_path / device, tmp_path / f"home-{device}", *more)
-        found[device] = [event["loss"] for event in events(tmp_path / device, "train")]
-    assert len(found["cuda"]) == 8
-    assert found["cuda"] == pytest.approx(found["cpu"], rel=tolerance)
+    more = [*LOSSES, f"train.dtype={dtype}"]
+    cpu = train(byte_dataset, tmp_path / "cpu", tmp_path / "a", *more)
+    cuda = train(byte_dataset, tmp_path / "cuda", tmp_path / "b", *more, "train.device=cuda")
+    assert len(cuda) == 8
+    assert cuda == pytest.approx(cpu, rel=tolerance)
+
+
+@DTYPES
+def test_compiled_layers_have_the_losses_of_eager_ones(
+    byte_dataset: str, tmp_path: Path, dtype: str, tolerance: float
+) -> None:
+    more = [*LOSSES, "train.device=cuda", f"train.dtype={dtype}"]
+    eager = train(byte_dataset, tmp_path / "eager", tmp_path / "a", *more)
+    compiled = train(byte_dataset, tmp_path / "compiled", tmp_path / "b", *more, "train.compile=true")
+    assert len(compiled) == 8
+    assert compiled == pytest.approx(eager, rel=tolerance)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["parallel.tensor=2", "parallel.sequence=false"],
+        ["parallel.tensor=2", "parallel.sequence=true"],
+        ["parallel.pipeline=2"],
+        ["parallel.pipeline=2", "parallel.schedule=zbvzerobubble"],
+        ["zero.stage=2"],
+        ["zero.stage=3"],
+    ],
+    ids=" ".join,
+)
+def test_two_gpus_have_the_losses_of_one(byte_dataset: str, tmp_path: Path, layout: list[str]) -> None:
+    more = [*LOSSES, "train.device=cuda", "train.dtype=fp32"]
+    one = train(byte_dataset, tmp_path / "one", tmp_path / "a", *more)
+    two = train(byte_dataset, tmp_path / "two", tmp_path / "b", *more, *layout, ranks=2)
+    assert len(two) == 8
+    assert two == pytest.approx(one, rel=1e-3)
 
 
 def test_a_model_that_does_not_fit_ends_in_one_sentence(byte_dataset: str, tmp_path: Path) -> None:
@@ -68,8 +106,7 @@ def test_a_model_that_does_not_fit_ends_in_one_sentence(byte_dataset: str, tmp_p
     home.mkdir()
     batch = ["train.micro_batch_size=4096", "train.global_batch_size=4096"]
     words = arguments(byte_dataset, tmp_path / "run", *LARGE, *batch, "train.device=cuda", "train.dtype=bf16")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    done = execute([sys.executable, PRETRAIN, *words], home, timeout=60, CUDA_VISIBLE_DEVICES=visible)
+    done = execute([sys.executable, PRETRAIN, *words], home, timeout=60, CUDA_VISIBLE_DEVICES=VISIBLE)
     assert done.code == 2
     assert len(done.sentences) == 1, done.err
     assert "no memory is left on rank 0" in done.sentences[0]

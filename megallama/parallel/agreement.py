@@ -64,8 +64,8 @@ def differences(every: Sequence[Facts], nodes: Sequence[str]) -> str:
     told = [_difference(name, every, nodes) for name in names if len({facts.get(name) for facts in every}) > 1]
     more = f"; and {len(told) - _MOST_FACTS} more" if len(told) > _MOST_FACTS else ""
     return (
-        f"the ranks would not run the same: {'; '.join(told[:_MOST_FACTS])}{more}; give all nodes the same files and "
-        "all ranks the same command"
+        f"the ranks would not run the same: {'; '.join(told[:_MOST_FACTS])}{more}; give all nodes the same files "
+        "and software, and all ranks the same command"
     )
 
 

@@ -76,6 +76,8 @@ class Launch:
     """The variables that said so."""
     by_tasks: bool = False
     """Under srun or mpirun, which may show each rank its own device only, and srun lets ranks outlive each other."""
+    cpus_per_task: int = 0
+    """Under srun, where it was told; 0 elsewhere."""
     door: socket | None = field(default=None, compare=False)
     """Rank 0's listening socket, where it has been opened before the ranks meet."""
     signals: Signals = field(default_factory=Signals, compare=False)
@@ -102,7 +104,9 @@ class Launch:
     @property
     def processors(self) -> int:
         """This rank's share of the processors of its node."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+        here = len(os.sched_getaffinity(0))
+        # Slurm may have bound the task to its own: then there is nothing left to share.
+        return min(here, self.cpus_per_task) if self.cpus_per_task else max(1, here // self.local_world_size)
 
     def prepare(self, device: torch.device) -> None:
         """Set up this process for `device`; call it before deepspeed is imported, which looks for a device then."""
@@ -195,6 +199,7 @@ def _ranks(said: Said, names: _Names, local_world_size: int) -> Launch:
         hosted=names is _TORCH and said.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         variables=f"{names.rank} and {size_name}",
         by_tasks=names is not _TORCH,
+        cpus_per_task=_number(said, "SLURM_CPUS_PER_TASK", 0) if names is _SRUN else 0,
     )
 
 

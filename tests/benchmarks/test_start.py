@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_start_keeps_its_bounds() -> None:
-    command = [sys.executable, "benchmarks/start.py", "--ranks", "8", "--layers", "1", "--rows", "1024", "--json"]
+    command = [sys.executable, "benchmarks/start.py", "--ranks", "8", "--layers", "1", "--rows", "1024"]
+    command += ["--launched", "2", "--json"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -30,3 +31,4 @@ def test_a_start_keeps_its_bounds() -> None:
     assert groups["8 own"]["made"] == 4
     assert groups["8 everywhere"]["made"] == 4 + 4 + 4 + 2
     assert all(rate > 1e6 for rate in report["drawn"].values())
+    assert 1 < report["launched"]["2"] < 120

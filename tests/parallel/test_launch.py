@@ -93,6 +93,17 @@ def test_variables_of_a_launcher(said: dict[str, str], launch: Launch) -> None:
     assert found.hosted == (said.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
 
 
+def test_processors_of_a_node_are_shared_and_those_of_a_slurm_task_are_its_own() -> None:
+    here = len(os.sched_getaffinity(0))
+    assert Launch.from_environment(TORCHRUN).processors == max(1, here // 2)
+    alone = SLURM_TASK | {"SLURM_STEP_TASKS_PER_NODE": "9", "SLURM_NODEID": "0"}
+    assert Launch.from_environment(alone).processors == max(1, here // 9)
+    for cpus in (1, 999):
+        task = Launch.from_environment(alone | {"SLURM_CPUS_PER_TASK": str(cpus)})
+        assert task.processors == min(here, cpus)
+    assert Launch.from_environment(alone | {"SLURM_CPUS_PER_TASK": "2"} | TORCHRUN).processors == max(1, here // 2)
+
+
 @pytest.mark.parametrize(
     ("said", "words"),
     [

@@ -30,6 +30,17 @@ def test_rows_of_the_fullest_rank_sum_to_its_peak() -> None:
     assert last["logits"] > 2**29
 
 
+@pytest.mark.parametrize(
+    ("layout", "dp_size", "communicators"),
+    [([1, 1], 1, 0), ([1, 1], 8, 1), ([2, 1], 1, 1), ([2, 1], 8, 3), ([1, 4], 8, 3), ([2, 4], 1, 3), ([2, 4], 8, 5)],
+)
+def test_a_group_of_the_same_ranks_counts_once(layout: list[int], dp_size: int, communicators: int) -> None:
+    """As `build_mesh` makes them: at tp 1, the ranks of the pipeline are those of the model."""
+    words = ["train.device=cuda", *(f"parallel.{k}={n}" for k, n in zip(("tensor", "pipeline"), layout, strict=True))]
+    overhead = memory_rows(load_config(CONFIGS / "7b.yaml", words), dp_size)[0][-1]
+    assert f" {communicators} communicators," in overhead.how
+
+
 def test_every_pipeline_rank_is_split_into_its_rows_in_text_and_dictionary() -> None:
     config = load_config(CONFIGS / "7b.yaml")
     parts = memory_parts(config, dp_size=16)

@@ -59,7 +59,9 @@ class Snapshot:
             torch.frombuffer(self._memory, dtype=torch.float32, count=plan.elements) if self.size else torch.empty(0)
         )
         self._copies = {index: image[start : start + shape.numel()].view(shape) for index, start, shape in plan.chunks}
-        self.notice = _pin(image) if plan.device.type == "cuda" else ""
+        refused = torch.tensor(_pin(image) if plan.device.type == "cuda" else 0)
+        dist.all_reduce(refused, op=dist.ReduceOp.MAX, group=group)  # rank 0 tells what any node's driver says
+        self.notice = _slower(int(refused), int(largest)) if refused else ""
         """Why saves are slower than they could be; empty where they are not."""
 
     def take(self, state: Mapping[str, LogicalTensor]) -> None:
@@ -121,15 +123,19 @@ class _Places(StorageWriter):
         return True
 
 
-def _pin(image: Tensor) -> str:
-    """Let the GPU copy into `image` at the speed of the bus, beside the processor; returns why it cannot, if so."""
-    size = image.numel() * image.element_size()
-    refused = int(torch.cuda.cudart().cudaHostRegister(image.data_ptr(), size, 0))
-    if not refused:
-        return ""
-    with suppress(RuntimeError):  # torch blames the next kernel for what its last call of CUDA said: this one
-        torch.zeros(1, device="cuda")
+def _pin(image: Tensor) -> int:
+    """Let the GPU copy into `image` at the speed of the bus, beside the processor; CUDA's error where it cannot."""
+    if image.numel() == 0:
+        return 0
+    refused = int(torch.cuda.cudart().cudaHostRegister(image.data_ptr(), image.numel() * image.element_size(), 0))
+    if refused:
+        with suppress(RuntimeError):  # torch blames the next kernel for what its last call of CUDA said: this one
+            torch.zeros(1, device="cuda")
+    return refused
+
+
+def _slower(refused: int, size: int) -> str:
     return (
-        f"the driver does not pin the {size / 1e9:.1f} GB of a rank's part of a save (CUDA error {refused}): training "
+        f"a driver does not pin the {size / 1e9:.1f} GB of a rank's part of a save (CUDA error {refused}): training "
         "waits longer for each; raise `ulimit -l`, or leave more memory to the host"
     )

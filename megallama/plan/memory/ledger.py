@@ -188,8 +188,10 @@ def messages(every: Sequence[Stage], rank: int) -> int:
 def overhead(config: RunConfig, dp_size: int, beside_state: int) -> MemoryRow:
     """What the device has beside tensors; nothing on a CPU."""
     parallel = config.parallel
-    data, model = dp_size * parallel.context, parallel.tensor * parallel.pipeline
-    groups = sum(size > 1 for size in (parallel.tensor, parallel.pipeline, data, model, data * model))
+    split = {"tp": parallel.tensor > 1, "pp": parallel.pipeline > 1, "data": dp_size * parallel.context > 1}
+    axes = (("tp",), ("pp",), ("data",), ("tp", "pp"), ("tp", "pp", "data"))
+    # Groups of the same ranks are one.
+    groups = len({names for axis in axes if (names := frozenset(name for name in axis if split[name]))})
     if config.train.device == "cpu":
         return MemoryRow("overhead", "overhead", "none on a CPU", 0)
     size = CONTEXT + groups * COMMUNICATOR + int(SLACK * beside_state)
