@@ -6,7 +6,7 @@ RUN := runs/quickstart
 # At a time: one waits for its processes to start while the other computes. What is timed runs alone.
 TWO_FILES := --numprocesses 2 --dist loadfile
 
-.PHONY: quickstart test test-layouts test-benchmarks test-faults test-slurm check format clean
+.PHONY: quickstart test test-layouts test-benchmarks test-peers test-faults test-slurm check format clean
 
 quickstart: .venv/installed
 	$(BIN)/megallama tokenizer train stdlib --output data/quickstart/tokenizer --vocab-size 4096
@@ -24,6 +24,9 @@ test-layouts: .venv/installed-dev
 
 test-benchmarks: .venv/installed-dev
 	$(BIN)/python -m pytest -m benchmarks
+
+test-peers: .venv/installed-dev
+	$(BIN)/python -m pytest -m peers
 
 test-faults: .venv/installed-dev
 	$(BIN)/python -m pytest -m faults

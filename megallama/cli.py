@@ -123,8 +123,8 @@ def generate(
 
     Example: megallama generate runs/quickstart --prompt "def main(" --top-p 0.9 --seed 7
     """
-    from megallama.generate import Sampling, load_run
-    from megallama.generate import generate as write
+    from megallama.generation.generate import Sampling, load_run
+    from megallama.generation.generate import generate as write
 
     model, tokenizer, _ = load_run(run_dir)
     sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, seed)

@@ -14,7 +14,7 @@ from megallama.checkpoint.state import DataIdentity, TrainState, read_saved, sta
 from megallama.checkpoint.writing.commit import Retention, apply_retention, best_of
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.generate import load_run
+from megallama.generation.generate import load_run
 from megallama.parallel.spawn import RankFailedError, run_ranks
 from megallama.run_dir.outcome import write_outcome
 from megallama.system.lock import LOCK

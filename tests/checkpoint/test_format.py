@@ -18,7 +18,7 @@ from megallama.checkpoint.reading.store import load_weights
 from megallama.checkpoint.state import TrainState, read_saved
 from megallama.checkpoint.tensors import Stored
 from megallama.data.tokenizer import load_tokenizer
-from megallama.generate import Sampling, generate, load_run
+from megallama.generation.generate import Sampling, generate, load_run
 from megallama.layout.counts import weight_shapes
 from megallama.parallel.spawn import run_ranks
 from megallama.verify.compare import events_of, train_losses

@@ -20,7 +20,7 @@ from megallama.checkpoint.reading.rollback import roll_back
 from megallama.checkpoint.tensors import is_weight
 from megallama.checkpoint.writing.commit import Retention, apply_retention
 from megallama.cluster.starts import newest_step
-from megallama.generate import load_run
+from megallama.generation.generate import load_run
 from tests.checkpoint.damaging import CHECKPOINT, copy_as, edit, rewrite
 from tests.launching import arguments, events, pretrain
 

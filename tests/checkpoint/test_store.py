@@ -16,7 +16,7 @@ from megallama.checkpoint.state import read_saved
 from megallama.checkpoint.tensors import Stored
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.generate import load_run
+from megallama.generation.generate import load_run
 from megallama.layout.names import parse_layout
 from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import RankFailedError, run_ranks

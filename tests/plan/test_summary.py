@@ -86,7 +86,7 @@ def test_a_change_does_what_is_said_of_it(name: str) -> None:
 
 def test_what_does_not_fit_is_told_with_changes_that_make_it_fit() -> None:
     said = screen(str(CONFIGS / "70b.yaml"), "--gpus=64", "--gpu=a100-40g")
-    assert re.search(r"^memory  does not fit by 3.3 GiB: 42.1 GiB on pipeline rank 0, 38.8 GiB usable$", said, re.M)
+    assert re.search(r"^memory  does not fit by 2.8 GiB: 41.6 GiB on pipeline rank 0, 38.8 GiB usable$", said, re.M)
     assert re.search(
         r"^better  train.recompute=full \(now selective\): \d+ % slower, frees [\d.]+ GiB, fits$", said, re.M
     )

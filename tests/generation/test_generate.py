@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megallama.data.tokenizer import Tokenizer
-from megallama.generate import Sampling, generate, load_run, pick
+from megallama.generation.generate import Sampling, generate, load_run, pick
 from megallama.model.llama import Llama
 from tests.launching import BIN, execute
 
@@ -74,7 +74,7 @@ def test_text_grows_past_the_longest_sequence(run: Run) -> None:
 
 def test_the_last_token_of_a_document_ends_the_text(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     draws = iter([104, 105, run[1].eod_id, 33])
-    monkeypatch.setattr("megallama.generate.pick", lambda *_: next(draws))
+    monkeypatch.setattr("megallama.generation.generate.pick", lambda *_: next(draws))
     assert generate(*run, "oh ", 40, GREEDY) == "oh hi"
 
 

@@ -1,0 +1,1 @@
+"""The doors for models: `megallama export` and `megallama import`."""

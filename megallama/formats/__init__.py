@@ -1,0 +1,1 @@
+"""Weights as other programs keep them: Hugging Face, Meta, Megatron. Knows none of our checkpoints."""
