@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from pydantic import ValidationError
 from torch import Tensor
 
-from megallama.config.schema import ModelConfig
+from megallama.config.keys import explain
+from megallama.config.schema import ModelConfig, RunConfig
 from megallama.errors import UserError
+from megallama.layout.check import check_trained
 from megallama.layout.counts import weight_shapes
 
 
@@ -25,6 +29,17 @@ class Weights(Protocol):
 
     def read(self, name: str) -> Tensor:
         """One weight, whole, on the CPU, in the type in which it is stored. UserError if it cannot be read."""
+
+
+def model_config(model: Mapping[str, Any], source: str) -> ModelConfig:
+    """The model that these keys of the section `model` describe. UserError, begun by `source`, if there is none."""
+    try:
+        content = json.dumps({"model": model, "data": {"path": "-"}})
+        config = RunConfig.model_validate_json(content, strict=True).model
+    except ValidationError as error:
+        raise UserError(f"{source}: {explain(error)}") from None
+    check_trained(config)
+    return config
 
 
 def llama_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
