@@ -7,6 +7,7 @@ each layer's on its own. Its rotary embedding turns channel i with channel i + h
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.config.load import parse_json, read_text
+from megallama.config.keys import as_typed
+from megallama.config.load import read_text
 from megallama.config.schema import ModelConfig
 from megallama.errors import UserError
 from megallama.formats.megatron_args import COMMON, model_from_args, read_args
@@ -42,8 +44,8 @@ _IN_LAYER = {
     "mlp.down_proj": (_FC2,),
 }
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
-_MASTER = "optimizer.state.fp32_param."
-_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
+_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.(?:state\.fp32_param\.(.+))?")
+"""Of the optimizer's tensors the masters have the key of their weight."""
 _ASKED = ("num_attention_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta")
 """What tensors do not tell."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -79,8 +81,8 @@ class Megatron:
         self._stored.check(sorted({box.key for box in self._boxes.values()}))
 
     @property
-    def masters(self) -> bool:
-        """Whether every weight is read from its fp32 master, or is stored in fp32."""
+    def in_fp32(self) -> bool:
+        """Whether every weight is read from its fp32 master, or is fp32 itself."""
         return all(self._stored.dtype(box.key) == torch.float32 for box in self._boxes.values())
 
     def read(self, name: str) -> Tensor:
@@ -111,19 +113,19 @@ class Megatron:
     def _measured(self, heads: Any) -> dict[str, int]:
         """What the shapes of tensors tell of a model with so many query heads."""
         vocab, hidden = self._matrix(_EMBEDDING)
+        query, (rows, _) = self._matrix(_O_PROJ)[1], self._matrix(_QKV)
         numbers = [int(found[1]) for name in self._weights if (found := _LAYER.fullmatch(name)) and found[1]]
-        stacked = f"decoder.layers.{_QKV}"
-        layers = self._stored.shapes[self._weights[stacked]][0] if stacked in self._weights else max(numbers) + 1
-        query = self._matrix(_O_PROJ)[1]
+        stacked = self._weights.get(f"decoder.layers.{_QKV}")
+        layers = max(numbers) + 1 if stacked is None else self._stored.shapes[stacked][0]
         if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or query % heads:
             raise UserError(
-                f"{self._folder} has {query} columns in {self._weights_of(_O_PROJ)}, which are not those of "
+                f"{self._folder} has {query} columns in {self._name_of(_O_PROJ)}, which are not those of "
                 f"num_attention_heads={heads}; give a model.num_attention_heads that divides them"
             )
-        kv_heads, rest = divmod(self._matrix(_QKV)[0] - query, 2 * query // heads)
+        kv_heads, rest = divmod(rows - query, 2 * query // heads)
         if rest or kv_heads < 1:
             raise UserError(
-                f"{self._folder} has {self._matrix(_QKV)[0]} rows in {self._weights_of(_QKV)}, which are not queries, "
+                f"{self._folder} has {rows} rows in {self._name_of(_QKV)}, which are not queries, "
                 f"keys and values of num_attention_heads={heads}; give the right model.num_attention_heads"
             )
         return {
@@ -137,14 +139,12 @@ class Megatron:
 
     def _matrix(self, name: str) -> tuple[int, int]:
         """Rows and columns of a matrix: the embedding, or one of the first layer."""
-        shape = self._stored.shapes[self._weights[self._weights_of(name)]]
+        shape = self._stored.shapes[self._weights[self._name_of(name)]]
         if len(shape) < 2:
-            raise UserError(
-                f"{self._folder} has {self._weights_of(name)} in the shape {list(shape)}, which no Llama has"
-            )
+            raise UserError(f"{self._folder} has {self._name_of(name)} in the shape {list(shape)}, which no Llama has")
         return shape[-2], shape[-1]
 
-    def _weights_of(self, name: str, layer: int = 0) -> str:
+    def _name_of(self, name: str, layer: int = 0) -> str:
         """Megatron's name of a weight, of this layer's or all layers'. UserError if there is none."""
         alternatives = (name, f"decoder.layers.{name}", f"decoder.layers.{layer}.{name}")
         found = next((each for each in alternatives if each in self._weights), None)
@@ -159,7 +159,7 @@ class Megatron:
         layer = int(parts[2]) if name not in _OUTSIDE else 0
         names = (_OUTSIDE[name],) if name in _OUTSIDE else _IN_LAYER[parts[3]]
         first = next((each for each in names if self._has(each, layer)), names[0])
-        theirs = self._weights_of(first, layer)
+        theirs = self._name_of(first, layer)
         expected, start = shape, 0
         if first == _QKV:
             heads = self._config.num_attention_heads + 2 * self._config.kv_heads
@@ -228,10 +228,13 @@ def _checkpoint(folder: Path) -> Path:
         )
     if not (found / METADATA).is_file():
         raise UserError(f"{found} has no {METADATA}; give a run of Megatron, or one iter_... of it, in torch_dist")
-    described = parse_json(read_text(found / "metadata.json"), str(found / "metadata.json"))
+    try:
+        described = json.loads(read_text(found / "metadata.json"))
+    except (ValueError, RecursionError):
+        described = None
     backend = described.get("sharded_backend") if isinstance(described, dict) else None
     if backend != "torch_dist":
-        raise UserError(f"{found / 'metadata.json'} has sharded_backend={backend}; expected torch_dist")
+        raise UserError(f"{found / 'metadata.json'} has sharded_backend={as_typed(backend)}; expected torch_dist")
     return found
 
 
@@ -241,13 +244,13 @@ def _by_name(keys: Mapping[str, tuple[int, ...]], folder: Path) -> tuple[dict[st
     Megatron's names begin at `embedding` and `decoder`; NeMo sets `module.` before them. UserError for the first tensor
     that no Llama has.
     """
-    masters = {key.removeprefix(_MASTER): key for key in keys if key.startswith(_MASTER)}
-    weights = {key: key for key in keys if not _OPTIMIZER.match(key)}
-    embedding = next((key for key in weights if key.endswith(_EMBEDDING)), None)
+    masters = {found[1]: key for key in keys if (found := _OPTIMIZER.match(key)) and found[1]}
+    own = [key for key in keys if not _OPTIMIZER.match(key)]
+    embedding = next((key for key in own if key.endswith(_EMBEDDING)), None)
     if embedding is None:
         raise UserError(f"{folder} has no {_EMBEDDING}, which a Llama has; give a whole checkpoint of a Llama")
     prefix = embedding.removesuffix(_EMBEDDING)
-    weights = {key.removeprefix(prefix): key for key in weights}
+    weights = {key.removeprefix(prefix): key for key in own}
     legal = {name for names in _IN_LAYER.values() for name in names}
     for name in weights:
         layer = _LAYER.fullmatch(name)

@@ -105,7 +105,9 @@ class TorchDist:
             self._reader.read_data(LoadPlan(items), box).wait()
         except Exception as error:  # torch.load has no one kind of error for what is damaged
             problem = str(error).partition("\n")[0]
-            raise UserError(f"{self._folder} has {key} in no tensor that can be read ({problem:.200})") from None
+            raise UserError(
+                f"{self._folder} holds {key} in a file that is damaged ({problem:.200}); copy the checkpoint again"
+            ) from None
         if not box.filled.all():
             raise UserError(f"{self._folder / METADATA} does not list all of {key}; copy the checkpoint again")
         return box.tensor

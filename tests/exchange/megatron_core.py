@@ -152,7 +152,7 @@ def _save(state: dict[str, Any], variant: Variant, folder: Path) -> None:
 
 
 def _save_with_masters(model: Any, folder: Path) -> None:
-    """As Megatron's optimizer for 16-bit weights saves them: masters under the keys of the weights, and bf16 weights."""
+    """As Megatron's optimizer for 16-bit weights saves them: masters under the keys of weights, and weights in bf16."""
     from megatron.core.dist_checkpointing.optimizer import (
         get_param_id_to_sharded_param_map,
         make_sharded_optimizer_tensor,
@@ -160,7 +160,7 @@ def _save_with_masters(model: Any, folder: Path) -> None:
 
     masters = [parameter.detach().clone() for parameter in model.parameters()]
     model.bfloat16()
-    state = model.sharded_state_dict(keep_vars=True) if False else model.sharded_state_dict()
+    state = model.sharded_state_dict()
     sharded = get_param_id_to_sharded_param_map(state, model.parameters())
     optimizer = [
         make_sharded_optimizer_tensor(sharded[number], master, prefix="optimizer.state.fp32_param")
@@ -199,5 +199,5 @@ def _losses(model: Any) -> list[float]:
         loss = _call(model, tokens()[:, 1:]).mean()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses

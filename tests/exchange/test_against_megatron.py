@@ -51,7 +51,7 @@ def imported(folder: Path, name: str, **told: Any) -> Llama:
     """Our model with the weights of a checkpoint."""
     given = {**(TOLD if VARIANTS[name].args is None else {}), "vocab_size": VOCABULARY, **told}
     weights = Megatron(folder, given)
-    assert weights.masters
+    assert weights.in_fp32
     model = Llama(ModelConfig(**weights.model))
     with torch.no_grad():
         for parameter_name, pieces in model.shard_slices.items():
@@ -71,5 +71,5 @@ def losses(model: Llama) -> list[float]:
         loss = model(inputs, labels) / labels.numel()
         loss.backward()
         optimizer.step()
-        found.append(float(loss))
+        found.append(loss.item())
     return found
