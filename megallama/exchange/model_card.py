@@ -32,7 +32,7 @@ def model_card(path: Path, document: dict[str, Any], model: ModelConfig, dtype: 
     head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [llama, megallama]\n---\n\n"
     return (
         f"{head if form == 'hf' else ''}# {path.resolve().parent.parent.name}\n\n"
-        f"A Llama trained with megallama, exported from `{path.name}`.\n\n| | |\n| --- | --- |\n{rows}\n\n"
+        f"A Llama, exported by megallama from `{path.name}`.\n\n| | |\n| --- | --- |\n{rows}\n\n"
         "## Training data\n\nTo be written.\n\n## Intended use and limits\n\nTo be written.\n"
     )
 
