@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megallama.checkpoint.reading.store import load_weights
+from megallama.checkpoint.state import read_saved
+from megallama.model.llama import Llama
+
 PLAIN = {
     "vocab_size": 300,
     "hidden_size": 64,
@@ -146,3 +150,14 @@ def meta_logits(state: dict[str, Tensor], params: dict[str, Any], tokens: Tensor
         gate = torch.nn.functional.silu(y @ w["feed_forward.w1.weight"].T)
         x = x + (gate * (y @ w["feed_forward.w3.weight"].T)) @ w["feed_forward.w2.weight"].T
     return norm(x, state["norm.weight"]) @ state["output.weight"].T
+
+
+def our_llama(checkpoint: Path) -> Llama:
+    """The model of a checkpoint in this process, fp32."""
+    model, weights = Llama(read_saved(checkpoint).model), load_weights(checkpoint)
+    with torch.no_grad():
+        for name, pieces in model.shard_slices.items():
+            parameter = model.get_parameter(name).zero_()
+            for piece in pieces:
+                piece.of(parameter).copy_(weights[piece.name])
+    return model.eval()
