@@ -16,6 +16,7 @@ from megallama.checkpoint.commands.cli import checkpoint_app
 from megallama.cluster.cli import launch
 from megallama.data.cli import data_app, tokenizer_app
 from megallama.errors import UserError, refuse_hidden
+from megallama.exchange.cli import export_command, import_command
 from megallama.plan.cli import plan
 
 _INTERRUPTED = 130
@@ -28,6 +29,8 @@ app = typer.Typer(
 )
 app.command()(plan)
 app.command()(launch)
+app.command("export")(export_command)
+app.command("import")(import_command)
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(checkpoint_app, name="checkpoint")

@@ -171,7 +171,7 @@ class DataConfig(Section):
     path: Name
     """Prefix of an indexed dataset, PATH.bin and PATH.idx, written by `megallama data build` or Megatron-LM."""
     tokenizer: Name = "bytes"
-    """`bytes`, a tiktoken encoding (r50k_base), a tiktoken rank file, or a folder from `tokenizer train`."""
+    """`bytes`, a tiktoken encoding (r50k_base), a tiktoken rank file, a folder from `tokenizer train`, or hf:FILE."""
     sequence_length: int = Field(default=2048, ge=1, le=MOST_SEQUENCES)
     """Predicted tokens per sample."""
     validation_path: Name | None = None
