@@ -94,7 +94,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree = _read_tree(path)
     refuse_unknown(tree, where=str(path))
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     _resolve_import(tree, path.parent)
     try:
         # By way of JSON: strict there, pydantic takes a list for a tuple, but neither `true` nor "3" for a number.
@@ -200,8 +200,8 @@ def _near_files(path: Path) -> str:
     return f"{path.parent} has no *{suffix}; give the path of a file that exists"
 
 
-def _apply_override(tree: Tree, override: str) -> None:
-    """Lay one `key.sub=value` over `tree`, in place."""
+def apply_override(tree: Tree, override: str) -> None:
+    """Lay one `key.sub=value` over `tree`, in place. UserError if it is none, or there is no such key."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:

@@ -25,12 +25,13 @@ def export_command(
 
 
 def import_command(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a Hugging Face or Meta Llama.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a Hugging Face, Meta or Megatron Llama.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Run directory to make.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Size to grow the vocabulary to.", min=1)] = None,
     program: Annotated[
-        str | None, typer.Option("--from", help="What wrote FOLDER: hf or meta. Default: as its files tell.")
+        str | None,
+        typer.Option("--from", help="What wrote FOLDER: hf, meta or megatron. Default: hf or meta, as its files tell."),
     ] = None,
 ) -> None:
     """Make a run directory with the weights of a published Llama: config, tokenizer and a checkpoint of step 0.
@@ -40,5 +41,5 @@ def import_command(
     from megallama.exchange.incoming import import_folder
 
     made = import_folder(folder, out, overrides or [], vocab_size, program)
-    typer.echo(f"imported {made.parameters:,} parameters from {folder} to {out}")
+    typer.echo(f"imported {made.parameters:,} parameters, stored in {' and '.join(made.types)}, from {folder} to {out}")
     typer.echo(f"train them with launch/pretrain.py --config {made.config} data.path=PREFIX")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from megallama.checkpoint.reading.foreign import wrong_weights
 from megallama.checkpoint.state import DataIdentity
 from megallama.checkpoint.tensors import Array
 from megallama.checkpoint.writing.beginning import write_beginning
-from megallama.config.load import dump_config, load_config
+from megallama.config.load import apply_override, dump_config, load_config
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.errors import UserError
@@ -41,6 +42,8 @@ class Imported:
     config: Path
     parameters: int
     vocab_size: int
+    types: list[str]
+    """In which the weights are stored in the folder."""
 
 
 def import_folder(
@@ -52,7 +55,7 @@ def import_folder(
     A `vocab_size` above that of the weights adds rows. UserError if the weights cannot be read, are not finite or do
     not fit the model, the tokenizer is missing or does not fit, or `out` exists or cannot be written.
     """
-    weights = open_weights(folder, program)
+    weights = open_weights(folder, program, _told(overrides))
     spec = _tokenizer_in(folder, overrides)
     with new_folder(out) as partial, shown() as report:
         path = partial / "config.yaml"
@@ -63,13 +66,25 @@ def import_folder(
         model = _grown(config.model, vocab_size, folder)
         _tokenizer_for(model, config.data.tokenizer).save(partial / "tokenizer")
 
+        types: set[str] = set()
+
         def read(name: str) -> Array:
             report(name)
-            return _numbers(weights, name, model.vocab_size)
+            tensor = _finite(weights, name)
+            types.add(str(tensor.dtype).removeprefix("torch."))
+            return _numbers(tensor, name, model.vocab_size)
 
         write_beginning(partial / "checkpoints", model, DataIdentity("imported weights", config.train.seed), read)
         path.write_text(dump_config(_final(config, model, out)))
-    return Imported(out / "config.yaml", count_parameters(model).total, model.vocab_size)
+    return Imported(out / "config.yaml", count_parameters(model).total, model.vocab_size, sorted(types))
+
+
+def _told(overrides: Sequence[str]) -> dict[str, Any]:
+    """The keys of `model` among the overrides."""
+    tree: dict[str, Any] = {"model": {}}
+    for override in overrides:
+        apply_override(tree, override)
+    return tree["model"] if isinstance(tree["model"], dict) else {}
 
 
 def _first_config(weights: Weights, out: Path, tokenizer: str) -> str:
@@ -124,11 +139,16 @@ def _grown(model: ModelConfig, vocab_size: int | None, folder: Path) -> ModelCon
     return model.model_copy(update={"vocab_size": vocab_size})
 
 
-def _numbers(weights: Weights, name: str, rows: int) -> Array:
-    """One weight in fp32, with as many `rows` where the vocabulary is. UserError if it is not finite."""
+def _finite(weights: Weights, name: str) -> Tensor:
+    """One weight. UserError if it is not finite."""
     if wrong := wrong_weights(weights, [name]):
         raise UserError(f"{wrong[0]}; give weights that training can have")
-    tensor = weights.read(name).float()
+    return weights.read(name)
+
+
+def _numbers(tensor: Tensor, name: str, rows: int) -> Array:
+    """One weight in fp32, with as many `rows` where the vocabulary is."""
+    tensor = tensor.float()
     if name in _VOCABULARY and len(tensor) < rows:
         tensor = grow(tensor, rows)
     return np.ascontiguousarray(tensor.numpy())

@@ -80,11 +80,6 @@ class Megatron:
         self._refuse_unused()
         self._stored.check(sorted({box.key for box in self._boxes.values()}))
 
-    @property
-    def in_fp32(self) -> bool:
-        """Whether every weight is read from its fp32 master, or is fp32 itself."""
-        return all(self._stored.dtype(box.key) == torch.float32 for box in self._boxes.values())
-
     def read(self, name: str) -> Tensor:
         """One weight, of which no more than its layer's fused matrix is in memory, in the type in which it is stored.
 

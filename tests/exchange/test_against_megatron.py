@@ -51,7 +51,6 @@ def imported(folder: Path, name: str, **told: Any) -> Llama:
     """Our model with the weights of a checkpoint."""
     given = {**(TOLD if VARIANTS[name].args is None else {}), "vocab_size": VOCABULARY, **told}
     weights = Megatron(folder, given)
-    assert weights.in_fp32
     model = Llama(ModelConfig(**weights.model))
     with torch.no_grad():
         for parameter_name, pieces in model.shard_slices.items():

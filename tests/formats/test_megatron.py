@@ -21,6 +21,7 @@ from megallama.errors import UserError
 from megallama.formats.megatron import Megatron
 from megallama.formats.weights import check_shapes, llama_shapes
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # when torch writes the source
 State = dict[str, Any]
 CONFIG = ModelConfig(
     vocab_size=13,
@@ -116,11 +117,9 @@ def test_masters_are_read_in_the_place_of_weights(tmp_path: Path) -> None:
     moments = {f"optimizer.state.exp_avg.{name}": whole[name] for name in whole if "_extra" not in name}
     save(tmp_path / "with", {**rounded, **masters, **moments})
     assert_reads(tmp_path / "with", TOLD)
-    assert Megatron(tmp_path / "with", TOLD).in_fp32
     flat = {"optimizer.distributed.dp_group_idx_0.gbuf_idx_0.param": torch.zeros(40)}
     save(tmp_path / "without", {**rounded, **flat})
     assert_reads(tmp_path / "without", TOLD, torch.bfloat16)
-    assert not Megatron(tmp_path / "without", TOLD).in_fp32
 
 
 def test_the_shape_comes_from_the_arguments_of_megatron_lm(tmp_path: Path) -> None:
