@@ -44,8 +44,8 @@ _IN_LAYER = {
     "mlp.down_proj": (_FC2,),
 }
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
-_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.(?:state\.fp32_param\.(.+))?")
-"""Of the optimizer's tensors the masters have the key of their weight."""
+_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.(?:state\.(?:fp32_)?param\.(.+))?")
+"""Of the optimizer's tensors the masters end in the key of their weight: after fp32_param, or param if reshardable."""
 _ASKED = ("num_attention_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta")
 """What tensors do not tell."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 VOCABULARY, SEQUENCE, STEPS, LR, DECAY = 301, 48, 3, 1e-3, 0.1
 PADDED = 304
@@ -31,7 +32,7 @@ class Variant:
     metadata: dict[str, bool] | None = None
     """How sharded_state_dict lays out layers."""
     masters: bool = False
-    """bf16 weights, with fp32 masters beside them."""
+    """bf16 weights, with the fp32 masters of the distributed optimizer beside them."""
 
 
 def arguments(**changed: Any) -> dict[str, Any]:
@@ -76,11 +77,28 @@ def tokens() -> Tensor:
     return torch.randint(VOCABULARY, (4, SEQUENCE + 1), generator=torch.Generator().manual_seed(1))
 
 
+class OnCpu(TorchFunctionMode):
+    """What megatron-core asks of CUDA by name, on the CPU: nothing else in it needs a GPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        if func is torch.Tensor.cuda:
+            return args[0]
+        result = func(*args, **kwargs)
+        return result.replace("torch.", "torch.cuda.") if func is torch.Tensor.type and len(args) == 1 else result
+
+
 def write(rank: int, tp: int, out: Path) -> None:
     """Of every variant a checkpoint in out/NAME, and its logits and losses in out/NAME.pt. A rank of `tp`."""
-    # What megatron-core asks of CUDA without need when it saves on a CPU.
     torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]
+    with OnCpu():
+        _write(rank, tp, out)
+
+
+def _write(rank: int, tp: int, out: Path) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=tp, init_method=f"file://{out}/rendezvous")
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
@@ -88,14 +106,12 @@ def write(rank: int, tp: int, out: Path) -> None:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
     initialize_rng_tracker(inference_rng_tracker=True)  # the one that needs no CUDA; there is no dropout
     for name, variant in VARIANTS.items():
-        model = _model(variant, tp)
-        outcome: dict[str, Any] = {}
         if variant.masters:
-            _save_with_masters(model, out / name)
+            model = _save_with_masters(variant, tp, out / name)
         else:
+            model = _model(variant, tp)
             _save(model.sharded_state_dict(metadata=variant.metadata), variant, out / name)
-        outcome["logits"] = _logits(model)
-        outcome["losses"] = _losses(model)
+        outcome = {"logits": _logits(model), "losses": _losses(model)}
         if rank == 0:
             torch.save(outcome, out / f"{name}.pt")
     dist.destroy_process_group()
@@ -151,26 +167,29 @@ def _save(state: dict[str, Any], variant: Variant, folder: Path) -> None:
     dist_checkpointing.save(state, str(folder))
 
 
-def _save_with_masters(model: Any, folder: Path) -> None:
-    """As Megatron's optimizer for 16-bit weights saves them: masters under the keys of weights, and weights in bf16."""
-    from megatron.core.dist_checkpointing.optimizer import (
-        get_param_id_to_sharded_param_map,
-        make_sharded_optimizer_tensor,
-    )
+def _save_with_masters(variant: Variant, tp: int, folder: Path) -> Any:
+    """Save bf16 weights and the state of Megatron's distributed optimizer after a step; the model of its masters."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    masters = [parameter.detach().clone() for parameter in model.parameters()]
-    model.bfloat16()
-    state = model.sharded_state_dict()
-    sharded = get_param_id_to_sharded_param_map(state, model.parameters())
-    optimizer = [
-        make_sharded_optimizer_tensor(sharded[number], master, prefix="optimizer.state.fp32_param")
-        for number, master in enumerate(masters)
-    ]
-    _save({**state, "optimizer": optimizer}, Variant(), folder)
-    model.float()
+    model = _model(variant, tp).bfloat16()
+    model.config.bf16, model.config.params_dtype = True, torch.bfloat16
+    buffers = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    parallel = DistributedDataParallel(model.config, buffers, model)
+    settings = OptimizerConfig(lr=LR, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True)
+    optimizer = get_megatron_optimizer(settings, [parallel])
+    _call(model, tokens()[:, 1:]).mean().backward()
+    parallel.start_grad_sync()
+    parallel.finish_grad_sync()
+    optimizer.step()
+    layout = {"distrib_optim_sharding_type": "fully_reshardable"}
+    state = model.sharded_state_dict(metadata=layout)
+    _save({**state, "optimizer": optimizer.sharded_state_dict(state, metadata=layout)}, variant, folder)
+    masters = _model(variant, tp)
     with torch.no_grad():
-        for parameter, master in zip(model.parameters(), masters, strict=True):
-            parameter.copy_(master)
+        for ours, rounded in zip(masters.parameters(), model.parameters(), strict=True):
+            ours.copy_(rounded.main_param.view(ours.shape))
+    return masters
 
 
 def _call(model: Any, labels: Tensor | None) -> Tensor:

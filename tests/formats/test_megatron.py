@@ -110,10 +110,11 @@ def test_a_prefix_of_every_name_is_left_out(tmp_path: Path) -> None:
     assert_reads(tmp_path, TOLD)
 
 
-def test_masters_are_read_in_the_place_of_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["fp32_param", "param"])
+def test_masters_are_read_in_the_place_of_weights(tmp_path: Path, key: str) -> None:
     whole = megatron()
     rounded = {name: value.bfloat16() if isinstance(value, Tensor) else value for name, value in whole.items()}
-    masters = {f"optimizer.state.fp32_param.{name}": whole[name] for name in whole if "_extra" not in name}
+    masters = {f"optimizer.state.{key}.{name}": whole[name] for name in whole if "_extra" not in name}
     moments = {f"optimizer.state.exp_avg.{name}": whole[name] for name in whole if "_extra" not in name}
     save(tmp_path / "with", {**rounded, **masters, **moments})
     assert_reads(tmp_path / "with", TOLD)
