@@ -331,7 +331,7 @@ class CheckpointConfig(Section):
     resume: Literal["auto", "must", "never"] | Annotated[int, Field(ge=1, le=MOST_STEPS)] | CheckpointPath = "auto"
     """auto continues or starts fresh; must only continues; never starts fresh; a step or path goes back to it once."""
     init_from: Name | None = None
-    """Checkpoint whose weights start a new run; moments and position start from zero."""
+    """Checkpoint, or folder of a Hugging Face or Meta Llama, whose weights start a new run from step 0."""
 
 
 class WatchdogConfig(Section):
