@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
@@ -42,6 +41,7 @@ _CLASSES = {
         "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
+    "torch.distributed._shard.sharded_tensor.metadata": {"MEM_FORMAT_ENCODING", "TensorProperties"},  # of older torch
     f"{_DCP}.filesystem": {"_StorageInfo", "_StoragePrefix"},
     # Megatron keeps every rank's plan of the save, to use it again.
     f"{_DCP}.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
@@ -177,7 +177,6 @@ def _check(metadata: Metadata) -> None:
     for key, tensor in metadata.state_dict_metadata.items():
         _expect(key, str)
         if isinstance(tensor, TensorStorageMetadata):
-            _expect(tensor.properties, TensorProperties)
             _expect(tensor.properties.dtype, torch.dtype)
             _expect(tensor.chunks, list)
             for chunk in tensor.chunks:

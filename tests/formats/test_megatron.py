@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
 
 from megallama.config.schema import ModelConfig
 from megallama.errors import UserError
@@ -233,6 +234,9 @@ def test_code_in_a_pickle_does_not_run(tmp_path: Path) -> None:
     torch.save({"args": Namespace(**ARGS, hidden=Code(made))}, found / "common.pt")
     with pytest.raises(UserError, match=r"common.pt holds posix.system, which is no plain value, and is not loaded"):
         Megatron(tmp_path, TOLD)
+    torch.save({"args": Code(made)}, found / "common.pt", pickle_protocol=4)  # whose names no one sees before it runs
+    with pytest.raises(UserError, match=r"common.pt holds what is no plain value, or is damaged, and is not loaded"):
+        Megatron(tmp_path, TOLD)
     torch.save({}, found / "common.pt")
     code = found / "code.distcp"
     torch.save(Code(made), code)
@@ -273,6 +277,28 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     refused(tmp_path, r"names the file \.\./other, which is not in its folder")
     change(lambda metadata: setattr(metadata, "storage_data", 3))
     refused(tmp_path, "does not describe tensors")
+
+
+def test_parts_that_overlap_are_no_whole_tensor(tmp_path: Path) -> None:
+    norm, half = "decoder.final_layernorm.weight", "optimizer.half"
+    found = save(tmp_path, {**megatron(), half: torch.zeros(4)})
+    metadata = pickle.loads((found / ".metadata").read_bytes())
+    metadata.state_dict_metadata[norm].chunks = 2 * metadata.state_dict_metadata[half].chunks
+    at = {index.fqn: index for index in metadata.storage_data}
+    metadata.storage_data[at[norm]] = metadata.storage_data[at[half]]
+    (found / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match="does not list all of decoder.final_layernorm.weight; copy the checkpoint"):
+        Megatron(tmp_path, TOLD).read("model.norm.weight")
+
+
+def test_records_of_an_older_torch_are_read(tmp_path: Path) -> None:
+    found = save(tmp_path, megatron())
+    metadata = pickle.loads((found / ".metadata").read_bytes())
+    for tensor in metadata.state_dict_metadata.values():
+        if hasattr(tensor, "properties"):
+            tensor.properties = TensorProperties(dtype=tensor.properties.dtype)
+    (found / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert_reads(tmp_path, TOLD)
 
 
 def test_another_format_is_told_from_a_damaged_one(tmp_path: Path) -> None:
