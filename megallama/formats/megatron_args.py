@@ -68,7 +68,7 @@ def read_args(folder: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); copy the checkpoint again") from None
     except Exception:  # torch has no one kind of error for what is damaged
-        raise UserError(f"{path} is no whole file of torch.save; copy the checkpoint again") from None
+        raise UserError(f"{path} is no whole file of plain values by torch.save; copy the checkpoint again") from None
     for name in sorted(foreign):
         if not name.startswith(_INERT):
             raise UserError(f"{path} holds {name}, which is no plain value, and is not loaded")
@@ -76,7 +76,7 @@ def read_args(folder: Path) -> dict[str, Any] | None:
         with safe_globals([argparse.Namespace, *((_StandIn, name) for name in foreign)]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:
-        raise UserError(f"{path} holds what is no plain value, or is damaged, and is not loaded") from None
+        raise UserError(f"{path} is no whole file of plain values by torch.save; copy the checkpoint again") from None
     args = content.get("args") if isinstance(content, dict) else None
     return vars(args) if isinstance(args, argparse.Namespace) else None
 
