@@ -65,14 +65,10 @@ class TorchDist:
         metadata = _read_metadata(folder / METADATA)
         described = metadata.state_dict_metadata.items()
         self._tensors = {key: found for key, found in described if isinstance(found, TensorStorageMetadata)}
+        self.shapes: Mapping[str, tuple[int, ...]] = {key: tuple(each.size) for key, each in self._tensors.items()}
         self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self._reader = FileSystemReader(folder)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shape of every tensor."""
-        return {key: tuple(tensor.size) for key, tensor in self._tensors.items()}
 
     def dtype(self, key: str) -> torch.dtype:
         """The type in which a tensor is stored."""

@@ -105,6 +105,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         r"gate_proj.weight in the shape \[176, 64\], and the model in",
     ),
     "experts": (lambda f: edit_params(f, moe_args={"num_experts": 8}), "has moe_args="),
+    "of Mistral": (lambda f: edit_params(f, sliding_window=4096), "has sliding_window=4096, which no Llama"),
     "no layers": (lambda f: edit_params(f, n_layers=None), "model.num_hidden_layers"),
 }
 
