@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
-from tokenizers import Tokenizer
+import tiktoken
+from tokenizers import Regex, pre_tokenizers
 
 from megallama.data.split_pattern import R50K_PATTERN, TRIAL_TEXTS
 from megallama.errors import UserError
@@ -141,22 +143,34 @@ def oniguruma(pattern: str) -> str:
     return _ATOM.sub(translate, pattern)
 
 
-def check_same_ids(content: bytes, encode: Callable[[str], list[int]]) -> None:
-    """UserError if the tokenizer.json `content` gives other ids than `encode`: its pattern means another thing there."""
-    library = Tokenizer.from_buffer(content)
-    library.encode_special_tokens = True
-    for text in TRIAL_TEXTS:
-        if library.encode(text, add_special_tokens=False).ids != encode(text):
+def _split(pattern: str) -> str:
+    """The regular expression that makes `tokenizers` split as tiktoken does at `pattern`; UserError if there is none.
+
+    What else the two may understand otherwise is tried out: a piece of text that is a token is one for both.
+    """
+    translated = oniguruma(pattern)
+    try:
+        split = pre_tokenizers.Split(Regex(translated), behavior="isolated")
+    except Exception as error:  # the library has no class of its own
+        raise UserError(f"the pattern {pattern[:60]!r} cannot be exported ({error})") from None
+    pieces = [[piece.encode() for piece, _ in split.pre_tokenize_str(text)] for text in TRIAL_TEXTS]
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for piece in chain.from_iterable(pieces):
+        ranks.setdefault(piece, len(ranks))
+    encoding = tiktoken.Encoding("split", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    for text, some in zip(TRIAL_TEXTS, pieces, strict=True):
+        if encoding.encode_ordinary(text) != [ranks[piece] for piece in some]:
             raise UserError(
-                f"Hugging Face's tokenizers would split {text[:40]!r} otherwise than this tokenizer's pattern does; "
-                "it cannot be exported"
+                f"the pattern {pattern[:60]!r} cannot be exported: Hugging Face's tokenizers would split "
+                f"{text[:40]!r} elsewhere"
             )
+    return translated
 
 
 def _pre_tokenizer(pattern: str | None) -> dict[str, Any]:
     if pattern is None or pattern == R50K_PATTERN:
         return _byte_level(use_regex=pattern is not None)  # whose own regular expression is GPT-2's
-    split = {"type": "Split", "pattern": {"Regex": oniguruma(pattern)}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": _split(pattern)}, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [split, _byte_level(use_regex=False)]}
 
 
