@@ -211,6 +211,17 @@ def test_text_that_the_library_cannot_encode_is_refused(tmp_path: Path) -> None:
         load_tokenizer(f"hf:{tmp_path}").encode("b")
 
 
+def test_a_pattern_that_backtracks_is_refused_in_seconds(byte_level: Path) -> None:
+    path = byte_level / "tokenizer.json"
+    split = {"type": "Split", "pattern": {"Regex": r"(x+x+)+y|[\s\S]"}, "behavior": "Isolated", "invert": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": split}))
+    found = load_tokenizer(f"hf:{path}")
+    begin = time.monotonic()
+    with pytest.raises(UserError, match="cannot encode 'xxx.*retry-limit"):
+        found.encode("x" * 10_000)
+    assert time.monotonic() - begin < 30
+
+
 @pytest.mark.parametrize("unit", [" ", "\n", "a", "日"])
 def test_long_runs_of_a_character_are_encoded_in_seconds(unit: str, byte_level: Path, metaspace: Path) -> None:
     for path in (byte_level, metaspace):
