@@ -217,7 +217,7 @@ def test_a_pattern_that_backtracks_is_refused_in_seconds(byte_level: Path) -> No
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": split}))
     found = load_tokenizer(f"hf:{path}")
     begin = time.monotonic()
-    with pytest.raises(UserError, match="cannot encode 'xxx.*retry-limit"):
+    with pytest.raises(UserError, match=r"cannot encode 'xxx.*retry-limit"):
         found.encode("x" * 10_000)
     assert time.monotonic() - begin < 30
 

@@ -41,7 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Files:
 def rules_changed(draw: st.DrawFn) -> Mutation:
     """A value somewhere in tokenizer.json is another: on a random way down through objects and lists."""
     way = draw(st.lists(st.integers(0, 300), min_size=1, max_size=6))
-    value = draw(st.sampled_from([*VALUES, *EDGES, {"type": "Split", "pattern": {"Regex": draw_pattern(draw)}}]))
+    split = {"type": "Split", "pattern": {"Regex": draw(st.sampled_from(PATTERNS))}, "behavior": "Isolated"}
+    value = draw(st.sampled_from([*VALUES, *EDGES, split | {"invert": False}]))
 
     def change(files: Files) -> None:
         try:
@@ -61,10 +62,6 @@ def rules_changed(draw: st.DrawFn) -> Mutation:
         files[RULES] = json.dumps(tree).encode()
 
     return change
-
-
-def draw_pattern(draw: st.DrawFn) -> str:
-    return draw(st.sampled_from(PATTERNS))
 
 
 CHANGES = st.lists(
