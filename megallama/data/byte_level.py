@@ -26,6 +26,8 @@ CONFIG_NAME = "tokenizer_config.json"
 SPECIAL_NAME = "special_tokens_map.json"
 
 BEGIN_OF_TEXT = "<|begin_of_text|>"
+MOST_IDS = 1 << 22
+"""Ids without a token are written out, so they must not be without end."""
 
 
 def _stand_ins() -> list[str]:
@@ -45,8 +47,8 @@ def byte_level_files(
 ) -> dict[str, bytes]:
     """Name -> content of the files. Without `pattern` text is not split, and merges alone make tokens.
 
-    UserError for a special token that has the name of another token, and for a pattern that cannot be written for
-    Oniguruma, the regular expressions of `tokenizers`.
+    UserError for a special token that has the name of another token, for ids above MOST_IDS, and for a pattern that
+    cannot be written for Oniguruma, the regular expressions of `tokenizers`.
     """
     vocabulary = {_written(token): rank for token, rank in ranks.items()}
     for name in special_tokens:
@@ -54,8 +56,10 @@ def byte_level_files(
             raise UserError(f"the special token {name[:40]!r} has the name of an ordinary token; it cannot be exported")
     vocabulary |= special_tokens
     taken = set(vocabulary.values())
+    if max(taken) > MOST_IDS:
+        raise UserError(f"the id {max(taken)} of a token is above {MOST_IDS}; this tokenizer cannot be exported")
     # No text has these: a blank has a stand-in. Without them, a token that a user adds would get an id that is taken.
-    vocabulary |= {f"<unused {number}>": number for number in range(max(taken)) if number not in taken}
+    vocabulary = {f"<unused {number}>": number for number in range(max(taken)) if number not in taken} | vocabulary
     content = {
         "version": "1.0",
         "truncation": None,

@@ -75,11 +75,11 @@ def test_every_character_has_the_same_ids_in_company(pattern: str | None, tmp_pa
 
 def test_gaps_and_special_tokens_among_ranks_keep_their_ids(tmp_path: Path) -> None:
     ranks = BYTES | {b"th": 259, b"the": 262}
-    ours = of_pattern(LLAMA3_PATTERN, ranks, {"<|end|>": 260, "<|other|>": 270})
+    ours = of_pattern(LLAMA3_PATTERN, ranks, {"<|end|>": 260, "<unused 261>": 270})
     theirs = reread(ours, tmp_path)
-    text = "the th <|end|><|other|> <unused 261>"
+    text = "the th <|end|><unused 261> <unused 263>"
     assert theirs.encode(text) == ours.encode(text)
-    assert theirs.decode([262, 260, 270]) == "the<|end|><|other|>"
+    assert theirs.decode([262, 260, 270]) == "the<|end|><unused 261>"
     assert (theirs.vocab_size, theirs.eod_id) == (271, 260)
 
 
@@ -106,6 +106,7 @@ def test_patterns_are_translated() -> None:
         (r"(ab){1,2}+|[\s\S]", {"<|end|>": 256}, "repeats a group possessively; it cannot be exported"),
         (r"\w+|\W+", {"<|end|>": 256}, r"w\+.* cannot be exported: Hugging Face's tokenizers would split '½½"),
         (r"(?x: a ) | [\s\S]", {"<|end|>": 256}, "cannot be exported"),
+        (R50K_PATTERN, {"<|end|>": 2**31 - 2}, "the id 2147483646 of a token is above 4194304"),
         (R50K_PATTERN, {"a": 256}, "special token 'a' has the name of an ordinary token"),
     ],
 )
