@@ -75,6 +75,8 @@ class Batch:
     def remove(self, row: Row) -> None:
         """Drop a row, wherever it stands; the last one takes its place in the cache."""
         place, last = self.rows.index(row), self.rows.pop()
+        if row.ended == "error":
+            self._decoder.clear(place)
         if last is not row:
             self.rows[place] = last
             if last.first is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,6 @@ import typer
 from megallama.errors import UserError
 
 if TYPE_CHECKING:
-    from megallama.generation.load import Loaded
     from megallama.generation.sampling import Sampling
 
 RUN = typer.Argument(metavar="RUN", help="A run, one of its checkpoints, or the folder of a Hugging Face Llama.")
@@ -92,9 +90,11 @@ def chat(
 
 def serve(
     path: Annotated[Path, RUN],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
-    max_prompt: Annotated[int | None, typer.Option(help="Longest prompt, in tokens. Default: the window.", min=1)] = None,
+    max_prompt: Annotated[int | None, typer.Option(help="Most tokens of a prompt. Default: the window.", min=1)] = None,
     max_waiting: Annotated[int, typer.Option(help="Texts that may wait for their turn.", min=1)] = 256,
     max_batch: Annotated[int, typer.Option(help="Texts that are written at once.", min=1, max=4096)] = 32,
     device: Annotated[str, DEVICE] = "auto",

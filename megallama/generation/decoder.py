@@ -45,7 +45,8 @@ class Decoder:
         # Where tp does not divide the heads of keys, a rank holds one for each of its heads of queries.
         kv_heads = config.kv_heads // tp if config.kv_heads % tp == 0 else config.num_attention_heads // tp
         self._shape = (len(self.layers), 2, rows, kv_heads, 0, config.head_size)
-        self._cache = torch.empty(self._shape, dtype=self.dtype, device=self.device)
+        # Zeros: what is masked counts with weight 0, and 0 times what unwritten memory may hold is not always 0.
+        self._cache = torch.zeros(self._shape, dtype=self.dtype, device=self.device)
         self._places = torch.arange(rows, device=self.device)
         self._reserve(min(LEAST_POSITIONS, self.window))
 
@@ -111,9 +112,15 @@ class Decoder:
 
         return self._logits(self._through(last, cos, sin, attend))
 
+    @torch.inference_mode()
     def move(self, source: int, row: int, length: int) -> None:
         """Take what the cache holds of `length` tokens at `source` to `row`."""
         self._cache[:, :, row, :, :length] = self._cache[:, :, source, :, :length]
+
+    @torch.inference_mode()
+    def clear(self, row: int) -> None:
+        """Forget what is not finite: it would reach later rows in this place, as 0 times infinity."""
+        self._cache[:, :, row] = 0
 
     def _through(
         self, tokens: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -132,7 +139,7 @@ class Decoder:
         if positions <= self.positions:
             return
         room = min(self.window, max(positions, 2 * self.positions))
-        grown = torch.empty((*self._shape[:4], room, self._shape[5]), dtype=self.dtype, device=self.device)
+        grown = torch.zeros((*self._shape[:4], room, self._shape[5]), dtype=self.dtype, device=self.device)
         grown[:, :, :, :, : self.positions] = self._cache
         self._cache = grown
         cos, sin = rotation(torch.arange(room, device=self.device), self.model.frequencies)
