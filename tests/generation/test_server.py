@@ -113,7 +113,8 @@ def test_what_is_no_json_is_refused(client: TestClient) -> None:
 def test_an_empty_prompt_begins_a_document_and_a_lone_surrogate_is_no_json(client: TestClient, model: Loaded) -> None:
     answer = complete(client, prompt="", temperature=0, max_tokens=5, echo=True)
     assert answer.json()["choices"][0]["text"] == generate(model, "", 5, GREEDY)
-    answer = complete(client, prompt="a\ud800b")
+    broken = rb'{"prompt": "a\ud800b"}'
+    answer = client.post("/v1/completions", content=broken, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert answer.json()["error"]["message"].startswith("the body: invalid json: lone leading surrogate")
 
