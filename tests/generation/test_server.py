@@ -116,7 +116,7 @@ def test_an_empty_prompt_begins_a_document_and_a_lone_surrogate_is_no_json(clien
     broken = rb'{"prompt": "a\ud800b"}'
     answer = client.post("/v1/completions", content=broken, headers={"content-type": "application/json"})
     assert answer.status_code == 400
-    assert answer.json()["error"]["message"].startswith("the body: invalid json: lone leading surrogate")
+    assert answer.json()["error"]["message"].startswith("the body: invalid json")
 
 
 Events = list[tuple[Row, str]]
