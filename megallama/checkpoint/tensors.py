@@ -36,6 +36,8 @@ ELEMENT = 4
 EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
 Extent = Annotated[int, Field(ge=1, lt=LARGEST)]
 _DIMENSIONS = Field(min_length=1, max_length=8)
+_PIECE = 1 << 24
+"""Bytes read at once."""
 _LARGEST_TABLE = 1 << 26
 """Bytes that tensors.json may have in any case; beyond that as many as the numbers, of which it takes a thousandth."""
 _LEAST_BLOCKS, _BLOCKS_PER_CHUNK = 1 << 24, 1 << 12
@@ -116,12 +118,16 @@ class Stored:
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Array:
-        """One tensor, whole, in memory of its own."""
+        """One tensor, whole, in memory of its own, which is all that it takes."""
         whole = np.empty(self._tensors[name].shape, dtype=np.float32)
         for chunk in self._tensors[name].chunks:
-            path, elements = self._path / chunk.file, math.prod(chunk.shape)
-            numbers = np.fromfile(path, np.float32, elements, offset=chunk.start)
-            whole[chunk.here] = numbers.reshape(chunk.shape)
+            part = whole[chunk.here]
+            rows = max(1, _PIECE // (chunk.bytes // chunk.shape[0]))
+            with (self._path / chunk.file).open("rb") as file:
+                file.seek(chunk.start)
+                for first in range(0, len(part), rows):
+                    some = part[first : first + rows]
+                    some[...] = np.fromfile(file, np.float32, some.size).reshape(some.shape)
         return whole
 
     def places(self, name: str) -> list[tuple[Shape, Shape]]:

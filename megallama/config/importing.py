@@ -35,12 +35,12 @@ _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_posit
 
 
 def model_from_foreign(foreign: object, name: str) -> Tree:
-    """The keys of `model` that a foreign description states, those only; `name` is the file's, for UserErrors."""
+    """The keys of `model` that a foreign description states, those only; `name` begins UserErrors."""
     if isinstance(foreign, dict) and "hidden_size" in foreign:
         return model_from_hugging_face(foreign, name)
     if isinstance(foreign, dict) and "dim" in foreign:
         return model_from_meta(foreign, name)
-    raise UserError(f"model.import={name} has neither hidden_size nor dim; expected a config.json or a params.json")
+    raise UserError(f"{name} has neither hidden_size nor dim; expected a config.json or a params.json")
 
 
 def model_from_hugging_face(foreign: Tree, name: str) -> Tree:
@@ -48,13 +48,13 @@ def model_from_hugging_face(foreign: Tree, name: str) -> Tree:
     for key, only in _FIXED:
         if foreign.get(key, only) != only:
             found, expected = as_typed(foreign[key]), as_typed(only)
-            raise UserError(f"model.import={name} has {key}={found}, which is not Llama's; expected {key}={expected}")
+            raise UserError(f"{name} has {key}={found}, which is not Llama's; expected {key}={expected}")
     model = {key: foreign[key] for key in _SAME_NAME if foreign.get(key) is not None}
     rope: Tree = {}
     for key in ("rope_scaling", "rope_parameters"):
         value = foreign.get(key)
         if not isinstance(value, dict | None):
-            raise UserError(f"model.import={name} has {key}={as_typed(value)}; expected a mapping or null")
+            raise UserError(f"{name} has {key}={as_typed(value)}; expected a mapping or null")
         rope |= value or {}
     theta = rope.get("rope_theta", foreign.get("rope_theta"))
     if theta is not None:
@@ -63,7 +63,7 @@ def model_from_hugging_face(foreign: Tree, name: str) -> Tree:
     if kind in ("linear", "llama3"):
         model["rope_scaling"] = {"rope_type": kind} | {key: rope[key] for key in _SCALING if rope.get(key) is not None}
     elif kind != "default":
-        raise UserError(f"model.import={name} has rope_type={as_typed(kind)}; expected default, linear or llama3")
+        raise UserError(f"{name} has rope_type={as_typed(kind)}; expected default, linear or llama3")
     return model
 
 
@@ -78,12 +78,10 @@ def model_from_meta(foreign: Tree, name: str) -> Tree:
     sizes = [("dim", dim, 1), ("multiple_of", multiple_of, 1)]
     for key, value, least in sizes if multiplier is None else [*sizes, ("ffn_dim_multiplier", multiplier, 0.001)]:
         if not isinstance(value, int | float) or not least <= value <= MOST_WIDTH:
-            raise UserError(
-                f"model.import={name} has {key}={as_typed(value)}; expected a number from {least} to {MOST_WIDTH}"
-            )
+            raise UserError(f"{name} has {key}={as_typed(value)}; expected a number from {least} to {MOST_WIDTH}")
     missing = [key for key in ("n_layers", "n_heads") if key not in foreign]
     if missing:
-        raise UserError(f"model.import={name} has no {missing[0]}; expected a Meta params.json")
+        raise UserError(f"{name} has no {missing[0]}; expected a Meta params.json")
     model: Tree = {
         "hidden_size": dim,
         "intermediate_size": meta_intermediate_size(dim, multiple_of, multiplier),

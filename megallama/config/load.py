@@ -238,4 +238,4 @@ def _resolve_import(tree: Tree, folder: Path) -> None:
     if not isinstance(name, str):
         raise UserError(f"model.import={as_typed(name)} is not legal; expected a path to config.json or params.json")
     foreign = parse_json(read_text(folder / name), f"model.import={name}")
-    tree["model"] = {**model_from_foreign(foreign, name), **model}
+    tree["model"] = {**model_from_foreign(foreign, f"model.import={name}"), **model}

@@ -171,7 +171,7 @@ class DataConfig(Section):
     path: Name
     """Prefix of an indexed dataset, PATH.bin and PATH.idx, written by `megallama data build` or Megatron-LM."""
     tokenizer: Name = "bytes"
-    """`bytes`, a tiktoken encoding (r50k_base), a tiktoken rank file, or a folder from `tokenizer train`."""
+    """`bytes`, a tiktoken encoding (r50k_base), a tiktoken rank file, a folder from `tokenizer train`, or hf:FILE."""
     sequence_length: int = Field(default=2048, ge=1, le=MOST_SEQUENCES)
     """Predicted tokens per sample."""
     validation_path: Name | None = None
@@ -331,7 +331,7 @@ class CheckpointConfig(Section):
     resume: Literal["auto", "must", "never"] | Annotated[int, Field(ge=1, le=MOST_STEPS)] | CheckpointPath = "auto"
     """auto continues or starts fresh; must only continues; never starts fresh; a step or path goes back to it once."""
     init_from: Name | None = None
-    """Checkpoint whose weights start a new run; moments and position start from zero."""
+    """Checkpoint, or folder of a Hugging Face or Meta Llama, whose weights start a new run from step 0."""
 
 
 class WatchdogConfig(Section):

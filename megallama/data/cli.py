@@ -18,6 +18,8 @@ TextField = Annotated[str, typer.Option(help="JSON field that holds the text.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the output.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
+TOKENIZERS = "`bytes`, a tiktoken encoding, a rank file, a folder or hf:FILE, a tokenizer.json."
+
 data_app = typer.Typer(help="Build and inspect datasets.", no_args_is_help=True)
 tokenizer_app = typer.Typer(help="Train and inspect tokenizers.", no_args_is_help=True)
 
@@ -26,7 +28,7 @@ tokenizer_app = typer.Typer(help="Train and inspect tokenizers.", no_args_is_hel
 def build_command(
     sources: Sources,
     output: Annotated[str, typer.Option(metavar="PREFIX", help="Write PREFIX.bin, PREFIX.idx and PREFIX.json.")],
-    tokenizer: Annotated[str, typer.Option(help="`bytes`, a tiktoken encoding, a rank file or a folder.")] = "bytes",
+    tokenizer: Annotated[str, typer.Option(help=TOKENIZERS)] = "bytes",
     workers: Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one per CPU.")] = None,
     text_field: TextField = "text",
     force: Force = False,
@@ -90,7 +92,7 @@ def train_command(
 
 @tokenizer_app.command("info")
 def tokenizer_info_command(
-    spec: Annotated[str, typer.Argument(metavar="SPEC", help="`bytes`, a tiktoken encoding, a rank file or a folder.")],
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help=TOKENIZERS)],
     as_json: AsJson = False,
 ) -> None:
     """Describe a tokenizer.

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from megallama.data.tokenizer import without_surrogates
+from megallama.data.surrogates import without_surrogates
 from megallama.errors import UserError
 from megallama.system.regular_file import open_regular
 

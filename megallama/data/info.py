@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megallama.data.indexed import IndexedDataset, open_indexed, token_dtype
-from megallama.data.tokenizer import LARGEST_ID
+from megallama.data.tokenizer_files import LARGEST_ID
 from megallama.errors import UserError
 from megallama.system.regular_file import read_regular
 

@@ -30,7 +30,7 @@ TRIAL_SECONDS = 10.0
 _CHARACTERS = string.printable + "éÉ日٣½\u00a0\u2028\u0301🙂"
 _WORDS = ("ab", "aA", "a1", "a ", " \n", "\r\n", "'s", "a!", "1,")
 # Runs on which nested repetitions backtrack most: of one character, and ending in another.
-_TEXTS = [
+TRIAL_TEXTS = [
     "It's 12,345.67 o'clock:\r\n\n\tnaïve CAFÉs 日本語 🙂 \x00\x7f\n  x = y+1  ",
     *(character * 200 for character in _CHARACTERS),
     *(character * 200 + end for character in _CHARACTERS for end in "!z0\n" if end != character),
@@ -69,7 +69,7 @@ def _fault(pattern: str) -> str:
     if len(pattern) > LONGEST_PATTERN:
         return f"has more than {LONGEST_PATTERN} characters"
     words = [sys.executable, "-c", _TRIAL]
-    texts = json.dumps([pattern, _TEXTS])
+    texts = json.dumps([pattern, TRIAL_TEXTS])
     try:
         tried = subprocess.run(words, input=texts, capture_output=True, text=True, timeout=TRIAL_SECONDS, check=False)
     except subprocess.TimeoutExpired:

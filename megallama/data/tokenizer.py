@@ -1,4 +1,6 @@
-"""Text to token ids and back: raw bytes, or a tiktoken encoding by name, from a rank file or from a saved folder.
+"""Text to token ids and back: raw bytes, a tiktoken encoding, or a tokenizer.json of Hugging Face.
+
+A tiktoken encoding is loaded by name, from a rank file or from a saved folder, a tokenizer.json by hf_tokenizer.py.
 
 A rank file is tiktoken's own format: one line `base64(token bytes) rank` per token. A saved folder holds
 `ranks.tiktoken` and beside it `megallama_tokenizer.json` with the split pattern, the special tokens and the
@@ -22,14 +24,16 @@ from typing import Any, Protocol
 
 import tiktoken
 
+from megallama.data.byte_level import TOKENIZER_NAME, byte_level_files, check_same_ids
+from megallama.data.hf_tokenizer import HF_FORMAT, load_hugging_face, load_saved
 from megallama.data.split_pattern import LLAMA3_PATTERN, R50K_PATTERN, check_pattern
+from megallama.data.surrogates import without_surrogates
+from megallama.data.tokenizer_files import LARGEST_ID, SIDECAR_NAME, read_content, read_sidecar, write_sidecar
 from megallama.errors import UserError
-from megallama.system.regular_file import read_regular
 from megallama.system.whole_file import put
 
 END_OF_TEXT = "<|endoftext|>"
 RANKS_NAME = "ranks.tiktoken"
-SIDECAR_NAME = "megallama_tokenizer.json"
 
 LLAMA3_NUM_RANKS = 128_000
 LLAMA3_NUM_SPECIAL = 256
@@ -44,10 +48,7 @@ LONGEST_TEXT = 400_000
 LONGEST_RUN = 25_000
 
 DOWNLOAD_SECONDS = 60.0
-
-LARGEST_FILE = 256 << 20
-LARGEST_ID = (1 << 31) - 2
-"""The ids of a dataset are at most int32, and so is the size of the vocabulary."""
+HF_PREFIX = "hf:"
 
 
 class Tokenizer(Protocol):
@@ -78,6 +79,9 @@ class Tokenizer(Protocol):
     def save(self, folder: Path) -> None:
         """Write what `load_tokenizer(folder)` needs to give the same ids."""
 
+    def hugging_face_files(self) -> dict[str, bytes]:
+        """Name -> content of what `save_hugging_face` writes; UserError if these rules cannot be written so."""
+
 
 class ByteTokenizer:
     """Each byte of UTF-8 is its own id; 256 ends a document."""
@@ -96,7 +100,10 @@ class ByteTokenizer:
         ).decode(errors="replace")
 
     def save(self, folder: Path) -> None:
-        _write_sidecar(folder, {"format": "bytes", "fingerprint": self.fingerprint})
+        write_sidecar(folder, {"format": "bytes", "fingerprint": self.fingerprint})
+
+    def hugging_face_files(self) -> dict[str, bytes]:
+        return byte_level_files({bytes([i]): i for i in range(256)}, None, {END_OF_TEXT: 256}, END_OF_TEXT)
 
 
 class TiktokenTokenizer:
@@ -155,15 +162,26 @@ class TiktokenTokenizer:
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         put(folder / RANKS_NAME, self._rank_lines)
-        _write_sidecar(folder, {"format": "tiktoken", "fingerprint": self.fingerprint, **self._rules()})
+        write_sidecar(folder, {"format": "tiktoken", "fingerprint": self.fingerprint, **self._rules()})
+
+    def hugging_face_files(self) -> dict[str, bytes]:
+        encoding = self._encoding
+        files = byte_level_files(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens, self._end)
+        check_same_ids(files[TOKENIZER_NAME], self.encode)
+        return files
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """`bytes`, a tiktoken encoding by name, a tiktoken rank file, or a folder that `save` wrote; UserError else."""
+    """Of `bytes`, a tiktoken encoding by name, a tiktoken rank file, a folder that `save` wrote, or `hf:FILE`.
+
+    FILE is a tokenizer.json or a folder that holds one. UserError for what is none of these.
+    """
     if spec == "bytes":
         return ByteTokenizer()
     if spec in tiktoken.list_encoding_names():
         return TiktokenTokenizer(_download_encoding(spec), END_OF_TEXT)
+    if spec.startswith(HF_PREFIX):
+        return load_hugging_face(Path(spec.removeprefix(HF_PREFIX)))
     path = Path(spec)
     if os.path.isdir(path):  # unlike Path's methods, it takes any name
         return _load_folder(path)
@@ -176,11 +194,6 @@ def load_tokenizer(spec: str) -> Tokenizer:
     raise UserError(
         f"tokenizer {spec!r} is no file, no folder and no known encoding; did you mean {' or '.join(near)}?"
     )
-
-
-def without_surrogates(text: str) -> str:
-    """`text` with U+FFFD for each lone surrogate, which UTF-8 cannot hold; a pair of them becomes its character."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def read_rank_file(path: Path) -> dict[bytes, int]:
@@ -196,7 +209,7 @@ def read_rank_file(path: Path) -> dict[bytes, int]:
 def _read_ranks(path: Path) -> dict[bytes, int]:
     """Token bytes -> rank. Not tiktoken's own reader: that caches by path and gives the old ranks of a changed file."""
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(_content(path).splitlines(), start=1):
+    for number, line in enumerate(read_content(path).splitlines(), start=1):
         if not line:
             continue
         try:
@@ -211,16 +224,6 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     if missing := sum(bytes([byte]) not in ranks for byte in range(256)):
         raise UserError(f"{path} is no complete tiktoken rank file: {missing} of the 256 single bytes are missing")
     return ranks
-
-
-def _content(path: Path) -> bytes:
-    """UserError if it cannot be read, but FileNotFoundError if it is not there."""
-    try:
-        return read_regular(path, LARGEST_FILE)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); mend that, or save or train it again") from None
 
 
 def rank_lines(ranks: dict[bytes, int]) -> bytes:
@@ -290,7 +293,9 @@ def _load_rank_file(path: Path) -> Tokenizer:
 
 
 def _load_folder(folder: Path) -> Tokenizer:
-    sidecar = _read_sidecar(folder)
+    sidecar = read_sidecar(folder)
+    if sidecar.get("format") == HF_FORMAT:
+        return load_saved(folder, sidecar)
     rules: dict[str, Any] = {}
     ranks: dict[bytes, int] = {}
     found = ByteTokenizer.fingerprint
@@ -339,26 +344,6 @@ def _check_ids(ranks: dict[bytes, int], special_tokens: Any, end: Any) -> None:
 
 def _fingerprint(rules: dict[str, Any], ranks: bytes) -> str:
     return hashlib.sha256(json.dumps(rules, sort_keys=True).encode() + ranks).hexdigest()
-
-
-def _read_sidecar(folder: Path) -> dict[str, Any]:
-    path = folder / SIDECAR_NAME
-    try:
-        sidecar = json.loads(_content(path))
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no {SIDECAR_NAME}; name a folder from `megallama tokenizer train`") from None
-    except RecursionError:
-        raise UserError(f"{path} is nested too deeply; save or train the tokenizer again") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}); save or train the tokenizer again") from None
-    if not isinstance(sidecar, dict):
-        raise UserError(f"{path} is no JSON object; save or train the tokenizer again")
-    return sidecar
-
-
-def _write_sidecar(folder: Path, content: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    put(folder / SIDECAR_NAME, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
 def _download_encoding(name: str) -> tiktoken.Encoding:

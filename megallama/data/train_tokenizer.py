@@ -14,14 +14,15 @@ from pathlib import Path
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 
+from megallama.data.byte_level import STAND_INS
 from megallama.data.corpora import describe_source, iterate_documents
 from megallama.data.tokenizer import (
     RANKS_NAME,
-    SIDECAR_NAME,
     TiktokenTokenizer,
     load_tokenizer,
     tokenizer_from_ranks,
 )
+from megallama.data.tokenizer_files import SIDECAR_NAME
 from megallama.errors import UserError, check_printable
 from megallama.system.lock import output_lock
 from megallama.system.whole_file import put, remove_leftovers
@@ -82,7 +83,7 @@ def learn_ranks(documents: Iterable[str], num_ranks: int) -> dict[bytes, int]:
     model.train_from_iterator(_first_characters(documents), trainer)
     merges = json.loads(model.to_str())["model"]["merges"]
     ranks = {bytes([byte]): byte for byte in range(256)}
-    byte_of = _byte_of_character()
+    byte_of = {character: byte for byte, character in enumerate(STAND_INS)}
     for left, right in merges:
         # Two merges can make the same token: the first one gives the rank.
         ranks.setdefault(bytes(byte_of[character] for character in left + right), len(ranks))
@@ -100,13 +101,6 @@ def _first_characters(documents: Iterable[str]) -> Iterator[str]:
         left -= len(document)
         if left <= 0:
             return
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's stand-ins for bytes: printable Latin-1 is itself, the others are U+0100 and up in their order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _origin(sources: Sequence[str], vocab_size: int, text_field: str) -> bytes:

@@ -45,7 +45,7 @@ def generate(
 
     Example: megallama generate runs/quickstart --prompt "def main(" --top-p 0.9 --seed 7
     """
-    from megallama.data.tokenizer import without_surrogates
+    from megallama.data.surrogates import without_surrogates
     from megallama.generation.generate import write
     from megallama.generation.load import load_here
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megallama.data.tokenizer import without_surrogates
+from megallama.data.surrogates import without_surrogates
 from megallama.errors import UserError
 from megallama.generation.batch import Batch, Ended, Row
 from megallama.generation.load import Loaded

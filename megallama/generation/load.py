@@ -11,15 +11,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tokenizers import Tokenizer as Library
 from torch import Tensor
 
 from megallama.checkpoint.format import MANIFEST, complete_checkpoints
 from megallama.checkpoint.health import healthy_checkpoints
 from megallama.checkpoint.reading.inspect import inspect, promised
 from megallama.checkpoint.state import read_saved
+from megallama.config.load import parse_json, read_text
 from megallama.config.schema import ModelConfig
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.errors import UserError
+from megallama.formats.folder import open_weights
+from megallama.formats.weights import check_shapes, model_config
 from megallama.layout.topology import Topology
 from megallama.model.init import in_memory
 from megallama.model.llama import Llama, TensorParallelContext
@@ -95,22 +99,43 @@ def _from_checkpoint(path: Path, run_dir: Path, device: torch.device, dtype: tor
         raise UserError(f"the checkpoint {path} is damaged ({'; '.join(reasons)}); use another")
     stored = promised(path)
     model = build(read_saved(path).model, lambda name: torch.from_numpy(stored.read(name)), device, dtype, tp)
-    tokenizer = load_tokenizer(str(run_dir / "tokenizer"))
-    return _checked(Loaded(model, tokenizer, path, run_dir.name, ends=frozenset([tokenizer.eod_id])))
+    folder = run_dir / "tokenizer"
+    tokenizer = load_tokenizer(str(folder))
+    _check_ids(tokenizer, model.config, path)
+    return Loaded(model, tokenizer, path, run_dir.name, _prefix(folder), frozenset([tokenizer.eod_id]))
 
 
 def _from_hugging_face(path: Path, device: torch.device, dtype: torch.dtype, tp: Axis) -> Loaded:
-    raise NotImplementedError
+    weights, tokenizer = open_weights(path, "hf"), load_tokenizer(f"hf:{path}")
+    config = model_config(weights.model, str(path))
+    check_shapes(weights, config, str(path))
+    _check_ids(tokenizer, config, path)
+    model = build(config, weights.read, device, dtype, tp)
+    ends = frozenset([tokenizer.eod_id, *_published_ends(path)])
+    return Loaded(model, tokenizer, path, path.absolute().name, _prefix(path), ends)
 
 
-def _checked(loaded: Loaded) -> Loaded:
-    known, size = loaded.tokenizer.vocab_size, loaded.config.vocab_size
-    if known > size:
+def _check_ids(tokenizer: Tokenizer, config: ModelConfig, source: Path) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"the tokenizer of {loaded.source} has {known} ids and the model a vocabulary of {size}; give the model "
-            "the tokenizer that it was trained with"
+            f"the tokenizer of {source} has {tokenizer.vocab_size} ids and the model a vocabulary of "
+            f"{config.vocab_size}; give the model the tokenizer that it was trained with"
         )
-    return loaded
+
+
+def _prefix(folder: Path) -> tuple[int, ...]:
+    """What the tokenizer.json of a folder, if it holds one, puts before every text: the begin-of-text of a Llama."""
+    file = folder / "tokenizer.json"
+    return tuple(Library.from_file(str(file)).encode("").ids) if file.is_file() else ()
+
+
+def _published_ends(folder: Path) -> list[int]:
+    """What ends a text by the generation_config.json of a folder, if it holds one: an id, or several."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return []
+    ends = parse_json(read_text(file), str(file)).get("eos_token_id")
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
 
 
 def build(config: ModelConfig, read: Read, device: torch.device, dtype: torch.dtype, tp: Axis = ALONE) -> Llama:

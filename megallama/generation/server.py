@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from megallama.data.tokenizer import without_surrogates
+from megallama.data.surrogates import without_surrogates
 from megallama.errors import UserError
 from megallama.generation.batch import Ended, Row
 from megallama.generation.chat import STOP, transcript

@@ -52,7 +52,7 @@ def train(config: RunConfig, mesh: ParallelMesh, micro_batches: int, data: RunDa
     folder = Path(config.run.dir)
     identify = partial(data_identity, config.train.seed, data.train.source.fingerprint)
     pick = partial(pick_start, config, identify)
-    check_weights(agree(pick, mesh), mesh)  # they are read, and nothing is written yet
+    check_weights(agree(pick, mesh), config.model, mesh)  # they are read, and nothing is written yet
     reached = Reached()
     with ExitStack() as stack:
         lock = stack.enter_context(locked(config, mesh))

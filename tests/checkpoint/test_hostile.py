@@ -156,7 +156,9 @@ def test_whatever_a_sealed_checkpoint_says_it_is_sound_or_a_sentence(
         weights, _ = attempt(lambda: load_weights(path))
         assert (weights is not None) == sound
         start, refusal = attempt(lambda: start_at(run, mesh))
-        weights_from, _ = attempt(lambda: check_weights(agree(lambda: pick_start(begin, identify), mesh), mesh) or True)
+        weights_from, _ = attempt(
+            lambda: check_weights(agree(lambda: pick_start(begin, identify), mesh), begin.model, mesh) or True
+        )
         if not sound:
             # Only what a newer version may read is no reason to go on from an older checkpoint.
             assert (start, refusal is None) == ((older, True) if newer_format is None else (None, False))
@@ -349,7 +351,7 @@ def test_a_sealed_checkpoint_that_makes_no_sense_is_told_refused_and_passed_over
     assert start_at(path.parent.parent, mesh) == path.with_name(folder_name(OLDER))
     begin = config_of(path.parent.parent.with_name("another"), init_from=str(path))
     with pytest.raises(UserError, match=r"checkpoint\.init_from=.* is (damaged|not a complete checkpoint)"):
-        check_weights(agree(lambda: pick_start(begin, identify), mesh), mesh)
+        check_weights(agree(lambda: pick_start(begin, identify), mesh), begin.model, mesh)
 
 
 def test_what_lies_beneath_a_damaged_checkpoint_has_to_be_of_the_same_model(path: Path, mesh: ParallelMesh) -> None:

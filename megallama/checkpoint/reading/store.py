@@ -28,6 +28,7 @@ from megallama.checkpoint.format import (
 )
 from megallama.checkpoint.health import candidates
 from megallama.checkpoint.logical import logical_state
+from megallama.checkpoint.reading.foreign import check_foreign, fill, fitting, wrong_foreign_numbers
 from megallama.checkpoint.reading.inspect import inspect, promised, wrong_numbers
 from megallama.checkpoint.reading.rollback import asked_step, find, last_return
 from megallama.checkpoint.reading.storage import ShardReader
@@ -35,6 +36,7 @@ from megallama.checkpoint.state import DataIdentity, TrainState, read_saved
 from megallama.checkpoint.tensors import Stored, is_weight
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.errors import SharedError, UserError, alike
+from megallama.formats.folder import program_of
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh
 from megallama.parallel.plain import from_first, of_all
@@ -69,10 +71,16 @@ def load(path: Path, engine: Engine, model: ModelStages) -> TrainState:
 
 
 def load_initial_weights(path: Path, engine: Engine, model: ModelStages) -> None:
-    """Overwrite the weights alone with those of `path`: a new run from old weights. Every rank must call it."""
+    """Overwrite the weights alone with those of `path`: a new run from old weights. Every rank must call it.
+
+    `path` is a checkpoint, or the folder of another program.
+    """
     state = logical_state(engine.fragments(), model.shard_slices)
     weights = {name: tensor for name, tensor in state.items() if is_weight(name)}
-    dcp.load(dict(weights), storage_reader=ShardReader(path))
+    if program_of(path) is not None:
+        fill(weights, path)
+    else:
+        dcp.load(dict(weights), storage_reader=ShardReader(path))
     engine.state_was_loaded(0)
 
 
@@ -123,9 +131,16 @@ def pick_start(config: RunConfig, identify: Identify) -> Start:
         return Start()
     weights = Path(settings.init_from)
     _refuse_own_weights(weights, folder)
+    if program_of(weights) is not None:
+        check_foreign(weights, config.model)
+        return Start(weights=weights)
     if weights not in complete_checkpoints(weights.parent):
         near = complete_checkpoints(weights / "checkpoints") or complete_checkpoints(weights.parent)
-        fix = f"checkpoint.init_from={near[0]}" if near else "a folder such as runs/NAME/checkpoints/step_00001000"
+        fix = (
+            f"checkpoint.init_from={near[0]}"
+            if near
+            else "one as runs/NAME/checkpoints/step_00001000, or a model's folder"
+        )
         raise UserError(f"checkpoint.init_from={weights} is not a complete checkpoint; use {fix}")
     _refuse_damaged_weights(weights, _senseless(weights))
     _check_same_model(weights, config.model, "checkpoint.init_from")
@@ -190,13 +205,18 @@ def agree(pick: Callable[[], Start], mesh: ParallelMesh) -> Start:
 
 
 @alike()
-def check_weights(start: Start, mesh: ParallelMesh) -> None:
+def check_weights(start: Start, model: ModelConfig, mesh: ParallelMesh) -> None:
     """Hold every byte of weights to begin from against its hash. UserError if they are damaged.
 
-    Ranks share the reading: every rank must call it.
+    Those of another program have no hash, and must be finite. Ranks share the reading: every rank must call it.
     """
-    if start.weights is not None:
+    if start.weights is None:
+        return
+    if program_of(start.weights) is None:
         _refuse_damaged_weights(start.weights, _damage(start.weights, mesh))
+    else:
+        mine = wrong_foreign_numbers(start.weights, model, mesh.rank, mesh.world.size)
+        _refuse_damaged_weights(start.weights, _all_of(mine, mesh))
 
 
 @alike()
@@ -278,7 +298,7 @@ def _check_same_run(path: Path, config: RunConfig, identify: Identify) -> None:
 
 def _check_same_model(path: Path, model: ModelConfig, named_by: str) -> None:
     """UserError when the checkpoint, which the key `named_by` leads to, is of another model than the run."""
-    saved, wanted = _resolved(read_saved(path).model), _resolved(model)
+    saved, wanted = fitting(read_saved(path).model), fitting(model)
     for key, value in wanted.items():
         if saved[key] != value:
             theirs, ours = json.dumps(saved[key]), json.dumps(value)
@@ -286,12 +306,6 @@ def _check_same_model(path: Path, model: ModelConfig, named_by: str) -> None:
                 f"model.{key}={ours} differs from {theirs} in the checkpoint {path}; "
                 f"use model.{key}={theirs}, or another {named_by}"
             )
-
-
-def _resolved(model: ModelConfig) -> dict[str, Any]:
-    """What makes weights fit: every key but those that drew them, with what null stands for."""
-    tree = model.model_dump(mode="json", exclude={"init", "initializer_range"})
-    return tree | {"num_key_value_heads": model.kv_heads, "head_dim": model.head_size}
 
 
 def _check_same_data(path: Path, config: RunConfig, identify: Identify) -> None:

@@ -1,0 +1,41 @@
+"""The page that goes with an exported model: what the checkpoint says of it, for its author to complete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megallama.config.schema import ModelConfig
+from megallama.layout.counts import count_parameters
+
+
+def model_card(path: Path, document: dict[str, Any], model: ModelConfig, dtype: str, form: str) -> str:
+    """README.md of the export of the checkpoint at `path`, whose state.json holds `document`."""
+    state, data, layout = document["state"], document["data"], document["layout"]
+    length = data.get("sequence_length")
+    facts = {
+        "parameters": f"{count_parameters(model).total:,}",
+        "layers": model.num_hidden_layers,
+        "hidden size": model.hidden_size,
+        "attention heads": f"{model.num_attention_heads}, {model.kv_heads} for keys and values",
+        "vocabulary": f"{model.vocab_size:,}",
+        "longest sequence": f"{model.max_position_embeddings:,}",
+        "steps": f"{state['step']:,}",
+        "tokens": f"{state['samples'] * length:,}" if length else "not known",
+        "training loss": _loss(document["loss"]),
+        "validation loss": _loss(state["validation_loss"]),
+        "data": f"`{data['fingerprint']}`, seed {data['seed']}",
+        "layout": ", ".join(f"{key} {value}" for key, value in layout.items()),
+        "type of these files": dtype,
+    }
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [llama, megallama]\n---\n\n"
+    return (
+        f"{head if form == 'hf' else ''}# {path.resolve().parent.parent.name}\n\n"
+        f"A Llama, exported by megallama from `{path.name}`.\n\n| | |\n| --- | --- |\n{rows}\n\n"
+        "## Training data\n\nTo be written.\n\n## Intended use and limits\n\nTo be written.\n"
+    )
+
+
+def _loss(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.4f}"

@@ -1,0 +1,117 @@
+"""A checkpoint as the folder of another program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megallama.checkpoint.commands.listing import checkpoints_folder, is_one
+from megallama.checkpoint.commands.progress import shown
+from megallama.checkpoint.format import (
+    TornCheckpointError,
+    complete_checkpoints,
+    damaged_files,
+    read_document,
+    read_manifest,
+)
+from megallama.checkpoint.health import healthy_checkpoints
+from megallama.checkpoint.reading.inspect import promised
+from megallama.checkpoint.state import read_saved
+from megallama.checkpoint.tensors import Stored
+from megallama.config.schema import ModelConfig
+from megallama.data.tokenizer import Tokenizer, load_tokenizer
+from megallama.errors import UserError
+from megallama.exchange.model_card import model_card
+from megallama.exchange.new_folder import new_folder
+from megallama.formats.hugging_face import write_hugging_face
+from megallama.formats.meta import write_meta
+from megallama.formats.weights import llama_shapes
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+FORMATS = ("hf", "meta")
+
+
+class CheckpointWeights:
+    """The weights of a checkpoint; `Weights`. Each is looked at when it is read: UserError if it is not finite."""
+
+    def __init__(self, path: Path, report: Callable[[str], None]) -> None:
+        self._path, self._report = path, report
+        self._stored = _sound(path, report)
+        self.config: ModelConfig = read_saved(path).model
+        self.model: dict[str, Any] = self.config.model_dump(mode="json")
+        self.shapes = llama_shapes(self.config)
+
+    def read(self, name: str) -> Tensor:
+        """One weight in fp32, in memory of its own."""
+        self._report(f"{self._path.name}: {name}")
+        tensor = torch.from_numpy(self._stored.read(name))
+        if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+            raise UserError(f"the checkpoint {self._path} has {name}, which is not finite; use another")
+        return tensor
+
+
+def export(source: Path, out: Path, form: str, dtype: str) -> Path:
+    """Make the folder `out` from a checkpoint, or from the newest healthy one of a run; returns that checkpoint.
+
+    `form` is one of FORMATS, `dtype` of DTYPES. Memory is that of one tensor. UserError if there is no sound
+    checkpoint, `out` exists or cannot be written, or the format cannot hold the model.
+    """
+    if form not in FORMATS:
+        raise UserError(f"--format {form} is not known; expected {' or '.join(FORMATS)}")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype} is not known; expected {' or '.join(DTYPES)}")
+    path = checkpoint_of(source)
+    tokenizer = _tokenizer_of(path)
+    with new_folder(out) as partial, shown() as report:
+        weights = CheckpointWeights(path, report)
+        eod_id = None if tokenizer is None else tokenizer.eod_id
+        if form == "meta":
+            write_meta(weights, weights.config, partial, DTYPES[dtype])
+            if tokenizer is not None:
+                tokenizer.save(partial / "tokenizer")
+        else:
+            write_hugging_face(weights, weights.config, partial, DTYPES[dtype], eod_id)
+            if tokenizer is not None:
+                _save_hugging_face(tokenizer, partial)
+        (partial / "README.md").write_text(model_card(path, read_document(path), weights.config, dtype, form))
+    return path
+
+
+def checkpoint_of(source: Path) -> Path:
+    """The checkpoint `source`, or the newest healthy one of the run. UserError if there is none."""
+    if is_one(source):
+        return source
+    folder = checkpoints_folder(source)
+    found = healthy_checkpoints(folder) or complete_checkpoints(folder)
+    if not found:
+        raise UserError(f"{source} holds no checkpoint yet; train until the first save")
+    return found[0]
+
+
+def _sound(path: Path, report: Callable[[str], None]) -> Stored:
+    """The tensors of a checkpoint whose files are those that were written. UserError if they are not."""
+    try:
+        manifest = read_manifest(path)
+        for name in manifest.files:
+            report(f"{path.name}: {name}")
+            if reasons := damaged_files(path, manifest, [name]):
+                raise TornCheckpointError(reasons[0])
+        return promised(path)
+    except TornCheckpointError as error:
+        raise UserError(f"the checkpoint {path} is damaged ({error}); use another") from None
+
+
+def _tokenizer_of(path: Path) -> Tokenizer | None:
+    """The tokenizer of the run that a checkpoint is in; None where it is in none."""
+    folder = path.resolve().parent.parent / "tokenizer"
+    return load_tokenizer(str(folder)) if folder.is_dir() else None
+
+
+def _save_hugging_face(tokenizer: Tokenizer, folder: Path) -> None:
+    from megallama.data.hf_tokenizer import save_hugging_face
+
+    save_hugging_face(tokenizer, folder)

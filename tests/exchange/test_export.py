@@ -1,0 +1,85 @@
+"""`megallama export`: a checkpoint as the folder of another program, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from megallama.checkpoint.format import complete_checkpoints
+from megallama.checkpoint.reading.store import load_weights
+from megallama.cli import app
+from megallama.errors import UserError
+from megallama.exchange.outgoing import export
+from megallama.formats.folder import open_weights
+from tests.checkpoint.damaging import flip
+
+
+def checkpoint(run: Path) -> Path:
+    return complete_checkpoints(run / "checkpoints")[0]
+
+
+@pytest.mark.parametrize("form", ["hf", "meta"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_weights_of_a_run_are_exported_to_the_bit(short_run: Path, tmp_path: Path, form: str, dtype: str) -> None:
+    result = CliRunner().invoke(
+        app, ["export", str(short_run), str(tmp_path / "out"), "--format", form, "--dtype", dtype]
+    )
+    assert result.exit_code == 0, result.exception
+    found = open_weights(tmp_path / "out")
+    for name, tensor in load_weights(checkpoint(short_run)).items():
+        assert torch.equal(found.read(name), tensor.bfloat16() if dtype == "bf16" else tensor), name
+
+
+def test_what_goes_with_the_weights(short_run: Path, tmp_path: Path) -> None:
+    export(checkpoint(short_run), tmp_path / "out", "hf", "bf16")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "generation_config.json", "README.md", "tokenizer.json"} < names
+    config, generation = (
+        json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", "generation_config.json")
+    )
+    assert config["eos_token_id"] == config["bos_token_id"] == generation["eos_token_id"] == 256
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| steps | 40 |" in card
+    assert f"| tokens | {40 * 4 * 32:,} |" in card
+    assert load_file(next((tmp_path / "out").glob("*.safetensors")))["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_a_damaged_checkpoint_is_refused_and_leaves_nothing(short_run: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(checkpoint(short_run), tmp_path / "step_00000040")
+    flip(path / "rank_00000.bin")
+    with pytest.raises(UserError, match=r"is damaged \(rank_00000.bin is damaged\); use another"):
+        export(path, tmp_path / "out", "hf", "bf16")
+    assert [found.name for found in tmp_path.iterdir()] == ["step_00000040"]
+
+
+@pytest.mark.parametrize("form", ["hf", "meta"])
+def test_a_full_disk_leaves_nothing(short_run: Path, tmp_path: Path, form: str) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))  # no file grows longer, as on a full disk
+    try:
+        with pytest.raises(UserError, match=r"out cannot be made \("):
+            export(short_run, tmp_path / "out", form, "fp32")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_slip_of_the_hand_is_refused(short_run: Path, tmp_path: Path) -> None:
+    for words, sentence in [
+        ((short_run, short_run, "hf", "bf16"), "exists, and is not written over"),
+        ((short_run, tmp_path / "out", "gguf", "bf16"), "--format gguf is not known; expected hf or meta"),
+        ((short_run, tmp_path / "out", "hf", "fp8"), "--dtype fp8 is not known; expected bf16 or fp32"),
+        ((tmp_path, tmp_path / "out", "hf", "bf16"), "holds no checkpoint; give a run directory"),
+    ]:
+        with pytest.raises(UserError, match=sentence):
+            export(*words)
+    assert list(tmp_path.iterdir()) == []
