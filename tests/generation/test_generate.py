@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,6 +119,25 @@ def test_the_command_writes_several_samples_up_to_a_stop_string(run: Loaded, sho
 
 def test_a_checkpoint_writes_as_its_run(short_run: Path, greedy: str) -> None:
     assert generate(load_model(short_run / "checkpoints" / "step_00000040"), PROMPT, 24, GREEDY) == greedy
+
+
+def test_an_exported_model_writes_as_its_run_and_after_what_its_tokenizer_puts_first(
+    short_run: Path, greedy: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    assert CliRunner().invoke(app, ["export", str(short_run), str(folder), "--dtype", "fp32"]).exit_code == 0
+    exported = load_model(folder)
+    assert (exported.name, exported.prefix, exported.ends) == ("out", (), {256})
+    assert generate(exported, PROMPT, 24, GREEDY) == greedy
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    end = next(token["content"] for token in rules["added_tokens"] if token["id"] == 256)
+    first, text = {"SpecialToken": {"id": end, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    special = {end: {"id": end, "ids": [256], "tokens": [end]}}
+    template = {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text], "special_tokens": special}
+    (folder / "tokenizer.json").write_text(json.dumps(rules | {"post_processor": template}))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    found = load_model(folder)
+    assert (found.encode("a"), found.encode(""), found.ends) == ([256, 97], [256], {3, 4, 256})
 
 
 def test_the_weights_are_those_of_the_checkpoint_in_either_type(run: Loaded) -> None:
