@@ -17,6 +17,7 @@ from megallama.cluster.cli import launch
 from megallama.data.cli import data_app, tokenizer_app
 from megallama.errors import UserError, refuse_hidden
 from megallama.exchange.cli import export_command, import_command
+from megallama.generation.cli import chat, generate, serve
 from megallama.plan.cli import plan
 
 _INTERRUPTED = 130
@@ -29,6 +30,9 @@ app = typer.Typer(
 )
 app.command()(plan)
 app.command()(launch)
+app.command()(generate)
+app.command()(chat)
+app.command()(serve)
 app.command("export")(export_command)
 app.command("import")(import_command)
 app.add_typer(data_app, name="data")
@@ -107,31 +111,6 @@ def verify(
     else:
         print_report(report, console)
     raise typer.Exit(0 if report.passed else 1)
-
-
-@app.command()
-def generate(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, such as runs/quickstart.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
-    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to add.", min=1)] = 128,
-    temperature: Annotated[float, typer.Option(help="Divides the logits; lower is less random.", min=0.0)] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Sample from this many likeliest tokens.", min=1)] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample from the likeliest tokens up to this probability.", min=0.0, max=1.0)
-    ] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
-    seed: Annotated[int, typer.Option(help="Random seed.", min=0, max=2**63 - 1)] = 0,
-) -> None:
-    """Continue a prompt with the newest checkpoint of a run.
-
-    Example: megallama generate runs/quickstart --prompt "def main(" --top-p 0.9 --seed 7
-    """
-    from megallama.generation.generate import Sampling, load_run
-    from megallama.generation.generate import generate as write
-
-    model, tokenizer, _ = load_run(run_dir)
-    sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, seed)
-    typer.echo(write(model, tokenizer, prompt, max_tokens, sampling))
 
 
 def _names(words: Sequence[str]) -> list[str]:

@@ -53,6 +53,10 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(library.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
+    def unused_ids(self) -> frozenset[int]:
+        return frozenset(range(self.vocab_size)).difference(self._library.get_vocab(with_added_tokens=True).values())
+
+    @cached_property
     def fingerprint(self) -> str:
         rules = json.loads(self._files[TOKENIZER_NAME])
         rules = {name: value for name, value in rules.items() if name not in _WITHOUT_EFFECT}

@@ -63,6 +63,10 @@ class Tokenizer(Protocol):
         """Id appended to every document."""
 
     @property
+    def unused_ids(self) -> frozenset[int]:
+        """Ids below `vocab_size` that stand for no token."""
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over everything that determines the ids."""
 
@@ -84,6 +88,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     eod_id = 256
+    unused_ids: frozenset[int] = frozenset()
     fingerprint = hashlib.sha256(b"megallama bytes 257").hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -113,6 +118,11 @@ class TiktokenTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         return _fingerprint(self._rules(), self._rank_lines)
+
+    @cached_property
+    def unused_ids(self) -> frozenset[int]:
+        used = {*self._encoding._mergeable_ranks.values(), *self._encoding._special_tokens.values()}
+        return frozenset(range(self.vocab_size)) - used
 
     @cached_property
     def _rank_lines(self) -> bytes:

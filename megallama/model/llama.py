@@ -72,11 +72,12 @@ class Attention(nn.Module):
         self.qkv_proj = ColumnParallelLinear(config.hidden_size, widths, tp, sequence, tp_context.part)
         self.o_proj = RowParallelLinear("o_proj", widths["q_proj"], config.hidden_size, tp, sequence)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, core: AttentionCore | None = None) -> Tensor:
+        """With a `core` of its own for this call: one that knows keys and values from before."""
         q, k, v = self.qkv_proj(x).split(self.qkv_proj.widths, dim=-1)
         q, k, v = self._split_heads(q), self._own_kv_heads(k), self._own_kv_heads(v)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.o_proj(self.core(q, k, v).transpose(1, 2).flatten(2))
+        return self.o_proj((core or self.core)(q, k, v).transpose(1, 2).flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """[batch, sequence, heads * head_dim] -> [batch, heads, sequence, head_dim]."""
@@ -143,14 +144,14 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config, tp_context)
         self.mlp.down_proj.recompute = recompute == "selective"
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, core: AttentionCore | None = None) -> Tensor:
         if self.recompute == "full" and torch.is_grad_enabled():
             result: Tensor = checkpoint(self._layer, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
             return result
-        return self._layer(x, cos, sin)
+        return self._layer(x, cos, sin, core)
 
-    def _layer(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def _layer(self, x: Tensor, cos: Tensor, sin: Tensor, core: AttentionCore | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, core)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

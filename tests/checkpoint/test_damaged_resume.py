@@ -14,7 +14,7 @@ from megallama.checkpoint.state import DataIdentity, TrainState, read_saved, sta
 from megallama.checkpoint.writing.commit import Retention, apply_retention, best_of
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.generation.generate import load_run
+from megallama.generation.load import load_model
 from megallama.parallel.spawn import RankFailedError, run_ranks
 from megallama.run_dir.outcome import write_outcome
 from megallama.system.lock import LOCK
@@ -221,11 +221,11 @@ def test_text_of_damaged_weights_is_refused(tmp_path: Path) -> None:
     path = shutil.copytree(CHECKPOINT, tmp_path / "checkpoints" / CHECKPOINT.name)
     flip(path / STATE, at=0)
     with pytest.raises(UserError, match=r"is damaged \(state.json is damaged\); use another"):
-        load_run(tmp_path)
+        load_model(tmp_path)
     shutil.copy(CHECKPOINT / STATE, path / STATE)
     edit(path / TENSORS, lambda content: content["tensors"]["lm_head.weight"]["chunks"].pop())
     with pytest.raises(UserError, match=r"is damaged \(tensors.json has element .* in no chunk\); use another"):
-        load_run(tmp_path)
+        load_model(tmp_path)
 
 
 def test_a_damaged_checkpoint_is_never_the_best_and_ends_no_save(tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from megallama.checkpoint.reading.store import load_weights
 from megallama.checkpoint.state import TrainState, read_saved
 from megallama.checkpoint.tensors import Stored
 from megallama.data.tokenizer import load_tokenizer
-from megallama.generation.generate import Sampling, generate, load_run
+from megallama.generation.generate import generate
+from megallama.generation.load import load_model
+from megallama.generation.sampling import Sampling
 from megallama.layout.counts import weight_shapes
 from megallama.parallel.spawn import run_ranks
 from megallama.verify.compare import events_of, train_losses
@@ -66,12 +68,13 @@ def test_text_is_generated_with_the_weights_of_the_fixture(expected: dict[str, A
     shutil.copytree(CHECKPOINT, tmp_path / "checkpoints" / CHECKPOINT.name)
     (tmp_path / "config.yaml").touch()
     load_tokenizer("bytes").save(tmp_path / "tokenizer")
-    model, tokenizer, path = load_run(tmp_path)
-    assert (model.config, path.name) == (read_saved(CHECKPOINT).model, CHECKPOINT.name)
+    loaded = load_model(tmp_path)
+    model = loaded.model
+    assert (model.config, loaded.source.name) == (read_saved(CHECKPOINT).model, CHECKPOINT.name)
     for name, pieces in model.shard_slices.items():
         for piece in pieces:
             assert torch.equal(piece.of(model.get_parameter(name)), weights[piece.name]), piece.name
-    assert len(generate(model, tokenizer, "Document", 4, Sampling(temperature=0.0))) > len("Document")
+    assert len(generate(loaded, "Document", 4, Sampling(temperature=0.0))) > len("Document")
 
 
 def reader_of_the_page() -> Callable[[Path], dict[str, Any]]:

@@ -20,7 +20,7 @@ from megallama.checkpoint.reading.rollback import roll_back
 from megallama.checkpoint.tensors import is_weight
 from megallama.checkpoint.writing.commit import Retention, apply_retention
 from megallama.cluster.starts import newest_step
-from megallama.generation.generate import load_run
+from megallama.generation.load import load_model
 from tests.checkpoint.damaging import CHECKPOINT, copy_as, edit, rewrite
 from tests.launching import arguments, events, pretrain
 
@@ -252,7 +252,7 @@ def test_a_run_that_was_never_healthy_keeps_its_newest_checkpoint(folder: Path) 
 
 def test_who_asks_for_the_newest_gets_the_newest_healthy_one(byte_dataset: str, run: Path) -> None:
     edit(run / "checkpoints" / "step_00000010" / STATE, lambda content: content.update(healthy=False))
-    assert load_run(run)[2].name == "step_00000009"
+    assert load_model(run).source.name == "step_00000009"
     assert newest_step(run) == 9
     assert [entry.marks for entry in entries(run / "checkpoints")] == [("latest", "best", "unhealthy"), ()]
     assert read_document(run / "checkpoints" / "step_00000009")["healthy"] is True

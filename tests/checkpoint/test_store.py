@@ -16,7 +16,7 @@ from megallama.checkpoint.state import read_saved
 from megallama.checkpoint.tensors import Stored
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.generation.generate import load_run
+from megallama.generation.load import load_model
 from megallama.layout.names import parse_layout
 from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import RankFailedError, run_ranks
@@ -201,7 +201,7 @@ def test_code_planted_with_its_hash_is_text_that_is_malformed(
     with pytest.raises(UserError, match=f"damaged .*{name} is malformed: "):
         load_weights(path)
     with pytest.raises(UserError, match=f"damaged .*{name} is malformed: "):
-        load_run(run)
+        load_model(run)
     with pytest.raises(RankFailedError, match=rf"UserError: checkpoint.init_from=.* is damaged \({name} is malformed"):
         run_ranks(train_rank, 1, new, None)
     run_ranks(train_rank, 1, again, None)

@@ -19,7 +19,7 @@ from megallama.config.load import load_config
 from megallama.errors import UserError
 from megallama.exchange.incoming import grow, import_folder
 from megallama.exchange.new_folder import new_folder
-from megallama.generation.generate import load_run
+from megallama.generation.load import load_model
 from tests.exchange.foreign import VARIANTS, random_llama, save, write_meta_folder
 from tests.launching import tree
 
@@ -50,7 +50,7 @@ def test_the_checkpoint_is_sound_and_has_the_weights_to_the_bit(variant: str, tm
 def test_the_run_directory_generates_with_the_logits_of_the_source(folder: Path, tmp_path: Path) -> None:
     import_folder(folder, tmp_path / "run", [BYTES], None, None)
     tokens = torch.arange(100)[None]
-    ours, _, _ = load_run(tmp_path / "run")
+    ours = load_model(tmp_path / "run").model
     assert (ours(tokens) - random_llama()(tokens).logits).abs().max() < 1e-4
 
 

@@ -1,0 +1,22 @@
+"""Generation beside transformers' own, on the same weights, prompts and tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.launching import BIN, ROOT, execute
+
+pytestmark = pytest.mark.benchmarks
+
+
+def test_one_text_is_written_at_least_half_as_fast_again_as_by_transformers(tmp_path: Path) -> None:
+    script = str(ROOT / "benchmarks" / "generation.py")
+    words = ["configs/tinystories-20m.yaml", "--rounds", "7", "--tokens", "128", "--json"]
+    outcome = execute([str(BIN / "python"), script, *words], tmp_path, OMP_NUM_THREADS="1", timeout=240)
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out.splitlines()[-1])
+    assert found["same_tokens"] == 1.0
+    assert found["ratio"] >= 1.5
