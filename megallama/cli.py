@@ -16,6 +16,7 @@ from megallama.checkpoint.commands.cli import checkpoint_app
 from megallama.cluster.cli import launch
 from megallama.data.cli import data_app, tokenizer_app
 from megallama.errors import UserError, refuse_hidden
+from megallama.evaluation.cli import evaluate
 from megallama.exchange.cli import export_command, import_command
 from megallama.generation.cli import chat, generate, serve
 from megallama.plan.cli import plan
@@ -33,6 +34,7 @@ app.command()(launch)
 app.command()(generate)
 app.command()(chat)
 app.command()(serve)
+app.command("eval")(evaluate)
 app.command("export")(export_command)
 app.command("import")(import_command)
 app.add_typer(data_app, name="data")

@@ -1,0 +1,64 @@
+"""What is evaluated: documents as ids, and how many bytes of text each stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+
+from megallama.data.corpora import iterate_documents
+from megallama.data.dataset import TokenDataset
+from megallama.data.indexed import bin_path, idx_path
+from megallama.data.surrogates import without_surrogates
+from megallama.data.tokenizer import Tokenizer
+from megallama.errors import UserError
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document."""
+
+    ids: list[int]
+    """Without its end."""
+    bytes: int
+    """Of its text in UTF-8."""
+
+
+def read_texts(data: str, tokenizer: Tokenizer, vocab_size: int, text_field: str = "text") -> Iterator[Text]:
+    """The documents of `data`: the prefix of a dataset, else what `data build` reads. UserError as it is met.
+
+    The bytes of a dataset are those of its tokens, decoded.
+    """
+    if bin_path(data).is_file() or idx_path(data).is_file():
+        return _of_dataset(data, tokenizer, vocab_size)
+    return _of_text(data, tokenizer, text_field)
+
+
+def _of_text(data: str, tokenizer: Tokenizer, text_field: str) -> Iterator[Text]:
+    for document in iterate_documents([data], text_field):
+        yield Text(tokenizer.encode(document), len(without_surrogates(document).encode()))
+
+
+def _of_dataset(data: str, tokenizer: Tokenizer, vocab_size: int) -> Iterator[Text]:
+    dataset = TokenDataset(data)
+    if dataset.info and dataset.info.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{data} was built with the tokenizer {dataset.info.tokenizer}, which is not the model's; build it with "
+            "the model's, or give the text itself"
+        )
+    for number in range(dataset.indexed.num_documents):
+        row = dataset.indexed.document(number)
+        dataset.check_ids(row, vocab_size)
+        ids = [int(each) for each in row]
+        if ids and ids[-1] == tokenizer.eod_id:
+            ids.pop()
+        yield Text(ids, len(tokenizer.decode(ids).encode()))
+
+
+def some(texts: Iterator[Text], limit: int | None, data: str) -> Iterator[Text]:
+    """The first `limit` documents that have tokens. UserError where there is none."""
+    found = islice((text for text in texts if text.ids), limit)
+    first = next(found, None)
+    if first is None:
+        raise UserError(f"{data} has no text; name a file, a folder or a dataset that has some")
+    return chain([first], found)
