@@ -11,7 +11,7 @@ from torch import Tensor
 from megallama.checkpoint.format import complete_checkpoints
 from megallama.checkpoint.health import healthy_checkpoints
 from megallama.checkpoint.reading.store import load_weights
-from megallama.checkpoint.state import read_saved
+from megallama.checkpoint.state import check_causal, read_saved
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.errors import UserError
 from megallama.model.llama import Llama
@@ -40,7 +40,9 @@ def load_run(run_dir: Path) -> tuple[Llama, Tokenizer, Path]:
     if not found:
         raise UserError(f"{run_dir} holds no checkpoint yet; train until the first save")
     weights = load_weights(found[0])  # first: it reads the files against their hashes
-    model = Llama(read_saved(found[0]).model)
+    saved = read_saved(found[0])
+    check_causal(found[0], saved)
+    model = Llama(saved.model)
     with torch.no_grad():
         for name, pieces in model.shard_slices.items():
             parameter = model.get_parameter(name).zero_()
