@@ -20,7 +20,7 @@ from megallama.checkpoint.format import (
 )
 from megallama.checkpoint.health import healthy_checkpoints
 from megallama.checkpoint.reading.inspect import promised
-from megallama.checkpoint.state import read_saved
+from megallama.checkpoint.state import check_causal, read_saved
 from megallama.checkpoint.tensors import Stored
 from megallama.config.schema import ModelConfig
 from megallama.data.hf_tokenizer import save_hugging_face
@@ -42,7 +42,9 @@ class CheckpointWeights:
     def __init__(self, path: Path, report: Callable[[str], None]) -> None:
         self._path, self._report = path, report
         self._stored = _sound(path, report)
-        self.config: ModelConfig = read_saved(path).model
+        saved = read_saved(path)
+        check_causal(path, saved)  # no program's Llama looks at what follows
+        self.config: ModelConfig = saved.model
         self.model: dict[str, Any] = self.config.model_dump(mode="json")
         self.shapes = llama_shapes(self.config)
 
