@@ -87,10 +87,10 @@ class Engine:
         chunks.to(mesh.device)  # what is no parameter
         self._names = {p: name for name, p in chunks.named_parameters() if p.requires_grad}
         self._frozen = {p: name for name, p in chunks.named_parameters() if not p.requires_grad}
-        self._filler = _filler(self._names, mesh.device, self._dtype) if self._stage == 1 else None
-        if self._filler is not None:
-            chunks.register_parameter("filler", self._filler)
-        self._optimizer = _adamw(chunks, config)
+        groups = _groups(self._names)
+        self._fillers = nn.ParameterList(_fillers(groups, mesh.device, self._dtype) if self._stage == 1 else [])
+        chunks.add_module("fillers", self._fillers)  # for as long as DeepSpeed asks the model for names
+        self._optimizer = _adamw(groups, config)
         self._group_of = {p: index for index, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
         with redirect_stdout(StringIO()):  # BF16_Optimizer prints memory statistics whatever the log level
             self._engine, *_ = deepspeed.initialize(
@@ -100,8 +100,7 @@ class Engine:
                 mpu=_Mpu(mesh),
                 dist_init_required=False,
             )
-        if self._filler is not None:
-            del chunks.filler
+        del chunks.fillers
         self._zero: Any = self._engine.optimizer
         self._create_state()
         self._passes: _Passes = (
@@ -127,9 +126,9 @@ class Engine:
         """Reduce, clip, update. Every rank of the mesh must call it."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        if self._filler is not None:
-            self._filler.grad = torch.zeros_like(self._filler)
-            self._take_gradients([self._filler])
+        for filler in self._fillers:
+            filler.grad = torch.zeros_like(filler)
+        self._take_gradients(self._fillers)
         self._engine.step()
         return StepResult(float(self._engine.get_global_grad_norm()), bool(self._engine.was_step_applied()))
 
@@ -320,26 +319,31 @@ class _Mpu:
         return self._mesh.tp.size
 
 
-def _filler(trained: Iterable[nn.Parameter], device: torch.device, dtype: torch.dtype) -> nn.Parameter | None:
-    """A zero to train where a rank has nothing that counts in the norm, of which DeepSpeed makes an error.
+def _groups(trained: Iterable[nn.Parameter]) -> dict[bool, list[nn.Parameter]]:
+    """Matrices, which are decayed, and norm weights, which are not; ZeRO 3 says of what it has cut how it was."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in trained:
+        groups[len(getattr(parameter, "ds_shape", parameter.shape)) >= 2].append(parameter)
+    return groups
 
-    All of its stages are frozen, or all but norms, which the first tensor-parallel rank counts.
+
+def _fillers(groups: Mapping[bool, list[nn.Parameter]], device: torch.device, dtype: torch.dtype) -> list[nn.Parameter]:
+    """A zero to train in each group that is empty, since what this rank has of it is frozen.
+
+    DeepSpeed reduces the norm group by group, and pipeline ranks must have as many; with none it ends in an error.
     """
-    if any(getattr(parameter, "tensor_model_parallel", False) for parameter in trained):
-        return None
-    filler = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
-    filler.tensor_model_parallel = True  # type: ignore[attr-defined]
-    return filler
+    fillers = []
+    for group in groups.values():
+        if not group:
+            filler = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
+            filler.tensor_model_parallel = True  # type: ignore[attr-defined]  # else the norm is of nothing on some
+            group.append(filler)
+            fillers.append(filler)
+    return fillers
 
 
-def _adamw(module: nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves norm weights alone; ZeRO 3 says of what it has cut how it was."""
-    matrices: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter in (p for p in module.parameters() if p.requires_grad):
-        matrices[len(getattr(parameter, "ds_shape", parameter.shape)) >= 2].append(parameter)
-    groups = [
-        {"params": matrices[True], "weight_decay": config.optimizer.weight_decay},
-        {"params": matrices[False], "weight_decay": 0.0},
-    ]
+def _adamw(groups: Mapping[bool, list[nn.Parameter]], config: RunConfig) -> torch.optim.AdamW:
+    decays = {True: config.optimizer.weight_decay, False: 0.0}
+    given = [{"params": group, "weight_decay": decays[matrices]} for matrices, group in groups.items() if group]
     lr, betas, eps = config.optimizer.lr, config.optimizer.betas, config.optimizer.eps
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=True)
+    return torch.optim.AdamW(given, lr=lr, betas=betas, eps=eps, fused=True)
