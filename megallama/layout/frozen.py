@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import TYPE_CHECKING
 
 from megallama.errors import UserError
 from megallama.layout.counts import weight_shapes
 
 if TYPE_CHECKING:
-    from megallama.config.schema import ModelConfig
+    from megallama.config.schema import ModelConfig, RunConfig
 
 FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 """Weights of a layer that are one matrix in memory, and so one to the optimizer."""
@@ -45,10 +46,25 @@ def frozen_weights(model: ModelConfig, patterns: Sequence[str]) -> frozenset[str
     return frozenset(frozen)
 
 
-def frozen_parameters(model: ModelConfig, patterns: Sequence[str]) -> dict[str, int]:
-    """How many parameters each frozen weight has; UserError as above."""
-    shapes = weight_shapes(model)
-    return {name: math.prod(shapes[name]) for name in frozen_weights(model, patterns)}
+def frozen_elements(config: RunConfig, layers: Collection[range], first: bool, last: bool) -> int:
+    """Elements of the frozen weights, unpadded, on a rank with these layers and the `first` or the `last` stage.
+
+    A tied matrix is held once, also where a V begins and ends on one rank. UserError as above.
+    """
+    if not config.train.freeze:
+        return 0
+    total, mine = 0, {str(layer) for stage in layers for layer in stage}
+    for name, shape in _frozen_shapes(config.model, config.train.freeze).items():
+        _, kind, *place = name.split(".")
+        here = place[0] in mine if kind == "layers" else first if kind == "embed_tokens" else last
+        total += here * -(-math.prod(shape) // (config.parallel.tensor if len(shape) > 1 else 1))
+    return total
+
+
+@cache
+def _frozen_shapes(model: ModelConfig, patterns: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    frozen = frozen_weights(model, patterns)
+    return {name: shape for name, shape in weight_shapes(model).items() if name in frozen}
 
 
 def _no_match(pattern: str, names: Sequence[str], *, tied: bool) -> str:
