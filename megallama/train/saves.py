@@ -83,7 +83,7 @@ def report_thaw(run: Run, saved: Saved) -> None:
     before, now = saved.frozen, frozen_weights(run.config.model, run.config.train.freeze)
     changes = (
         (before - now, "trained from here on, with moments that start at zero"),
-        (now - before, "frozen from here on, and their moments dropped"),
+        (now - before, "frozen from here on, and saved without moments"),
     )
     for names, what in changes:
         if names:
