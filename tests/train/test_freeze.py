@@ -160,7 +160,7 @@ def assert_same_as_alone(world_size: int, overrides: list[str], alone: Path, dat
     ("world_size", "overrides"),
     [
         (2, ["zero.stage=1"]),
-        (2, ["zero.stage=3"]),
+        pytest.param(2, ["zero.stage=3"], marks=pytest.mark.layouts),
         pytest.param(2, ["zero.stage=2"], marks=pytest.mark.layouts),
         pytest.param(4, ["parallel.pipeline=4"], marks=pytest.mark.layouts),
         pytest.param(2, ["parallel.pipeline=2", "parallel.schedule=zbvzerobubble"], marks=pytest.mark.layouts),

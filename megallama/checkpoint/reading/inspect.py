@@ -53,7 +53,7 @@ def promised(path: Path) -> Stored:
     try:
         expected = expected_shapes(model, saved.frozen)
     except UserError as error:
-        raise TornCheckpointError(f"{STATE} says of what was frozen: {error}") from None
+        raise TornCheckpointError(f"{STATE}: {error}") from None
     _refuse("missing", [name for name in expected if name not in stored.shapes])
     _refuse("not of the model", [name for name in stored.shapes if name not in expected])
     for name, shape in stored.shapes.items():
