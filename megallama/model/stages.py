@@ -61,8 +61,8 @@ class ModelStages(nn.Module):
         """Keep the weights of these names as they are; of what is one matrix here they name all or nothing."""
         for local, pieces in self.shard_slices.items():
             # A rank that has only padding of a vocabulary holds no piece of it, and does as the others do.
-            held = {piece.name for piece in pieces} or {name for name in names if local.endswith(name.split(".")[-2])}
-            if names & held:
+            place = local.split(".")[-2]
+            if names & {piece.name for piece in pieces} or (not pieces and place in {n.split(".")[-2] for n in names}):
                 self.get_parameter(local).requires_grad_(False)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
