@@ -219,7 +219,7 @@ class Engine:
         size = -(-flat.numel() // self._data.size)
         padded, parts = flat.new_zeros(size), flat.new_empty(size * self._data.size)
         padded[: mine.numel()] = mine
-        dist.all_gather_into_tensor(parts, padded, group=self._data.group)
+        dist.all_gather(list(parts.split(size)), padded, group=self._data.group)
         flat.copy_(parts[: flat.numel()])
 
     def _take_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
