@@ -188,7 +188,7 @@ def meet(mesh: ParallelMesh) -> None:
 
 def state_of(fragment: Fragment) -> dict[str, Tensor]:
     """By reference."""
-    return {"master": fragment.master, "exp_avg": fragment.exp_avg, "exp_avg_sq": fragment.exp_avg_sq}
+    return {"master": fragment.master, **fragment.moments}
 
 
 def chunks(engine: Engine, model: ModelStages) -> Iterator[tuple[str, Tensor]]:

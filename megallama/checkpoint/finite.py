@@ -22,7 +22,7 @@ def state_is_finite(fragments: Iterable[Fragment], mesh: ParallelMesh, *, square
     """
     sums = [torch.zeros((), device=mesh.device)]
     for fragment in fragments:
-        sums += [tensor.sum() for tensor in (fragment.master, fragment.exp_avg, fragment.exp_avg_sq)]
+        sums += [tensor.sum(dtype=torch.float32) for tensor in (fragment.master, *fragment.moments.values())]
         if squares:
             sums.append(torch.linalg.vector_norm(fragment.master))
     finite = torch.isfinite(torch.stack(sums)).all().to(torch.int32)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from megallama.checkpoint.tensors import EXP_AVG, EXP_AVG_SQ, moment_name
+from megallama.checkpoint.tensors import moment_name
 from megallama.parallel.shards import ShardSlice, boxes
 
 if TYPE_CHECKING:
@@ -65,7 +65,10 @@ class LogicalTensor(torch.Tensor):
 
 
 def logical_state(fragments: Iterable[Fragment], held: Mapping[str, Sequence[ShardSlice]]) -> dict[str, LogicalTensor]:
-    """Master weights and both moments of this rank, by logical name; chunks are views, not copies."""
+    """Master weights and moments of this rank, by logical name; chunks are views, not copies.
+
+    Those of frozen weights have the type of training; what reads and writes them casts.
+    """
     state: dict[str, LogicalTensor] = {}
 
     def add(name: str, piece: ShardSlice, offset: torch.Size, chunk: Tensor) -> None:
@@ -76,6 +79,6 @@ def logical_state(fragments: Iterable[Fragment], held: Mapping[str, Sequence[Sha
             for offset, size, flat in boxes(piece, fragment.start, fragment.start + fragment.master.numel()):
                 here = slice(flat - fragment.start, flat - fragment.start + size.numel())
                 add(piece.name, piece, offset, fragment.master[here].view(size))
-                add(moment_name(EXP_AVG, piece.name), piece, offset, fragment.exp_avg[here].view(size))
-                add(moment_name(EXP_AVG_SQ, piece.name), piece, offset, fragment.exp_avg_sq[here].view(size))
+                for moment, flat_moment in fragment.moments.items():
+                    add(moment_name(moment, piece.name), piece, offset, flat_moment[here].view(size))
     return state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,10 +19,11 @@ from megallama.checkpoint.format import (
     malformed,
     read_manifest,
 )
-from megallama.config.schema import MOST_SEQUENCES, ModelConfig, Objective
+from megallama.config.schema import MOST_SEQUENCES, ModelConfig, Objective, Patterns
 from megallama.errors import UserError
 from megallama.layout.budget import NOTHING_SEEN, Seen
 from megallama.layout.check import check_trained
+from megallama.layout.frozen import frozen_weights
 from megallama.system.regular_file import read_regular
 
 if TYPE_CHECKING:
@@ -98,6 +99,13 @@ class Saved(BaseModel):
     """Whether the run was going well; older checkpoints do not say."""
     objective: Objective = "causal"
     """What the weights were trained towards; older checkpoints, which do not say, are causal."""
+    freeze: Patterns = ()
+    """`train.freeze` of the run: what it matches has no moments; where it is empty it is not written."""
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """The weights that have no moments."""
+        return frozen_weights(self.model, self.freeze)
 
     def state_at(self, sequence_length: int) -> TrainState:
         """Where a run of such sequences is when it goes on from here."""
@@ -117,8 +125,10 @@ def state_document(
     model: ModelConfig,
     layout: dict[str, object],
     objective: Objective = "causal",
+    freeze: Sequence[str] = (),
 ) -> dict[str, object]:
     """What state.json holds: the above, whether the run was going well, the training loss of the step, the layout."""
+    frozen: dict[str, object] = {"freeze": list(freeze)} if freeze else {}
     return {
         "state": asdict(state),
         "loss": loss if math.isfinite(loss) else None,  # JSON knows no NaN
@@ -127,6 +137,7 @@ def state_document(
         "model": model.model_dump(mode="json", exclude={"block"}),  # what is trained is a Llama
         "objective": objective,
         "layout": layout,
+        **frozen,
     }
 
 

@@ -125,6 +125,7 @@ _KINDS = {
     "model_attributes_type": "a mapping of keys",
 }
 _LISTS = {
+    "train.freeze": 'a list of patterns such as [model.embed_tokens.weight, "*norm*"]',
     "optimizer.betas": "a list of two numbers such as [0.9, 0.95]",
     "parallel.layers_per_stage": "a list of whole numbers such as [8, 9, 9, 6]",
 }

@@ -59,6 +59,7 @@ MOST_LAYERS, MOST_WIDTH, MOST_SEQUENCES, MOST_RANKS, MOST_STEPS = 2_000, 10**7, 
 """Far beyond any run: a number above them is a slip of the hand, and would keep a plan busy for hours."""
 MOST_PIPELINE, MOST_STAGES = 128, 512
 """A plan lays every action of every rank out in time."""
+MOST_PATTERNS = 256
 MOST_NAME_BYTES, MOST_PATH_BYTES = 255, 1000
 """Linux's limit on a component of a path, and sbatch's on a path, less what stands before and behind it."""
 
@@ -88,6 +89,14 @@ Decay = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number_from_text)]
 
 
 LayersPerStage = Annotated[tuple[Annotated[int, Field(ge=1, le=MOST_LAYERS)], ...], Field(max_length=MOST_LAYERS)]
+
+
+def _tuple_from_list(value: object) -> object:
+    """Behind a validator of the section before it a list is not taken for a tuple any more."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+Patterns = Annotated[tuple[Name, ...], Field(max_length=MOST_PATTERNS), BeforeValidator(_tuple_from_list)]
 CheckpointPath = Annotated[Name, Field(pattern="/|^step_")]
 """Told from a word by its slash, or by the name of its folder."""
 Schedule = Literal["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"]
@@ -260,6 +269,8 @@ class TrainConfig(Section):
     """Seed of initialisation, sample order and masks, the same at every layout."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in backward: none, the SwiGLU product, or whole layers."""
+    freeze: Patterns = ()
+    """Weights that stay as they are, by patterns of their Hugging Face names: model.embed_tokens.weight, "*norm*"."""
     max_minutes: Annotated[Real, Field(gt=0)] | None = None
     """Save and end as `requeue`, early enough for the save to end this many minutes after the process began."""
     max_skipped: int = Field(default=100, ge=1, le=MOST_STEPS)

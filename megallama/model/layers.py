@@ -198,9 +198,9 @@ class _GatherLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         grad, grad_x, grad_weight = grads[0], None, None
-        if ctx.part.weights:
+        if ctx.part.weights and ctx.needs_input_grad[1]:
             grad_weight = grad.flatten(0, 1).t() @ all_gather(x, SEQUENCE, ctx.tp).flatten(0, 1)
-        if ctx.part.inputs:
+        if ctx.part.inputs and ctx.needs_input_grad[0]:
             grad_x = sum_scatter(grad @ weight, SEQUENCE, ctx.tp)
         return grad_x, grad_weight, None, None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -56,6 +56,14 @@ class ModelStages(nn.Module):
         """All decoder layers of this rank."""
         for model in self.models:
             yield from model.layers.values()
+
+    def freeze(self, names: Set[str]) -> None:
+        """Keep the weights of these names as they are; of what is one matrix here they name all or nothing."""
+        for local, pieces in self.shard_slices.items():
+            # A rank that has only padding of a vocabulary holds no piece of it, and does as the others do.
+            place = local.split(".")[-2]
+            if names & {piece.name for piece in pieces} or (not pieces and place in {n.split(".")[-2] for n in names}):
+                self.get_parameter(local).requires_grad_(False)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
         """The whole model, where this rank holds all of it."""

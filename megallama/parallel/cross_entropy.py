@@ -41,18 +41,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         precise = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=precise, device=hidden.device)
-        if training:
-            grad_hidden = torch.empty_like(hidden)
-            grad_weight = torch.zeros_like(weight, dtype=precise)
+        by_hidden, by_weight = (training and asked for asked in ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(hidden) if by_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=precise) if by_weight else None
         chunk = max(1, LOGITS_AT_ONCE // weight.shape[0])
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             logits = (hidden[part] @ weight.t()).to(precise)
             losses = _softmax_in_place(logits, labels[part], first, real_rows, tp)
             total += losses.sum()
-            if training:
-                grad_logits = logits.to(hidden.dtype)
+            grad_logits = logits.to(hidden.dtype) if training else logits
+            if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
+            if grad_weight is not None:
                 grad_weight += grad_logits.t() @ hidden[part]
         if training:
             ctx.save_for_backward(grad_hidden, grad_weight)
@@ -63,8 +64,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grads[0]
-        by_hidden = grad_hidden * scale.to(grad_hidden.dtype)
-        return by_hidden, (grad_weight * scale).to(ctx.weight_dtype), None, None, None, None, None
+        by_hidden = None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype)
+        by_weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
+        return by_hidden, by_weight, None, None, None, None, None
 
 
 def _softmax_in_place(logits: Tensor, labels: Tensor, first: int, real_rows: int, tp: Axis) -> Tensor:

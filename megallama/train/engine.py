@@ -16,10 +16,12 @@ from typing import Any, Protocol
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__ as compatible_ops
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
+from megallama.checkpoint.tensors import MOMENTS
 from megallama.config.schema import RunConfig
 from megallama.layout.schedules import Action
 from megallama.model.init import initialise_owned
@@ -43,21 +45,23 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Fragment:
-    """The optimizer state that this rank owns of one local parameter: a flat range, fp32, by reference."""
+    """What this rank owns of one local parameter: a flat range of its state, by reference."""
 
     parameter: str
     start: int
     """First element of the flattened local parameter."""
     master: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    """fp32; of a frozen parameter, which has no master, the weights as they are trained with."""
+    moments: Mapping[str, Tensor]
+    """AdamW's `exp_avg` and `exp_avg_sq`, fp32; a frozen parameter has none."""
 
 
 class Engine:
     """ZeRO stage 1 to 3 in bf16 or fp32 around `chunks`, whose `weights` get their memory as they are asked for.
 
     Master weights, moments and gradient sums are fp32. Gradients are clipped by their norm over the whole model: over
-    tensor-parallel shards and pipeline stages, replicated parameters counted once.
+    tensor-parallel shards and pipeline stages, replicated parameters counted once. Parameters that require no gradient
+    are in none of this: weights in the type of training are all there is of them.
     """
 
     def __init__(
@@ -69,7 +73,7 @@ class Engine:
         lists: Sequence[Sequence[Action]],
         settings: Mapping[str, Any],
     ) -> None:
-        self._stage, self._data_rank = config.zero.stage, mesh.data.rank
+        self._stage, self._data = config.zero.stage, mesh.data
         self._dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
         # On a CPU DeepSpeed would compile a shared-memory op at start: minutes, a compiler, and a lock that outlives
         # a killed build. gloo does without.
@@ -81,8 +85,12 @@ class Engine:
         else:
             deque(weights, maxlen=0)
         chunks.to(mesh.device)  # what is no parameter
-        self._optimizer = _adamw(chunks, config)
-        self._names = {parameter: name for name, parameter in chunks.named_parameters()}
+        self._names = {p: name for name, p in chunks.named_parameters() if p.requires_grad}
+        self._frozen = {p: name for name, p in chunks.named_parameters() if not p.requires_grad}
+        groups = _groups(self._names)
+        self._fillers = nn.ParameterList(_fillers(groups, mesh.device, self._dtype) if self._stage == 1 else [])
+        chunks.add_module("fillers", self._fillers)  # for as long as DeepSpeed asks the model for names
+        self._optimizer = _adamw(groups, config)
         self._group_of = {p: index for index, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
         with redirect_stdout(StringIO()):  # BF16_Optimizer prints memory statistics whatever the log level
             self._engine, *_ = deepspeed.initialize(
@@ -92,6 +100,7 @@ class Engine:
                 mpu=_Mpu(mesh),
                 dist_init_required=False,
             )
+        del chunks.fillers
         self._zero: Any = self._engine.optimizer
         self._create_state()
         self._passes: _Passes = (
@@ -117,11 +126,14 @@ class Engine:
         """Reduce, clip, update. Every rank of the mesh must call it."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        for filler in self._fillers:
+            filler.grad = torch.zeros_like(filler)
+        self._take_gradients(self._fillers)
         self._engine.step()
         return StepResult(float(self._engine.get_global_grad_norm()), bool(self._engine.was_step_applied()))
 
     def fragments(self) -> Iterator[Fragment]:
-        """All optimizer state on this rank. Over the data-parallel ranks they cover every parameter exactly once."""
+        """All state on this rank. Over the data-parallel ranks they cover every parameter exactly once."""
         for parameter, name in self._names.items():
             found = self._owned(parameter)
             if found is None:
@@ -129,7 +141,11 @@ class Engine:
             start, partition, offset, numel = found
             state = self._optimizer.state[partition]
             here = slice(offset, offset + numel)
-            yield Fragment(name, start, partition.detach()[here], state["exp_avg"][here], state["exp_avg_sq"][here])
+            yield Fragment(name, start, partition.detach()[here], {kind: state[kind][here] for kind in MOMENTS})
+        for parameter, name in self._frozen.items():
+            start, numel = self._part(parameter)
+            if numel > 0:
+                yield Fragment(name, start, self._frozen_part(parameter)[:numel], {})
 
     def initialise(self, held: Mapping[str, Sequence[ShardSlice]], threads: int, **values: Any) -> None:
         """Draw the initial weights: of `held`, by parameter, what this rank owns. Every rank must call it.
@@ -146,6 +162,8 @@ class Engine:
         for partition in self._partitions:
             self._optimizer.state[partition]["step"].fill_(updates)
         if self._stage < 3:
+            for parameter in self._frozen:
+                self._gather(parameter)
             self._zero.update_lp_params()
             return
         for index in range(len(self._partitions)):
@@ -173,20 +191,45 @@ class Engine:
             low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
             return low.start, self._partitions[mapping.param_group_index], high.start, high.numel
         group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
-        size = any_parameter.partition_numel()
-        start = size * self._data_rank
-        # The last partition is padded to the size of the others.
-        numel = min(size, any_parameter.ds_numel - start)
+        start, numel = self._part(parameter)
         return (start, self._partitions[group], offset, numel) if numel > 0 else None
 
-    def _take_gradients(self, module: nn.Module) -> None:
+    def _part(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """(start, elements) of what this rank has of a parameter that is cut alone, as ZeRO 3 does it.
+
+        The last part is the rest, which may be nothing: ZeRO 3 pads it to the size of the others.
+        """
+        whole = getattr(parameter, "ds_numel", parameter.numel())
+        size = -(-whole // self._data.size)
+        return size * self._data.rank, min(size, whole - size * self._data.rank)
+
+    def _frozen_part(self, parameter: nn.Parameter) -> Tensor:
+        """That part of a frozen parameter, by reference."""
+        if self._stage == 3:
+            cut: Tensor = getattr(parameter, "ds_tensor")  # noqa: B009
+            return cut
+        start, numel = self._part(parameter)
+        return parameter.detach().view(-1)[start : start + numel]
+
+    def _gather(self, parameter: nn.Parameter) -> None:
+        """Take over the other ranks' parts of a frozen parameter, which ZeRO 1 and 2 hold whole on each."""
+        if self._data.size == 1:
+            return
+        mine, flat = self._frozen_part(parameter), parameter.detach().view(-1)
+        size = -(-flat.numel() // self._data.size)
+        padded, parts = flat.new_zeros(size), flat.new_empty(size * self._data.size)
+        padded[: mine.numel()] = mine
+        dist.all_gather(list(parts.split(size)), padded, group=self._data.group)
+        flat.copy_(parts[: flat.numel()])
+
+    def _take_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Add what a split backward left in `grad` to the fp32 sums, as ZeRO's hooks do with the other gradients.
 
         In fp32 there is nothing to do: `grad` is the sum.
         """
         if not isinstance(self._zero, BF16_Optimizer):
             return
-        for parameter in module.parameters():
+        for parameter in parameters:
             if parameter.grad is not None:
                 any_parameter: Any = parameter
                 group, index = self._group_of[parameter], any_parameter._index_in_param_group
@@ -198,8 +241,7 @@ class Engine:
             state = self._optimizer.state[partition]
             on_device = self._optimizer.defaults["fused"]
             state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device if on_device else "cpu")
-            state["exp_avg"] = torch.zeros_like(partition, requires_grad=False)
-            state["exp_avg_sq"] = torch.zeros_like(partition, requires_grad=False)
+            state |= {kind: torch.zeros_like(partition, requires_grad=False) for kind in MOMENTS}
 
 
 class _Weights(nn.Module):
@@ -277,14 +319,31 @@ class _Mpu:
         return self._mesh.tp.size
 
 
-def _adamw(module: nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves norm weights alone; ZeRO 3 says of what it has cut how it was."""
-    matrices: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter in module.parameters():
-        matrices[len(getattr(parameter, "ds_shape", parameter.shape)) >= 2].append(parameter)
-    groups = [
-        {"params": matrices[True], "weight_decay": config.optimizer.weight_decay},
-        {"params": matrices[False], "weight_decay": 0.0},
-    ]
+def _groups(trained: Iterable[nn.Parameter]) -> dict[bool, list[nn.Parameter]]:
+    """Matrices, which are decayed, and norm weights, which are not; ZeRO 3 says of what it has cut how it was."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in trained:
+        groups[len(getattr(parameter, "ds_shape", parameter.shape)) >= 2].append(parameter)
+    return groups
+
+
+def _fillers(groups: Mapping[bool, list[nn.Parameter]], device: torch.device, dtype: torch.dtype) -> list[nn.Parameter]:
+    """A zero to train in each group that is empty, since what this rank has of it is frozen.
+
+    DeepSpeed reduces the norm group by group, and pipeline ranks must have as many; with none it ends in an error.
+    """
+    fillers = []
+    for group in groups.values():
+        if not group:
+            filler = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
+            filler.tensor_model_parallel = True  # type: ignore[attr-defined]  # else the norm is of nothing on some
+            group.append(filler)
+            fillers.append(filler)
+    return fillers
+
+
+def _adamw(groups: Mapping[bool, list[nn.Parameter]], config: RunConfig) -> torch.optim.AdamW:
+    decays = {True: config.optimizer.weight_decay, False: 0.0}
+    given = [{"params": group, "weight_decay": decays[matrices]} for matrices, group in groups.items() if group]
     lr, betas, eps = config.optimizer.lr, config.optimizer.betas, config.optimizer.eps
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=True)
+    return torch.optim.AdamW(given, lr=lr, betas=betas, eps=eps, fused=True)

@@ -38,6 +38,7 @@ from megallama.model.layers import GradientFilter
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh
 
+TakeGradients = Callable[[Iterable[nn.Parameter]], None]
 MicroBatch = tuple[Tensor, Tensor]
 """Tokens and labels, [micro_batch_size, sequence_length] each."""
 
@@ -73,7 +74,8 @@ def _as_torch(actions: Sequence[Action]) -> list[_Action | None]:
 class Pipeline:
     """This rank's stages under the schedule of the run; `lists` are what each rank computes in a step.
 
-    `take_gradients` is called with a stage after each backward that computed weight gradients outside autograd's hooks.
+    `take_gradients` is called with a stage's parameters after each backward that computed weight gradients outside
+    autograd's hooks.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class Pipeline:
         config: RunConfig,
         mesh: ParallelMesh,
         lists: Sequence[Sequence[Action]],
-        take_gradients: Callable[[nn.Module], None],
+        take_gradients: TakeGradients,
     ) -> None:
         self._chunks, self._config, self._mesh = chunks, config, mesh
         self._ranks = chunks.ranks
@@ -193,9 +195,7 @@ class Stage(PipelineStage):
     - What is sent lies in memory until it must have arrived, and not until the end of the step.
     """
 
-    def __init__(
-        self, *args: Any, part: GradientFilter, take_gradients: Callable[[nn.Module], None], **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, part: GradientFilter, take_gradients: TakeGradients, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._part, self._take = part, take_gradients
         # torch lets go of the graph between the two parts of a backward, before 2.13 too early for Python's functions.
@@ -228,7 +228,8 @@ class Stage(PipelineStage):
     ) -> None:
         if not full_backward:
             outputs, _ = self.fwd_cache[bwd_chunk_id]
-            self._graphs[bwd_chunk_id] = [get_gradient_edge(output) for output in outputs]
+            # A first stage that is frozen has no graph.
+            self._graphs[bwd_chunk_id] = [get_gradient_edge(output) for output in outputs if output.requires_grad]
         with nullcontext() if full_backward else self._part.only("inputs"):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         if loss is not None and full_backward:
@@ -242,7 +243,7 @@ class Stage(PipelineStage):
         with nullcontext() if self.is_first else self._part.only("weights"), GraphExecGroup():
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
         del self._graphs[bwd_chunk_id]
-        self._take(self.submod)
+        self._take(self.submod.parameters())
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         _allocate(self.args_recv_info[fwd_chunk_id], self.device)

@@ -16,6 +16,7 @@ from megallama.data.loader import RunData
 from megallama.hardware.measure import Peak, peak_memory_bytes
 from megallama.layout.budget import total_steps
 from megallama.layout.counts import flops_per_token, kernel_convention
+from megallama.layout.frozen import frozen_weights
 from megallama.layout.schedules import action_lists
 from megallama.layout.stages import stages
 from megallama.model.init import in_memory
@@ -85,6 +86,7 @@ def build_model(config: RunConfig, mesh: ParallelMesh, micro_batches: int) -> tu
     tp_context = TensorParallelContext(mesh.tp, config.parallel.sequence_parallel, attention=attention)
     with torch.device("meta"):
         model = ModelStages(config.model, every, mesh.pp.rank, tp_context, recompute=config.train.recompute)
+    model.freeze(frozen_weights(config.model, config.train.freeze))
     if config.train.compile:
         for layer in model.decoder_layers():
             layer.compile()

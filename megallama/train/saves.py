@@ -17,10 +17,11 @@ from megallama.checkpoint.reading.store import (
     load,
     load_initial_weights,
 )
-from megallama.checkpoint.state import TrainState, data_identity, read_saved, state_document
+from megallama.checkpoint.state import Saved, TrainState, data_identity, read_saved, state_document
 from megallama.checkpoint.writing.commit import Retention, apply_retention, quarantine
 from megallama.errors import NotFiniteError
 from megallama.layout.budget import schedule_batch
+from megallama.layout.frozen import frozen_weights
 from megallama.parallel.mesh import sum_losses
 from megallama.run_dir.metrics import Metrics
 from megallama.train.run import Run, draw_weights
@@ -48,7 +49,9 @@ def start_state(run: Run, start: Start, threads: int) -> TrainState:
     if start.resume is not None:
         state = load(start.resume, run.engine, run.model)
         state = replace(state, first_batch=schedule_batch(run.config, state.seen))
-        state = in_sequences(run, state, read_saved(start.resume).data.sequence_length)
+        saved = read_saved(start.resume)
+        state = in_sequences(run, state, saved.data.sequence_length)
+        report_thaw(run, saved)
         run.metrics.write("resume", step=state.step, samples=state.samples, path=str(start.resume))
         if not state_is_finite(run.engine.fragments(), run.mesh):
             what = f"weights or moments of {start.resume} are not finite"
@@ -73,6 +76,19 @@ def in_sequences(run: Run, state: TrainState, before: int | None) -> TrainState:
     seen = f"the {state.samples * before:,} tokens seen count as {counted.samples:,} sequences"
     run.metrics.write("notice", text=f"data.sequence_length was {before} and is {now}: {seen} of a new order")
     return counted
+
+
+def report_thaw(run: Run, saved: Saved) -> None:
+    """Say which weights are frozen, or trained, that were not when the checkpoint was saved."""
+    before, now = saved.frozen, frozen_weights(run.config.model, run.config.train.freeze)
+    changes = (
+        (before - now, "trained from here on, with moments that start at zero"),
+        (now - before, "frozen from here on, and saved without moments"),
+    )
+    for names, what in changes:
+        if names:
+            others = f" and {len(names) - 1} more weights are" if len(names) > 1 else " is"
+            run.metrics.write("notice", text=f"train.freeze has changed: {min(names)}{others} {what}")
 
 
 def check_loaded(run: Run, step: int, done: int, skipped: int, loss: Tensor) -> None:
@@ -108,8 +124,9 @@ def save_checkpoint(run: Run, state: TrainState, loss: Tensor, *, healthy: bool)
         "dtype": config.train.dtype,
     }
     identity = data_identity(config.train.seed, run.data.train.source.fingerprint, config.data.sequence_length)
-    mean, objective = total / mesh.data.size, config.train.objective
-    run.saver.save(state.step, state_document(state, mean, healthy, identity, config.model, layout, objective))
+    mean, train = total / mesh.data.size, config.train
+    document = state_document(state, mean, healthy, identity, config.model, layout, train.objective, train.freeze)
+    run.saver.save(state.step, document)
     if not config.checkpoint.asynchronous:
         run.saver.wait()
     return healthy

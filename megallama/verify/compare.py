@@ -24,6 +24,7 @@ class Trace:
     """The loss of each split before the first step and after the last."""
     norms: list[float]
     first_gradient: dict[str, Tensor]
+    """Of weights that are not frozen."""
     weights: dict[str, Tensor]
 
 
@@ -79,7 +80,9 @@ def read_trace(config: RunConfig) -> Trace:
         losses=train_losses(run_dir),
         evaluations=[_number(event["loss"]) for event in events_of(run_dir, "eval")],
         norms=[_number(event["grad_norm"]) for event in events],
-        first_gradient={name: first[moment_name(EXP_AVG, name)] / (1 - beta1) for name in names},
+        first_gradient={
+            name: first[moment] / (1 - beta1) for name in names if (moment := moment_name(EXP_AVG, name)) in first
+        },
         weights={name: last[name] for name in names},
     )
 
@@ -107,8 +110,12 @@ def compare(trace: Trace, reference: Trace, start: Mapping[str, Tensor]) -> Diff
         for name, gradient in reference.first_gradient.items()
     }
     worst = max(gradients, key=lambda name: _nan_is_worst(gradients[name]))
+    frozen = reference.weights.keys() - reference.first_gradient.keys()
     updates = (
-        relative(trace.weights[name] - weight, weight - start[name]) for name, weight in reference.weights.items()
+        float(not torch.equal(trace.weights[name], weight))
+        if name in frozen
+        else relative(trace.weights[name] - weight, weight - start[name])
+        for name, weight in reference.weights.items()
     )
     return Difference(
         loss=worst_difference([*trace.losses, *trace.evaluations], [*reference.losses, *reference.evaluations]),

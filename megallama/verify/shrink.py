@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megallama.config.schema import ModelConfig, RunConfig
+from megallama.layout.frozen import frozen_weights
 
 GLOBAL_BATCH_SIZE = 8
 LAYERS = 2
@@ -30,6 +32,25 @@ def shrink_model(model: ModelConfig, layers: int) -> ModelConfig:
             "max_position_embeddings": SEQUENCE_LENGTH,
         }
     )
+
+
+def shrink_frozen(model: ModelConfig, patterns: Sequence[str], layers: int) -> list[str]:
+    """The names of what is frozen in a model of `layers` layers, as far as it can be what `patterns` freeze in `model`.
+
+    Each kind of layer, by what is frozen in it, is there, in the order of the model, or the first kinds if there are
+    more than layers.
+    """
+    frozen = frozen_weights(model, patterns)
+    inside: dict[int, set[str]] = {layer: set() for layer in range(model.num_hidden_layers)}
+    for name in frozen:
+        if name.startswith("model.layers."):
+            number, place = name.removeprefix("model.layers.").split(".", 1)
+            inside[int(number)].add(place)
+    kinds = list(dict.fromkeys(frozenset(places) for places in inside.values()))[:layers]
+    found = [name for name in frozen if not name.startswith("model.layers.")]
+    for layer in range(layers):
+        found += [f"model.layers.{layer}.{place}" for place in kinds[layer * len(kinds) // layers]]
+    return sorted(found)
 
 
 def shrink(
@@ -63,6 +84,7 @@ def shrink(
                 "seed": config.train.seed,
                 "objective": config.train.objective,
                 "mask_probability": config.train.mask_probability,
+                "freeze": shrink_frozen(config.model, config.train.freeze, layers),
                 "dtype": dtype,
                 "device": "cpu",
             },

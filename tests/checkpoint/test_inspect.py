@@ -161,6 +161,14 @@ CONTENT: dict[str, tuple[Harm, str]] = {
         lambda path: edit(path / TENSORS, lambda content: content["tensors"].pop("optimizer.exp_avg.lm_head.weight")),
         r"optimizer.exp_avg.lm_head.weight is missing",
     ),
+    "moments of what was frozen": (
+        lambda path: edit(path / STATE, lambda content: content.update(freeze=["lm_head.weight"])),
+        r"optimizer.exp_avg.lm_head.weight and 1 more tensors are not of the model",
+    ),
+    "frozen in another model": (
+        lambda path: edit(path / STATE, lambda content: content.update(freeze=["transformer.*"])),
+        r"state.json: train.freeze names 'transformer.\*', which matches no weight",
+    ),
     "missing layer": (
         model(num_hidden_layers=4),
         r"model.layers.3.input_layernorm.weight and 26 more tensors are missing",

@@ -62,7 +62,7 @@ def test_tensors_of_any_number_of_dimensions_are_cut_into_boxes(size: tuple[int,
 
 def test_loading_writes_through_to_the_optimizer() -> None:
     master, exp_avg, exp_avg_sq = (torch.zeros(20) for _ in range(3))
-    state = logical_state([Fragment("w", 0, master, exp_avg, exp_avg_sq)], {"w": HELD[:1]})
+    state = logical_state([Fragment("w", 0, master, {EXP_AVG: exp_avg, EXP_AVG_SQ: exp_avg_sq})], {"w": HELD[:1]})
     assert set(state) == {"a", moment_name(EXP_AVG, "a"), moment_name(EXP_AVG_SQ, "a")}
     for chunk in state[moment_name(EXP_AVG, "a")].chunks.values():
         chunk.fill_(7.0)

@@ -124,7 +124,7 @@ def poison(rank: int, poisoned: tuple[int, ...], hashes: Path) -> None:
 def state_hash(run: Any) -> str:
     """Of this rank's weights, masters and moments, all of which must be finite."""
     digest = hashlib.sha256()
-    held = [tensor for f in run.engine.fragments() for tensor in (f.master, f.exp_avg, f.exp_avg_sq)]
+    held = [tensor for f in run.engine.fragments() for tensor in (f.master, *f.moments.values())]
     for tensor in [*run.model.parameters(), *held]:
         assert torch.isfinite(tensor).all()
         digest.update(tensor.detach().numpy().tobytes())

@@ -31,18 +31,21 @@ def run(*more: str) -> RunConfig:
     return load_config(CONFIG, [*words, *size, f"zero.bucket_elements={BUCKET}", *more])
 
 
+FREEZE = 'train.freeze=[model.embed_tokens.weight, "model.layers.[1-5].*"]'
 RUNS = [run(f"zero.stage={stage}", f"train.dtype={dtype}") for stage, dtype in product((1, 2, 3), ("bf16", "fp32"))]
+FROZEN = [run(FREEZE, "train.dtype=bf16"), run(FREEZE, "zero.stage=3")]
 
 
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.layouts)])
 def test_state_is_what_engine_and_optimizer_hold(world_size: int) -> None:
     """After a backward, when gradients are there and activations are gone."""
-    for config, held in zip(RUNS, run_ranks(held_bytes, world_size, RUNS)[0], strict=True):
+    configs = [*RUNS, *FROZEN]
+    for config, held in zip(configs, run_ranks(held_bytes, world_size, configs)[0], strict=True):
         (rank,) = rank_parameters(config)
         rows = {row.key: row.size for row in held_rows(config, rank, world_size)}
         assert rank.total >= 20_000_000
         assert rows["padding"] > 0.001 * held
-        name = f"ZeRO-{config.zero.stage} {config.train.dtype}"
+        name = f"ZeRO-{config.zero.stage} {config.train.dtype} without {config.train.freeze}"
         assert sum(rows.values()) == pytest.approx(held, rel=0.01), name
 
 

@@ -330,7 +330,7 @@ def state_hash(run: Any) -> str:
         for tensor in (held, parameter.grad):
             digest.update(b"none" if tensor is None else tensor.detach().cpu().view(torch.uint8).numpy().tobytes())
     for fragment in run.engine.fragments():
-        for tensor in (fragment.master, fragment.exp_avg, fragment.exp_avg_sq):
+        for tensor in (fragment.master, *fragment.moments.values()):
             digest.update(tensor.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 

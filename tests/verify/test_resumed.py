@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import megallama.train.saves
 import megallama.verify.verify
 from megallama.checkpoint.state import TrainState
+from megallama.checkpoint.tensors import EXP_AVG
 from megallama.cli import app
 from megallama.layout.names import parse_layout
 from megallama.model.stages import ModelStages
@@ -40,8 +41,8 @@ def position_lost() -> None:
 def moments_lost() -> None:
     def forget(engine: Engine, state: TrainState) -> TrainState:
         for fragment in engine.fragments():
-            fragment.exp_avg.zero_()
-            fragment.exp_avg_sq.zero_()
+            for moment in fragment.moments.values():
+                moment.zero_()
         return state
 
     _after_load(forget)
@@ -52,7 +53,7 @@ def moments_not_finite() -> None:
 
     def spoil(engine: Engine, state: TrainState) -> TrainState:
         for fragment in engine.fragments():
-            fragment.exp_avg.fill_(float("nan"))
+            fragment.moments[EXP_AVG].fill_(float("nan"))
         return state
 
     _after_load(spoil)

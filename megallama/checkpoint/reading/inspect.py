@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from megallama.checkpoint.format import STATE, TornCheckpointError, damaged_file
 from megallama.checkpoint.state import read_saved
 from megallama.checkpoint.tensors import EXP_AVG_SQ, MOMENTS, Shape, Stored, moment_name
 from megallama.config.schema import ModelConfig
+from megallama.errors import UserError
 from megallama.layout.counts import weight_shapes
 
 _SECOND_MOMENT = moment_name(EXP_AVG_SQ, "")
@@ -41,14 +42,18 @@ def inspect(path: Path, report: Report = lambda _: None) -> list[str]:
 def promised(path: Path) -> Stored:
     """The tensors of the checkpoint at `path`, whose JSON files say what docs/checkpoint-format.md promises.
 
-    Step, position and model are possible ones; each tensor of the model is there with both moments and no other, of the
-    right shape, each element in one place and each place for one element. TornCheckpointError where that is not so; no
-    number is read. UserError for a format that this version does not know.
+    Step, position and model are possible ones; each tensor of the model is there, with both moments unless it was
+    frozen, and no other, of the right shape, each element in one place and each place for one element.
+    TornCheckpointError where that is not so; no number is read. UserError for a format that this version does not know.
     """
-    model, stored = read_saved(path).model, Stored(path)
+    saved, stored = read_saved(path), Stored(path)
+    model = saved.model
     if model.num_hidden_layers > len(stored.shapes):  # before its tensors are counted up: it may say a billion
         raise TornCheckpointError(f"{STATE} says {model.num_hidden_layers} layers, of which tensors are missing")
-    expected = expected_shapes(model)
+    try:
+        expected = expected_shapes(model, saved.frozen)
+    except UserError as error:
+        raise TornCheckpointError(f"{STATE}: {error}") from None
     _refuse("missing", [name for name in expected if name not in stored.shapes])
     _refuse("not of the model", [name for name in stored.shapes if name not in expected])
     for name, shape in stored.shapes.items():
@@ -79,11 +84,11 @@ def wrong_numbers(stored: Stored, files: Iterable[str], report: Report = lambda 
     ]
 
 
-def expected_shapes(model: ModelConfig) -> dict[str, Shape]:
-    """Every tensor of a checkpoint of `model`: its weights, and two moments of each."""
+def expected_shapes(model: ModelConfig, frozen: Set[str] = frozenset()) -> dict[str, Shape]:
+    """Every tensor of a checkpoint of `model`: its weights, and two moments of each that is not `frozen`."""
     weights = weight_shapes(model)
-    moments = {moment_name(moment, name): shape for moment in MOMENTS for name, shape in weights.items()}
-    return weights | moments
+    trained = {name: shape for name, shape in weights.items() if name not in frozen}
+    return weights | {moment_name(moment, name): shape for moment in MOMENTS for name, shape in trained.items()}
 
 
 def _refuse(what: str, names: Sequence[str]) -> None:

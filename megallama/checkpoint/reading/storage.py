@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ class ShardReader(StorageReader):
 
     def __init__(self, path: Path) -> None:
         self._stored = Stored(path)
+
+    @property
+    def names(self) -> Set[str]:
+        """All that is stored."""
+        return self._stored.shapes.keys()
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass

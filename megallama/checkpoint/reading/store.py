@@ -63,9 +63,13 @@ class Start:
 
 
 def load(path: Path, engine: Engine, model: ModelStages) -> TrainState:
-    """Overwrite weights, moments and position with those of `path`; every rank must call it."""
-    state = read_saved(path).state
-    dcp.load(dict(logical_state(engine.fragments(), model.shard_slices)), storage_reader=ShardReader(path))
+    """Overwrite weights, moments and position with those of `path`; every rank must call it.
+
+    Moments that were not saved, of weights frozen until then, stay as they are: zero in a new engine.
+    """
+    state, reader = read_saved(path).state, ShardReader(path)
+    wanted = logical_state(engine.fragments(), model.shard_slices)
+    dcp.load({name: tensor for name, tensor in wanted.items() if name in reader.names}, storage_reader=reader)
     engine.state_was_loaded(state.updates)
     return state
 

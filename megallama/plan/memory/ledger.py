@@ -77,7 +77,8 @@ def memory_rows(config: RunConfig, dp_size: int) -> list[list[MemoryRow]]:
     found = []
     for rank, here in zip(rank_parameters(config), moments, strict=True):
         mine = [kept[index] for index in rank.stages]
-        weights = RankWeights(rank.total, largest_weight(of), dp_size)
+        # What ZeRO sends and copies; ZeRO 3 gathers frozen weights as well.
+        weights = RankWeights(rank.total - rank.frozen * (config.zero.stage < 3), largest_weight(of), dp_size)
         reduced = reduced_bytes(config, weights, count)
         meanwhile = reduced if weights.total > config.zero.bucket_elements else 0
         meanwhile += own_gradients(config, of, weights, sum(each.total for each in mine))
@@ -101,7 +102,7 @@ def rank_bytes(config: RunConfig, world_size: int) -> list[int]:
 def held_rows(config: RunConfig, rank: RankParameters, dp_size: int) -> list[MemoryRow]:
     """State that lies on the rank from the first step to the last; what only fills up in a row of its own."""
     dtype, stage = config.train.dtype, config.zero.stage
-    rows = state_rows(dtype, stage, rank.sharded + rank.replicated, dp_size)
+    rows = state_rows(dtype, stage, rank.sharded + rank.replicated, dp_size, rank.frozen)
     fillers = rank.padding + sum(-part % (2 * dp_size) for part in (rank.sharded + rank.padding, rank.replicated))
     padding = sum(row.size for row in state_rows(dtype, stage, fillers, dp_size))
     words = f"{rank.padding} vocabulary rows' and {fillers - rank.padding} ZeRO's elements, all kinds"
@@ -135,12 +136,7 @@ def fullest_peak(
 
 
 def peak_at(
-    of: Tensors,
-    recompute: str,
-    moment: Moment,
-    indices: Sequence[int],
-    kept: Sequence[StageBytes],
-    reduced: int = 0,
+    of: Tensors, recompute: str, moment: Moment, indices: Sequence[int], kept: Sequence[StageBytes], reduced: int = 0
 ) -> Peak:
     """What a rank with these stages holds in the midst of a forward or backward; `reduced` is what ZeRO takes to send
     gradients in a backward."""

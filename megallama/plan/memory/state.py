@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megallama.config.schema import RunConfig
 from megallama.layout.counts import count_parameters, padded_vocabulary
+from megallama.layout.frozen import frozen_elements
 from megallama.layout.stages import stages
 
 GIB = 1 << 30
@@ -25,8 +26,8 @@ class MemoryRow:
     """Bytes."""
 
 
-def state_rows(dtype: str, stage: int, parameters: int, dp_size: int) -> list[MemoryRow]:
-    """Resident state of a rank that holds `parameters` before ZeRO cuts them.
+def state_rows(dtype: str, stage: int, parameters: int, dp_size: int, frozen: int = 0) -> list[MemoryRow]:
+    """Resident state of a rank that holds `parameters` before ZeRO cuts them; those `frozen` are weights alone.
 
     bf16 with fp32 gradient sums: stage 1 is `BF16_Optimizer` (runtime/bf16_optimizer.py), which adds each bf16 gradient
     to a whole fp32 sum as it appears, 6 + 12/dp bytes per parameter; stage 2 keeps its part of the sums alone, 2 +
@@ -39,14 +40,14 @@ def state_rows(dtype: str, stage: int, parameters: int, dp_size: int) -> list[Me
     # Every stage adds a bf16 gradient to its fp32 sum as it appears.
     gradients = "fp32 gradients" if dtype == "fp32" else "fp32 gradient sums"
     kinds = (
-        (f"{dtype} weights", weight, dp_size if stage == 3 else 1),
-        (gradients, 4, cut_gradients),
-        ("fp32 master weights", 4, dp_size),
-        ("fp32 Adam moments", 8, dp_size),
+        (f"{dtype} weights", weight, parameters, dp_size if stage == 3 else 1),
+        (gradients, 4, parameters - frozen, cut_gradients),
+        ("fp32 master weights", 4, parameters - frozen, dp_size),
+        ("fp32 Adam moments", 8, parameters - frozen, dp_size),
     )
     return [
-        MemoryRow(name.replace(" ", "_"), name, f"{size} B * {parameters} / {ranks}", -(-parameters * size // ranks))
-        for name, size, ranks in kinds
+        MemoryRow(name.replace(" ", "_"), name, f"{size} B * {count} / {ranks}", -(-count * size // ranks))
+        for name, size, count, ranks in kinds
     ]
 
 
@@ -64,6 +65,8 @@ class RankParameters:
     """Norms, whole on every tensor-parallel rank."""
     padding: int
     """Rows that exist only to round the vocabulary up."""
+    frozen: int = 0
+    """Of the weights, without padding."""
 
     @property
     def total(self) -> int:
@@ -95,6 +98,7 @@ def rank_parameters(config: RunConfig) -> list[RankParameters]:
                 sharded=layers * count.matmul_per_layer // tp + tables * table,
                 replicated=layers * count.norms_per_layer + (count.final_norm if last else 0),
                 padding=tables * (padded - table),
+                frozen=frozen_elements(config, [stage.layers for stage in mine], first, last),
             )
         )
     return found
