@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
-from tokenizers import Tokenizer
+import tiktoken
+from tokenizers import Regex, pre_tokenizers
 
 from megallama.data.split_pattern import R50K_PATTERN, TRIAL_TEXTS
 from megallama.errors import UserError
@@ -24,6 +26,8 @@ CONFIG_NAME = "tokenizer_config.json"
 SPECIAL_NAME = "special_tokens_map.json"
 
 BEGIN_OF_TEXT = "<|begin_of_text|>"
+MOST_IDS = 1 << 22
+"""Ids without a token are written out, so they must not be without end."""
 
 
 def _stand_ins() -> list[str]:
@@ -43,8 +47,8 @@ def byte_level_files(
 ) -> dict[str, bytes]:
     """Name -> content of the files. Without `pattern` text is not split, and merges alone make tokens.
 
-    UserError for a special token that has the name of another token, and for a pattern that cannot be written for
-    Oniguruma, the regular expressions of `tokenizers`.
+    UserError for a special token that has the name of another token, for ids above MOST_IDS, and for a pattern that
+    cannot be written for Oniguruma, the regular expressions of `tokenizers`.
     """
     vocabulary = {_written(token): rank for token, rank in ranks.items()}
     for name in special_tokens:
@@ -52,8 +56,10 @@ def byte_level_files(
             raise UserError(f"the special token {name[:40]!r} has the name of an ordinary token; it cannot be exported")
     vocabulary |= special_tokens
     taken = set(vocabulary.values())
+    if max(taken) > MOST_IDS:
+        raise UserError(f"the id {max(taken)} of a token is above {MOST_IDS}; this tokenizer cannot be exported")
     # No text has these: a blank has a stand-in. Without them, a token that a user adds would get an id that is taken.
-    vocabulary |= {f"<unused {number}>": number for number in range(max(taken)) if number not in taken}
+    vocabulary = {f"<unused {number}>": number for number in range(max(taken)) if number not in taken} | vocabulary
     content = {
         "version": "1.0",
         "truncation": None,
@@ -141,22 +147,34 @@ def oniguruma(pattern: str) -> str:
     return _ATOM.sub(translate, pattern)
 
 
-def check_same_ids(content: bytes, encode: Callable[[str], list[int]]) -> None:
-    """UserError if the tokenizer.json `content` gives other ids than `encode`: its pattern means another thing there."""
-    library = Tokenizer.from_buffer(content)
-    library.encode_special_tokens = True
-    for text in TRIAL_TEXTS:
-        if library.encode(text, add_special_tokens=False).ids != encode(text):
+def _split(pattern: str) -> str:
+    """The regular expression that makes `tokenizers` split as tiktoken does at `pattern`; UserError if there is none.
+
+    What else the two may understand otherwise is tried out: a piece of text that is a token is one for both.
+    """
+    translated = oniguruma(pattern)
+    try:
+        split = pre_tokenizers.Split(Regex(translated), behavior="isolated")
+    except Exception as error:  # the library has no class of its own
+        raise UserError(f"the pattern {pattern[:60]!r} cannot be exported ({error})") from None
+    pieces = [[piece.encode() for piece, _ in split.pre_tokenize_str(text)] for text in TRIAL_TEXTS]
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for piece in chain.from_iterable(pieces):
+        ranks.setdefault(piece, len(ranks))
+    encoding = tiktoken.Encoding("split", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    for text, some in zip(TRIAL_TEXTS, pieces, strict=True):
+        if encoding.encode_ordinary(text) != [ranks[piece] for piece in some]:
             raise UserError(
-                f"Hugging Face's tokenizers would split {text[:40]!r} otherwise than this tokenizer's pattern does; "
-                "it cannot be exported"
+                f"the pattern {pattern[:60]!r} cannot be exported: Hugging Face's tokenizers would split "
+                f"{text[:40]!r} elsewhere"
             )
+    return translated
 
 
 def _pre_tokenizer(pattern: str | None) -> dict[str, Any]:
     if pattern is None or pattern == R50K_PATTERN:
         return _byte_level(use_regex=pattern is not None)  # whose own regular expression is GPT-2's
-    split = {"type": "Split", "pattern": {"Regex": oniguruma(pattern)}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": _split(pattern)}, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [split, _byte_level(use_regex=False)]}
 
 

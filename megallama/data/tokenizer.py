@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import tiktoken
 
-from megallama.data.byte_level import TOKENIZER_NAME, byte_level_files, check_same_ids
+from megallama.data.byte_level import byte_level_files
 from megallama.data.hf_tokenizer import HF_FORMAT, load_hugging_face, load_saved
 from megallama.data.split_pattern import LLAMA3_PATTERN, R50K_PATTERN, check_pattern
 from megallama.data.surrogates import without_surrogates
@@ -166,9 +166,7 @@ class TiktokenTokenizer:
 
     def hugging_face_files(self) -> dict[str, bytes]:
         encoding = self._encoding
-        files = byte_level_files(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens, self._end)
-        check_same_ids(files[TOKENIZER_NAME], self.encode)
-        return files
+        return byte_level_files(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens, self._end)
 
 
 def load_tokenizer(spec: str) -> Tokenizer:

@@ -23,6 +23,7 @@ from megallama.checkpoint.reading.inspect import promised
 from megallama.checkpoint.state import read_saved
 from megallama.checkpoint.tensors import Stored
 from megallama.config.schema import ModelConfig
+from megallama.data.hf_tokenizer import save_hugging_face
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.errors import UserError
 from megallama.exchange.model_card import model_card
@@ -76,7 +77,7 @@ def export(source: Path, out: Path, form: str, dtype: str) -> Path:
         else:
             write_hugging_face(weights, weights.config, partial, DTYPES[dtype], eod_id)
             if tokenizer is not None:
-                _save_hugging_face(tokenizer, partial)
+                save_hugging_face(tokenizer, partial)
         (partial / "README.md").write_text(model_card(path, read_document(path), weights.config, dtype, form))
     return path
 
@@ -109,9 +110,3 @@ def _tokenizer_of(path: Path) -> Tokenizer | None:
     """The tokenizer of the run that a checkpoint is in; None where it is in none."""
     folder = path.resolve().parent.parent / "tokenizer"
     return load_tokenizer(str(folder)) if folder.is_dir() else None
-
-
-def _save_hugging_face(tokenizer: Tokenizer, folder: Path) -> None:
-    from megallama.data.hf_tokenizer import save_hugging_face
-
-    save_hugging_face(tokenizer, folder)

@@ -41,7 +41,11 @@ _THEIRS = {
 }
 _CUT_IN_COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")
 """What Meta's RowParallelLinear cuts along the input; every other matrix is cut along the output."""
-_NOT_LLAMA = ("moe_args", "vision_chunk_size", "quantization_args", "lora_args")
+_KNOWN = {
+    *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps"),
+    *("rope_theta", "use_scaled_rope", "max_batch_size", "max_seq_len"),
+}
+"""The keys of params.json of Llama 1 to 3.2; others make another model of it."""
 _SCALED_ROPE = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -140,9 +144,11 @@ def _described(path: Path) -> dict[str, Any]:
     described = parse_json(read_text(path), str(path))
     if not isinstance(described, dict) or "dim" not in described:
         raise UserError(f"{path} has no dim; expected the params.json of a Llama")
-    for key in _NOT_LLAMA:
-        if described.get(key) not in (None, -1):
-            raise UserError(f"{path} has {key}={as_typed(described[key])}; expected a Llama of text without it")
+    for key, value in described.items():
+        if key not in _KNOWN and value not in (None, -1):
+            raise UserError(
+                f"{path} has {key}={as_typed(value)}, which no Llama 1 to 3.2 of text has; give one of those"
+            )
     return described
 
 

@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 from megallama.checkpoint.format import complete_checkpoints
 from megallama.checkpoint.reading.store import load_weights
 from megallama.cli import app
+from megallama.data.tokenizer import load_tokenizer
 from megallama.errors import UserError
+from megallama.exchange.incoming import import_folder
 from megallama.exchange.outgoing import export
 from megallama.formats.folder import open_weights
 from tests.checkpoint.damaging import flip
@@ -51,6 +53,17 @@ def test_what_goes_with_the_weights(short_run: Path, tmp_path: Path) -> None:
     assert "| steps | 40 |" in card
     assert f"| tokens | {40 * 4 * 32:,} |" in card
     assert load_file(next((tmp_path / "out").glob("*.safetensors")))["model.norm.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("form", ["hf", "meta"])
+def test_weights_and_tokenizer_come_back_from_an_export(short_run: Path, tmp_path: Path, form: str) -> None:
+    export(short_run, tmp_path / "out", form, "fp32")
+    import_folder(tmp_path / "out", tmp_path / "run", [], None, None)
+    before, after = load_weights(checkpoint(short_run)), load_weights(checkpoint(tmp_path / "run"))
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    first, second = (load_tokenizer(str(run / "tokenizer")) for run in (short_run, tmp_path / "run"))
+    assert first.encode("any text \u00e9\n") == second.encode("any text \u00e9\n")
+    assert first.eod_id == second.eod_id
 
 
 def test_a_damaged_checkpoint_is_refused_and_leaves_nothing(short_run: Path, tmp_path: Path) -> None:
