@@ -19,7 +19,7 @@ from megallama.checkpoint.format import (
     malformed,
     read_manifest,
 )
-from megallama.config.schema import MOST_SEQUENCES, ModelConfig
+from megallama.config.schema import MOST_SEQUENCES, ModelConfig, Objective
 from megallama.errors import UserError
 from megallama.layout.budget import NOTHING_SEEN, Seen
 from megallama.layout.check import check_trained
@@ -96,6 +96,8 @@ class Saved(BaseModel):
     loss: Loss | None
     healthy: bool = True
     """Whether the run was going well; older checkpoints do not say."""
+    objective: Objective = "causal"
+    """What the weights were trained towards; older checkpoints, which do not say, are causal."""
 
     def state_at(self, sequence_length: int) -> TrainState:
         """Where a run of such sequences is when it goes on from here."""
@@ -108,7 +110,13 @@ def data_identity(seed: int, fingerprint: Callable[[int], str], sequence_length:
 
 
 def state_document(
-    state: TrainState, loss: float, healthy: bool, data: DataIdentity, model: ModelConfig, layout: dict[str, object]
+    state: TrainState,
+    loss: float,
+    healthy: bool,
+    data: DataIdentity,
+    model: ModelConfig,
+    layout: dict[str, object],
+    objective: Objective = "causal",
 ) -> dict[str, object]:
     """What state.json holds: the above, whether the run was going well, the training loss of the step, the layout."""
     return {
@@ -117,6 +125,7 @@ def state_document(
         "healthy": healthy,
         "data": asdict(data),
         "model": model.model_dump(mode="json", exclude={"block"}),  # what is trained is a Llama
+        "objective": objective,
         "layout": layout,
     }
 
@@ -146,6 +155,15 @@ def read_saved(path: Path) -> Saved:
     if tokens < state.step or state.samples > state.step * _LARGEST_BATCH:
         raise TornCheckpointError(f"{STATE} says {state.samples} sequences in {state.step} steps")
     return saved
+
+
+def check_causal(path: Path, saved: Saved) -> None:
+    """UserError where the checkpoint `path`, which says `saved`, is of a model that cannot continue text."""
+    if saved.objective != "causal":
+        raise UserError(
+            f"{path} was trained with train.objective={saved.objective}: it fills in masked tokens and continues no "
+            "text; use a checkpoint of a run with train.objective=causal"
+        )
 
 
 def seen_before(config: RunConfig) -> Seen:

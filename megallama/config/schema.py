@@ -91,6 +91,7 @@ LayersPerStage = Annotated[tuple[Annotated[int, Field(ge=1, le=MOST_LAYERS)], ..
 CheckpointPath = Annotated[Name, Field(pattern="/|^step_")]
 """Told from a word by its slash, or by the name of its folder."""
 Schedule = Literal["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"]
+Objective = Literal["causal", "masked"]
 
 
 class RopeScaling(Section):
@@ -241,6 +242,10 @@ class TrainConfig(Section):
     """Optimizer steps; `chinchilla` trains on the compute-optimal tokens for this model size; null with tokens."""
     tokens: Tokens | None = None
     """Tokens, instead of steps: 3T, 300B, 1.5e9; the run ends with the first step that reaches them."""
+    objective: Objective = "causal"
+    """causal predicts the next token; masked those that are hidden, from both sides (BERT, arXiv 1810.04805)."""
+    mask_probability: Real = Field(default=0.15, gt=0, le=1)
+    """masked: share of the tokens that are predicted; ends of documents are not among them."""
     stop_after: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     """Save and end with exit code 0 after this step; the learning rate still spans the whole run."""
     micro_batch_size: int = Field(default=1, ge=1, le=MOST_SEQUENCES)
@@ -252,7 +257,7 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses CUDA if there is a GPU."""
     seed: int = Field(default=1234, ge=0, lt=2**63)
-    """Seed of initialisation and sample order, the same at every layout."""
+    """Seed of initialisation, sample order and masks, the same at every layout."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in backward: none, the SwiGLU product, or whole layers."""
     max_minutes: Annotated[Real, Field(gt=0)] | None = None

@@ -14,6 +14,7 @@ import torch
 
 from megallama.config.schema import IGNORE_INDEX, RunConfig
 from megallama.data.dataset import Split
+from megallama.data.masking import Masking, masking_of
 from megallama.data.sampler import micro_batch_indices
 from megallama.data.source import Source, open_source
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
@@ -26,7 +27,7 @@ class MicroBatch:
     tokens: torch.Tensor
     """[micro_batch_size, sequence_length]"""
     labels: torch.Tensor
-    """[micro_batch_size, sequence_length]: the token after each, or IGNORE_INDEX."""
+    """[micro_batch_size, sequence_length]: the token after each, or the masked one itself; else IGNORE_INDEX."""
 
 
 class Loader:
@@ -37,12 +38,19 @@ class Loader:
     """
 
     def __init__(
-        self, source: Source, micro_batch_size: int, global_batch_size: int, dp_rank: int = 0, dp_size: int = 1
+        self,
+        source: Source,
+        micro_batch_size: int,
+        global_batch_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        masking: Masking | None = None,
     ) -> None:
         assert global_batch_size % (micro_batch_size * dp_size) == 0, (global_batch_size, micro_batch_size, dp_size)
         self.source, self.global_batch_size = source, global_batch_size
         self._micro_batch_size = micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._masking = masking
 
     def step(self, samples_consumed: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that starts at sample `samples_consumed` of the run."""
@@ -66,6 +74,10 @@ class Loader:
         return micro_batch_indices(first_sample, micro_batch, self._micro_batch_size, self._dp_rank, self._dp_size)
 
     def _micro_batch(self, samples: Sequence[int]) -> MicroBatch:
+        if self._masking is not None:
+            hidden = [self._masking(self.source.sample(sample)[:-1], sample) for sample in samples]
+            tokens, predicted = (torch.from_numpy(np.stack(each)) for each in zip(*hidden, strict=True))
+            return MicroBatch(tokens, predicted)
         rows = torch.from_numpy(np.stack([self.source.sample(sample) for sample in samples]))
         labels = rows[:, 1:].clone()  # contiguous() would share memory with the tokens in a batch of one
         if self.source.masked_id is not None:
@@ -94,14 +106,16 @@ class RunData:
 def open_data(config: RunConfig, dp_rank: int, dp_size: int) -> RunData:
     """A rank's data of the run. UserError where it cannot be read, or does not suit the model."""
     data, train = config.data, config.train
+    tokenizer = load_tokenizer(data.tokenizer)
+    masking = masking_of(config, tokenizer)
 
     def open_split(split: Split) -> Loader:
         source = open_source(data, split, train.seed, config.model.vocab_size)
-        return Loader(source, train.micro_batch_size, train.global_batch_size, dp_rank, dp_size)
+        return Loader(source, train.micro_batch_size, train.global_batch_size, dp_rank, dp_size, masking)
 
     held_out = data.validation_path is not None or data.validation_fraction > 0
     validation = open_split("validation") if held_out else None
-    return RunData(open_split("train"), validation, load_tokenizer(data.tokenizer))
+    return RunData(open_split("train"), validation, tokenizer)
 
 
 def prefetched(loader: Loader, samples_consumed: int) -> Iterator[list[MicroBatch]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from megallama.checkpoint.format import MANIFEST, complete_checkpoints
 from megallama.checkpoint.health import healthy_checkpoints
 from megallama.checkpoint.reading.inspect import inspect, promised
-from megallama.checkpoint.state import read_saved
+from megallama.checkpoint.state import check_causal, read_saved
 from megallama.config.load import parse_json, read_text
 from megallama.config.schema import ModelConfig
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
@@ -97,8 +97,9 @@ def load_model(path: Path, device: torch.device | None = None, dtype: str = "fp3
 def _from_checkpoint(path: Path, run_dir: Path, device: torch.device, dtype: torch.dtype, tp: Axis) -> Loaded:
     if reasons := inspect(path):  # it reads the files against their hashes
         raise UserError(f"the checkpoint {path} is damaged ({'; '.join(reasons)}); use another")
-    stored = promised(path)
-    model = build(read_saved(path).model, lambda name: torch.from_numpy(stored.read(name)), device, dtype, tp)
+    saved, stored = read_saved(path), promised(path)
+    check_causal(path, saved)
+    model = build(saved.model, lambda name: torch.from_numpy(stored.read(name)), device, dtype, tp)
     folder = run_dir / "tokenizer"
     tokenizer = load_tokenizer(str(folder))
     _check_ids(tokenizer, model.config, path)

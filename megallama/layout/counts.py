@@ -2,7 +2,7 @@
 
 Two conventions of FLOPs are in print and both are offered. `full` counts attention over the whole square of positions
 (PaLM, nanoGPT, torchtitan), `causal` over the half that a causal kernel computes (recent Megatron-LM). MFU uses one of
-these; recomputed work is in neither, and counts only as hardware FLOPs (HFU).
+these; recomputed work is in neither, and counts only as hardware FLOPs (HFU). A masked model computes the whole square.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from megallama.config.schema import ModelConfig
+    from megallama.config.schema import ModelConfig, Objective
 
 Convention = Literal["full", "causal"]
 
@@ -111,6 +111,11 @@ def _layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (width, hidden),
         "mlp.down_proj": (hidden, width),
     }
+
+
+def kernel_convention(objective: Objective) -> Convention:
+    """The convention that counts what attention computes towards an objective."""
+    return "causal" if objective == "causal" else "full"
 
 
 def attention_flops_per_token(model: ModelConfig, sequence_length: int, convention: Convention) -> int:

@@ -7,7 +7,7 @@ from functools import cache
 from heapq import heapify, heapreplace
 
 from megallama.config.schema import ModelConfig, RunConfig
-from megallama.layout.counts import count_parameters
+from megallama.layout.counts import Convention, attention_flops_per_token, count_parameters, kernel_convention
 from megallama.layout.schedules import chunks, stage_ranks
 
 
@@ -38,7 +38,8 @@ def layers_per_stage(config: RunConfig) -> tuple[int, ...]:
     if isinstance(wanted, tuple):
         return wanted
     count = config.parallel.pipeline * chunks(config.parallel)
-    head = head_in_layers(config.model, config.data.sequence_length) if wanted == "balanced" else 0.0
+    convention = kernel_convention(config.train.objective)
+    head = head_in_layers(config.model, config.data.sequence_length, convention) if wanted == "balanced" else 0.0
     return balanced(layers, count, head)
 
 
@@ -59,8 +60,8 @@ def balanced(layers: int, stages: int, head: float) -> tuple[int, ...]:
     return tuple(split)
 
 
-def head_in_layers(model: ModelConfig, sequence_length: int) -> float:
-    """FLOPs of the output head over those of a decoder layer, attention counted as a causal kernel computes it."""
+def head_in_layers(model: ModelConfig, sequence_length: int, convention: Convention) -> float:
+    """FLOPs of the output head over those of a decoder layer, attention counted as its kernel computes it."""
     count = count_parameters(model)
-    attention = model.num_attention_heads * model.head_size * sequence_length
+    attention = attention_flops_per_token(model, sequence_length, convention) // (6 * model.num_hidden_layers)
     return count.head_matmul / (count.matmul_per_layer + attention)

@@ -6,7 +6,7 @@ of a pipeline is the same module with fewer layers and without embedding or head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, Self
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megallama.config.schema import ModelConfig
+from megallama.config.schema import ModelConfig, Objective
 from megallama.model.layers import (
     SEQUENCE,
     ColumnParallelLinear,
@@ -47,6 +47,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
+def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each position attends to all, as in BERT (arXiv 1810.04805), by the same kernel."""
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+
+ATTENTION: Mapping[Objective, AttentionCore] = {"causal": causal_attention, "masked": bidirectional_attention}
+"""What trains towards each objective."""
+
+
 @dataclass(frozen=True)
 class TensorParallelContext:
     """Where parallelism enters the model: the tensor-parallel axis, whether the sequence is cut between layers, the
@@ -59,7 +68,7 @@ class TensorParallelContext:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention (arXiv 2305.13245)."""
+    """Grouped-query attention (arXiv 2305.13245)."""
 
     def __init__(self, config: ModelConfig, tp_context: TensorParallelContext) -> None:
         super().__init__()

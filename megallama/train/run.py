@@ -15,11 +15,11 @@ from megallama.config.schema import RunConfig
 from megallama.data.loader import RunData
 from megallama.hardware.measure import Peak, peak_memory_bytes
 from megallama.layout.budget import total_steps
-from megallama.layout.counts import flops_per_token
+from megallama.layout.counts import flops_per_token, kernel_convention
 from megallama.layout.schedules import action_lists
 from megallama.layout.stages import stages
 from megallama.model.init import in_memory
-from megallama.model.llama import TensorParallelContext
+from megallama.model.llama import ATTENTION, TensorParallelContext
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh, sum_losses
 from megallama.run_dir.metrics import Metrics
@@ -81,7 +81,8 @@ def build_model(config: RunConfig, mesh: ParallelMesh, micro_batches: int) -> tu
     """This rank's part of the model, all zeros, and the engine around it for that many micro-batches per step."""
     lists, every = action_lists(config.parallel, micro_batches), stages(config)
     settings = deepspeed_config(config, mesh.data.size)
-    tp_context = TensorParallelContext(mesh.tp, config.parallel.sequence_parallel)
+    attention = ATTENTION[config.train.objective]
+    tp_context = TensorParallelContext(mesh.tp, config.parallel.sequence_parallel, attention=attention)
     with torch.device("meta"):
         model = ModelStages(config.model, every, mesh.pp.rank, tp_context, recompute=config.train.recompute)
     if config.train.compile:
@@ -116,6 +117,6 @@ def write_train_event(run: Run, state: TrainState, loss: Tensor, grad_norm: floa
         seconds=seconds,
         tokens_per_second=speed,
         mfu=speed * flops_per_token(config.model, sequence, "full") / at_peak,
-        mfu_causal=speed * flops_per_token(config.model, sequence, "causal") / at_peak,
+        mfu_causal=speed * flops_per_token(config.model, sequence, kernel_convention(config.train.objective)) / at_peak,
         peak_memory_bytes=peak_memory_bytes(run.mesh.device),
     )

@@ -108,7 +108,8 @@ def save_checkpoint(run: Run, state: TrainState, loss: Tensor, *, healthy: bool)
         "dtype": config.train.dtype,
     }
     identity = data_identity(config.train.seed, run.data.train.source.fingerprint, config.data.sequence_length)
-    run.saver.save(state.step, state_document(state, total / mesh.data.size, healthy, identity, config.model, layout))
+    mean, objective = total / mesh.data.size, config.train.objective
+    run.saver.save(state.step, state_document(state, mean, healthy, identity, config.model, layout, objective))
     if not config.checkpoint.asynchronous:
         run.saver.wait()
     return healthy

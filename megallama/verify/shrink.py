@@ -21,7 +21,6 @@ def shrink_model(model: ModelConfig, layers: int) -> ModelConfig:
     apart = model.head_size * model.num_attention_heads != model.hidden_size
     return model.model_copy(
         update={
-            "vocab_size": 257,
             "hidden_size": heads * HEAD_SIZE,
             "intermediate_size": 160,
             "num_hidden_layers": layers,
@@ -43,10 +42,11 @@ def shrink(
     global_batch_size: int = GLOBAL_BATCH_SIZE,
 ) -> RunConfig:
     """The whole run, in `folder`, on `dataset` (bytes as tokens), saving after every step."""
+    masked = config.train.objective == "masked"
     return RunConfig.model_validate(
         {
             "run": {"dir": str(folder)},
-            "model": shrink_model(config.model, layers).model_dump(),
+            "model": shrink_model(config.model, layers).model_dump() | {"vocab_size": 258 if masked else 257},
             "data": {
                 "path": str(dataset),
                 "sequence_length": SEQUENCE_LENGTH,
@@ -61,6 +61,8 @@ def shrink(
                 # torch sums an embedding's gradient over a micro-batch in bf16 on a CPU: 72 sequences lose 2.5 % of it.
                 "micro_batch_size": GLOBAL_BATCH_SIZE,
                 "seed": config.train.seed,
+                "objective": config.train.objective,
+                "mask_probability": config.train.mask_probability,
                 "dtype": dtype,
                 "device": "cpu",
             },

@@ -34,7 +34,7 @@ from megallama.checkpoint.reading.rollback import asked_step, find, last_return
 from megallama.checkpoint.reading.storage import ShardReader
 from megallama.checkpoint.state import DataIdentity, TrainState, read_saved
 from megallama.checkpoint.tensors import Stored, is_weight
-from megallama.config.schema import ModelConfig, RunConfig
+from megallama.config.schema import ModelConfig, Objective, RunConfig
 from megallama.errors import SharedError, UserError, alike
 from megallama.formats.folder import program_of
 from megallama.model.stages import ModelStages
@@ -291,8 +291,9 @@ def _refuse_to_start_over(folder: Path, reasons: list[str]) -> NoReturn:
 
 
 def _check_same_run(path: Path, config: RunConfig, identify: Identify) -> None:
-    """UserError when the checkpoint of the run directory is of another model or of other data than the run."""
+    """UserError when the checkpoint of the run directory is of another model, objective or data than the run."""
     _check_same_model(path, config.model, "run.dir")
+    _check_same_objective(path, config.train.objective)
     _check_same_data(path, config, identify)
 
 
@@ -306,6 +307,16 @@ def _check_same_model(path: Path, model: ModelConfig, named_by: str) -> None:
                 f"model.{key}={ours} differs from {theirs} in the checkpoint {path}; "
                 f"use model.{key}={theirs}, or another {named_by}"
             )
+
+
+def _check_same_objective(path: Path, objective: Objective) -> None:
+    """UserError when the checkpoint's model has learnt something else than what the run trains it to do."""
+    saved = read_saved(path).objective
+    if saved != objective:
+        raise UserError(
+            f"train.objective={objective} differs from {saved} in the checkpoint {path}; use train.objective={saved}, "
+            f"or another run.dir with checkpoint.init_from={path}"
+        )
 
 
 def _check_same_data(path: Path, config: RunConfig, identify: Identify) -> None:

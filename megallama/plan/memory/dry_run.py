@@ -28,7 +28,7 @@ from megallama.config.schema import RunConfig
 from megallama.layout.check import check_config, check_trained
 from megallama.layout.stages import Stage, stages
 from megallama.layout.topology import Topology
-from megallama.model.llama import Llama, TensorParallelContext
+from megallama.model.llama import ATTENTION, Llama, TensorParallelContext
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import Axis
 from megallama.plan.memory.activations import stage_bytes, tensors
@@ -115,7 +115,9 @@ def check_rank(config: RunConfig, world_size: int, rank: int) -> list[Comparison
     planned = rank_parameters(config)[place].total
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     with _world_of(world_size, rank), FakeTensorMode(), torch.device("cpu"), _norms_of(config), _default(dtype):
-        tp_context = TensorParallelContext(_tensor_axis(topology, rank), parallel.sequence_parallel)
+        attention = ATTENTION[config.train.objective]
+        axis = _tensor_axis(topology, rank)
+        tp_context = TensorParallelContext(axis, parallel.sequence_parallel, attention=attention)
         chunks = ModelStages(config.model, every, place, tp_context, recompute=config.train.recompute)
         weights = list(chunks.parameters())
         found = [

@@ -9,7 +9,7 @@ from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.hardware.gpus import Gpu
 from megallama.layout.check import check_batching
-from megallama.layout.counts import flops_per_token, hardware_flops_per_token
+from megallama.layout.counts import flops_per_token, hardware_flops_per_token, kernel_convention
 from megallama.plan.memory.activations import tensors
 from megallama.plan.memory.traffic import Traffic
 from megallama.plan.report.table import Part, Row
@@ -31,7 +31,7 @@ class Speed:
     mfu_full: float
     """Attention counted over the whole square of positions."""
     mfu_causal: float
-    """Over the half that a causal kernel computes."""
+    """Over what the kernel computes: half of it, for a masked model all."""
     hfu: float
     """With what is computed again, full; mfu_full where nothing is."""
     mfu_attainable: float | None
@@ -62,7 +62,7 @@ def speed(config: RunConfig, world_size: int, gpu: Gpu, seconds: float) -> Speed
         tokens_per_second=config.tokens_per_step / seconds,
         tokens_per_second_per_gpu=rate,
         mfu_full=rate * full / peak,
-        mfu_causal=rate * flops_per_token(model, length, "causal") / peak,
+        mfu_causal=rate * flops_per_token(model, length, kernel_convention(config.train.objective)) / peak,
         hfu=rate * hardware_flops_per_token(model, length, config.train.recompute) / peak,
         mfu_attainable=None if gpu.matmul_tflops is None else rate * full / (gpu.matmul_tflops * 1e12),
     )
@@ -182,8 +182,9 @@ def _speed(config: RunConfig, world_size: int, on: Machine, step: StepTime) -> P
         Row("tokens_per_second", "tokens per second", how, rate, decimals=1),
         Row("tokens_per_second_per_gpu", "per GPU", f"/ {world_size}", found.tokens_per_second_per_gpu),
         Row("mfu_full", "MFU, full convention", peak, 100 * found.mfu_full, "%"),
-        Row("mfu_causal", "MFU, causal convention", peak, 100 * found.mfu_causal, "%"),
     ]
+    if config.train.objective == "causal":
+        rows.append(Row("mfu_causal", "MFU, causal convention", peak, 100 * found.mfu_causal, "%"))
     if found.hfu > found.mfu_full:
         rows.append(Row("hfu", "HFU", "full convention, with recomputation", 100 * found.hfu, "%"))
     if found.mfu_attainable is not None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megallama.config.schema import RunConfig
-from megallama.layout.counts import count_parameters
+from megallama.layout.counts import count_parameters, kernel_convention
 from megallama.plan.memory.activations import Tensors
 from megallama.plan.time.software import Recomputed, Software
 
@@ -26,7 +26,7 @@ class KernelWork:
 
     matmul_flops: float = 0.0
     attention_flops: float = 0.0
-    """As a causal kernel computes them."""
+    """As the kernel computes them."""
     bytes_moved: float = 0.0
     """Read and written by matmuls, norms, rotations, activations and the loss."""
 
@@ -51,19 +51,20 @@ def recomputed(config: RunConfig, software: Software) -> Recomputed:
 def layer_work(config: RunConfig, of: Tensors, software: Software) -> KernelWork:
     """The work of a decoder layer; `of` has the sizes on the rank.
 
-    A causal kernel does half of the square, and flash attention's backward 2.5 times the work of its forward, since it
-    computes the scores again (arXiv 2205.14135, appendix B).
+    A causal kernel does half of the square and that of a masked model all of it; flash attention's backward does 2.5
+    times the work of its forward, since it computes the scores again (arXiv 2205.14135, appendix B).
     """
     again = recomputed(config, software)
     # Queries with keys and values are one matmul, the gate with up another.
     matmuls = [(of.hidden, of.qkv), (of.query, of.hidden), (of.hidden, of.up), (of.width, of.hidden)]
     passes = 3 + again.matmul
     elementwise = _layer_bytes(config, of, software)
+    attended = of.sequence if kernel_convention(config.train.objective) == "causal" else 2 * of.sequence
     activation = (6 if software.fuses("kernels", config) else 10) * of.width
     extra = again.elementwise * elementwise / 3 + again.activation * activation
     return KernelWork(
         matmul_flops=of.positions * 2 * passes * sum(inputs * outputs for inputs, outputs in matmuls),
-        attention_flops=of.positions * (7 + 2 * again.attention) * of.query * of.sequence,
+        attention_flops=of.positions * (7 + 2 * again.attention) * of.query * attended,
         bytes_moved=passes * _moved(of, matmuls) + of.positions * (elementwise + extra) * of.element / _BF16,
     )
 

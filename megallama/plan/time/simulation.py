@@ -10,6 +10,7 @@ from math import ceil, floor
 
 from megallama.config.schema import ParallelConfig, RunConfig, Schedule
 from megallama.errors import UserError
+from megallama.layout.counts import kernel_convention
 from megallama.layout.schedules import Action, Kind, action_lists, chunks, schedule_of
 from megallama.layout.stages import head_in_layers, stages
 
@@ -94,7 +95,7 @@ def relative_seconds(config: RunConfig) -> dict[tuple[Kind, int], float]:
     The output head computes its gradients with the loss, in forward: three times what one pass of its FLOPs takes. The
     first stage computes nothing for its input: torch leaves all of its backward to the weights' part.
     """
-    head = head_in_layers(config.model, config.data.sequence_length)
+    head = head_in_layers(config.model, config.data.sequence_length, kernel_convention(config.train.objective))
     again = 1 if config.train.recompute == "full" else 0
     every = stages(config)
     found: dict[tuple[Kind, int], float] = {}
