@@ -97,7 +97,7 @@ def load_model(path: Path, device: torch.device | None = None, dtype: str = "fp3
 def _from_checkpoint(path: Path, run_dir: Path, device: torch.device, dtype: torch.dtype, tp: Axis) -> Loaded:
     if reasons := inspect(path):  # it reads the files against their hashes
         raise UserError(f"the checkpoint {path} is damaged ({'; '.join(reasons)}); use another")
-    stored, saved = promised(path), read_saved(path)
+    saved, stored = read_saved(path), promised(path)
     check_causal(path, saved)
     model = build(saved.model, lambda name: torch.from_numpy(stored.read(name)), device, dtype, tp)
     folder = run_dir / "tokenizer"

@@ -9,13 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from megallama.cli import app
 from megallama.errors import UserError
 from megallama.generation.batch import Batch, Row
 from megallama.generation.chat import answer, transcript, within
 from megallama.generation.generate import generate
 from megallama.generation.load import load_model
 from megallama.generation.sampling import Sampling
+from megallama.parallel.mesh import Axis
 from tests.generation.tiny import WINDOW, loaded
 from tests.launching import BIN, ROOT, clean_environment, execute
 
@@ -87,3 +90,18 @@ def test_two_ranks_under_torchrun_print_what_one_prints(short_run: Path, tmp_pat
     alone = execute([sys.executable, *words, *more], tmp_path)
     assert (outcome.code, outcome.out) == (0, alone.out)
     assert alone.out.count("document 7 is") == 2
+
+
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_commands_of_one_process_are_refused_to_several(
+    command: str, short_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    outcome = CliRunner().invoke(app, [command, str(short_run), *(["--port", "0"] if command == "serve" else [])])
+    assert str(outcome.exception) == "2 ranks were started, and this command is of one process; start it alone"
+
+
+def test_ranks_that_do_not_divide_the_model_are_refused() -> None:
+    with pytest.raises(UserError, match="3 ranks do not divide the model's num_attention_heads of 4; start 2"):
+        loaded(tp=Axis(None, 0, 3))

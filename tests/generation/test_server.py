@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
+from typer.testing import CliRunner
 
+from megallama.cli import app
 from megallama.generation.batch import Row
 from megallama.generation.generate import generate, write
 from megallama.generation.load import Loaded
@@ -198,3 +201,10 @@ def test_a_failure_of_the_writer_is_told_and_raised(model: Loaded, monkeypatch: 
     assert ended.wait(30)
     with pytest.raises(ZeroDivisionError):
         worker.join()
+
+
+def test_a_library_that_is_missing_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "megallama.generation.server")
+    outcome = CliRunner().invoke(app, ["serve", "nowhere"])
+    assert str(outcome.exception) == "megallama serve needs uvicorn; pip install 'megallama[serve]'"

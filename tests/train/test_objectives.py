@@ -20,7 +20,7 @@ from megallama.config.schema import IGNORE_INDEX
 from megallama.data.build import build_dataset
 from megallama.data.loader import open_data
 from megallama.errors import UserError
-from megallama.generation.generate import load_run
+from megallama.generation.load import load_model
 from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import run_ranks
 from megallama.train.start import start
@@ -106,7 +106,7 @@ def test_a_checkpoint_that_does_not_say_is_causal(short_run: Path, tmp_path: Pat
 
 def test_a_masked_model_continues_no_text(masked: Path) -> None:
     with pytest.raises(UserError, match=r"train\.objective=masked: it fills in masked tokens and continues no text"):
-        load_run(masked)
+        load_model(masked)
 
 
 def sources(folder: Path) -> Iterator[str]:
