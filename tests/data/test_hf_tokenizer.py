@@ -19,7 +19,9 @@ from megallama.data.hf_tokenizer import save_hugging_face
 from megallama.data.source import open_source
 from megallama.data.tokenizer import load_tokenizer, tokenizer_from_ranks
 from megallama.errors import UserError
-from megallama.generation.generate import Sampling, generate, load_run
+from megallama.generation.generate import generate
+from megallama.generation.load import load_model
+from megallama.generation.sampling import Sampling
 from tests.launching import arguments, pretrain
 
 TEXTS = ["", "plain", "naïve 日本語 🙂 \u0000\r\n\t", "<|endoftext|> </s> <s>", " \n  \n x", "é" * 100, "in the  end"]
@@ -241,6 +243,6 @@ def test_a_run_keeps_its_tokenizer(byte_level: Path, tmp_path: Path) -> None:
         open_source(DataConfig(path=prefix, tokenizer=spec, sequence_length=8), "train", 0, 100)
     words = arguments(prefix, run, f"data.tokenizer={spec}", "model.vocab_size=262")
     assert pretrain(1, words) == [(0, "")]
-    model, tokenizer, _ = load_run(run)
-    assert tokenizer.fingerprint == info.fingerprint
-    assert generate(model, tokenizer, "in the", 5, Sampling(temperature=0.0)).startswith("in the")
+    loaded = load_model(run)
+    assert loaded.tokenizer.fingerprint == info.fingerprint
+    assert generate(loaded, "in the", 5, Sampling(temperature=0.0)).startswith("in the")
