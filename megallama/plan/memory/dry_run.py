@@ -115,8 +115,7 @@ def check_rank(config: RunConfig, world_size: int, rank: int) -> list[Comparison
     planned = rank_parameters(config)[place].total
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     with _world_of(world_size, rank), FakeTensorMode(), torch.device("cpu"), _norms_of(config), _default(dtype):
-        attention = ATTENTION[config.train.objective]
-        axis = _tensor_axis(topology, rank)
+        axis, attention = _tensor_axis(topology, rank), ATTENTION[config.train.objective]
         tp_context = TensorParallelContext(axis, parallel.sequence_parallel, attention=attention)
         chunks = ModelStages(config.model, every, place, tp_context, recompute=config.train.recompute)
         weights = list(chunks.parameters())

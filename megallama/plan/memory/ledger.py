@@ -186,8 +186,7 @@ def overhead(config: RunConfig, dp_size: int, beside_state: int) -> MemoryRow:
     parallel = config.parallel
     split = {"tp": parallel.tensor > 1, "pp": parallel.pipeline > 1, "data": dp_size * parallel.context > 1}
     axes = (("tp",), ("pp",), ("data",), ("tp", "pp"), ("tp", "pp", "data"))
-    # Groups of the same ranks are one.
-    groups = len({names for axis in axes if (names := frozenset(name for name in axis if split[name]))})
+    groups = len({frozenset(filter(split.get, axis)) for axis in axes} - {frozenset()})  # of the same ranks: one
     if config.train.device == "cpu":
         return MemoryRow("overhead", "overhead", "none on a CPU", 0)
     size = CONTEXT + groups * COMMUNICATOR + int(SLACK * beside_state)

@@ -108,20 +108,16 @@ def _flops(config: RunConfig, tokens: float) -> Part:
     matmul = f"6 * {count_parameters(model).matmul}"
     attention = f"{model.num_hidden_layers} * {model.num_attention_heads * model.head_size} * {length}"
     full, causal = flops_per_token(model, length, "full"), flops_per_token(model, length, "causal")
-    halved = config.train.objective == "causal"
     rows = [Row("per_token_full", "per token, full convention", f"{matmul} + 12 * {attention}", full)]
-    if halved:
-        rows.append(Row("per_token_causal", "per token, causal convention", f"{matmul} + 6 * {attention}", causal))
+    rows.append(Row("per_token_causal", "per token, causal convention", f"{matmul} + 6 * {attention}", causal))
     hardware = hardware_flops_per_token(model, length, config.train.recompute)
     if hardware != full:
         how = f"full + 2 * layers' matmul weights + 4 * {attention}"
         rows.append(Row("per_token_hardware", "per token, with recomputation", how, hardware))
     rows.append(Row("run_full", "whole run, full convention", f"{full} * {tokens:.4g} tokens", float(full * tokens)))
-    if halved:
-        rows.append(
-            Row("run_causal", "whole run, causal convention", f"{causal} * {tokens:.4g}", float(causal * tokens))
-        )
-    return Part("flops", "FLOPs", tuple(rows))
+    rows.append(Row("run_causal", "whole run, causal convention", f"{causal} * {tokens:.4g}", float(causal * tokens)))
+    halved = config.train.objective == "causal"
+    return Part("flops", "FLOPs", tuple(row for row in rows if halved or not row.key.endswith("_causal")))
 
 
 def memory_parts(config: RunConfig, dp_size: int) -> list[Part]:
