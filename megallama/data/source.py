@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megallama.config.schema import DataConfig
-from megallama.data.dataset import DocumentSplit, Split, sampled_ids, split_documents
+from megallama.data.dataset import DocumentSplit, Split, check_lengths, sampled_ids, split_documents
 from megallama.data.sampler import Sampler, num_windows
 from megallama.data.tokenizer import load_tokenizer
 from megallama.errors import UserError
@@ -78,11 +78,25 @@ def open_source(config: DataConfig, split: Split, seed: int, vocab_size: int) ->
     splits = split_documents(config)
     if split not in splits:
         raise UserError("there is no validation split; set data.validation_path or data.validation_fraction")
-    found, length = splits[split], config.sequence_length
+    found = splits[split]
+    sampler = Sampler(num_windows(len(found.tokens), config.sequence_length), seed) if split == "train" else None
+    return _windows(found, config, vocab_size, sampler)
+
+
+def open_set(config: DataConfig, name: str, prefix: str, vocab_size: int) -> Windows:
+    """The samples of evaluation.sets.NAME, all of a dataset in the order of the file; UserError as of `open_source`."""
+    try:
+        found = DocumentSplit.whole(prefix)
+        check_lengths(config, {"validation": found})
+        return _windows(found, config, vocab_size, None)
+    except UserError as error:
+        raise UserError(f"evaluation.sets.{name}: {error}") from None
+
+
+def _windows(found: DocumentSplit, config: DataConfig, vocab_size: int, sampler: Sampler | None) -> Windows:
     found.dataset.check_tokenizer(config.tokenizer)
     found.dataset.check_vocabulary(vocab_size)
     info, masked_id = found.dataset.info, None
     if config.eod_mask_loss:
         masked_id = info.eod_id if info else load_tokenizer(config.tokenizer).eod_id
-    sampler = Sampler(num_windows(len(found.tokens), length), seed) if split == "train" else None
-    return Windows(found, length, vocab_size, masked_id, sampler)
+    return Windows(found, config.sequence_length, vocab_size, masked_id, sampler)
