@@ -205,6 +205,8 @@ class DataConfig(Section):
     """Prefix of a separate validation dataset; null uses the tail of `path`."""
     validation_fraction: Real = Field(default=0.01, ge=0, lt=1)
     """Share of the documents, at the end of `path`, that is held out for validation if validation_path is null."""
+    pack: Literal["all", "one"] = "all"
+    """all: samples are cut from all documents in a row; one: each is one document, cut off or filled up."""
     eod_mask_loss: bool = False
     """Exclude the prediction of end-of-document tokens from the loss."""
 

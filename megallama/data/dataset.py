@@ -125,7 +125,7 @@ def sampled_ids(tokens: Tokens) -> Tokens:
 def check_lengths(config: DataConfig, splits: Mapping[Split, DocumentSplit]) -> None:
     """UserError if a split has too few tokens for one sample."""
     name, num_tokens = min(((name, len(split.tokens)) for name, split in splits.items()), key=lambda item: item[1])
-    if num_tokens <= config.sequence_length:
+    if num_tokens <= config.sequence_length and config.pack == "all":
         fix = f"largest legal: {num_tokens - 1}" if num_tokens > 1 else "none is legal, add documents"
         raise UserError(
             f"data.sequence_length={config.sequence_length} is longer than the data: the {name} split of "

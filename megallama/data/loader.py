@@ -82,7 +82,7 @@ class Loader:
         labels = rows[:, 1:].clone()  # contiguous() would share memory with the tokens in a batch of one
         if self.source.masked_id is not None:
             labels[labels == self.source.masked_id] = IGNORE_INDEX
-        return MicroBatch(rows[:, :-1].contiguous(), labels)
+        return MicroBatch(rows[:, :-1].clamp(min=0), labels)  # what is read where a sample has ended counts nothing
 
 
 @dataclass(frozen=True)
