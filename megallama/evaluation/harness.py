@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lm_eval.models  # first: lm_eval enters its own models only into an empty table
 import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
@@ -36,6 +35,8 @@ Answer = tuple[float, bool]
 """The log-probability of a text, in nats, and whether each of its tokens is the likeliest."""
 Pair = tuple[tuple[str, str], list[int], list[int]]
 """Context and continuation; the ids of each."""
+_THEIR_DEVICE = "cuda:0"
+"""What lm_eval gives where nobody asks for a device; its `hf` then takes the CPU of a machine without a GPU."""
 _DRAWS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _KNOWN = {*_DRAWS, "do_sample", "until", "max_gen_toks"}
 
@@ -50,7 +51,6 @@ class Megallama(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         device: str | None = None,
         dtype: str = "auto",
         batch_size: object = 1,
-        max_batch_size: object = None,
         **unknown: object,
     ) -> None:
         """What `--model_args` may hold; lm_eval gives its own `--batch_size` and `--device` the same way.
@@ -62,8 +62,8 @@ class Megallama(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             raise UserError(f"--model_args {next(iter(unknown))}= is not known; use run, device, dtype, batch_size")
         if run is None:
             raise UserError("--model_args names no run; give run=RUN, a run, a checkpoint or a Hugging Face folder")
-        if not str(batch_size).isdecimal() or int(str(batch_size)) < 1 or max_batch_size is not None:
-            raise UserError(f"--batch_size {batch_size} is not known; give a number such as 8, and no --max_batch_size")
+        if not str(batch_size).isdecimal() or int(str(batch_size)) < 1:
+            raise UserError(f"--batch_size {batch_size} is not known; give a number such as 8")
         self.batch_size = int(str(batch_size))
         self.loaded = load_alone(Path(str(run)), device or "auto", dtype)
 
@@ -71,8 +71,8 @@ class Megallama(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     def create_from_arg_obj(
         cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> Megallama:
-        """lm_eval always gives a batch size; one in `--model_args` comes before it."""
-        given = {key: value for key, value in (additional_config or {}).items() if value is not None}
+        """With what lm_eval gives unasked, batch size 1 and a GPU that may not be there; `--model_args` come first."""
+        given = {key: value for key, value in (additional_config or {}).items() if value not in (None, _THEIR_DEVICE)}
         return cls(**{**given, **arg_dict})
 
     @property

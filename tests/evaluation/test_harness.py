@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 
+from megallama.errors import UserError
+from megallama.evaluation.harness import Megallama
 from megallama.exchange.outgoing import export
 from megallama.generation.load import Loaded, load_model
 from tests.generation.tiny import without_cache
@@ -128,7 +132,7 @@ def test_choices_have_the_probabilities_of_a_plain_loop(short_run: Path, asked: 
     for question, said in zip(QUESTIONS, answers(asked, "choice"), strict=True):
         context = str(question["question"])
         for choice, (logprob, greedy) in zip(question["choices"], said, strict=True):
-            ids = context.rstrip().encode() or bytes()
+            ids = context.rstrip().encode()
             behind = (context[len(context.rstrip()) :] + choice).encode()
             expected, likeliest = plain(model, [*ids] or [END], [*behind])
             assert float(logprob) == pytest.approx(expected, abs=1e-4)
@@ -150,7 +154,7 @@ def test_written_text_is_that_of_a_plain_loop_up_to_the_stop_string(short_run: P
     model = load_model(short_run)
     for prompt, (said,) in zip(PROMPTS, answers(asked, "written"), strict=True):
         ids = without_cache(model, [*prompt.encode()] or [END], 12)
-        text = bytes(ids[: (ids + [END]).index(END)]).decode(errors="replace")
+        text = bytes(ids[: [*ids, END].index(END)]).decode(errors="replace")
         assert said == text.partition("m")[0], prompt
 
 
@@ -168,27 +172,46 @@ def test_the_hf_model_of_lm_eval_says_the_same_of_the_export(
     assert answers(asked, "written") == answers(tmp_path, "written")
 
 
+def test_a_run_that_is_not_there_ends_in_one_sentence(tasks: Path, tmp_path: Path) -> None:
+    outcome = lm_eval(tasks, tmp_path, "megallama", "run=nowhere")
+    sentence = "nowhere is not a run directory, a checkpoint or a Hugging Face folder: it has no config.yaml, no "
+    assert outcome.code == 2
+    assert [said.startswith(f"megallama: {sentence}") for said in outcome.sentences] == [True]
+    assert "Traceback" not in outcome.err
+
+
 @pytest.mark.parametrize(
-    ("arguments", "more", "sentence"),
+    ("arguments", "sentence"),
     [
-        ("dtype=fp32", (), "--model_args names no run; give run=RUN, a run, a checkpoint or a Hugging Face folder"),
-        ("run=x,pretrained=y", (), "--model_args pretrained= is not known; use run, device, dtype, batch_size"),
-        (
-            "run=nowhere",
-            (),
-            "nowhere is not a run directory, a checkpoint or a Hugging Face folder: it has no config.yaml, no "
-            "manifest.json and no config.json",
-        ),
-        (
-            "run=x",
-            ("--batch_size", "auto"),
-            "--batch_size auto is not known; give a number such as 8, and no --max_batch_size",
-        ),
+        ({}, "--model_args names no run; give run=RUN, a run, a checkpoint or a Hugging Face folder"),
+        ({"run": 1, "pretrained": "y"}, "--model_args pretrained= is not known; use run, device, dtype, batch_size"),
+        ({"run": 1, "batch_size": "auto"}, "--batch_size auto is not known; give a number such as 8"),
+        ({"run": 1, "device": "tpu"}, "--device tpu is not known; use auto, cpu or cuda"),
     ],
 )
-def test_a_mistake_ends_in_one_sentence(
-    tasks: Path, tmp_path: Path, arguments: str, more: tuple[str, ...], sentence: str
-) -> None:
-    outcome = lm_eval(tasks, tmp_path, "megallama", arguments, *more)
-    assert (outcome.code, outcome.sentences) == (2, [f"megallama: {sentence}"])
-    assert "Traceback" not in outcome.err
+def test_arguments_that_are_not_known_are_refused(arguments: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
+        Megallama.create_from_arg_obj(arguments, {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"})
+
+
+def test_what_has_no_score_or_no_meaning_here_is_refused(short_run: Path) -> None:
+    model = Megallama(short_run)
+    window = model.max_length
+    for continuation, count in (("", 0), ("a" * (window + 1), window + 1)):
+        with pytest.raises(UserError, match=f"has {count} tokens of its own, and must have 1 to {window}"):
+            model.loglikelihood([request("loglikelihood", "context", continuation)])
+    with pytest.raises(UserError, match="the generation argument num_beams is not known"):
+        model.generate_until([request("generate_until", "a", {"num_beams": 4})])
+
+
+def test_what_is_asked_for_again_is_drawn_again(short_run: Path) -> None:
+    model = Megallama(short_run, batch_size=4)
+    draw = request("generate_until", "document ", {"temperature": 1.5, "do_sample": True, "max_gen_toks": 8})
+    torch.manual_seed(7)
+    texts = model.generate_until([draw] * 4)
+    assert len(set(texts)) == 4
+    assert model.generate_until([draw] * 4) == texts
+
+
+def request(kind: str, *arguments: Any) -> Instance:
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
