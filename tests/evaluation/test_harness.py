@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megallama.errors import UserError
 from megallama.evaluation.harness import Megallama
-from megallama.exchange.outgoing import export
 from megallama.generation.load import Loaded, load_model
 from tests.generation.tiny import without_cache
 from tests.launching import Outcome, execute
@@ -76,11 +76,11 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def lm_eval(tasks: Path, home: Path, model: str, arguments: str, *more: str) -> Outcome:
-    command = [sys.executable, "-m", "megallama.evaluation.harness", "--model", model, "--model_args", arguments]
+def lm_eval(tasks: Path, home: Path, arguments: str) -> Outcome:
+    command = [sys.executable, "-m", "megallama.evaluation.harness", "--model", "megallama", "--model_args", arguments]
     names = ",".join(f"ours_{name}" for name in TASKS)
     where = ["--tasks", names, "--include_path", str(tasks), "--output_path", str(home / "out"), "--log_samples"]
-    return execute([*command, *where, *more], home, HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    return execute([*command, *where], home, HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 
 
 def answers(home: Path, name: str) -> list[Any]:
@@ -109,18 +109,15 @@ def plain(model: Loaded, context: Sequence[int], continuation: Sequence[int]) ->
 
 
 def expected_rolling(model: Loaded, text: str) -> float:
-    """The windows that LM.loglikelihood_rolling of lm_eval describes: full ones, of which the last overlaps."""
-    ids, window, total = [END, *text.encode()], model.config.max_position_embeddings, 0.0
-    for begin in range(1, len(ids), window):
-        end = min(begin + window, len(ids))
-        total += plain(model, ids[max(0, end - window - 1) : begin], ids[begin:end])[0]
-    return total
+    """In the windows of lm_eval's own `hf`."""
+    cut = get_rolling_token_windows([*text.encode()], END, model.config.max_position_embeddings, context_len=1)
+    return sum(plain(model, *make_disjoint_window(window))[0] for window in cut)
 
 
 @pytest.fixture(scope="module")
 def asked(short_run: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
-    outcome = lm_eval(tasks, home, "megallama", f"run={short_run},dtype=fp32,batch_size=2")
+    outcome = lm_eval(tasks, home, f"run={short_run},dtype=fp32,batch_size=2")
     assert outcome.code == 0, outcome.err
     assert "ours_choice" in outcome.out
     return home
@@ -158,22 +155,8 @@ def test_written_text_is_that_of_a_plain_loop_up_to_the_stop_string(short_run: P
         assert said == text.partition("m")[0], prompt
 
 
-def test_the_hf_model_of_lm_eval_says_the_same_of_the_export(
-    short_run: Path, tasks: Path, asked: Path, tmp_path: Path
-) -> None:
-    export(short_run, tmp_path / "exported", "hf", "fp32")
-    outcome = lm_eval(tasks, tmp_path, "hf", f"pretrained={tmp_path / 'exported'},dtype=float32,device=cpu")
-    assert outcome.code == 0, outcome.err
-    for ours, theirs in zip(answers(asked, "choice"), answers(tmp_path, "choice"), strict=True):
-        assert [float(said[0]) for said in ours] == pytest.approx([float(said[0]) for said in theirs], abs=1e-4)
-        assert [said[1] for said in ours] == [said[1] for said in theirs]
-    ours, theirs = ([float(said[0]) for said in answers(home, "rolling")] for home in (asked, tmp_path))
-    assert ours == pytest.approx(theirs, abs=1e-4)
-    assert answers(asked, "written") == answers(tmp_path, "written")
-
-
 def test_a_run_that_is_not_there_ends_in_one_sentence(tasks: Path, tmp_path: Path) -> None:
-    outcome = lm_eval(tasks, tmp_path, "megallama", "run=nowhere")
+    outcome = lm_eval(tasks, tmp_path, "run=nowhere")
     sentence = "nowhere is not a run directory, a checkpoint or a Hugging Face folder: it has no config.yaml, no "
     assert outcome.code == 2
     assert [said.startswith(f"megallama: {sentence}") for said in outcome.sentences] == [True]
