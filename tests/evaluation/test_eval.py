@@ -21,8 +21,8 @@ from megallama.data.build import build_dataset
 from megallama.data.indexed import IndexedWriter
 from megallama.data.tokenizer import ByteTokenizer
 from megallama.errors import UserError
-from megallama.evaluation.score import beginning
-from megallama.evaluation.texts import read_texts
+from megallama.evaluation.score import beginning, score, settings_for
+from megallama.evaluation.texts import Text, read_texts
 from megallama.evaluation.windows import stacked, windows
 from megallama.generation.load import Loaded, load_model
 
@@ -93,6 +93,14 @@ def test_documents_alone_are_scored_as_by_hand(
     assert found["loss"] == pytest.approx(sum(nats) / len(nats), rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
     assert found["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / found["bytes"], rel=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_bits_are_per_byte_of_the_text_and_not_per_token(loaded: Loaded, packed: bool) -> None:
+    texts = [Text(loaded.tokenizer.encode("number"), 11), Text(loaded.tokenizer.encode("49"), 5)]
+    found = score(loaded, texts, settings_for(loaded, None, None, packed, 8), lambda _: None)
+    assert (found.tokens, found.bytes) == (8 + 2 * packed, 16)
+    assert found.as_dict()["bits_per_byte"] == pytest.approx(found.loss * found.tokens / math.log(2) / 16)
 
 
 def test_packed_documents_follow_each_other_as_in_training(loaded: Loaded, short_run: Path, tmp_path: Path) -> None:
