@@ -98,6 +98,8 @@ def _value(field: Schema) -> str:
     if field["type"] == "array":
         fixed = field.get("prefixItems")
         return f"list of {len(fixed)}, each {_value(fixed[0])}" if fixed else f"list, each {_value(field['items'])}"
+    if field["type"] == "object":
+        return f"mapping of names to {_value(field['additionalProperties'])}"
     bounds = [f"{sign} {field[name]}" for name, sign in _BOUNDS if name in field]
     return " ".join([_TYPES[field["type"]], ", ".join(bounds)]).strip()
 

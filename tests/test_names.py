@@ -24,6 +24,7 @@ from tests.launching import CONFIG, arguments, pretrain
 
 HIDDEN = ["\0", "\n", "\r", "\t", "\x1b[31m", "\x7f", "\x85", "\u200b", "\u2028", "\u2029", "\u202e", "\ufeff"]
 NAMES = ["run.dir", "data.path", "data.tokenizer", "data.validation_path", "checkpoint.init_from", "checkpoint.resume"]
+NAMES += ["evaluation.sets.web"]
 ODD = [
     "a b", "a'b", 'a"b', "$(touch PWNED)", "`touch PWNED`", "a;touch PWNED", "a&&touch PWNED", "*?[x]", "{a,b}", "~",
     "#b", " #b", "-x", "--wrap=x", "!x", "%j-%x", "100%", "naïve 中文", "a\\b", "x" * 255,

@@ -34,7 +34,19 @@ def _dotted(section: type[BaseModel], prefix: str = "") -> tuple[str, ...]:
 SECTIONS: tuple[str, ...] = tuple(RunConfig.model_fields)
 # model.import is the loader's: it is replaced by the keys of the file that it names.
 LEGAL_KEYS: tuple[str, ...] = (*_dotted(RunConfig), "model.import")
-_PARENTS = frozenset(key.rpartition(".")[0] for key in LEGAL_KEYS)
+NAMED = "evaluation.sets."
+"""What stands below is named by the user."""
+_PARENTS = frozenset(key.rpartition(".")[0] for key in (*LEGAL_KEYS, f"{NAMED}name"))
+
+
+def is_legal(key: str) -> bool:
+    """Whether a run has the dotted key."""
+    return key in LEGAL_KEYS or key.startswith(NAMED)
+
+
+def split_key(key: str) -> list[str]:
+    """The parts of a dotted key; what the user names is one, whatever it holds."""
+    return key.split(".", NAMED.count(".") if key.startswith(NAMED) else -1)
 
 
 def refuse_unknown(tree: Any, where: str, prefix: str = "") -> None:
@@ -43,8 +55,12 @@ def refuse_unknown(tree: Any, where: str, prefix: str = "") -> None:
         return
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if key not in LEGAL_KEYS:
-            at = f"{where}: " if where else ""
+        at = f"{where}: " if where else ""
+        if prefix == NAMED and not isinstance(name, str):
+            raise UserError(
+                f"{at}YAML takes a name in evaluation.sets for the value {as_typed(name)}; write it in quotes"
+            )
+        if not is_legal(key):
             raise UserError(f"{at}{unknown_key(key)}")
         if key in _PARENTS:
             refuse_unknown(value, where, f"{key}.")
@@ -107,7 +123,7 @@ def _key_of(detail: ErrorDetails) -> str:
     key = ""
     for part in detail["loc"]:
         longer = f"{key}.{part}" if key else str(part)
-        if longer not in LEGAL_KEYS:
+        if not is_legal(longer):
             break
         key = longer
     return key
@@ -123,6 +139,7 @@ _KINDS = {
     "bool_type": "true or false",
     "model_type": "a mapping of keys",
     "model_attributes_type": "a mapping of keys",
+    "dict_type": "a mapping of names to datasets such as {web: data/web}",
 }
 _LISTS = {
     "train.freeze": 'a list of patterns such as [model.embed_tokens.weight, "*norm*"]',

@@ -17,7 +17,16 @@ import yaml
 from pydantic import ValidationError
 
 from megallama.config.importing import model_from_foreign
-from megallama.config.keys import LEGAL_KEYS, SECTIONS, as_typed, explain, nearest_key, refuse_unknown, unknown_key
+from megallama.config.keys import (
+    SECTIONS,
+    as_typed,
+    explain,
+    is_legal,
+    nearest_key,
+    refuse_unknown,
+    split_key,
+    unknown_key,
+)
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.system.regular_file import open_regular
@@ -209,10 +218,10 @@ def apply_override(tree: Tree, override: str) -> None:
         raise UserError(f"the override {override} is not KEY=VALUE; write it as {known}=VALUE")
     value = parse_yaml(text, f"{key}={as_typed(text)}")
     _refuse_comment(key, text)
-    if key not in LEGAL_KEYS:
+    if not is_legal(key):
         raise UserError(unknown_key(key))
     refuse_unknown(value, where="", prefix=f"{key}.")
-    *sections, leaf = key.split(".")
+    *sections, leaf = split_key(key)
     node = tree
     for section in sections:
         if not isinstance(node.get(section), dict):

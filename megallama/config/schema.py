@@ -6,6 +6,7 @@ sections or against a world size live in `config.check`.
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal
 from math import prod
 from typing import Annotated, Any, Literal, Self
@@ -97,6 +98,22 @@ def _tuple_from_list(value: object) -> object:
 
 
 Patterns = Annotated[tuple[Name, ...], Field(max_length=MOST_PATTERNS), BeforeValidator(_tuple_from_list)]
+SET_NAME = "[A-Za-z0-9_-]{1,64}"
+
+
+def _check_set_names(sets: dict[str, str]) -> dict[str, str]:
+    for name in sets:
+        if not re.fullmatch(SET_NAME, name) or name in ("train", "validation"):
+            rule = "names of 1 to 64 letters, digits, _ and -, and neither train nor validation, unlike {name}"
+            raise PydanticCustomError("set_name", rule, {"name": repr(name[:60])})
+    return sets
+
+
+Sets = Annotated[
+    dict[str, Name],
+    AfterValidator(_check_set_names),
+    Field(json_schema_extra={"propertyNames": {"pattern": f"^{SET_NAME}$"}}),
+]
 CheckpointPath = Annotated[Name, Field(pattern="/|^step_")]
 """Told from a word by its slash, or by the name of its folder."""
 Schedule = Literal["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"]
@@ -188,6 +205,8 @@ class DataConfig(Section):
     """Prefix of a separate validation dataset; null uses the tail of `path`."""
     validation_fraction: Real = Field(default=0.01, ge=0, lt=1)
     """Share of the documents, at the end of `path`, that is held out for validation if validation_path is null."""
+    pack: Literal["all", "one"] = "all"
+    """all: samples are cut from all documents in a row; one: each is one document, cut off or filled up."""
     eod_mask_loss: bool = False
     """Exclude the prediction of end-of-document tokens from the loss."""
 
@@ -328,7 +347,9 @@ class EvaluationConfig(Section):
     every: int = Field(default=0, ge=0, le=MOST_STEPS)
     """Steps between evaluations; 0 evaluates only at the beginning and the end."""
     samples: int = Field(default=64, ge=1, le=MOST_SEQUENCES)
-    """Sequences per split, rounded up to whole micro-batches over all ranks."""
+    """Sequences per split and set, rounded up to whole micro-batches over all ranks."""
+    sets: Sets = {}
+    """More validation sets by name, as prefixes of datasets: {web: data/web, code: data/code}."""
 
 
 class CheckpointConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -74,6 +75,12 @@ class DocumentSplit:
     first_document: int
     end_document: int
 
+    @classmethod
+    def whole(cls, prefix: str) -> DocumentSplit:
+        """All documents of the dataset; UserError if it cannot be read."""
+        dataset = TokenDataset(prefix)
+        return cls(dataset, 0, dataset.indexed.num_documents)
+
     @property
     def tokens(self) -> Tokens:
         """[num_tokens], mapped, not read."""
@@ -87,12 +94,11 @@ def split_documents(config: DataConfig) -> dict[Split, DocumentSplit]:
     Validation is `validation_path`, or the last documents of `path`: validation_fraction of them, rounded, at least
     one. UserError if a split has too few tokens for one sample.
     """
-    dataset = TokenDataset(config.path)
-    count = dataset.indexed.num_documents
-    splits: dict[Split, DocumentSplit] = {"train": DocumentSplit(dataset, 0, count)}
+    whole = DocumentSplit.whole(config.path)
+    dataset, count = whole.dataset, whole.end_document
+    splits: dict[Split, DocumentSplit] = {"train": whole}
     if config.validation_path is not None:
-        other = TokenDataset(config.validation_path)
-        splits["validation"] = DocumentSplit(other, 0, other.indexed.num_documents)
+        splits["validation"] = DocumentSplit.whole(config.validation_path)
     elif config.validation_fraction > 0:
         if count < 2:
             raise UserError(
@@ -101,7 +107,7 @@ def split_documents(config: DataConfig) -> dict[Split, DocumentSplit]:
             )
         cut = min(max(count - max(round(count * config.validation_fraction), 1), 1), count - 1)
         splits = {"train": DocumentSplit(dataset, 0, cut), "validation": DocumentSplit(dataset, cut, count)}
-    _check_lengths(config, splits)
+    check_lengths(config, splits)
     return splits
 
 
@@ -116,9 +122,10 @@ def sampled_ids(tokens: Tokens) -> Tokens:
     return np.concatenate([tokens[start : start + SAMPLED_TOKENS] for start in starts])
 
 
-def _check_lengths(config: DataConfig, splits: dict[Split, DocumentSplit]) -> None:
+def check_lengths(config: DataConfig, splits: Mapping[Split, DocumentSplit]) -> None:
+    """UserError if a split has too few tokens for one sample."""
     name, num_tokens = min(((name, len(split.tokens)) for name, split in splits.items()), key=lambda item: item[1])
-    if num_tokens <= config.sequence_length:
+    if num_tokens <= config.sequence_length and config.pack == "all":
         fix = f"largest legal: {num_tokens - 1}" if num_tokens > 1 else "none is legal, add documents"
         raise UserError(
             f"data.sequence_length={config.sequence_length} is longer than the data: the {name} split of "

@@ -5,7 +5,7 @@ The state of a loader is one integer, the samples consumed; see `source` for wha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from megallama.config.schema import IGNORE_INDEX, RunConfig
 from megallama.data.dataset import Split
 from megallama.data.masking import Masking, masking_of
 from megallama.data.sampler import micro_batch_indices
-from megallama.data.source import Source, open_source
+from megallama.data.source import Source, open_set, open_source
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -82,7 +82,7 @@ class Loader:
         labels = rows[:, 1:].clone()  # contiguous() would share memory with the tokens in a batch of one
         if self.source.masked_id is not None:
             labels[labels == self.source.masked_id] = IGNORE_INDEX
-        return MicroBatch(rows[:, :-1].contiguous(), labels)
+        return MicroBatch(rows[:, :-1].clamp(min=0), labels)  # what is read where a sample has ended counts nothing
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,14 @@ class RunData:
     train: Loader
     validation: Loader | None
     tokenizer: Tokenizer
+    sets: Mapping[str, Loader]
+    """evaluation.sets by name, in the same order on all ranks."""
+
+    @property
+    def evaluated(self) -> dict[str, Loader]:
+        """What an evaluation goes through, by the name of the split or set."""
+        validation = {} if self.validation is None else {"validation": self.validation}
+        return {"train": self.train, **validation, **self.sets}
 
     @property
     def contents(self) -> dict[str, str]:
@@ -99,6 +107,7 @@ class RunData:
         return {
             "the training data": self.train.source.content_hash,
             "the validation data": "none" if self.validation is None else self.validation.source.content_hash,
+            **{f"the data of evaluation.sets.{name}": data.source.content_hash for name, data in self.sets.items()},
             "the tokenizer": self.tokenizer.fingerprint,
         }
 
@@ -109,13 +118,20 @@ def open_data(config: RunConfig, dp_rank: int, dp_size: int) -> RunData:
     tokenizer = load_tokenizer(data.tokenizer)
     masking = masking_of(config, tokenizer)
 
-    def open_split(split: Split) -> Loader:
-        source = open_source(data, split, train.seed, config.model.vocab_size)
+    def loader(source: Source) -> Loader:
         return Loader(source, train.micro_batch_size, train.global_batch_size, dp_rank, dp_size, masking)
+
+    def open_split(split: Split) -> Loader:
+        return loader(open_source(data, split, train.seed, config.model.vocab_size))
 
     held_out = data.validation_path is not None or data.validation_fraction > 0
     validation = open_split("validation") if held_out else None
-    return RunData(open_split("train"), validation, tokenizer)
+    # Sorted: the file of another node may name them in another order.
+    sets = {
+        name: loader(open_set(data, name, prefix, config.model.vocab_size))
+        for name, prefix in sorted(config.evaluation.sets.items())
+    }
+    return RunData(open_split("train"), validation, tokenizer, sets)
 
 
 def prefetched(loader: Loader, samples_consumed: int) -> Iterator[list[MicroBatch]]:

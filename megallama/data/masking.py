@@ -66,6 +66,8 @@ def masking_of(config: RunConfig, tokenizer: Tokenizer) -> Masking | None:
     train, mask_id = config.train, tokenizer.vocab_size
     if train.objective == "causal":
         return None
+    if config.data.pack == "one":
+        raise UserError("train.objective=masked would see what fills up a sample of data.pack=one; use data.pack=all")
     if config.model.vocab_size <= mask_id:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} leaves no id for the mask token of train.objective=masked "

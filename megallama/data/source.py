@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megallama.config.schema import DataConfig
-from megallama.data.dataset import DocumentSplit, Split, sampled_ids, split_documents
+from megallama.config.schema import IGNORE_INDEX, DataConfig
+from megallama.data.dataset import DocumentSplit, Split, check_lengths, sampled_ids, split_documents
 from megallama.data.sampler import Sampler, num_windows
 from megallama.data.tokenizer import load_tokenizer
 from megallama.errors import UserError
@@ -28,7 +28,10 @@ class Source(Protocol):
         """The id whose prediction counts nothing, None for none."""
 
     def sample(self, number: int) -> NDArray[np.int64]:
-        """[sequence_length + 1] ids of sample `number` of the run; UserError for ids that the model does not know."""
+        """[sequence_length + 1] ids of sample `number` of the run, IGNORE_INDEX where it has ended.
+
+        UserError for ids that the model does not know.
+        """
 
     def fingerprint(self, sequence_length: int) -> str:
         """SHA-256 of what a position means besides the seed: the data, and samples of that length."""
@@ -69,6 +72,28 @@ class Windows:
         return hashlib.sha256(fingerprint + sampled_ids(self.split.tokens).tobytes()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Documents(Windows):
+    """One document per sample, behind the end of another: cut off at the sequence length, or filled up behind."""
+
+    eod_id: int
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return self.split.end_document - self.split.first_document
+
+    def sample(self, number: int) -> NDArray[np.int64]:
+        place = self.sampler.window(number) if self.sampler else number % self.samples_per_epoch
+        document = self.split.dataset.indexed.document(self.split.first_document + place)[: self.sequence_length]
+        self.split.dataset.check_ids(document, self.vocab_size)
+        row = np.full(self.sequence_length + 1, IGNORE_INDEX)
+        row[0], row[1 : len(document) + 1] = self.eod_id, document
+        return row
+
+    def fingerprint(self, sequence_length: int) -> str:
+        return hashlib.sha256(f"{super().fingerprint(sequence_length)}/one document".encode()).hexdigest()
+
+
 def open_source(config: DataConfig, split: Split, seed: int, vocab_size: int) -> Windows:
     """The samples of a split: train in an order drawn from the seed, validation in that of the file.
 
@@ -78,11 +103,29 @@ def open_source(config: DataConfig, split: Split, seed: int, vocab_size: int) ->
     splits = split_documents(config)
     if split not in splits:
         raise UserError("there is no validation split; set data.validation_path or data.validation_fraction")
-    found, length = splits[split], config.sequence_length
+    return _samples(splits[split], config, vocab_size, seed if split == "train" else None)
+
+
+def open_set(config: DataConfig, name: str, prefix: str, vocab_size: int) -> Windows:
+    """The samples of evaluation.sets.NAME, all of a dataset in the order of the file; UserError as of `open_source`."""
+    try:
+        found = DocumentSplit.whole(prefix)
+        check_lengths(config, {"validation": found})
+        return _samples(found, config, vocab_size, None)
+    except UserError as error:
+        raise UserError(f"evaluation.sets.{name}: {error}") from None
+
+
+def _samples(found: DocumentSplit, config: DataConfig, vocab_size: int, seed: int | None) -> Windows:
+    """In an order drawn from `seed`, if it is not None."""
     found.dataset.check_tokenizer(config.tokenizer)
     found.dataset.check_vocabulary(vocab_size)
-    info, masked_id = found.dataset.info, None
-    if config.eod_mask_loss:
-        masked_id = info.eod_id if info else load_tokenizer(config.tokenizer).eod_id
-    sampler = Sampler(num_windows(len(found.tokens), length), seed) if split == "train" else None
+    one, length, info = config.pack == "one", config.sequence_length, found.dataset.info
+    count = found.end_document - found.first_document if one else num_windows(len(found.tokens), length)
+    sampler, eod_id = None if seed is None else Sampler(count, seed), -1
+    if one or config.eod_mask_loss:
+        eod_id = info.eod_id if info else load_tokenizer(config.tokenizer).eod_id
+    masked_id = eod_id if config.eod_mask_loss else None
+    if one:
+        return Documents(found, length, vocab_size, masked_id, sampler, eod_id)
     return Windows(found, length, vocab_size, masked_id, sampler)

@@ -18,12 +18,13 @@ import torch
 import torch.distributed as dist
 
 import megallama
+from megallama.config.keys import NAMED
 from megallama.config.schema import RunConfig
 from megallama.errors import SharedError
 
 PACKAGES = ("torch", "deepspeed", "numpy")
 MAY_DIFFER = ("data.path", "data.validation_path", "data.tokenizer")
-"""Where a node keeps its copies; what is in them is compared instead."""
+"""Where a node keeps its copies, as the keys below NAMED; what is in them is compared instead."""
 _MOST_FACTS, _MOST_VALUES, _MOST_RANKS, _MOST_CHARACTERS = 6, 3, 8, 60
 _WORDS = 8
 """The number of 32-bit words in a digest of SHA-256."""
@@ -33,7 +34,8 @@ Facts = Mapping[str, str]
 
 def facts_of(config: RunConfig, contents: Facts) -> dict[str, str]:
     """What must be the same on all ranks, each by the name that a sentence calls it by; `contents` are hashes."""
-    keys = {key: value for key, value in _flat(config.model_dump(mode="json")) if key not in MAY_DIFFER}
+    dumped = _flat(config.model_dump(mode="json"))
+    keys = {key: value for key, value in dumped if key not in MAY_DIFFER and not key.startswith(NAMED)}
     return {
         **keys,
         **contents,

@@ -230,19 +230,18 @@ def on_device(batches: list[MicroBatch], device: torch.device) -> Iterator[tuple
 
 
 def evaluate_splits(run: Run, state: TrainState) -> tuple[TrainState, bool]:
-    """Loss and perplexity on train and validation data, the latter also in the state, and whether both are finite.
+    """Loss and perplexity on train, validation and named sets, and whether all are finite; validation's in the state.
 
     Every rank must call it.
     """
     run.watchdog.now("evaluation")
     finite = True
-    for split, data in (("train", run.data.train), ("validation", run.data.validation)):
-        if data is not None:
-            loss = evaluate(run.engine, data, run.config.evaluation.samples, run.mesh)
-            run.metrics.write("eval", step=state.step, split=split, loss=loss, perplexity=math.exp(min(loss, 700.0)))
-            finite = finite and math.isfinite(loss)
-            if split == "validation" and math.isfinite(loss):
-                state = replace(state, validation_loss=loss)
+    for split, data in run.data.evaluated.items():
+        loss = evaluate(run.engine, data, run.config.evaluation.samples, run.mesh)
+        run.metrics.write("eval", step=state.step, split=split, loss=loss, perplexity=math.exp(min(loss, 700.0)))
+        finite = finite and math.isfinite(loss)
+        if split == "validation" and math.isfinite(loss):
+            state = replace(state, validation_loss=loss)
     return state, finite
 
 

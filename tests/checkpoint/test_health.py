@@ -140,7 +140,7 @@ def ruined(rank: int) -> None:
     def load(path: Path, engine: Any, model: Any) -> Any:
         state = original(path, engine, model)
         if int(os.environ["RANK"]) == rank:
-            list(engine.fragments())[-1].exp_avg_sq.view(-1)[-1] = math.nan
+            list(engine.fragments())[-1].moments["exp_avg_sq"].view(-1)[-1] = math.nan
         return state
 
     train.load = load

@@ -49,6 +49,8 @@ def test_defaults_give_way_to_the_file_and_the_file_to_overrides(tmp_path: Path)
         ("logging.wandb.project=p", "logging.wandb.mode", "online"),
         ("train=null", "train.seed", 1234),
         ("train.tokens=1B", "train.steps", None),
+        ("evaluation.sets.web-2=data/web", "evaluation.sets", {"web-2": "data/web"}),
+        ("evaluation.sets={'no': a}", "evaluation.sets", {"no": "a"}),
     ],
 )
 def test_override_values_are_yaml(smallest: Path, override: str, key: str, value: object) -> None:
@@ -199,6 +201,22 @@ BAD_OVERRIDES = [
     ("data.path=a: b: c", "data.path=a: b: c, line 1, column 5: ", "data.path=corpus"),
     ("run.dir=&a [*a]", "the alias *a is not read here; write the value out", "run.dir=a"),
     ("train={seed: 1, seed: 2}", "the key seed is given twice; keep one", "train={seed: 1}"),
+    ("evaluation.sets.a.b=x", """unlike 'a.b'""", "evaluation.sets.a_b=x"),
+    ("evaluation.sets.train=x", 'evaluation.sets={"train": "x"} is not legal; expected names of 1 to 64 letters, '
+     "digits, _ and -, and neither train nor validation, unlike 'train'", "evaluation.sets.Train=x"),
+    ("evaluation.sets={validation: x}", "unlike 'validation'", "evaluation.sets={held-out: x}"),
+    (f"evaluation.sets.{'x' * 65}=x", "unlike 'xxx", f"evaluation.sets.{'x' * 64}=x"),
+    ("evaluation.sets.=x", "unlike ''", "evaluation.sets.x=x"),
+    ("evaluation.sets.é=x", "unlike 'é'", "evaluation.sets.e=x"),
+    ("evaluation.sets.web=3", 'evaluation.sets.web=3 is not legal; expected text; write it in quotes, "3"',
+     'evaluation.sets.web="3"'),
+    ("evaluation.sets.web={a: x}", 'evaluation.sets.web={"a": "x"} is not legal; expected text',
+     "evaluation.sets={web: x}"),
+    ("evaluation.sets=data/web", "evaluation.sets=data/web is not legal; expected a mapping of names to datasets such "
+     "as {web: data/web}", "evaluation.sets={web: data/web}"),
+    ("evaluation.sets={no: x}", "YAML takes a name in evaluation.sets for the value false; write it in quotes",
+     "evaluation.sets={'no': x}"),
+    ("evaluation.set.web=x", "unknown key evaluation.set.web; ", "evaluation.sets.web=x"),
     ("model.import=nothing.json", "there is no file ", "train.steps=3"),
 ]  # fmt: skip
 

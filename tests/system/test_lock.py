@@ -186,7 +186,7 @@ def test_a_tokenizer_that_was_killed_half_way_is_trained_again(tmp_path: Path, m
     (tmp_path / "a.txt").write_text("some text, and more text\n" * 99)
     words = ([str(tmp_path / "a.txt")], str(tmp_path / "tok"))
     train_tokenizer(*words, 260)
-    monkeypatch.setattr("megallama.data.tokenizer._write_sidecar", lambda *_: pytest.fail("killed"))
+    monkeypatch.setattr("megallama.data.tokenizer.write_sidecar", lambda *_: pytest.fail("killed"))
     with pytest.raises(pytest.fail.Exception):
         train_tokenizer(*words, 261, force=True)
     monkeypatch.undo()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,8 +56,8 @@ def no_reduction_over_data_parallel_ranks() -> None:
 def weight_gradients_of_a_split_backward_lost() -> None:
     """As if nobody knew that they pass ZeRO's hooks."""
 
-    def forget(self: megallama.train.engine.Engine, module: nn.Module) -> None:
-        for parameter in module.parameters():
+    def forget(self: megallama.train.engine.Engine, parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in parameters:
             parameter.grad = None
 
     megallama.train.engine.Engine._take_gradients = forget  # type: ignore[method-assign]

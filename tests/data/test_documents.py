@@ -1,0 +1,77 @@
+"""`data.pack: one`: a document per sample, each once in an epoch; what fills up a sample counts nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megallama.config.schema import IGNORE_INDEX, DataConfig
+from megallama.data.loader import Loader
+from megallama.data.source import open_source
+from tests.launching import arguments, events, pretrain
+
+EOD, LENGTH = 256, 6
+DOCUMENTS = [[*range(10 * number, 10 * number + number), EOD] for number in range(1, 9)]
+
+
+@pytest.fixture
+def config(write_dataset: Callable[..., str]) -> DataConfig:
+    prefix = write_dataset("d", DOCUMENTS)
+    return DataConfig(path=prefix, sequence_length=LENGTH, validation_fraction=0.25, pack="one")
+
+
+def rows(config: DataConfig, split: str = "train", samples: int = 6) -> list[tuple[list[int], list[int]]]:
+    loader = Loader(open_source(config, "train" if split == "train" else "validation", 5, 257), 1, 1)
+    batches = [loader.step(number)[0] for number in range(samples)]
+    return [(batch.tokens[0].tolist(), batch.labels[0].tolist()) for batch in batches]
+
+
+def whole(document: list[int]) -> tuple[list[int], list[int]]:
+    seen, left = [EOD, *document][:LENGTH], LENGTH - len(document)
+    return seen + [0] * (LENGTH - len(seen)), document[:LENGTH] + [IGNORE_INDEX] * left
+
+
+def test_a_sample_is_a_document_behind_the_end_of_another(config: DataConfig) -> None:
+    found = rows(config, "validation", samples=2)
+    assert found == [whole(DOCUMENTS[6]), whole(DOCUMENTS[7])]
+    assert found[0][1] == [70, 71, 72, 73, 74, 75]  # its end is cut off
+
+
+def test_every_document_comes_once_in_an_epoch_in_an_order_of_its_own(config: DataConfig) -> None:
+    found = rows(config, samples=12)
+    for epoch in (found[:6], found[6:]):
+        assert sorted(epoch) == sorted(whole(document) for document in DOCUMENTS[:6])
+    assert found[:6] != found[6:] != [whole(document) for document in DOCUMENTS[:6]]
+
+
+def test_samples_of_documents_are_other_data_than_windows(config: DataConfig) -> None:
+    windows = open_source(config.model_copy(update={"pack": "all"}), "train", 5, 257)
+    assert open_source(config, "train", 5, 257).fingerprint(LENGTH) != windows.fingerprint(LENGTH)
+
+
+def test_what_ends_documents_is_left_out_of_the_loss_where_asked(config: DataConfig) -> None:
+    masked = rows(config.model_copy(update={"eod_mask_loss": True}))
+    assert all(EOD not in labels for _, labels in masked)
+    assert sum(label != IGNORE_INDEX for _, labels in masked for label in labels) == 1 + 2 + 3 + 4 + 5 + 6
+
+
+def test_the_loss_is_the_mean_over_the_tokens_of_documents_at_every_layout(byte_dataset: str, tmp_path: Path) -> None:
+    """Documents of unequal length on two ranks: a mean of means would differ."""
+    found = []
+    for name, ranks in (("one", 1), ("two", 2)):
+        words = ["data.pack=one", "data.sequence_length=140", "model.max_position_embeddings=140"]
+        words += ["train.dtype=fp32", "evaluation.every=0"]
+        assert pretrain(ranks, arguments(byte_dataset, tmp_path / name, *words)) == [(0, "")] * ranks
+        found.append([event["loss"] for event in events(tmp_path / name, "train")])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert all(math.isfinite(loss) for loss in found[0])
+
+
+def test_a_masked_run_has_no_such_samples(byte_dataset: str, tmp_path: Path) -> None:
+    words = ["data.pack=one", "train.objective=masked", "model.vocab_size=258"]
+    ((code, said),) = pretrain(1, arguments(byte_dataset, tmp_path / "run", *words))
+    assert code == 2
+    assert "use data.pack=all" in said
