@@ -39,7 +39,7 @@ def evaluate(
 
     with load_here(path, device, dtype) as (loaded, first):
         settings = settings_for(loaded, window, stride, packed, batch_size)
-        texts = read_texts(data, loaded.tokenizer, loaded.config.vocab_size, text_field)
+        texts = read_texts(data, loaded.tokenizer, text_field)
         chosen = some(texts, limit, data)
         with Console(stderr=True).status("reading") as status:
 

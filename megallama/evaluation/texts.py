@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
 
 from megallama.data.corpora import iterate_documents
 from megallama.data.dataset import TokenDataset
@@ -24,13 +27,15 @@ class Text:
     """Of its text in UTF-8."""
 
 
-def read_texts(data: str, tokenizer: Tokenizer, vocab_size: int, text_field: str = "text") -> Iterator[Text]:
+def read_texts(data: str, tokenizer: Tokenizer, text_field: str = "text") -> Iterator[Text]:
     """The documents of `data`: the prefix of a dataset, else what `data build` reads. UserError as it is met.
 
     The bytes of a dataset are those of its tokens, decoded.
     """
     if bin_path(data).is_file() or idx_path(data).is_file():
-        return _of_dataset(data, tokenizer, vocab_size)
+        return _of_dataset(data, tokenizer)
+    if data.endswith((".bin", ".idx")) and Path(data).is_file():
+        raise UserError(f"{data} is a file of a dataset; name its prefix, {data[:-4]}")
     return _of_text(data, tokenizer, text_field)
 
 
@@ -39,7 +44,7 @@ def _of_text(data: str, tokenizer: Tokenizer, text_field: str) -> Iterator[Text]
         yield Text(tokenizer.encode(document), len(without_surrogates(document).encode()))
 
 
-def _of_dataset(data: str, tokenizer: Tokenizer, vocab_size: int) -> Iterator[Text]:
+def _of_dataset(data: str, tokenizer: Tokenizer) -> Iterator[Text]:
     dataset = TokenDataset(data)
     if dataset.info and dataset.info.fingerprint != tokenizer.fingerprint:
         raise UserError(
@@ -48,11 +53,16 @@ def _of_dataset(data: str, tokenizer: Tokenizer, vocab_size: int) -> Iterator[Te
         )
     for number in range(dataset.indexed.num_documents):
         row = dataset.indexed.document(number)
-        dataset.check_ids(row, vocab_size)
-        ids = [int(each) for each in row]
-        if ids and ids[-1] == tokenizer.eod_id:
-            ids.pop()
-        yield Text(ids, len(tokenizer.decode(ids).encode()))
+        unknown = row[(row < 0) | (row >= tokenizer.vocab_size)]
+        if unknown.size:
+            raise UserError(
+                f"{data} holds the id {unknown[0]}, and the model's tokenizer has the ids 0 to "
+                f"{tokenizer.vocab_size - 1}; build it with the model's, or give the text itself"
+            )
+        # Datasets made elsewhere may have several documents in a row.
+        for piece in np.split(row, np.flatnonzero(row == tokenizer.eod_id)):
+            ids = piece[piece != tokenizer.eod_id].tolist()
+            yield Text(ids, len(tokenizer.decode(ids).encode()))
 
 
 def some(texts: Iterator[Text], limit: int | None, data: str) -> Iterator[Text]:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,11 @@ from typer.testing import CliRunner
 from megallama.cli import app
 from megallama.config.schema import IGNORE_INDEX
 from megallama.data.build import build_dataset
-from megallama.evaluation.score import beginning
+from megallama.data.indexed import IndexedWriter
+from megallama.data.tokenizer import ByteTokenizer
+from megallama.errors import UserError
+from megallama.evaluation.score import beginning, score, settings_for
+from megallama.evaluation.texts import Text, read_texts
 from megallama.evaluation.windows import stacked, windows
 from megallama.generation.load import Loaded, load_model
 
@@ -90,6 +95,14 @@ def test_documents_alone_are_scored_as_by_hand(
     assert found["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / found["bytes"], rel=1e-5)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_bits_are_per_byte_of_the_text_and_not_per_token(loaded: Loaded, packed: bool) -> None:
+    texts = [Text(loaded.tokenizer.encode("number"), 11), Text(loaded.tokenizer.encode("49"), 5)]
+    found = score(loaded, texts, settings_for(loaded, None, None, packed, 8), lambda _: None)
+    assert (found.tokens, found.bytes) == (8 + 2 * packed, 16)
+    assert found.as_dict()["bits_per_byte"] == pytest.approx(found.loss * found.tokens / math.log(2) / 16)
+
+
 def test_packed_documents_follow_each_other_as_in_training(loaded: Loaded, short_run: Path, tmp_path: Path) -> None:
     found = measured(short_run, write(tmp_path, SHORT, LONG), "--packed")
     eod, encode = loaded.tokenizer.eod_id, loaded.tokenizer.encode
@@ -108,6 +121,46 @@ def test_a_dataset_is_its_text(short_run: Path, tmp_path: Path) -> None:
     assert figures[0]["documents"] == 2
 
 
+def write_dataset(folder: Path, name: str, *rows: list[int]) -> str:
+    """One without a description, as other tools write it."""
+    writer = IndexedWriter(str(folder / name), np.dtype("<i4"))
+    for row in rows:
+        writer.add(np.array(row, "<i4"), np.array([len(row)], "<i4"))
+    writer.close()
+    return str(folder / name)
+
+
+def test_ends_inside_a_row_of_a_dataset_are_no_text(loaded: Loaded, short_run: Path, tmp_path: Path) -> None:
+    text, eod = loaded.tokenizer.encode(LONG), loaded.tokenizer.eod_id
+    figures = [
+        measured(short_run, write_dataset(tmp_path, "apart", [*text, eod], [*text, eod])),
+        measured(short_run, write_dataset(tmp_path, "together", [eod, *text, eod, eod, *text])),
+    ]
+    for found in figures:
+        del found["data"]
+    assert figures[0] == figures[1]
+    assert (figures[0]["documents"], figures[0]["bytes"]) == (2, 2 * len(LONG.encode()))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ([104, 999, 256], "holds the id 999, and the model's tokenizer has the ids 0 to 256"),
+        ([104, -1, 256], "holds the id -1, and the model's tokenizer has the ids 0 to 256"),
+        ([256, 256], "has no text"),
+    ],
+)
+def test_rows_that_are_no_text(short_run: Path, tmp_path: Path, row: list[int], said: str) -> None:
+    done = CliRunner().invoke(app, ["eval", str(short_run), write_dataset(tmp_path, "rows", row)])
+    assert said in str(done.exception)
+
+
+def test_ids_of_a_padded_vocabulary_are_refused(tmp_path: Path) -> None:
+    rows = read_texts(write_dataset(tmp_path, "padding", [104, 257]), ByteTokenizer())
+    with pytest.raises(UserError, match="holds the id 257"):
+        list(rows)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -115,6 +168,7 @@ def test_a_dataset_is_its_text(short_run: Path, tmp_path: Path) -> None:
         (["empty.jsonl"], "empty.jsonl has no text"),
         (["text.jsonl", "--window", "999"], "--window 999 is beyond the 64 positions of the model; use at most 64"),
         (["text.jsonl", "--window", "8", "--stride", "9"], "--stride 9 would leave tokens out between windows of 8"),
+        (["other.bin"], "other.bin is a file of a dataset; name its prefix, other"),
         (["other"], "other was built with the tokenizer"),
     ],
 )
@@ -124,7 +178,7 @@ def test_what_cannot_be_scored(
     monkeypatch.chdir(tmp_path)
     write(tmp_path, SHORT)
     Path("empty.jsonl").write_text('{"text": ""}\n')
-    if words == ["other"]:
+    if words[0].startswith("other"):
         from megallama.data.train_tokenizer import train_tokenizer
 
         train_tokenizer(["text.jsonl"], "trained", 258)
