@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megallama.errors import UserError
-from megallama.evaluation.harness import Megallama
+from megallama.evaluation.harness_model import Megallama
 from megallama.generation.load import Loaded, load_model
 from tests.generation.tiny import without_cache
 from tests.launching import Outcome, execute
