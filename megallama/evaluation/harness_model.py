@@ -32,6 +32,8 @@ _THEIR_DEVICE = "cuda:0"
 """What lm_eval gives where nobody asks for a device; its `hf` then takes the CPU of a machine without a GPU."""
 _DRAWS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _KNOWN = {*_DRAWS, "do_sample", "until", "max_gen_toks"}
+_WITHOUT_EFFECT = [("num_beams", 1), ("top_k", 0)]
+"""What tasks write out that is so anyway."""
 
 
 class Megallama(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
@@ -170,6 +172,7 @@ class Megallama(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
 def _sampling(arguments: Mapping[str, Any], seed: int) -> Sampling:
     """As the task asks: greedy unless it has a temperature. UserError for an argument that is not known here."""
-    if unknown := sorted(arguments.keys() - _KNOWN):
+    asked = {key: value for key, value in arguments.items() if (key, value) not in _WITHOUT_EFFECT}
+    if unknown := sorted(asked.keys() - _KNOWN):
         raise UserError(f"the generation argument {unknown[0]} is not known; use {', '.join(sorted(_KNOWN))}")
-    return Sampling(seed=seed, **{"temperature": 0.0} | {key: arguments[key] for key in _DRAWS if key in arguments})
+    return Sampling(seed=seed, **{"temperature": 0.0} | {key: asked[key] for key in _DRAWS if key in asked})
