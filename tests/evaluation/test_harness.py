@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megallama.errors import UserError
-from megallama.evaluation.harness import Megallama
+from megallama.evaluation.harness_model import Megallama
 from megallama.generation.load import Loaded, load_model
 from tests.generation.tiny import without_cache
 from tests.launching import Outcome, execute
@@ -185,6 +185,9 @@ def test_what_has_no_score_or_no_meaning_here_is_refused(short_run: Path) -> Non
             model.loglikelihood([request("loglikelihood", "context", continuation)])
     with pytest.raises(UserError, match="the generation argument num_beams is not known"):
         model.generate_until([request("generate_until", "a", {"num_beams": 4})])
+    without = {"num_beams": 1, "top_k": 0, "temperature": 1.0, "do_sample": False, "max_gen_toks": 4}
+    plainly = [request("generate_until", "a", each) for each in ({"max_gen_toks": 4}, without)]
+    assert len(set(model.generate_until(plainly))) == 1
 
 
 def test_what_is_asked_for_again_is_drawn_again(short_run: Path) -> None:
