@@ -40,9 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(dataset: str, run_dir: Path, folder: Path, *more: str) -> list[str]:
-    """A run that is validated on `web`, and evaluated on both sets besides."""
+    """A run that is validated on `code`, and evaluated on both sets besides."""
     sets = [f"evaluation.sets.{name}={folder / name}" for name in TEXTS]
-    return arguments(dataset, run_dir, f"data.validation_path={folder / 'web'}", *sets, *more)
+    return arguments(dataset, run_dir, f"data.validation_path={folder / 'code'}", *sets, *more)
 
 
 def evaluated(run_dir: Path, split: str) -> list[float]:
@@ -61,21 +61,21 @@ def test_each_set_is_evaluated_as_if_it_were_the_validation_data(
 ) -> None:
     splits = ("train", "validation", "code", "web")
     assert [(e["step"], e["split"]) for e in events(run_dir, "eval")] == [(s, p) for s in (0, 2, 4) for p in splits]
-    assert evaluated(run_dir, "web") == evaluated(run_dir, "validation") != evaluated(run_dir, "code")
-    code = arguments(byte_dataset, tmp_path / "code", f"data.validation_path={folder / 'code'}")
-    assert pretrain(1, code) == [(0, "")]
-    assert losses(tmp_path / "code") == losses(run_dir)
-    assert evaluated(run_dir, "code") == evaluated(tmp_path / "code", "validation")
+    assert evaluated(run_dir, "code") == evaluated(run_dir, "validation") != evaluated(run_dir, "web")
+    web = arguments(byte_dataset, tmp_path / "web", f"data.validation_path={folder / 'web'}")
+    assert pretrain(1, web) == [(0, "")]
+    assert losses(tmp_path / "web") == losses(run_dir)
+    assert evaluated(run_dir, "web") == evaluated(tmp_path / "web", "validation")
     newest = complete_checkpoints(run_dir / "checkpoints")[0]
     assert read_saved(newest).state.validation_loss == evaluated(run_dir, "validation")[-1]
 
 
-@pytest.mark.layouts
 @pytest.mark.parametrize("objective", [[], MASKED], ids=["causal", "masked"])
 def test_four_ranks_evaluate_as_one(objective: list[str], folder: Path, byte_dataset: str, tmp_path: Path) -> None:
     for ranks, layout in ((1, []), (4, FOUR)):
         run = words(byte_dataset, tmp_path / str(ranks), folder, *layout, *objective)
         assert pretrain(ranks, run) == [(0, "")] * ranks
+    assert evaluated(tmp_path / "1", "code") == evaluated(tmp_path / "1", "validation")
     for name in TEXTS:
         assert evaluated(tmp_path / "4", name) == pytest.approx(evaluated(tmp_path / "1", name), rel=1e-5)
 
@@ -106,12 +106,13 @@ def spoil(prefix: str) -> None:
 
 
 def test_a_set_whose_loss_is_not_finite_makes_the_checkpoint_unhealthy(
-    folder: Path, byte_dataset: str, tmp_path: Path
+    folder: Path, run_dir: Path, byte_dataset: str, tmp_path: Path
 ) -> None:
     run = words(byte_dataset, tmp_path / "run", folder)
-    assert pretrain(1, run, plant=partial(spoil, str(folder / "code"))) == [(0, "")]
-    (path,) = complete_checkpoints(tmp_path / "run" / "checkpoints")
-    assert not is_healthy(path)
+    assert pretrain(1, run, plant=partial(spoil, str(folder / "web"))) == [(0, "")]
+    for run_of, healthy in ((tmp_path / "run", False), (run_dir, True)):
+        (path,) = complete_checkpoints(run_of / "checkpoints")
+        assert is_healthy(path) is healthy
 
 
 def build(text: str, folder: Path) -> None:
@@ -149,7 +150,9 @@ def test_unfit_data_are_refused_before_anything_is_written(what: str, byte_datas
     assert tree(tmp_path) == before
 
 
-def test_ranks_have_the_same_sets_each_wherever_it_lies(folder: Path, byte_dataset: str, tmp_path: Path) -> None:
+def test_ranks_have_the_same_sets_each_wherever_it_lies(
+    run_dir: Path, folder: Path, byte_dataset: str, tmp_path: Path
+) -> None:
     """The second rank names another copy, and names them in another order."""
     for path in folder.glob("code.*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -157,7 +160,8 @@ def test_ranks_have_the_same_sets_each_wherever_it_lies(folder: Path, byte_datas
     run = words(byte_dataset, tmp_path / "run", folder, "train.stop_after=2")
     assert [*load_config(run[1], run[2:]).evaluation.sets] == ["web", "code"]
     assert apart(run, [swapped]) == [(0, "")] * 2
-    assert len(set(evaluated(tmp_path / "run", "code") + evaluated(tmp_path / "run", "web"))) == 4
+    for name in TEXTS:
+        assert evaluated(tmp_path / "run", name) == pytest.approx(evaluated(run_dir, name)[:2], rel=1e-5)
     other = tmp_path / "other"
     run = words(byte_dataset, other, folder)
     assert_refused_together(run, [f"evaluation.sets.code={folder / 'web'}"], ["the data of evaluation.sets.code is "])
