@@ -69,12 +69,7 @@ def speed(config: RunConfig, world_size: int, gpu: Gpu, seconds: float) -> Speed
 
 
 def run_cost(
-    tokens_per_step: int,
-    world_size: int,
-    gpu: Gpu,
-    seconds: float,
-    tokens: float,
-    price: float | None = None,
+    tokens_per_step: int, world_size: int, gpu: Gpu, seconds: float, tokens: float, price: float | None = None
 ) -> RunCost:
     """The cost of `tokens` in steps of `seconds`; `price` is for one GPU-hour."""
     steps = ceil(tokens / tokens_per_step)
