@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -77,10 +78,10 @@ def measure(launch: Launch, config: RunConfig, way: Way) -> Found:
             parameter.grad_dtype = torch.float32
     most = [0]
 
-    def take(stage: nn.Module) -> None:
+    def take(parameters: Iterable[nn.Parameter]) -> None:
         most.append(bytes_held(engine, model))
         if way == "hand-over":
-            engine._take_gradients(stage)
+            engine._take_gradients(parameters)
 
     for stage in engine._passes._schedule._stages:  # type: ignore[attr-defined]
         stage._take = take
@@ -111,7 +112,7 @@ def sums(engine: Any, model: ModelStages, way: Way) -> dict[str, Tensor]:
     if way == "grad_dtype":
         zero.update_hp_grads(clear_lp_grads=True)
     else:
-        engine._take_gradients(model)
+        engine._take_gradients(model.parameters())
     names = {parameter: name for name, parameter in parameters.items()}
     found = {
         names[parameter]: zero.fp32_groups_gradients[group][index].view(parameter.shape).clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -154,8 +155,9 @@ def peak_bytes(config: RunConfig, mesh: ParallelMesh) -> int:
     chunks = ModelStages(config.model, stages(config), mesh.pp.rank, context, recompute=config.train.recompute)
     fill(chunks, config)
 
-    def drop(module: torch.nn.Module) -> None:
-        module.zero_grad(set_to_none=True)
+    def drop(parameters: Iterable[torch.nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.grad = None
 
     for parameter in chunks.parameters():
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
