@@ -60,6 +60,11 @@ def model_from_hugging_face(foreign: Tree, name: str) -> Tree:
     if theta is not None:
         model["rope_theta"] = theta
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "llama3" and rope.get("original_max_position_embeddings") is None:
+        raise UserError(
+            f"{name} has rope_type=llama3 without original_max_position_embeddings; add the length that the model was "
+            "trained with before, which is 8192 for Llama 3"
+        )
     if kind in ("linear", "llama3"):
         model["rope_scaling"] = {"rope_type": kind} | {key: rope[key] for key in _SCALING if rope.get(key) is not None}
     elif kind != "default":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -32,6 +33,8 @@ END_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>")
 
 # Of these no id of a text depends: they cut, fill, frame or decode.
 _WITHOUT_EFFECT = ("version", "truncation", "padding", "post_processor", "decoder")
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""A token that stands for a byte, where the decoder is told so."""
 _ADVICE = "name the tokenizer.json of a model, as hf:FOLDER/tokenizer.json"
 
 
@@ -51,6 +54,7 @@ class HuggingFaceTokenizer:
         assert eod_id is not None
         self.eod_id = eod_id
         self.vocab_size = max(library.get_vocab(with_added_tokens=True).values()) + 1
+        self._falls_back = '"ByteFallback"' in library.to_str()
 
     @cached_property
     def unused_ids(self) -> frozenset[int]:
@@ -74,8 +78,16 @@ class HuggingFaceTokenizer:
         parts: list[str] = []
         for known, run in groupby(ids, self._has_token):
             some = list(run)
-            parts.append(self._library.decode(some, skip_special_tokens=False) if known else "\ufffd" * len(some))
+            parts.append(self._decode_known(some) if known else "\ufffd" * len(some))
         return "".join(parts)
+
+    def _decode_known(self, ids: list[int]) -> str:
+        if not self._falls_back:
+            return self._library.decode(ids, skip_special_tokens=False)
+        # For the library a whole run of bytes is lost if one of them is no part of a character.
+        tokens = [self._library.id_to_token(number) or "" for number in ids]
+        text: str = self._library.decoder.decode(list(_sound(tokens)))
+        return text
 
     def _has_token(self, number: int) -> bool:
         return 0 <= number < self.vocab_size and self._library.id_to_token(number) is not None
@@ -86,6 +98,16 @@ class HuggingFaceTokenizer:
 
     def hugging_face_files(self) -> dict[str, bytes]:
         return dict(self._files) if CONFIG_NAME in self._files else {**self._files, **config_files(self._end)}
+
+
+def _sound(tokens: Sequence[str]) -> Iterator[str]:
+    """The tokens, with U+FFFD for what among bytes is no part of a character."""
+    for is_byte, run in groupby(tokens, lambda token: _BYTE.fullmatch(token) is not None):
+        if not is_byte:
+            yield from run
+            continue
+        for character in bytes(int(token[3:5], 16) for token in run).decode(errors="replace"):
+            yield from [character] if character == "\ufffd" else (f"<0x{byte:02X}>" for byte in character.encode())
 
 
 def load_hugging_face(path: Path) -> HuggingFaceTokenizer:

@@ -61,6 +61,7 @@ def import_folder(
         path = partial / "config.yaml"
         path.write_text(_first_config(weights, out, spec))
         config = load_config(path, overrides)
+        _refuse_old_run(config)
         check_trained(config.model)
         check_shapes(weights, config.model, str(folder))
         model = _grown(config.model, vocab_size, folder)
@@ -77,6 +78,15 @@ def import_folder(
         write_beginning(partial / "checkpoints", model, DataIdentity("imported weights", config.train.seed), read)
         path.write_text(dump_config(_final(config, model, out)))
     return Imported(out / "config.yaml", count_parameters(model).total, model.vocab_size, sorted(types))
+
+
+def _refuse_old_run(config: RunConfig) -> None:
+    """UserError where the run that is to begin from the import was begun before: it would go on from where it is."""
+    if (Path(config.run.dir) / "checkpoints").exists():
+        raise UserError(
+            f"{config.run.dir} holds checkpoints of an earlier run, which would go on instead of beginning from this "
+            "import; give run.dir= another place, or remove it"
+        )
 
 
 def _told(overrides: Sequence[str]) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def _described(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} has architectures={found}; expected LlamaForCausalLM")
     if described.get("quantization_config") is not None:
         raise UserError(f"{path} has a quantization_config; give the folder of the model before it was quantized")
-    rotated = (described.get("rope_parameters") or {}).get("partial_rotary_factor", 1)
+    rope = described.get("rope_parameters")
+    rotated = rope.get("partial_rotary_factor", 1) if isinstance(rope, dict) else 1
     if rotated != 1:
         raise UserError(f"{path} has partial_rotary_factor={as_typed(rotated)}; expected 1, which is Llama's")
     return described

@@ -28,6 +28,7 @@ _FIXED: tuple[tuple[str, Any], ...] = (
     ("add_bias_linear", False),
     ("add_qkv_bias", False),
     ("qk_layernorm", False),
+    ("qk_l2_norm", False),
     ("multi_latent_attention", False),
     ("attention_output_gate", False),
     ("softmax_type", "vanilla"),

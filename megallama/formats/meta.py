@@ -6,7 +6,9 @@ with channel i + head_dim / 2: the rows of the query and key matrices are in ano
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -177,7 +179,10 @@ def write_meta(weights: Weights, config: ModelConfig, folder: Path, dtype: torch
         ordered = tensor if heads is None else _pairs_from_halves(tensor, heads)
         content[meta_name(name)] = _on_disk(ordered, folder / f"{meta_name(name)}.raw", dtype)
     with (folder / "consolidated.00.pth").open("xb") as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # of its writer, where the file did not take all
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name) from error
     for raw in folder.glob("*.raw"):
         raw.unlink()
     (folder / PARAMS).write_text(json.dumps(params, indent=2) + "\n")

@@ -85,7 +85,7 @@ def load_model(path: Path, device: torch.device | None = None, dtype: str = "fp3
             raise UserError(f"{path} holds no checkpoint yet; train until the first save")
         return _from_checkpoint(found[0], path, where, DTYPES[dtype], tp)
     if (path / MANIFEST).is_file():
-        return _from_checkpoint(path, path.absolute().parent.parent, where, DTYPES[dtype], tp)
+        return _from_checkpoint(path, path.resolve().parent.parent, where, DTYPES[dtype], tp)
     if (path / "config.json").is_file():
         return _from_hugging_face(path, where, DTYPES[dtype], tp)
     raise UserError(
@@ -101,9 +101,11 @@ def _from_checkpoint(path: Path, run_dir: Path, device: torch.device, dtype: tor
     check_causal(path, saved)
     model = build(saved.model, lambda name: torch.from_numpy(stored.read(name)), device, dtype, tp)
     folder = run_dir / "tokenizer"
+    if not folder.is_dir():
+        raise UserError(f"{path} is outside of a run, and has no tokenizer there; give RUN, or RUN/checkpoints/STEP")
     tokenizer = load_tokenizer(str(folder))
     _check_ids(tokenizer, model.config, path)
-    return Loaded(model, tokenizer, path, run_dir.name, _prefix(folder), frozenset([tokenizer.eod_id]))
+    return Loaded(model, tokenizer, path, run_dir.name, begin_of_text(folder), frozenset([tokenizer.eod_id]))
 
 
 def _from_hugging_face(path: Path, device: torch.device, dtype: torch.dtype, tp: Axis) -> Loaded:
@@ -113,7 +115,7 @@ def _from_hugging_face(path: Path, device: torch.device, dtype: torch.dtype, tp:
     _check_ids(tokenizer, config, path)
     model = build(config, weights.read, device, dtype, tp)
     ends = frozenset([tokenizer.eod_id, *_published_ends(path)])
-    return Loaded(model, tokenizer, path, path.absolute().name, _prefix(path), ends)
+    return Loaded(model, tokenizer, path, path.absolute().name, begin_of_text(path), ends)
 
 
 def _check_ids(tokenizer: Tokenizer, config: ModelConfig, source: Path) -> None:
@@ -124,10 +126,17 @@ def _check_ids(tokenizer: Tokenizer, config: ModelConfig, source: Path) -> None:
         )
 
 
-def _prefix(folder: Path) -> tuple[int, ...]:
+def begin_of_text(folder: Path) -> tuple[int, ...]:
     """What the tokenizer.json of a folder, if it holds one, puts before every text: the begin-of-text of a Llama."""
     file = folder / "tokenizer.json"
-    return tuple(Library.from_file(str(file)).encode("").ids) if file.is_file() else ()
+    if not file.is_file():
+        return ()
+    library = Library.from_file(str(file))
+    library.no_padding()
+    library.no_truncation()
+    alone, framed = library.encode("a", add_special_tokens=False).ids, library.encode("a").ids
+    begins = [place for place in range(len(framed)) if framed[place : place + len(alone)] == alone]
+    return tuple(framed[: begins[0]]) if begins else ()
 
 
 def _published_ends(folder: Path) -> list[int]:
@@ -135,8 +144,9 @@ def _published_ends(folder: Path) -> list[int]:
     file = folder / "generation_config.json"
     if not file.is_file():
         return []
-    ends = parse_json(read_text(file), str(file)).get("eos_token_id")
-    return [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
+    content = parse_json(read_text(file), str(file))
+    ends = content.get("eos_token_id") if isinstance(content, dict) else None
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int]
 
 
 def build(config: ModelConfig, read: Read, device: torch.device, dtype: torch.dtype, tp: Axis = ALONE) -> Llama:

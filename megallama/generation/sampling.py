@@ -54,11 +54,15 @@ class Sampler:
         return token
 
 
+_COLDEST = 1e-30
+"""Temperatures below are 0, as the smallest are in fp32."""
+
+
 def pick(logits: Tensor, sampling: Sampling, randomness: torch.Generator) -> Tensor:
     """The next token, a scalar, for logits [vocabulary]."""
-    if sampling.temperature == 0:
+    if sampling.temperature < _COLDEST:
         return logits.argmax()
-    # The likeliest at zero: no temperature is so small that the division overflows for it.
+    # The likeliest at zero: the division overflows for none that is drawn.
     scaled = (logits - logits.max()) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < len(scaled):
         scaled, order = scaled.topk(sampling.top_k)

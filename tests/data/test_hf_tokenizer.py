@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from megallama.errors import UserError
 from megallama.generation.generate import generate
 from megallama.generation.load import load_model
 from megallama.generation.sampling import Sampling
+from megallama.generation.text import TextStream
 from tests.launching import arguments, pretrain
 
 TEXTS = ["", "plain", "naïve 日本語 🙂 \u0000\r\n\t", "<|endoftext|> </s> <s>", " \n  \n x", "é" * 100, "in the  end"]
@@ -57,6 +59,20 @@ def metaspace(tmp_path: Path) -> Path:
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     return tmp_path / "tokenizer.json"
+
+
+def test_bytes_that_are_no_character_do_not_garble_those_around(metaspace: Path) -> None:
+    tokenizer = load_tokenizer(f"hf:{metaspace}")
+    ids = tokenizer.encode("the 日本🎉 a")
+    assert tokenizer.decode(ids) == "the 日本🎉 a"
+    start = len(tokenizer.encode("the 日"))
+    assert tokenizer.decode(ids[: start + 1]) == "the 日\ufffd"
+    rng = random.Random(0)
+    for _ in range(100):
+        ids = tokenizer.encode("the " + "".join(rng.choice("abc 日本🎉é ") for _ in range(30)))
+        stream = TextStream(tokenizer, before=ids[:2])
+        written = "".join(map(stream.push, ids[2:])) + stream.end()
+        assert tokenizer.decode(ids[:2]) + written == tokenizer.decode(ids)
 
 
 def test_a_byte_level_file_gives_the_ids_of_its_ranks(byte_level: Path, tmp_path: Path) -> None:

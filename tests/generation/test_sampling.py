@@ -47,7 +47,11 @@ def test_frequencies_are_those_of_the_softmax_at_the_temperature(temperature: fl
     torch.testing.assert_close(found, (logits / temperature).softmax(dim=-1), atol=0.03, rtol=0.0)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(top_p=0.0), Sampling(temperature=1e-39)], ids=["top_p 0", "1e-39"])
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(top_p=0.0), Sampling(temperature=1e-39), Sampling(temperature=1e-60)],
+    ids=["top_p 0", "1e-39", "1e-60"],
+)
 def test_the_smallest_values_that_the_command_takes_equal_greedy(sampling: Sampling) -> None:
     assert set(draws(PROBABILITIES.log(), sampling, 10)) == {3}
 

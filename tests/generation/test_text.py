@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import tiktoken
+from tokenizers import Tokenizer as Library
+from tokenizers import models, processors
 
 from megallama.data.tokenizer import ByteTokenizer, TiktokenTokenizer, Tokenizer, tokenizer_from_ranks
+from megallama.generation.load import begin_of_text
 from megallama.generation.text import TextStream
 
 TEXT = "naïve 日本語 🙂🏽 e\u0301 \n\t zażółć"
@@ -83,3 +86,12 @@ def test_ids_without_a_token_are_named(tmp_path: Path) -> None:
     encoding = tiktoken.Encoding("gaps", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<e>": 263})
     assert TiktokenTokenizer(encoding, "<e>").unused_ids == {256, 257, 258, 259, 261, 262}
     assert PAIRS.unused_ids == ByteTokenizer().unused_ids == frozenset()
+
+
+@pytest.mark.parametrize(("single", "prefix"), [("<s> $A", (1,)), ("$A </s>", ()), ("<s> $A </s>", (1,)), ("$A", ())])
+def test_what_begins_a_text_is_what_stands_before_it(tmp_path: Path, single: str, prefix: tuple[int, ...]) -> None:
+    library = Library(models.BPE({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}, [], unk_token="<unk>"))
+    library.post_processor = processors.TemplateProcessing(single, special_tokens=[("<s>", 1), ("</s>", 2)])
+    library.enable_padding(length=8)
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert begin_of_text(tmp_path) == prefix
