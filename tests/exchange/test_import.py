@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,25 @@ def test_nothing_is_written_over_and_two_do_not_write_at_once(folder: Path, tmp_
     with pytest.raises(UserError, match="run exists, and is not written over"):
         import_folder(folder, out, [BYTES], None, None)
     assert tree(tmp_path) == before
+
+
+def test_a_run_that_would_go_on_is_not_taken_for_a_new_one(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run-continued" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"run-continued holds checkpoints of an earlier run.*; give run\.dir="):
+        import_folder(folder, tmp_path / "run", [BYTES], None, None)
+    assert not (tmp_path / "run").exists()
+    import_folder(folder, tmp_path / "run", [BYTES, f"run.dir={tmp_path}/new"], None, None)
+
+
+def test_a_checkpoint_is_found_by_a_link_and_outside_of_a_run_said_to_have_no_tokenizer(
+    folder: Path, tmp_path: Path
+) -> None:
+    import_folder(folder, tmp_path / "run", [BYTES], None, None)
+    (tmp_path / "link").symlink_to(tmp_path / "run" / STEP_0)
+    assert load_model(tmp_path / "link").name == "run"
+    shutil.copytree(tmp_path / "run" / STEP_0, tmp_path / "alone" / "deep" / "step_00000000")
+    with pytest.raises(UserError, match="is outside of a run, and has no tokenizer there"):
+        load_model(tmp_path / "alone" / "deep" / "step_00000000")
 
 
 def test_what_a_killed_command_left_is_no_obstacle(folder: Path, tmp_path: Path) -> None:
