@@ -91,7 +91,9 @@ class Documents(Windows):
         return row
 
     def fingerprint(self, sequence_length: int) -> str:
-        return hashlib.sha256(f"{super().fingerprint(sequence_length)}/one document".encode()).hexdigest()
+        return hashlib.sha256(
+            f"{super().fingerprint(sequence_length)}/one document behind {self.eod_id}".encode()
+        ).hexdigest()
 
 
 def open_source(config: DataConfig, split: Split, seed: int, vocab_size: int) -> Windows:
@@ -125,6 +127,11 @@ def _samples(found: DocumentSplit, config: DataConfig, vocab_size: int, seed: in
     sampler, eod_id = None if seed is None else Sampler(count, seed), -1
     if one or config.eod_mask_loss:
         eod_id = info.eod_id if info else load_tokenizer(config.tokenizer).eod_id
+    if one and eod_id >= vocab_size:
+        raise UserError(
+            f"data.pack=one puts the end of a document, {eod_id}, before each, and model.vocab_size={vocab_size} does "
+            f"not cover it; set model.vocab_size={eod_id + 1} or more"
+        )
     masked_id = eod_id if config.eod_mask_loss else None
     if one:
         return Documents(found, length, vocab_size, masked_id, sampler, eod_id)

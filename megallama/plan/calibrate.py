@@ -77,6 +77,8 @@ def read_run(folder: Path) -> MeasuredRun:
         if not (folder / name).is_file():
             raise UserError(f"--calibrate={folder} is no run, for it has no {name}; give the run.dir of one")
     config = load_config(folder / "config.yaml")
+    if config.train.freeze:
+        raise UserError(f"--calibrate={folder} froze weights, so its steps are shorter than others; give another run")
     try:
         environment = Environment.model_validate_json((folder / "environment.json").read_bytes())
     except ValidationError as error:

@@ -6,13 +6,17 @@ from collections.abc import Iterator
 
 from megallama.config.schema import IGNORE_INDEX
 from megallama.data.loader import Loader
+from megallama.errors import SharedError
 from megallama.parallel.mesh import ParallelMesh, sum_losses, sum_over
 from megallama.train.engine import Engine
 from megallama.train.pipeline import MicroBatch
 
 
 def evaluate(engine: Engine, loader: Loader, samples: int, mesh: ParallelMesh) -> float:
-    """The token mean of the loss over the first `samples` of the loader's split; every rank must call it."""
+    """The token mean of the loss over the first `samples` of the loader's split; every rank must call it.
+
+    UserError, on every rank, where none counts.
+    """
     counted = 0
 
     def batches() -> Iterator[MicroBatch]:
@@ -24,4 +28,6 @@ def evaluate(engine: Engine, loader: Loader, samples: int, mesh: ParallelMesh) -
     total = engine.evaluate(batches())
     (loss,) = sum_losses([float(total)], mesh)
     (tokens,) = sum_over([counted], mesh.data, mesh.device)
+    if tokens == 0:
+        raise SharedError("no token of what is evaluated counts, all are ends of documents; give other data")
     return loss / tokens

@@ -156,7 +156,10 @@ def test_a_new_run_begins_with_the_weights_of_another(finished: Path, dataset: P
     [
         ({"model": {"hidden_size": 128}}, "model.hidden_size=128 differs from 64"),
         ({"train": {"seed": 7}}, "train.seed=7 differs from 1234"),
-        ({"data": {"validation_fraction": 0.3}}, "the data of the run (data.path or the split) is not that of"),
+        (
+            {"data": {"validation_fraction": 0.3}},
+            "(data.path, data.pack or the split) is not that of",
+        ),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(

@@ -11,6 +11,7 @@ import pytest
 from megallama.config.schema import IGNORE_INDEX, DataConfig
 from megallama.data.loader import Loader
 from megallama.data.source import open_source
+from megallama.errors import UserError
 from tests.launching import arguments, events, pretrain
 
 EOD, LENGTH = 256, 6
@@ -68,6 +69,31 @@ def test_the_loss_is_the_mean_over_the_tokens_of_documents_at_every_layout(byte_
         found.append([event["loss"] for event in events(tmp_path / name, "train")])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
     assert all(math.isfinite(loss) for loss in found[0])
+
+
+def test_a_position_in_documents_is_that_of_one_length(byte_dataset: str, tmp_path: Path) -> None:
+    words = arguments(byte_dataset, tmp_path / "run", "data.pack=one", "train.stop_after=2")
+    assert pretrain(1, words) == [(0, "")]
+    ((code, said),) = pretrain(1, [*words, "data.sequence_length=16", "train.stop_after=3"])
+    assert code == 2
+    assert "data.sequence_length=16 differs from 32 in the checkpoint" in said
+
+
+def test_the_end_of_a_document_needs_a_row_of_the_model(write_dataset: Callable[..., str]) -> None:
+    """Also where no document of the data has one."""
+    config = DataConfig(path=write_dataset("d", [[1, 2, 3]] * 4), sequence_length=LENGTH, pack="one")
+    with pytest.raises(UserError, match=r"does not cover it; set model\.vocab_size=257"):
+        open_source(config, "train", 5, 256)
+
+
+def test_an_evaluation_in_which_nothing_counts_is_refused(
+    byte_dataset: str, write_dataset: Callable[..., str], tmp_path: Path
+) -> None:
+    ends = write_dataset("ends", [[EOD]] * 4)
+    more = ["data.pack=one", "data.eod_mask_loss=true", f"evaluation.sets.ends={ends}"]
+    ((code, said),) = pretrain(1, arguments(byte_dataset, tmp_path / "run", *more))
+    assert code == 2
+    assert "no token of what is evaluated counts" in said
 
 
 def test_a_masked_run_has_no_such_samples(byte_dataset: str, tmp_path: Path) -> None:

@@ -326,7 +326,14 @@ def _check_same_objective(path: Path, objective: Objective) -> None:
 def _check_same_data(path: Path, config: RunConfig, identify: Identify) -> None:
     """UserError when a position in the checkpoint's data would be another position in the run's."""
     saved = read_saved(path).data
-    data = identify(saved.sequence_length or config.data.sequence_length)
+    now = config.data.sequence_length
+    if config.data.pack == "one" and saved.sequence_length not in (None, now):
+        raise UserError(
+            f"data.sequence_length={now} differs from {saved.sequence_length} in the checkpoint {path}, and with "
+            f"data.pack=one its position would point elsewhere; use data.sequence_length={saved.sequence_length}, or "
+            f"another run.dir with checkpoint.init_from={path}"
+        )
+    data = identify(saved.sequence_length or now)
     if saved.seed != data.seed:
         raise UserError(
             f"train.seed={data.seed} differs from {saved.seed} in the checkpoint {path}, so its position in the data "
@@ -335,6 +342,6 @@ def _check_same_data(path: Path, config: RunConfig, identify: Identify) -> None:
     if saved.fingerprint != data.fingerprint:
         length = "" if saved.sequence_length else ", or data.sequence_length"
         raise UserError(
-            f"the data of the run (data.path or the split{length}) is not that of the checkpoint {path}; "
+            f"the data of the run (data.path, data.pack or the split{length}) is not that of the checkpoint {path}; "
             f"use the same data, or another run.dir with checkpoint.init_from={path}"
         )
