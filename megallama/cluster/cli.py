@@ -49,7 +49,7 @@ def launch(
     from megallama.checkpoint.state import seen_before
     from megallama.config.load import load_config
     from megallama.layout.check import check_training
-    from megallama.layout.counts import checkpoint_bytes
+    from megallama.layout.frozen import checkpoint_bytes
     from megallama.run_dir.limits import check_run_dir
 
     config = load_config(config_path, overrides or ())
@@ -74,7 +74,7 @@ def launch(
         if dry_run:
             typer.echo(text, nl=False)
         else:
-            check_run_dir(Path(config.run.dir), checkpoint_bytes(config.model))
+            check_run_dir(Path(config.run.dir), checkpoint_bytes(config))
             send(run_dir, text, chain)
 
 

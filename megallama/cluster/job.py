@@ -22,7 +22,7 @@ from megallama.config.load import load_config
 from megallama.errors import UserError, printable
 from megallama.layout.budget import total_steps
 from megallama.layout.check import check_training
-from megallama.layout.counts import checkpoint_bytes
+from megallama.layout.frozen import checkpoint_bytes
 from megallama.run_dir.limits import check_run_dir
 from megallama.run_dir.outcome import BY_STOP_FILE, OUTCOME
 
@@ -41,7 +41,7 @@ def begin(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     run_dir = Path(config.run.dir).absolute()
     log_pattern(run_dir)
-    check_run_dir(Path(config.run.dir), checkpoint_bytes(config.model))
+    check_run_dir(Path(config.run.dir), checkpoint_bytes(config))
     seen = newest_seen(config)
     try:
         check_training(config, nodes * per_node, seen)

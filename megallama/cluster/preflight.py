@@ -30,7 +30,7 @@ from megallama.cluster.verdict import CANNOT_REACH, Link, Report
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.layout.counts import checkpoint_bytes
+from megallama.layout.frozen import checkpoint_bytes
 from megallama.parallel.join import talk_over
 from megallama.parallel.mesh import pick_device
 from megallama.run_dir.limits import check_run_dir
@@ -86,10 +86,10 @@ def examine(config: RunConfig, place: Place, ranks: int, token: Path) -> Report:
 
 def _host_errors(config: RunConfig, ranks: int, world_size: int) -> Iterator[str]:
     try:
-        check_run_dir(Path(config.run.dir), checkpoint_bytes(config.model))
+        check_run_dir(Path(config.run.dir), checkpoint_bytes(config))
     except UserError as error:
         yield str(error)
-    needed = checkpoint_bytes(config.model) / world_size * ranks
+    needed = checkpoint_bytes(config) / world_size * ranks
     memory = psutil.virtual_memory().available
     if memory < needed:
         yield f"it has {memory / 1e9:.2f} GB of free memory, and the copies for a save take {needed / 1e9:.2f} GB"

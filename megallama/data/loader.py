@@ -5,6 +5,7 @@ The state of a loader is one integer, the samples consumed; see `source` for wha
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -51,6 +52,13 @@ class Loader:
         self._micro_batch_size = micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._masking = masking
+
+    def fingerprint(self, sequence_length: int) -> str:
+        """SHA-256 of what a position means besides the seed: the source's, and what hides tokens, if that is done."""
+        found = self.source.fingerprint(sequence_length)
+        if self._masking is None:
+            return found
+        return hashlib.sha256(f"{found}/{self._masking.mask_id}/{self._masking.eod_id}".encode()).hexdigest()
 
     def step(self, samples_consumed: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that starts at sample `samples_consumed` of the run."""

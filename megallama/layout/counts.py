@@ -75,11 +75,6 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     )
 
 
-def checkpoint_bytes(model: ModelConfig) -> int:
-    """What one checkpoint takes, names and places of tensors left out: weight and two moments in fp32."""
-    return 12 * count_parameters(model).total
-
-
 def padded_vocabulary(vocab_size: int, tp_size: int) -> int:
     """Rows of embedding and head over all tensor-parallel ranks: up to a multiple of 128 * tp."""
     unit = VOCAB_MULTIPLE * tp_size

@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from megallama.errors import UserError
-from megallama.layout.counts import weight_shapes
+from megallama.layout.counts import count_parameters, weight_shapes
 
 if TYPE_CHECKING:
     from megallama.config.schema import ModelConfig, RunConfig
@@ -44,6 +44,12 @@ def frozen_weights(model: ModelConfig, patterns: Sequence[str]) -> frozenset[str
             "leave a pattern out"
         )
     return frozenset(frozen)
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """What one checkpoint takes, names and places of tensors left out: weights, and two moments of what is trained."""
+    frozen = sum(map(math.prod, _frozen_shapes(config.model, config.train.freeze).values()))
+    return 12 * count_parameters(config.model).total - 8 * frozen
 
 
 def frozen_elements(config: RunConfig, layers: Collection[range], first: bool, last: bool) -> int:

@@ -27,7 +27,7 @@ from megallama.checkpoint.writing.saver import Saver
 from megallama.config.schema import IGNORE_INDEX, RunConfig
 from megallama.data.loader import MicroBatch, RunData, prefetched
 from megallama.hardware.measure import device_peak
-from megallama.layout.counts import checkpoint_bytes
+from megallama.layout.frozen import checkpoint_bytes
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ParallelMesh
 from megallama.run_dir.outcome import Reached, write_failure, write_outcome
@@ -50,13 +50,13 @@ def train(config: RunConfig, mesh: ParallelMesh, micro_batches: int, data: RunDa
     UserError, on every rank alike, for what a user can mend; on one rank alone where that has too little memory.
     """
     folder = Path(config.run.dir)
-    identify = partial(data_identity, config.train.seed, data.train.source.fingerprint)
+    identify = partial(data_identity, config.train.seed, data.train.fingerprint)
     pick = partial(pick_start, config, identify)
     check_weights(agree(pick, mesh), config.model, mesh)  # they are read, and nothing is written yet
     reached = Reached()
     with ExitStack() as stack:
         lock = stack.enter_context(locked(config, mesh))
-        requests = StopRequests(folder, lock, mesh, config.train.max_minutes, checkpoint_bytes(config.model), launch)
+        requests = StopRequests(folder, lock, mesh, config.train.max_minutes, checkpoint_bytes(config), launch)
         # Whoever held the lock until now may have saved.
         start, damaged = confirm(agree(pick, mesh), config, identify, mesh)
         peak = device_peak(mesh.device, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)

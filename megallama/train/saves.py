@@ -123,7 +123,7 @@ def save_checkpoint(run: Run, state: TrainState, loss: Tensor, *, healthy: bool)
         "zero_stage": config.zero.stage,
         "dtype": config.train.dtype,
     }
-    identity = data_identity(config.train.seed, run.data.train.source.fingerprint, config.data.sequence_length)
+    identity = data_identity(config.train.seed, run.data.train.fingerprint, config.data.sequence_length)
     mean, train = total / mesh.data.size, config.train
     document = state_document(state, mean, healthy, identity, config.model, layout, train.objective, train.freeze)
     run.saver.save(state.step, document)

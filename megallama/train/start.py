@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from megallama.checkpoint.state import data_identity, seen_before
 from megallama.config.schema import RunConfig
 from megallama.layout.check import check_training
-from megallama.layout.counts import checkpoint_bytes
+from megallama.layout.frozen import checkpoint_bytes
 from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
 from megallama.run_dir.limits import check_limits, check_run_dir
@@ -31,7 +31,7 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     """
     seen = seen_before(config)
     batching = check_training(config, launch.world_size, seen)
-    save_bytes = checkpoint_bytes(config.model)
+    save_bytes = checkpoint_bytes(config)
     topology = Topology(dp=batching.dp_size, **config.parallel.sizes)
     check_limits(launch.world_size, save_bytes // launch.world_size)
     check_run_dir(Path(config.run.dir), save_bytes)
@@ -54,7 +54,7 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     # torch 2.13 renames collectives that 2.11 knows by their old names only; DeepSpeed and we use the old ones.
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", r"barrier\(\): using the device", UserWarning)  # it is the one that is set
-    pick = partial(pick_start, config, partial(data_identity, config.train.seed, data.train.source.fingerprint))
+    pick = partial(pick_start, config, partial(data_identity, config.train.seed, data.train.fingerprint))
     pick()  # each rank for itself: what a user can mend is said before any waits for another
     facts = facts_of(config, data.contents | driver_versions(device))
     join(launch, device)

@@ -21,7 +21,7 @@ from megallama.config.keys import LEGAL_KEYS
 from megallama.config.load import dump_config, load_config
 from megallama.errors import UserError
 from megallama.layout.check import check_config
-from megallama.layout.counts import checkpoint_bytes
+from megallama.layout.frozen import checkpoint_bytes
 from megallama.plan.time.simulation import refuse_long
 from megallama.run_dir.limits import check_run_dir
 from tests.checkpoint.test_hostile import mutated
@@ -109,7 +109,7 @@ def test_whatever_a_configuration_says_it_is_legal_or_a_sentence(data: st.DataOb
         try:
             config = load_config(words[0], words[1:])
             check_config(config, gpus)
-            check_run_dir(Path(config.run.dir), checkpoint_bytes(config.model))
+            check_run_dir(Path(config.run.dir), checkpoint_bytes(config))
         except UserError as refused:
             assert_one_sentence(f"megallama: {refused}\n")
         return

@@ -12,7 +12,7 @@ import pytest
 
 from megallama.config.load import load_config
 from megallama.errors import UserError
-from megallama.layout.counts import checkpoint_bytes
+from megallama.layout.frozen import checkpoint_bytes
 from megallama.run_dir.limits import check_limits
 from tests.launching import PRETRAIN, arguments, events, execute, pretrain
 
@@ -32,7 +32,7 @@ def limited(number: int, soft: int) -> Iterator[None]:
 
 def test_a_limit_of_a_file_below_a_ranks_part_of_a_checkpoint_is_refused() -> None:
     config = load_config("configs/debug.yaml", ["model.hidden_size=256"])
-    whole = checkpoint_bytes(config.model)
+    whole = checkpoint_bytes(config)
     with limited(resource.RLIMIT_FSIZE, whole // 2):
         check_limits(2, whole // 2)
         with pytest.raises(UserError) as refusal:
@@ -91,3 +91,9 @@ def test_a_rank_that_writes_more_than_its_share_is_refused_before_it_trains(byte
 
 def small_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, resource.RLIM_INFINITY))
+
+
+def test_a_checkpoint_has_no_moments_of_what_is_frozen() -> None:
+    whole = load_config("configs/debug.yaml")
+    frozen = load_config("configs/debug.yaml", ["train.freeze=['model.embed_tokens.weight']"])
+    assert checkpoint_bytes(whole) - checkpoint_bytes(frozen) == 8 * 257 * 64

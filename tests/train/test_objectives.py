@@ -19,6 +19,7 @@ from megallama.config.load import load_config
 from megallama.config.schema import IGNORE_INDEX
 from megallama.data.build import build_dataset
 from megallama.data.loader import open_data
+from megallama.data.train_tokenizer import train_tokenizer
 from megallama.errors import UserError
 from megallama.generation.load import load_model
 from megallama.parallel.launch import Launch
@@ -137,3 +138,17 @@ def test_a_masked_model_learns_from_what_stands_around(tmp_path: Path) -> None:
     seen = -float(q @ (np.log(0.5 + q / 2) + np.log(q / 2))) / 2
     (first, last) = (event["loss"] for event in events(tmp_path / "run", "eval") if event["split"] == "validation")
     assert last < 0.8 * unigram + 0.2 * seen < unigram < first
+
+
+def test_another_mask_token_is_another_position(byte_dataset: str, tmp_path: Path) -> None:
+    """Data made elsewhere do not say their tokenizer: one that is larger moves the mask token."""
+    prefix = str(tmp_path / "foreign")
+    for suffix in (".bin", ".idx"):
+        shutil.copy(byte_dataset + suffix, prefix + suffix)
+    (tmp_path / "text.txt").write_text("some text, and more text\n" * 99)
+    train_tokenizer([str(tmp_path / "text.txt")], str(tmp_path / "larger"), 259)
+    words = arguments(prefix, tmp_path / "run", "train.objective=masked", "model.vocab_size=300", "train.stop_after=1")
+    assert pretrain(1, words) == [(0, "")]
+    ((code, said),) = pretrain(1, [*words, f"data.tokenizer={tmp_path}/larger", "train.stop_after=2"])
+    assert code == 2
+    assert "is not that of the checkpoint" in said
