@@ -69,7 +69,7 @@ class HuggingFace:
         if name not in self._files:
             raise UserError(f"{self._folder} has no {name}, which a Llama has; complete the folder")
         tensor = self._files[name].read(name)
-        return tensor[: self._rows] if name in (_EMBEDDING, _HEAD) else tensor
+        return tensor[: self._rows] if name in (_EMBEDDING, _HEAD) and tensor.dim() else tensor
 
     def _unpadded(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (min(shape[0], self._rows), *shape[1:]) if name in (_EMBEDDING, _HEAD) and shape else shape

@@ -66,6 +66,8 @@ class Meta:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files = [read_pickled(path) for path in _consolidated(folder)]
+        if (shape := self._parts("tok_embeddings.weight")[0].shape).numel() == 0 or len(shape) != 2:
+            raise UserError(f"{folder} has tok_embeddings.weight in the shape {list(shape)}; give those of a Llama")
         described = _described(folder / PARAMS)
         self.model: dict[str, Any] = model_from_meta(described, str(folder / PARAMS))
         if "vocab_size" not in self.model:

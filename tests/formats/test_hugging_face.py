@@ -122,6 +122,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_weights(f, **{GATE: torch.ones(3, 64)}),
         r"model.layers.1.mlp.gate_proj.weight in the shape \[3, 64\], and the model in \[176, 64\]",
     ),
+    "a number": (
+        lambda f: [edit_weights(f, lm_head__weight=torch.tensor(1.0)), edit_config(f, tie_word_embeddings=True)],
+        "lm_head.weight that differs from",
+    ),
+    "a list of rope": (lambda f: edit_config(f, rope_parameters=[1]), r"rope_parameters=\[1\]; expected a mapping"),
     "too few rows": (lambda f: edit_config(f, vocab_size=400), r"in the shape \[300, 64\], and the model in \[400, 64"),
     "integers": (lambda f: edit_weights(f, **{GATE: torch.ones(2, dtype=torch.int8)}), "in I8; expected F32"),
     "architecture": (lambda f: edit_config(f, architectures=["MistralForCausalLM"]), "MistralForCausalLM"),

@@ -98,6 +98,14 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f, 1, lambda s: s.update({"norm.weight": torch.ones(3)})),
         "norm.weight in unequal parts",
     ),
+    "no rows": (
+        lambda f: [edit(f, n, lambda s: s.update({"tok_embeddings.weight": torch.ones(0, 64)})) for n in (0, 1)],
+        r"tok_embeddings.weight in the shape \[0, 64\]",
+    ),
+    "a number": (
+        lambda f: [edit(f, n, lambda s: s.update({"tok_embeddings.weight": torch.tensor(1.0)})) for n in (0, 1)],
+        r"tok_embeddings.weight in the shape \[\]",
+    ),
     "extra": (lambda f: [edit(f, n, lambda s: s.update(x=torch.ones(3))) for n in (0, 1)], "has x, which is not of a"),
     "code": (lambda f: edit(f, 1, lambda s: s.update(x=Bomb())), "is a pickle of more than tensors"),
     "width": (
