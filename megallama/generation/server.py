@@ -18,6 +18,7 @@ from typing import Any
 import typer
 import uvicorn
 from starlette.applications import Starlette
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -255,6 +256,9 @@ def serve_forever(
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: None)
     host, port = door.getsockname()[:2]
+    if host.startswith("127."):
+        # A page of another site could give its own name the address of this machine.
+        service.app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", host])
     shown = f"[{host}]" if ":" in host else host
     typer.echo(f"{loaded.name} ({loaded.source}) answers at http://{shown}:{port}/v1; Ctrl-C ends it", err=True)
     try:

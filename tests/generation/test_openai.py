@@ -11,7 +11,8 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import openai
 import pytest
@@ -149,3 +150,11 @@ def test_a_port_that_is_taken_is_told_in_one_sentence(server: Server, short_run:
     )
     sentence = f"megallama: cannot listen on 127.0.0.1, port {port} ({os.strerror(98)}); use another --host or --port\n"
     assert (found.returncode, found.stderr) == (2, sentence)
+
+
+def test_a_name_that_is_not_this_machines_is_refused(server: Server) -> None:
+    """As a page of another site would have it, whose name its owner points here."""
+    with urlopen(Request(server.url + "/models", headers={"Host": "localhost"})) as answer:
+        assert answer.status == 200
+    with pytest.raises(HTTPError, match="400"):
+        urlopen(Request(server.url + "/models", headers={"Host": "evil.example"}))
