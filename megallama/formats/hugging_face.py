@@ -107,7 +107,7 @@ class _Safetensors:
         try:
             open_regular(path).close()
             self._file = safe_open(path, framework="pt")
-            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
+            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118  # it is no mapping
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror or error}); complete the folder") from None
         except SafetensorError as error:

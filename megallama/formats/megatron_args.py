@@ -76,7 +76,7 @@ def read_args(folder: Path) -> dict[str, Any] | None:
     try:
         with safe_globals([argparse.Namespace, *((_StandIn, name) for name in foreign)]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
+    except Exception:  # as above
         raise UserError(f"{path} is no whole file of plain values by torch.save; copy the checkpoint again") from None
     args = content.get("args") if isinstance(content, dict) else None
     return vars(args) if isinstance(args, argparse.Namespace) else None

@@ -73,13 +73,13 @@ class Completion(Asked):
     suffix: None = None
 
     @property
-    def prompts(self) -> list[str] | list[list[int]]:
+    def prompts(self) -> list[str | list[int]]:
         """Each prompt, as text or as ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
             return [[i for i in self.prompt if isinstance(i, int)]]
-        return self.prompt  # type: ignore[return-value]
+        return [each for each in self.prompt if not isinstance(each, int)]
 
 
 class Message(BaseModel):

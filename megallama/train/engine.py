@@ -206,7 +206,8 @@ class Engine:
     def _frozen_part(self, parameter: nn.Parameter) -> Tensor:
         """That part of a frozen parameter, by reference."""
         if self._stage == 3:
-            cut: Tensor = getattr(parameter, "ds_tensor")  # noqa: B009
+            any_parameter: Any = parameter
+            cut: Tensor = any_parameter.ds_tensor
             return cut
         start, numel = self._part(parameter)
         return parameter.detach().view(-1)[start : start + numel]
