@@ -13,8 +13,8 @@ import numpy as np
 from megallama.config.schema import DataConfig
 from megallama.data.indexed import Tokens, idx_path
 from megallama.data.info import open_described
-from megallama.data.tokenizer import load_tokenizer
 from megallama.errors import UserError
+from megallama.text.tokenizer import load_tokenizer
 
 SCANNED_TOKENS = 50_000_000
 SAMPLED_STRETCHES, SAMPLED_TOKENS = 64, 1024

@@ -15,7 +15,7 @@ from megallama.checkpoint.format import complete_checkpoints
 from megallama.checkpoint.health import is_healthy
 from megallama.checkpoint.state import read_saved
 from megallama.config.load import load_config
-from megallama.data.build import build_dataset
+from megallama.corpus.build import build_dataset
 from megallama.data.indexed import IndexedWriter, token_dtype
 from tests.launching import arguments, events, losses, pretrain, tree
 from tests.parallel.test_agreement import apart, assert_refused_together
