@@ -7,12 +7,13 @@ a build that was stopped continues with the blocks that have none.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -63,8 +64,12 @@ def build_dataset(
             if not force and (found := standing_dataset(prefix, recipe)):
                 return found, True
             shards = Shards(Path(f"{prefix}.parts"), recipe)
-            with _Building(shards, recipe, (0, 1), workers, console or Console(stderr=True)) as building:
-                info = join(building.in_order, recipe, building.hashes, prefix, shards.folder, lock)
+            try:
+                with _Building(shards, recipe, (0, 1), workers, console or Console(stderr=True)) as building:
+                    info = join(building.in_order, recipe, building.hashes, prefix, shards.folder, lock)
+            except FileNotFoundError:
+                lock.check()  # whoever removed it may have made the same output, and removed the shards
+                raise
             shards.remove()
             return info, False
 
@@ -209,8 +214,8 @@ class _Building:
     ) -> None:
         self._progress.__exit__(kind, error, trace)
         self._team.close()
-        with suppress(OSError):
-            self._shards.folder.rmdir()  # if nothing came to stand
+        if not self._progress.documents:
+            self._shards.remove()  # nothing in it is worth another command
 
     def _tasks(self) -> Iterator[Task]:
         """What is left to do."""
@@ -242,8 +247,8 @@ class _Building:
                     self._take()
                 if number not in self._there[unit.key]:
                     break
-                shard = self._shards.read(unit, number)
-                assert shard is not None, (unit, number)
+                if (shard := self._shards.read(unit, number)) is None:
+                    raise FileNotFoundError(errno.ENOENT, f"{self._shards.folder} was removed")
                 yield shard
                 self._take(block=False)
 

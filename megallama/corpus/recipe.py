@@ -103,9 +103,9 @@ class Recipe:
     def units(self) -> tuple[Unit, ...]:
         """All files, in order."""
         groups: list[list[SourceFile]] = []
-        size = UNIT_BYTES
+        size = 0
         for file in (file for source in self.sources for file in source.files):
-            if size + file.bytes > UNIT_BYTES:
+            if not groups or size + file.bytes > UNIT_BYTES:
                 groups.append([])
                 size = 0
             groups[-1].append(file)

@@ -86,13 +86,15 @@ def perform(task: Task, job: Job, tokenizer: Tokenizer) -> Iterator[Message]:
     if task.share is None:
         yield Ended(task.unit.key, None, 0, tuple(_sha256(file.path) for file in task.unit.files), 0)
         return
-    blocks = max(task.skip, default=-1) + 1
+    blocks, told = max(task.skip, default=-1) + 1, 0
     for block in _blocks(task, job):
         path = shard_path(job.folder, task.unit, block.number)
         counts = write_shard(path, block.documents, block.left_out, tokenizer, job.dtype, hashed=job.hashed)
         blocks = max(blocks, block.number + 1)
-        yield Made(task.unit.key, block.number, counts, 0)
-    yield Ended(task.unit.key, task.share, blocks, (), task.unit.bytes // task.share[1])
+        read = block.file_bytes // task.share[1]
+        yield Made(task.unit.key, block.number, counts, read - told)
+        told = read
+    yield Ended(task.unit.key, task.share, blocks, (), task.unit.bytes // task.share[1] - told)
 
 
 def _blocks(task: Task, job: Job) -> Iterator[Block]:
@@ -102,7 +104,7 @@ def _blocks(task: Task, job: Job) -> Iterator[Block]:
         yield from read_blocks(Path(task.unit.files[0].path), reading, task.share, task.skip)
     elif 0 not in task.skip:
         left_out = Counter[str]()
-        yield Block(0, _documents_of_all(task.unit, job, left_out), left_out)
+        yield Block(0, _documents_of_all(task.unit, job, left_out), left_out, 0)
 
 
 def _documents_of_all(unit: Unit, job: Job, left_out: Counter[str]) -> Iterator[str]:
