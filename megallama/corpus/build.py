@@ -214,7 +214,7 @@ class _Building:
     ) -> None:
         self._progress.__exit__(kind, error, trace)
         self._team.close()
-        if not self._progress.documents:
+        if kind and not self._progress.documents:
             self._shards.remove()  # nothing in it is worth another command
 
     def _tasks(self) -> Iterator[Task]:
