@@ -112,7 +112,9 @@ class Lines:
         if self.compressed and self.position + first_end - begin - self._line_begin > LARGEST_GAP:
             self.position = self._line_begin + LARGEST_GAP  # for every reader the same one
             self.end(
-                DocumentError(f"{self.path} has a line of {LARGEST_GAP:,} bytes: refused as a bomb; take it out", "bomb")
+                DocumentError(
+                    f"{self.path} has a line of {LARGEST_GAP:,} bytes: refused as a bomb; take it out", "bomb"
+                )
             )
             return
         lines = self._chunk.count(b"\n", begin, end)
