@@ -51,6 +51,8 @@ class Block(NamedTuple):
 class BlockFile(Protocol):
     """A file of one format, open."""
 
+    def __init__(self, path: Path, reading: Reading) -> None: ...
+
     def close(self) -> None: ...
 
     @property
@@ -85,9 +87,11 @@ def read_blocks(
 
 def _open(path: Path, reading: Reading) -> BlockFile:
     from megallama.corpus.json_lines import JsonLines
+    from megallama.corpus.parquet import ParquetRows
     from megallama.corpus.plain_text import PlainText
 
-    return (PlainText if path.suffix in (".txt", ".py") else JsonLines)(path, reading)
+    formats: dict[str, type[BlockFile]] = {".txt": PlainText, ".py": PlainText, ".parquet": ParquetRows}
+    return formats.get(path.suffix, JsonLines)(path, reading)
 
 
 def _long_enough(documents: Iterator[str], reading: Reading, left_out: Counter[str]) -> Iterator[str]:
