@@ -58,12 +58,13 @@ def build_dataset(
     recipe = make_recipe(sources, tokenizer, reading or Reading(), deduplicate=deduplicate)
     workers = workers or os.cpu_count() or 1
     with stopped_builds_explained(prefix, workers):
-        if not force and (found := standing_dataset(prefix, recipe)):
+        shards = Shards(Path(f"{prefix}.parts"), recipe)
+        if not force and (found := standing_dataset(prefix, recipe)) and not shards.folder.exists():
             return found, True
         with output_lock(beside(Path(prefix)), f"--output {prefix}", "--output") as lock:
             if not force and (found := standing_dataset(prefix, recipe)):
+                shards.remove()  # the build that made it was killed before it could
                 return found, True
-            shards = Shards(Path(f"{prefix}.parts"), recipe)
             try:
                 with _Building(shards, recipe, (0, 1), workers, console or Console(stderr=True)) as building:
                     info = join(building.in_order, recipe, building.hashes, prefix, shards.folder, lock)
