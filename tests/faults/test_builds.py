@@ -23,6 +23,7 @@ from tests.launching import BIN, ROOT, clean_environment, kill_all, outliving, p
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
 
 KILLS = 20
+KILLS_OF_ONE = 4
 FILES = 4
 
 
@@ -92,10 +93,11 @@ def test_killed_at_random_moments_and_repeated(corpus: Path, tmp_path: Path) -> 
         rounds += 1
         home = tmp_path / str(rounds)
         home.mkdir()
-        for command in commands(corpus, home / "d", parts=(1, 2)[rounds % 2]):
-            longest = 1.0 if "merge" in command else 3.0
-            while run_killed(command, home, random, longest if hits < KILLS else None):
-                hits += 1
+        for command in commands(corpus, home / "d", parts=(2, 1)[rounds % 2]):
+            longest, kills = 1.0 if "merge" in command else 3.0, 0
+            while run_killed(command, home, random, longest if kills < KILLS_OF_ONE else None):
+                kills += 1
+            hits += kills
         assert content(home / "d") == content(corpus / "whole")
         left = {path.name for path in home.iterdir() if not path.name.endswith(".lock")}
         assert left == {"d.bin", "d.idx", "d.json", "err"}
