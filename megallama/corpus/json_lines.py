@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megallama.corpus.blocks import BLOCK_BYTES, Reading
-from megallama.corpus.bombs import BombWatch
+from megallama.corpus.bombs import LONGEST_GAP, BombWatch
 from megallama.corpus.document_error import DocumentError
 from megallama.corpus.lines import BOM, Lines
 from megallama.text.surrogates import without_surrogates
@@ -45,11 +45,16 @@ class JsonLines:
         return lines.position > start or (lines.position == start and lines.more()) or self._is_damaged_here()
 
     def documents(self, left_out: Counter[str]) -> Iterator[str]:
-        end = (self._number + 1) * BLOCK_BYTES
+        end, gap = (self._number + 1) * BLOCK_BYTES, 0
         while self._lines.position < end and self._lines.more():
             text = self._read(left_out)
             if text is not None and not self._lines.damage:
                 yield text
+            gap = 0 if text else gap + 1
+            if gap > LONGEST_GAP:  # the rest of the block is not worth the time
+                left_out["bomb"] += 1
+                self._lines.skip_to(end)
+                self._bombs.passed_over()
         self._check_damage()
         if self._lines.damage and self._is_damaged_here():
             left_out[self._lines.damage.kind] += 1

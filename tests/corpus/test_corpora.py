@@ -51,6 +51,25 @@ def test_folders_are_read_in_the_order_of_their_paths(tmp_path: Path) -> None:
     assert list(iterate_documents([str(tmp_path)])) == ["a.txt", "a/x.txt", "b/y.txt", "z.txt"]
 
 
+def test_a_pattern_stands_for_files_and_folders_that_match(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b/2/y.jsonl", "a/x.jsonl", "a/[1].txt", "c/x.txt", "c/x.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    monkeypatch.chdir(tmp_path)
+    for pattern, files in [
+        ("**/*.jsonl", ["a/x.jsonl", "b/2/y.jsonl"]),
+        ("[ab]", ["a/[1].txt", "a/x.jsonl", "b/2/y.jsonl"]),
+        ("*/x.*", ["a/x.jsonl", "c/x.txt"]),
+        ("a/[1].txt", ["a/[1].txt"]),
+        ("**", ["a/[1].txt", "a/x.jsonl", "b/2/y.jsonl", "c/x.txt"]),
+    ]:
+        assert [file.as_posix() for file in source_files(pattern)] == files, pattern
+        assert source_files(f"{tmp_path}/{pattern}") == [tmp_path / file for file in files], pattern
+    for pattern, message in [("*.md", "matches no .txt"), ("a**b/x", "is no pattern of files")]:
+        with pytest.raises(UserError, match=message):
+            source_files(pattern)
+
+
 def test_a_long_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -> None:
     text = "".join(f"paragraph {i} " + "x" * 5000 + "\r\n\r\n" for i in range(700))
     (tmp_path / "a.txt").write_bytes(text.encode())
