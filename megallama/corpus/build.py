@@ -32,6 +32,7 @@ from megallama.data.info import DatasetInfo, open_described
 from megallama.errors import UserError, check_printable
 from megallama.system.lock import beside, output_lock
 from megallama.system.whole_file import put
+from megallama.text.tokenizer import Tokenizer
 
 PART_NAME = "part.json"
 """In the folder of a part: what was built, written when all of it is there."""
@@ -55,7 +56,7 @@ def build_dataset(
     a build that the machine stopped, which continues when it is repeated.
     """
     check_prefix(prefix)
-    recipe = make_recipe(sources, tokenizer, reading or Reading(), deduplicate=deduplicate)
+    recipe, loaded = make_recipe(sources, tokenizer, reading or Reading(), deduplicate=deduplicate)
     workers = workers or os.cpu_count() or 1
     with stopped_builds_explained(prefix, workers):
         shards = Shards(Path(f"{prefix}.parts"), recipe)
@@ -66,7 +67,7 @@ def build_dataset(
                 shards.remove()  # the build that made it was killed before it could
                 return found, True
             try:
-                with _Building(shards, recipe, (0, 1), workers, console or Console(stderr=True)) as building:
+                with _Building(shards, recipe, loaded, (0, 1), workers, console or Console(stderr=True)) as building:
                     info = join(building.in_order, recipe, building.hashes, prefix, shards.folder, lock)
             except FileNotFoundError:
                 lock.check()  # whoever removed it may have made the same output, and removed the shards
@@ -93,7 +94,7 @@ def build_part(
     `build_dataset`.
     """
     check_prefix(prefix)
-    recipe = make_recipe(sources, tokenizer, reading or Reading(), deduplicate=deduplicate)
+    recipe, loaded = make_recipe(sources, tokenizer, reading or Reading(), deduplicate=deduplicate)
     workers = workers or os.cpu_count() or 1
     folder = part_folder(prefix, part)
     done = folder / PART_NAME
@@ -101,7 +102,9 @@ def build_part(
         if not force and (found := _standing_part(done, recipe)):
             return *found, True
         done.unlink(missing_ok=True)
-        with _Building(Shards(folder, recipe), recipe, part, workers, console or Console(stderr=True)) as building:
+        with _Building(
+            Shards(folder, recipe), recipe, loaded, part, workers, console or Console(stderr=True)
+        ) as building:
             documents, tokens = building.finish()
         content = {"part": part, "documents": documents, "tokens": tokens, "recipe": asdict(recipe)}
         put(done, json.dumps(content).encode())
@@ -183,8 +186,10 @@ def _standing_part(done: Path, recipe: Recipe) -> tuple[int, int] | None:
 class _Building:
     """The shards of one part, as they come to stand."""
 
-    def __init__(self, shards: Shards, recipe: Recipe, part: Share, workers: int, console: Console) -> None:
-        self._shards, self._recipe, self._workers = shards, recipe, workers
+    def __init__(
+        self, shards: Shards, recipe: Recipe, tokenizer: Tokenizer, part: Share, workers: int, console: Console
+    ) -> None:
+        self._shards, self._recipe, self._tokenizer, self._workers = shards, recipe, tokenizer, workers
         self._work = list(recipe.work(part))
         self._there: defaultdict[str, set[int]] = defaultdict(set)
         """Numbers of the blocks of a unit whose shards stand."""
@@ -194,7 +199,7 @@ class _Building:
         self._hashes: dict[str, list[str]] = {}
         self._units = {unit.key: unit for unit, _ in self._work}
         self._progress = Progress(console, sum(unit.bytes // count for unit, (_, count) in self._work))
-        self._team: Team = Here((), self._job)
+        self._team: Team = Here((), self._job, tokenizer)
 
     @property
     def _job(self) -> Job:
@@ -207,7 +212,7 @@ class _Building:
         tasks = list(self._tasks())
         workers = min(self._workers, sum(task.share is not None for task in tasks))
         self._progress.__enter__()
-        self._team = Workers(tasks, self._job, workers) if workers > 1 else Here(tasks, self._job)
+        self._team = Workers(tasks, self._job, workers) if workers > 1 else Here(tasks, self._job, self._tokenizer)
         return self
 
     def __exit__(

@@ -20,7 +20,7 @@ from megallama.corpus.blocks import BLOCK_BYTES, Reading
 from megallama.corpus.corpora import source_files
 from megallama.data.indexed import token_dtype
 from megallama.errors import UserError
-from megallama.text.tokenizer import load_tokenizer
+from megallama.text.tokenizer import Tokenizer, load_tokenizer
 
 UNIT_BYTES = 4 << 20
 """Files in a row are one unit up to this size."""
@@ -148,12 +148,14 @@ class Recipe:
         }
 
 
-def make_recipe(sources: Sequence[str], tokenizer: str, reading: Reading, *, deduplicate: bool) -> Recipe:
-    """Of the state that the sources have now. UserError if one, or the tokenizer, cannot be read."""
+def make_recipe(
+    sources: Sequence[str], tokenizer: str, reading: Reading, *, deduplicate: bool
+) -> tuple[Recipe, Tokenizer]:
+    """Of the state that the sources have now; and the tokenizer. UserError if one of them cannot be read."""
     loaded = load_tokenizer(tokenizer)
     found = tuple(Source(name, _files(name)) for name in sources)
     rules = (tokenizer, loaded.fingerprint, loaded.vocab_size, loaded.eod_id)
-    return Recipe(*rules, reading=reading, deduplicate=deduplicate, sources=found)
+    return Recipe(*rules, reading=reading, deduplicate=deduplicate, sources=found), loaded
 
 
 def recipe_from_json(content: Mapping[str, Any]) -> Recipe:

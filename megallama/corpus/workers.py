@@ -141,8 +141,8 @@ class Team(Protocol):
 class Here:
     """This process alone."""
 
-    def __init__(self, tasks: Sequence[Task], job: Job) -> None:
-        self._messages = self._perform(tasks, job)
+    def __init__(self, tasks: Sequence[Task], job: Job, tokenizer: Tokenizer) -> None:
+        self._messages = self._perform(tasks, job, tokenizer)
 
     def messages(self, *, block: bool) -> list[Message] | None:
         if not block:
@@ -150,8 +150,7 @@ class Here:
         message = next(self._messages, None)
         return None if message is None else [message]
 
-    def _perform(self, tasks: Sequence[Task], job: Job) -> Generator[Message]:
-        tokenizer = load_tokenizer(job.tokenizer)
+    def _perform(self, tasks: Sequence[Task], job: Job, tokenizer: Tokenizer) -> Generator[Message]:
         for task in tasks:
             yield from perform(task, job, tokenizer)
 
