@@ -20,6 +20,7 @@ from megallama.errors import UserError
 from megallama.exchange.incoming import import_folder
 from megallama.exchange.outgoing import export
 from megallama.formats.folder import open_weights
+from megallama.generation.load import load_model
 from tests.checkpoint.damaging import flip
 
 
@@ -64,6 +65,22 @@ def test_weights_and_tokenizer_come_back_from_an_export(short_run: Path, tmp_pat
     first, second = (load_tokenizer(str(run / "tokenizer")) for run in (short_run, tmp_path / "run"))
     assert first.encode("any text \u00e9\n") == second.encode("any text \u00e9\n")
     assert first.eod_id == second.eod_id
+
+
+@pytest.mark.parametrize("words", ["run", "run/checkpoints", "run/checkpoints/step_00000040", "link"])
+def test_export_and_generate_mean_the_same_by_a_path(short_run: Path, tmp_path: Path, words: str) -> None:
+    """Also where the folder of checkpoints is on another disk, and the tokenizer is not beside it."""
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    (tmp_path / "link").symlink_to(run / "checkpoints" / "step_00000040")
+    if words == "run":
+        (run / "checkpoints").rename(tmp_path / "elsewhere")
+        (run / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    found = load_model(tmp_path / words)
+    assert found.source == export(tmp_path / words, tmp_path / "out", "hf", "bf16")
+    assert (found.name, found.source.resolve().name) == ("run", "step_00000040")
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert (tmp_path / "out" / "README.md").read_text().partition("# ")[2].startswith("run\n")
 
 
 def test_a_damaged_checkpoint_is_refused_and_leaves_nothing(short_run: Path, tmp_path: Path) -> None:
