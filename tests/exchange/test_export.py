@@ -7,12 +7,13 @@ import resource
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from megallama.checkpoint.format import complete_checkpoints
+from megallama.checkpoint.format import TENSORS, complete_checkpoints
 from megallama.checkpoint.reading.store import load_weights
 from megallama.cli import app
 from megallama.data.tokenizer import load_tokenizer
@@ -21,7 +22,7 @@ from megallama.exchange.incoming import import_folder
 from megallama.exchange.outgoing import export
 from megallama.formats.folder import open_weights
 from megallama.generation.load import load_model
-from tests.checkpoint.damaging import flip
+from tests.checkpoint.damaging import flip, rewrite
 
 
 def checkpoint(run: Path) -> Path:
@@ -89,6 +90,24 @@ def test_a_damaged_checkpoint_is_refused_and_leaves_nothing(short_run: Path, tmp
     with pytest.raises(UserError, match=r"is damaged \(rank_00000.bin is damaged\); use another"):
         export(path, tmp_path / "out", "hf", "bf16")
     assert [found.name for found in tmp_path.iterdir()] == ["step_00000040"]
+
+
+@pytest.mark.parametrize("form", ["hf", "meta"])
+def test_numbers_that_bf16_does_not_have_are_refused_and_fp32_holds_them(
+    short_run: Path, tmp_path: Path, form: str
+) -> None:
+    path = shutil.copytree(checkpoint(short_run), tmp_path / "step_00000040")
+    (chunk,) = json.loads((path / TENSORS).read_text())["tensors"]["model.norm.weight"]["chunks"]
+    numbers = np.fromfile(path / chunk["file"], "<f4")
+    numbers[chunk["start"] // 4] = largest = np.finfo(np.float32).min
+    rewrite(path / chunk["file"], numbers.tobytes())
+    words = [str(path), str(tmp_path / "out"), "--format", form]
+    result = CliRunner().invoke(app, ["export", *words])
+    sentence = "model.norm.weight has numbers that are too large for bfloat16; use --dtype fp32"
+    assert str(result.exception) == sentence
+    assert list(tmp_path.iterdir()) == [path]
+    assert CliRunner().invoke(app, ["export", *words, "--dtype", "fp32"]).exit_code == 0
+    assert open_weights(tmp_path / "out").read("model.norm.weight")[0] == largest
 
 
 @pytest.mark.parametrize("form", ["hf", "meta"])
