@@ -60,6 +60,19 @@ class TextStream:
         return text[: len(text) - begun]
 
 
+class Stripped:
+    """Gives a text that comes in pieces without the white space at its ends: in the middle of it, that waits."""
+
+    def __init__(self) -> None:
+        self._text, self._given = "", 0
+
+    def push(self, new: str) -> str:
+        """What is certain of the text with this piece, from where the last call ended."""
+        self._text = (self._text + new).lstrip()
+        begin, self._given = self._given, len(self._text.rstrip())
+        return self._text[begin : self._given]
+
+
 def _begun(text: str, stop: str) -> int:
     """How many characters of `stop` the text may end with."""
     longest = min(len(stop) - 1, len(text))
