@@ -64,13 +64,14 @@ class Stripped:
     """Gives a text that comes in pieces without the white space at its ends: in the middle of it, that waits."""
 
     def __init__(self) -> None:
-        self._text, self._given = "", 0
+        self._begun, self._held = False, ""
 
     def push(self, new: str) -> str:
         """What is certain of the text with this piece, from where the last call ended."""
-        self._text = (self._text + new).lstrip()
-        begin, self._given = self._given, len(self._text.rstrip())
-        return self._text[begin : self._given]
+        text = self._held + new if self._begun else new.lstrip()
+        certain = text.rstrip()
+        self._begun, self._held = self._begun or certain != "", text[len(certain) :]
+        return certain
 
 
 def _begun(text: str, stop: str) -> int:
