@@ -206,7 +206,8 @@ def finish(run: Run, state: TrainState, loss: Tensor, ending: Ending | None, hea
 def train_step(run: Run, batches: list[MicroBatch], lr: float) -> tuple[Tensor, StepResult]:
     """One optimizer step; the loss is this rank's share of the token mean over the global batch."""
     # The engine averages over data-parallel ranks; a token mean is the sum over all of them by the count of all.
-    scale = run.mesh.data.size / count_labels(batches, run.mesh)
+    # Where no label counts, the loss is 0 and so is the gradient.
+    scale = run.mesh.data.size / count_labels(batches, run.mesh).clamp(min=1)
     loss = run.engine.forward_backward(on_device(batches, run.mesh.device), scale)
     return loss, run.engine.step(lr)
 

@@ -15,9 +15,11 @@ from megallama.checkpoint.format import complete_checkpoints
 from megallama.checkpoint.health import is_healthy
 from megallama.checkpoint.state import read_saved
 from megallama.config.load import load_config
+from megallama.config.schema import IGNORE_INDEX
 from megallama.data.build import build_dataset
 from megallama.data.indexed import IndexedWriter, token_dtype
-from tests.launching import arguments, events, losses, pretrain, tree
+from megallama.data.loader import open_data
+from tests.launching import CONFIG, arguments, events, losses, pretrain, tree
 from tests.parallel.test_agreement import apart, assert_refused_together
 from tests.test_bad_input import assert_refused_by_all
 
@@ -78,6 +80,29 @@ def test_four_ranks_evaluate_as_one(objective: list[str], folder: Path, byte_dat
     assert evaluated(tmp_path / "1", "code") == evaluated(tmp_path / "1", "validation")
     for name in TEXTS:
         assert evaluated(tmp_path / "4", name) == pytest.approx(evaluated(tmp_path / "1", name), rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", [[], MASKED], ids=["causal", "masked"])
+def test_ranks_share_the_samples_of_a_set(
+    objective: list[str], folder: Path, byte_dataset: str, tmp_path: Path
+) -> None:
+    """Each comes once over all of them, also where micro-batches do not divide the samples."""
+
+    def labels(size: int, dp: int, samples: int) -> list[list[list[int]]]:
+        batches = [f"train.micro_batch_size={size}", "train.global_batch_size=24"]
+        config = load_config(CONFIG, words(byte_dataset, tmp_path / "run", folder, *objective, *batches)[2:])
+        ranks = [open_data(config, rank, dp).sets["web"].evaluation(samples) for rank in range(dp)]
+        every = [[row for batch in rank for row in batch.labels.tolist()] for rank in ranks]
+        return [[row for row in rank if set(row) != {IGNORE_INDEX}] for rank in every]
+
+    for samples in (1, 7, 10):
+        (one,) = labels(1, 1, samples)
+        assert len(one) == samples
+        assert labels(3, 1, samples) == [one]
+        for size in (1, 2, 3):
+            first, second = labels(size, 2, samples)
+            assert sorted(first + second) == sorted(one)
+            assert abs(len(first) - len(second)) <= size
 
 
 def test_sets_may_come_and_go_when_a_run_goes_on(
