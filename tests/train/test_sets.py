@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,42 @@ def test_a_set_whose_loss_is_not_finite_makes_the_checkpoint_unhealthy(
     for run_of, healthy in ((tmp_path / "run", False), (run_dir, True)):
         (path,) = complete_checkpoints(run_of / "checkpoints")
         assert is_healthy(path) is healthy
+
+
+def ask_during(call: int, run_dir: Path) -> None:
+    """The run is asked to stop while that evaluation of a split or set is going on, counted from 1."""
+    import megallama.train.loop
+
+    loop: Any = megallama.train.loop
+    original, calls = loop.evaluate, count(1)
+
+    def asked(*given: Any) -> float:
+        if next(calls) == call:
+            (run_dir / "STOP").touch()
+        loss: float = original(*given)
+        return loss
+
+    loop.evaluate = asked
+
+
+@pytest.mark.parametrize(("call", "done"), [(5, 1), (7, 3)], ids=["before validation", "behind it"])
+def test_a_stop_waits_for_one_set_and_not_for_all(
+    call: int, done: int, run_dir: Path, folder: Path, byte_dataset: str, tmp_path: Path
+) -> None:
+    """The next start evaluates where the loss on the validation split is still missing."""
+    run, splits = words(byte_dataset, tmp_path / "run", folder, "checkpoint.every=0"), ["train", "validation", "code"]
+    stopped = pretrain(2, [*run, "zero.stage=1"], plant=partial(ask_during, call, tmp_path / "run"))
+    assert [code for code, _ in stopped] == [75, 75]
+    (path,) = complete_checkpoints(tmp_path / "run" / "checkpoints")
+    saved = read_saved(path).state
+    assert saved.step == 2
+    assert (saved.validation_loss is None) is (done == 1)
+    assert [e["split"] for e in events(tmp_path / "run", "eval") if e["step"] == 2] == splits[:done]
+    assert not (tmp_path / "run" / "STOP").exists()
+    assert pretrain(1, run) == [(0, "")]
+    assert losses(tmp_path / "run") == pytest.approx(losses(run_dir), rel=1e-5)
+    again = [*splits, "web"] if done == 1 else []
+    assert [e["split"] for e in events(tmp_path / "run", "eval") if e["step"] == 2] == splits[:done] + again
 
 
 def build(text: str, folder: Path) -> None:
