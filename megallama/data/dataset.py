@@ -90,8 +90,8 @@ class DocumentSplit:
 
     def with_tokens(self) -> range | NDArray[np.int64]:
         """Numbers of the documents that hold a token, which those of a dataset made elsewhere may not all do."""
-        offsets = self.dataset.indexed.offsets[self.first_document : self.end_document + 1]
-        held = offsets[1:] > offsets[:-1]
+        lengths = self.dataset.indexed.offsets[self.first_document : self.end_document + 1].lengths()
+        held = np.concatenate([chunk > 0 for chunk in lengths])
         return (
             range(self.first_document, self.end_document) if held.all() else self.first_document + np.flatnonzero(held)
         )
