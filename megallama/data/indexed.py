@@ -210,9 +210,9 @@ def _check_layout(
 
 
 def _in_order(documents: npt.NDArray[np.int64]) -> bool:
-    """None is negative, and none is below the one before."""
+    """None is below the one before."""
     chunks = (documents[first : first + AT_ONCE + 1] for first in range(0, len(documents), AT_ONCE))
-    return all(chunk.min() >= 0 and (chunk[1:] >= chunk[:-1]).all() for chunk in chunks)
+    return all((chunk[1:] >= chunk[:-1]).all() for chunk in chunks)
 
 
 def _adjoining(pointers: npt.NDArray[np.int64], sizes: npt.NDArray[np.int32], token_bytes: int, num_bytes: int) -> bool:
