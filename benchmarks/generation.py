@@ -18,10 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megallama.config.load import load_config
 from megallama.config.schema import ModelConfig
-from megallama.data.tokenizer import ByteTokenizer
 from megallama.generation.batch import Batch, Row
 from megallama.generation.load import Loaded, build
 from megallama.generation.sampling import Sampling
+from megallama.text.tokenizer import ByteTokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -14,7 +14,7 @@ import typer
 
 from megallama.checkpoint.commands.cli import checkpoint_app
 from megallama.cluster.cli import launch
-from megallama.data.cli import data_app, tokenizer_app
+from megallama.corpus.cli import data_app, tokenizer_app
 from megallama.errors import UserError, refuse_hidden
 from megallama.evaluation.cli import evaluate
 from megallama.exchange.cli import export_command, import_command

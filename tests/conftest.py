@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from megallama.data.build import build_dataset
+from megallama.corpus.build import build_dataset
+from megallama.data.indexed import IndexedWriter, token_dtype
 from tests.launching import arguments, pretrain
+
+DOCUMENTS = [
+    "the quick brown fox jumps over the lazy dog\n" * 3,
+    "naïve café — 日本語 🙂 \u0000 tab\there\r\n",
+    "<|endoftext|> is plain text here",
+    *(f"def function_{i}(x):\n    return x + {i}\n" for i in range(40)),
+]
 
 # What `nohup` and a shell in the background ignore, every process that a test starts would ignore as well.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -35,3 +45,23 @@ def short_run(byte_dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Pa
     more = ["train.steps=40", "optimizer.lr=1e-2", "evaluation.every=0", "checkpoint.every=0"]
     assert pretrain(1, arguments(byte_dataset, run_dir, *more)) == [(0, "")]
     return run_dir
+
+
+@pytest.fixture
+def documents() -> list[str]:
+    return list(DOCUMENTS)
+
+
+@pytest.fixture
+def write_dataset(tmp_path: Path) -> Callable[..., str]:
+    """Write a dataset without a sidecar, as Megatron-LM would: one array of ids per document."""
+
+    def write(name: str, documents: list[list[int]], vocab_size: int = 1000) -> str:
+        prefix = str(tmp_path / name)
+        writer = IndexedWriter(prefix, token_dtype(vocab_size))
+        for ids in documents:
+            writer.add(np.array(ids, token_dtype(vocab_size)), np.array([len(ids)], "<i4"))
+        writer.close()
+        return prefix
+
+    return write

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from megallama.config.schema import DataConfig
 from megallama.data.indexed import Tokens, idx_path
 from megallama.data.info import open_described
-from megallama.data.tokenizer import load_tokenizer
 from megallama.errors import UserError
+from megallama.text.tokenizer import load_tokenizer
 
 SCANNED_TOKENS = 50_000_000
 SAMPLED_STRETCHES, SAMPLED_TOKENS = 64, 1024
@@ -90,8 +90,8 @@ class DocumentSplit:
 
     def with_tokens(self) -> range | NDArray[np.int64]:
         """Numbers of the documents that hold a token, which those of a dataset made elsewhere may not all do."""
-        offsets = self.dataset.indexed.offsets[self.first_document : self.end_document + 1]
-        held = offsets[1:] > offsets[:-1]
+        lengths = self.dataset.indexed.offsets[self.first_document : self.end_document + 1].lengths()
+        held = np.concatenate([chunk > 0 for chunk in lengths])
         return (
             range(self.first_document, self.end_document) if held.all() else self.first_document + np.flatnonzero(held)
         )

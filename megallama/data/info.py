@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megallama.data.indexed import IndexedDataset, open_indexed, token_dtype
-from megallama.data.tokenizer_files import LARGEST_ID
 from megallama.errors import UserError
 from megallama.system.regular_file import read_regular
+from megallama.text.tokenizer_files import LARGEST_ID
 
 LARGEST_INFO = 64 << 20
 

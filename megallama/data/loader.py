@@ -18,7 +18,7 @@ from megallama.data.dataset import SCANNED_TOKENS, Split
 from megallama.data.masking import Masking, masking_of
 from megallama.data.sampler import micro_batch_indices
 from megallama.data.source import Source, Windows, open_set, open_source
-from megallama.data.tokenizer import Tokenizer, load_tokenizer
+from megallama.text.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megallama.config.schema import IGNORE_INDEX, RunConfig
-from megallama.data.tokenizer import Tokenizer
 from megallama.errors import UserError
+from megallama.text.tokenizer import Tokenizer
 
 REPLACED, RANDOM = 0.8, 0.1
 """Shares of the chosen tokens that become the mask token, or any token; the rest stays as it is."""

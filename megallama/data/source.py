@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from megallama.config.schema import IGNORE_INDEX, DataConfig
 from megallama.data.dataset import DocumentSplit, Split, check_lengths, sampled_ids, split_documents
 from megallama.data.sampler import Sampler, num_windows
-from megallama.data.tokenizer import load_tokenizer
 from megallama.errors import UserError
+from megallama.text.tokenizer import load_tokenizer
 
 
 class Source(Protocol):

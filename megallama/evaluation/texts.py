@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megallama.data.corpora import iterate_documents
+from megallama.corpus.corpora import iterate_documents
 from megallama.data.dataset import TokenDataset
 from megallama.data.indexed import bin_path, idx_path
-from megallama.data.surrogates import without_surrogates
-from megallama.data.tokenizer import Tokenizer
 from megallama.errors import UserError
+from megallama.text.surrogates import without_surrogates
+from megallama.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

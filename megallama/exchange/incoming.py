@@ -20,13 +20,13 @@ from megallama.checkpoint.tensors import Array
 from megallama.checkpoint.writing.beginning import write_beginning
 from megallama.config.load import apply_override, dump_config, load_config
 from megallama.config.schema import ModelConfig, RunConfig
-from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.errors import UserError
 from megallama.exchange.new_folder import new_folder
 from megallama.formats.folder import open_weights
 from megallama.formats.weights import Weights, check_shapes
 from megallama.layout.check import check_trained
 from megallama.layout.counts import count_parameters
+from megallama.text.tokenizer import Tokenizer, load_tokenizer
 
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _NOISE = 0.02

@@ -21,14 +21,14 @@ from megallama.checkpoint.reading.inspect import promised
 from megallama.checkpoint.state import check_causal, read_saved
 from megallama.checkpoint.tensors import Stored
 from megallama.config.schema import ModelConfig
-from megallama.data.hf_tokenizer import save_hugging_face
-from megallama.data.tokenizer import load_tokenizer
 from megallama.errors import UserError
 from megallama.exchange.model_card import model_card
 from megallama.exchange.new_folder import new_folder
 from megallama.formats.hugging_face import write_hugging_face
 from megallama.formats.meta import write_meta
 from megallama.formats.weights import llama_shapes
+from megallama.text.hf_tokenizer import save_hugging_face
+from megallama.text.tokenizer import load_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FORMATS = ("hf", "meta")

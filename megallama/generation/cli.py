@@ -45,9 +45,9 @@ def generate(
 
     Example: megallama generate runs/quickstart --prompt "def main(" --top-p 0.9 --seed 7
     """
-    from megallama.data.surrogates import without_surrogates
     from megallama.generation.generate import write
     from megallama.generation.load import load_here
+    from megallama.text.surrogates import without_surrogates
 
     text = _prompt(prompt, prompt_file)
     with load_here(path, device, dtype) as (loaded, first):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megallama.data.surrogates import without_surrogates
 from megallama.errors import UserError
 from megallama.generation.batch import Batch, Ended, Row
 from megallama.generation.load import Loaded
 from megallama.generation.sampling import Sampling
+from megallama.text.surrogates import without_surrogates
 
 ROWS = 32
 """Texts that are written at once."""

@@ -19,7 +19,6 @@ from megallama.checkpoint.reading.inspect import inspect, promised
 from megallama.checkpoint.state import check_causal, read_saved
 from megallama.config.load import parse_json, read_text
 from megallama.config.schema import ModelConfig
-from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.errors import UserError
 from megallama.formats.folder import open_weights
 from megallama.formats.hugging_face import CONFIG
@@ -29,6 +28,7 @@ from megallama.model.init import in_memory
 from megallama.model.llama import Llama, TensorParallelContext
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ALONE, Axis, build_mesh, pick_device
+from megallama.text.tokenizer import Tokenizer, load_tokenizer
 
 Read = Callable[[str], Tensor]
 """A tensor by its name in Hugging Face's LlamaForCausalLM: whole, on the CPU."""

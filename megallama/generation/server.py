@@ -24,7 +24,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from megallama.data.surrogates import without_surrogates
 from megallama.errors import UserError
 from megallama.generation.batch import Ended, Row
 from megallama.generation.chat import STOP, transcript
@@ -33,6 +32,7 @@ from megallama.generation.load import Loaded
 from megallama.generation.protocol import Asked, ChatCompletion, Completion, parse
 from megallama.generation.text import Stripped
 from megallama.generation.worker import RefusedError, Worker
+from megallama.text.surrogates import without_surrogates
 
 MOST_BODY = 16 << 20
 """Bytes of a request."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megallama.data.surrogates import without_surrogates
-from megallama.data.tokenizer import Tokenizer
+from megallama.text.surrogates import without_surrogates
+from megallama.text.tokenizer import Tokenizer
 
 _LOST = "\ufffd"
 _LONGEST_CHARACTER = 4

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from megallama.checkpoint.reading.store import put_aside
 from megallama.config.load import dump_config
 from megallama.config.schema import RunConfig
-from megallama.data.tokenizer import Tokenizer
 from megallama.errors import SharedError, UserError
 from megallama.hardware.measure import Peak
 from megallama.parallel.mesh import ParallelMesh, driver_versions
@@ -23,6 +22,7 @@ from megallama.parallel.plain import from_first
 from megallama.run_dir.metrics import WANDB_ID, Metrics, environment, open_metrics
 from megallama.run_dir.outcome import Reached, write_failure, write_outcome
 from megallama.system.lock import RunLock
+from megallama.text.tokenizer import Tokenizer
 
 
 @contextmanager

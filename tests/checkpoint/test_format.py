@@ -17,12 +17,12 @@ from megallama.checkpoint.reading.inspect import inspect
 from megallama.checkpoint.reading.store import load_weights
 from megallama.checkpoint.state import TrainState, read_saved
 from megallama.checkpoint.tensors import Stored
-from megallama.data.tokenizer import load_tokenizer
 from megallama.generation.generate import generate
 from megallama.generation.load import load_model
 from megallama.generation.sampling import Sampling
 from megallama.layout.counts import weight_shapes
 from megallama.parallel.spawn import run_ranks
+from megallama.text.tokenizer import load_tokenizer
 from megallama.verify.compare import events_of, train_losses
 from megallama.verify.verify import train_rank
 from tests.checkpoint.damaging import CHECKPOINT, FIXTURE, edit_manifest, flip

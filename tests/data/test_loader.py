@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megallama.config.schema import IGNORE_INDEX, DataConfig
-from megallama.data.build import build_dataset
+from megallama.corpus.build import build_dataset
 from megallama.data.dataset import SCANNED_TOKENS, TokenDataset, split_documents
 from megallama.data.indexed import bin_path, idx_path, index_bytes
 from megallama.data.loader import Loader, MicroBatch, prefetched
@@ -209,7 +209,7 @@ def test_an_unknown_id_far_into_a_large_dataset_is_refused_when_it_is_read(
 
 
 def test_another_tokenizer_than_the_dataset_was_made_with_is_refused(tmp_path: Path) -> None:
-    from megallama.data.tokenizer import tokenizer_from_ranks
+    from megallama.text.tokenizer import tokenizer_from_ranks
 
     tokenizer_from_ranks({bytes([i]): i for i in range(256)}).save(tmp_path / "tok")
     (tmp_path / "a.jsonl").write_text('{"text": "aaaaaaaaaaaa"}\n' * 20)
@@ -242,7 +242,7 @@ def test_a_missing_dataset_is_refused(tmp_path: Path) -> None:
 
 def test_the_data_package_knows_no_layer_above() -> None:
     code = (
-        "import sys, megallama.data.loader, megallama.data.cli, megallama.data.train_tokenizer;"
+        "import sys, megallama.data.loader, megallama.corpus.cli, megallama.corpus.train_tokenizer;"
         "above = {'megallama.parallel', 'megallama.model', 'megallama.train.engine', 'deepspeed'};"
         "sys.exit(bool(above & set(sys.modules)))"
     )
@@ -250,7 +250,7 @@ def test_the_data_package_knows_no_layer_above() -> None:
 
 
 def test_building_imports_no_torch() -> None:
-    code = "import sys, megallama.data.build, megallama.data.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, megallama.corpus.build, megallama.corpus.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

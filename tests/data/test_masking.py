@@ -14,8 +14,8 @@ import torch
 from megallama.config.schema import IGNORE_INDEX, RunConfig
 from megallama.data.loader import Loader, MicroBatch, open_data, prefetched
 from megallama.data.masking import Masking, masking_of
-from megallama.data.tokenizer import load_tokenizer
 from megallama.errors import UserError
+from megallama.text.tokenizer import load_tokenizer
 
 Write = Callable[..., str]
 EOD, MASK = 256, 257

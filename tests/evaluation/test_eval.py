@@ -17,14 +17,14 @@ from typer.testing import CliRunner
 
 from megallama.cli import app
 from megallama.config.schema import IGNORE_INDEX
-from megallama.data.build import build_dataset
+from megallama.corpus.build import build_dataset
 from megallama.data.indexed import IndexedWriter
-from megallama.data.tokenizer import ByteTokenizer
 from megallama.errors import UserError
 from megallama.evaluation.score import beginning, score, settings_for
 from megallama.evaluation.texts import Text, read_texts
 from megallama.evaluation.windows import stacked, windows
 from megallama.generation.load import Loaded, load_model
+from megallama.text.tokenizer import ByteTokenizer
 
 SHORT = "document 7 is about the number 49"
 LONG = "naïve text, 日本語 and 🙂, longer than a window of the model. " * 3
@@ -179,7 +179,7 @@ def test_what_cannot_be_scored(
     write(tmp_path, SHORT)
     Path("empty.jsonl").write_text('{"text": ""}\n')
     if words[0].startswith("other"):
-        from megallama.data.train_tokenizer import train_tokenizer
+        from megallama.corpus.train_tokenizer import train_tokenizer
 
         train_tokenizer(["text.jsonl"], "trained", 258)
         build_dataset(["text.jsonl"], "other", "trained", workers=1)

@@ -22,10 +22,10 @@ from megallama.checkpoint.writing.beginning import write_beginning
 from megallama.config.load import load_config
 from megallama.config.schema import ModelConfig
 from megallama.data.loader import open_data
-from megallama.data.tokenizer import load_tokenizer
 from megallama.exchange.incoming import import_folder
 from megallama.exchange.outgoing import export
 from megallama.layout.counts import count_parameters, weight_shapes
+from megallama.text.tokenizer import load_tokenizer
 from tests.exchange.foreign import LLAMA3, VARIANTS, meta_logits, our_llama, random_llama, save, write_meta_folder
 from tests.launching import ROOT, arguments, clean_environment, events, pretrain
 

@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 from megallama.checkpoint.format import TENSORS, complete_checkpoints
 from megallama.checkpoint.reading.store import load_weights
 from megallama.cli import app
-from megallama.data.tokenizer import load_tokenizer
 from megallama.errors import UserError
 from megallama.exchange.incoming import import_folder
 from megallama.exchange.outgoing import export
 from megallama.formats.folder import open_weights
 from megallama.generation.load import load_model
+from megallama.text.tokenizer import load_tokenizer
 from tests.checkpoint.damaging import flip, rewrite
 
 

@@ -10,9 +10,9 @@ import tiktoken
 from tokenizers import Tokenizer as Library
 from tokenizers import models, processors
 
-from megallama.data.tokenizer import ByteTokenizer, TiktokenTokenizer, Tokenizer, tokenizer_from_ranks
 from megallama.generation.load import begin_of_text
 from megallama.generation.text import Stripped, TextStream
+from megallama.text.tokenizer import ByteTokenizer, TiktokenTokenizer, Tokenizer, tokenizer_from_ranks
 
 TEXT = "naïve 日本語 🙂🏽 e\u0301 \n\t zażółć"
 PAIRS = tokenizer_from_ranks({**{bytes([i]): i for i in range(256)}, "日".encode()[:2]: 256, b" \xf0\x9f": 257})

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from megallama.config.schema import ModelConfig
-from megallama.data.tokenizer import ByteTokenizer
 from megallama.generation.batch import Batch, Row
 from megallama.generation.decoder import first_seen
 from megallama.generation.load import Loaded, build
@@ -18,6 +17,7 @@ from megallama.generation.sampling import Sampling
 from megallama.model.init import initialise
 from megallama.model.llama import Llama
 from megallama.parallel.mesh import ALONE, Axis
+from megallama.text.tokenizer import ByteTokenizer
 
 GREEDY = Sampling(temperature=0.0)
 WINDOW = 24

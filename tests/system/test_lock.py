@@ -20,12 +20,12 @@ from typer.testing import CliRunner
 
 from megallama.cli import app
 from megallama.cluster.cli import send
-from megallama.data.build import build_dataset
+from megallama.corpus.build import build_dataset
+from megallama.corpus.train_tokenizer import train_tokenizer
 from megallama.data.indexed import open_indexed
-from megallama.data.tokenizer import load_tokenizer
-from megallama.data.train_tokenizer import train_tokenizer
 from megallama.errors import UserError
 from megallama.system.lock import LOCK, Lock, Place, RunLock, beside, output_lock
+from megallama.text.tokenizer import load_tokenizer
 from tests.launching import ROOT
 from tests.plan.test_calibrate import made_run
 
@@ -186,7 +186,7 @@ def test_a_tokenizer_that_was_killed_half_way_is_trained_again(tmp_path: Path, m
     (tmp_path / "a.txt").write_text("some text, and more text\n" * 99)
     words = ([str(tmp_path / "a.txt")], str(tmp_path / "tok"))
     train_tokenizer(*words, 260)
-    monkeypatch.setattr("megallama.data.tokenizer.write_sidecar", lambda *_: pytest.fail("killed"))
+    monkeypatch.setattr("megallama.text.tokenizer.write_sidecar", lambda *_: pytest.fail("killed"))
     with pytest.raises(pytest.fail.Exception):
         train_tokenizer(*words, 261, force=True)
     monkeypatch.undo()

@@ -22,9 +22,9 @@ from torch import Tensor
 from megallama.checkpoint.format import complete_checkpoints
 from megallama.checkpoint.tensors import EXP_AVG, is_weight, moment_name
 from megallama.config.load import load_config
-from megallama.data.tokenizer import load_tokenizer
 from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import RankFailedError, run_ranks
+from megallama.text.tokenizer import load_tokenizer
 from megallama.train.lr_schedule import learning_rate
 from megallama.verify.compare import read_tensors
 from tests.launching import (

@@ -37,7 +37,7 @@ def build_command(
 
     Example: megallama data build stdlib --output data/stdlib --tokenizer data/tokenizer
     """
-    from megallama.data.build import build_dataset
+    from megallama.corpus.build import build_dataset
 
     begin = time.monotonic()
     info, reused = build_dataset(sources, output, tokenizer, workers=workers, text_field=text_field, force=force)
@@ -82,7 +82,7 @@ def train_command(
 
     Example: megallama tokenizer train stdlib --output data/tokenizer --vocab-size 4096
     """
-    from megallama.data.train_tokenizer import train_tokenizer
+    from megallama.corpus.train_tokenizer import train_tokenizer
 
     begin = time.monotonic()
     tokenizer, reused = train_tokenizer(sources, output, vocab_size, text_field=text_field, force=force)
@@ -99,7 +99,7 @@ def tokenizer_info_command(
 
     Example: megallama tokenizer info data/tokenizer
     """
-    from megallama.data.tokenizer import load_tokenizer
+    from megallama.text.tokenizer import load_tokenizer
 
     found = load_tokenizer(spec)
     facts = {

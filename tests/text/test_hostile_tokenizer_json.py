@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megallama.data.hf_tokenizer import HuggingFaceTokenizer, save_hugging_face
-from megallama.data.tokenizer import load_tokenizer, tokenizer_from_ranks
 from megallama.errors import UserError
-from tests.data.mutating import EDGES, PATTERNS, VALUES, Files, Mutation, bytes_changed, file_replaced, json_changed
-from tests.data.test_hostile_files import SAMPLE, lay_out, told
+from megallama.text.hf_tokenizer import HuggingFaceTokenizer, save_hugging_face
+from megallama.text.tokenizer import load_tokenizer, tokenizer_from_ranks
+from tests.corpus.mutating import EDGES, PATTERNS, VALUES, Files, Mutation, bytes_changed, file_replaced, json_changed
+from tests.corpus.test_hostile_files import SAMPLE, lay_out, told
 
 RULES, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SECTIONS = [

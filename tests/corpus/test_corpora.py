@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megallama.data import corpora
-from megallama.data.corpora import describe_source, iterate_documents, source_files
+from megallama.corpus import corpora
+from megallama.corpus.corpora import describe_source, iterate_documents, source_files
 from megallama.errors import UserError
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megallama.data.tokenizer import load_tokenizer
-from megallama.data.train_tokenizer import learn_ranks, train_tokenizer
+from megallama.corpus.train_tokenizer import learn_ranks, train_tokenizer
 from megallama.errors import UserError
+from megallama.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -32,7 +32,8 @@ def test_any_text_survives_and_merges_are_used(corpus: str, tmp_path: Path) -> N
 
 
 def test_the_same_corpus_gives_the_same_file_in_other_processes(corpus: str, tmp_path: Path) -> None:
-    code = "import sys; from megallama.data.train_tokenizer import *; train_tokenizer([sys.argv[1]], sys.argv[2], 330)"
+    imported = "import sys; from megallama.corpus.train_tokenizer import train_tokenizer"
+    code = f"{imported}; train_tokenizer([sys.argv[1]], sys.argv[2], 330)"
     for folder, threads in [("one", "1"), ("two", "4")]:
         environment = {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
         subprocess.run([sys.executable, "-c", code, corpus, str(tmp_path / folder)], env=environment, check=True)

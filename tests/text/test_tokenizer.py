@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import tiktoken
 
-from megallama.data.split_pattern import LLAMA3_PATTERN, R50K_PATTERN
-from megallama.data.tokenizer import (
+from megallama.errors import UserError
+from megallama.text.split_pattern import LLAMA3_PATTERN, R50K_PATTERN
+from megallama.text.tokenizer import (
     LONGEST_RUN,
     LONGEST_TEXT,
     load_tokenizer,
@@ -22,7 +23,6 @@ from megallama.data.tokenizer import (
     safe_pieces,
     tokenizer_from_ranks,
 )
-from megallama.errors import UserError
 
 TEXTS = ["", "plain", "naïve 日本語 🙂 \u0000\r\n\t", "<|endoftext|> <|begin_of_text|>", " \n  \n x", "é" * 100]
 

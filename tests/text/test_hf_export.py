@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 from transformers import AutoTokenizer
 
-from megallama.data.hf_tokenizer import save_hugging_face
-from megallama.data.split_pattern import LLAMA3_PATTERN
-from megallama.data.tokenizer import (
+from megallama.corpus.train_tokenizer import learn_ranks
+from megallama.text.hf_tokenizer import save_hugging_face
+from megallama.text.split_pattern import LLAMA3_PATTERN
+from megallama.text.tokenizer import (
     LONGEST_RUN,
     ByteTokenizer,
     TiktokenTokenizer,
@@ -26,7 +27,6 @@ from megallama.data.tokenizer import (
     rank_lines,
     tokenizer_from_ranks,
 )
-from megallama.data.train_tokenizer import learn_ranks
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = "naïve ÀÉÎ straße Ωμέγα Привет мир こんにちは世界 日本語 한국어 العربية עברית हिन्दी ไทย ²½٣٤Ⅷ "

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer as Library
 
-from megallama.data.byte_level import CONFIG_NAME, SPECIAL_NAME, TOKENIZER_NAME, config_files
-from megallama.data.surrogates import without_surrogates
-from megallama.data.tokenizer_files import LARGEST_ID, SIDECAR_NAME, parse_object, read_content, write_sidecar
 from megallama.errors import UserError
 from megallama.system.whole_file import put
+from megallama.text.byte_level import CONFIG_NAME, SPECIAL_NAME, TOKENIZER_NAME, config_files
+from megallama.text.surrogates import without_surrogates
+from megallama.text.tokenizer_files import LARGEST_ID, SIDECAR_NAME, parse_object, read_content, write_sidecar
 
 if TYPE_CHECKING:
-    from megallama.data.tokenizer import Tokenizer
+    from megallama.text.tokenizer import Tokenizer
 
 HF_FORMAT = "hugging_face"
 CHAT_NAME = "chat_template.jinja"

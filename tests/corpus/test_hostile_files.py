@@ -22,14 +22,14 @@ from typer.testing import CliRunner
 
 from megallama.cli import app
 from megallama.config.schema import DataConfig
-from megallama.data.build import build_dataset
+from megallama.corpus.build import build_dataset
 from megallama.data.dataset import TokenDataset
 from megallama.data.indexed import open_indexed
 from megallama.data.loader import Loader
 from megallama.data.source import open_source
-from megallama.data.tokenizer import load_tokenizer, rank_lines, tokenizer_from_ranks
 from megallama.errors import UserError
-from tests.data.mutating import (
+from megallama.text.tokenizer import load_tokenizer, rank_lines, tokenizer_from_ranks
+from tests.corpus.mutating import (
     EDGES,
     VALUES,
     WIDTHS,

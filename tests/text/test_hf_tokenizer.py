@@ -15,15 +15,15 @@ from tokenizers import Tokenizer as Library
 from tokenizers import models, normalizers, processors
 
 from megallama.config.schema import DataConfig
-from megallama.data.build import build_dataset
-from megallama.data.hf_tokenizer import save_hugging_face
+from megallama.corpus.build import build_dataset
 from megallama.data.source import open_source
-from megallama.data.tokenizer import load_tokenizer, tokenizer_from_ranks
 from megallama.errors import UserError
 from megallama.generation.generate import generate
 from megallama.generation.load import load_model
 from megallama.generation.sampling import Sampling
 from megallama.generation.text import TextStream
+from megallama.text.hf_tokenizer import save_hugging_face
+from megallama.text.tokenizer import load_tokenizer, tokenizer_from_ranks
 from tests.launching import arguments, pretrain
 
 TEXTS = ["", "plain", "naïve 日本語 🙂 \u0000\r\n\t", "<|endoftext|> </s> <s>", " \n  \n x", "é" * 100, "in the  end"]
@@ -218,7 +218,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, byte_level: Path, monkey
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(UserError, match="no regular file"):
         load_tokenizer(f"hf:{tmp_path}/fifo")
-    monkeypatch.setattr("megallama.data.tokenizer_files.LARGEST_FILE", 1000)
+    monkeypatch.setattr("megallama.text.tokenizer_files.LARGEST_FILE", 1000)
     with pytest.raises(UserError, match="more than 1,000 bytes"):
         load_tokenizer(f"hf:{byte_level}")
 

@@ -24,9 +24,9 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from megallama.data.surrogates import without_surrogates
 from megallama.errors import UserError
 from megallama.system.regular_file import open_regular
+from megallama.text.surrogates import without_surrogates
 
 STDLIB = "stdlib"
 STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"})

@@ -24,13 +24,13 @@ from typing import Any, Protocol
 
 import tiktoken
 
-from megallama.data.byte_level import byte_level_files
-from megallama.data.hf_tokenizer import HF_FORMAT, load_hugging_face, load_saved
-from megallama.data.split_pattern import LLAMA3_PATTERN, R50K_PATTERN, check_pattern
-from megallama.data.surrogates import without_surrogates
-from megallama.data.tokenizer_files import LARGEST_ID, SIDECAR_NAME, read_content, read_sidecar, write_sidecar
 from megallama.errors import UserError
 from megallama.system.whole_file import put
+from megallama.text.byte_level import byte_level_files
+from megallama.text.hf_tokenizer import HF_FORMAT, load_hugging_face, load_saved
+from megallama.text.split_pattern import LLAMA3_PATTERN, R50K_PATTERN, check_pattern
+from megallama.text.surrogates import without_surrogates
+from megallama.text.tokenizer_files import LARGEST_ID, SIDECAR_NAME, read_content, read_sidecar, write_sidecar
 
 END_OF_TEXT = "<|endoftext|>"
 RANKS_NAME = "ranks.tiktoken"

@@ -19,12 +19,12 @@ import pytest
 import zstandard
 from rich.console import Console
 
-from megallama.data import build
-from megallama.data.build import build_dataset
+from megallama.corpus import build
+from megallama.corpus.build import build_dataset
 from megallama.data.indexed import open_indexed
 from megallama.data.info import read_info
-from megallama.data.tokenizer import load_tokenizer
 from megallama.errors import UserError
+from megallama.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture

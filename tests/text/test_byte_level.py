@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-from megallama.data.byte_level import merges_of, oniguruma
-from megallama.data.hf_tokenizer import save_hugging_face
-from megallama.data.split_pattern import LLAMA3_PATTERN, R50K_PATTERN
-from megallama.data.tokenizer import ByteTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer, tokenizer_from_ranks
 from megallama.errors import UserError
+from megallama.text.byte_level import merges_of, oniguruma
+from megallama.text.hf_tokenizer import save_hugging_face
+from megallama.text.split_pattern import LLAMA3_PATTERN, R50K_PATTERN
+from megallama.text.tokenizer import ByteTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer, tokenizer_from_ranks
 
 BYTES = {bytes([i]): i for i in range(256)}
 CL100K_PATTERN = (

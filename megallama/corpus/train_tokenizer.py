@@ -14,18 +14,18 @@ from pathlib import Path
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 
-from megallama.data.byte_level import STAND_INS
-from megallama.data.corpora import describe_source, iterate_documents
-from megallama.data.tokenizer import (
+from megallama.corpus.corpora import describe_source, iterate_documents
+from megallama.errors import UserError, check_printable
+from megallama.system.lock import output_lock
+from megallama.system.whole_file import put, remove_leftovers
+from megallama.text.byte_level import STAND_INS
+from megallama.text.tokenizer import (
     RANKS_NAME,
     TiktokenTokenizer,
     load_tokenizer,
     tokenizer_from_ranks,
 )
-from megallama.data.tokenizer_files import SIDECAR_NAME
-from megallama.errors import UserError, check_printable
-from megallama.system.lock import output_lock
-from megallama.system.whole_file import put, remove_leftovers
+from megallama.text.tokenizer_files import SIDECAR_NAME
 
 # More text hardly changes the merges, and costs time and memory.
 TRAINING_CHARACTERS = 200_000_000

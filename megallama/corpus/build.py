@@ -30,7 +30,8 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from megallama.data.corpora import describe_source, iterate_documents
+from megallama.corpus.corpora import describe_source, iterate_documents
+from megallama.corpus.progress import Counter
 from megallama.data.indexed import (
     IndexedWriter,
     Tokens,
@@ -39,12 +40,11 @@ from megallama.data.indexed import (
     token_dtype,
 )
 from megallama.data.info import DatasetInfo, info_path, open_described
-from megallama.data.progress import Counter
-from megallama.data.tokenizer import Tokenizer, load_tokenizer
 from megallama.errors import UserError, check_printable
 from megallama.system.lock import Lock, beside, output_lock
 from megallama.system.signals import interrupt_later
 from megallama.system.whole_file import put, remove_leftovers, temporary
+from megallama.text.tokenizer import Tokenizer, load_tokenizer
 
 BLOCK_CHARACTERS = 2_000_000
 

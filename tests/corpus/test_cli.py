@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from megallama.data.cli import data_app, tokenizer_app
+from megallama.corpus.cli import data_app, tokenizer_app
 from megallama.errors import UserError
 
 

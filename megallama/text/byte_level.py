@@ -18,8 +18,8 @@ from typing import Any
 import tiktoken
 from tokenizers import Regex, pre_tokenizers
 
-from megallama.data.split_pattern import R50K_PATTERN, TRIAL_TEXTS
 from megallama.errors import UserError
+from megallama.text.split_pattern import R50K_PATTERN, TRIAL_TEXTS
 
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
