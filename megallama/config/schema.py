@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 from itertools import pairwise
-from math import prod
+from math import gcd, prod
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -338,6 +338,11 @@ class TrainConfig(Section):
     def batches(self) -> tuple[int, ...]:
         """Sequences per optimizer step, of the ramp's stages and of what follows, ever more."""
         return (*(stage.global_batch_size for stage in self.batch_ramp), self.global_batch_size)
+
+    @property
+    def common_batch(self) -> int:
+        """The largest number of sequences that divides them all."""
+        return gcd(*self.batches)
 
     @model_validator(mode="before")
     @classmethod

@@ -61,6 +61,18 @@ def batches_to(config: RunConfig, end: int, samples: int = 0) -> Iterator[tuple[
             samples += steps * batch
 
 
+def batches_of(config: RunConfig, tokens: float) -> list[tuple[int, int]]:
+    """(sequences of a step, how many such steps) of a run of so many tokens."""
+    return list(batches_to(config, math.ceil(tokens / config.data.sequence_length)))
+
+
+def steps_words(config: RunConfig, tokens: float) -> str:
+    """The arithmetic of the steps that so many tokens take, for a plan."""
+    if not config.train.batch_ramp:
+        return f"{tokens:.4g} tokens / {config.tokens_per_step}, up"
+    return " + ".join(f"{steps} of {batch}" for batch, steps in batches_of(config, tokens)) + " sequences"
+
+
 def samples_at_step(config: RunConfig, step: int, seen: Seen = NOTHING_SEEN) -> int:
     """Sequences consumed after `step` steps, of a run that is as far as `seen`, with as many steps or fewer."""
     left, samples = step - seen.step, seen.samples

@@ -105,7 +105,7 @@ def _nearest_batching(config: RunConfig, dp: int) -> str:
     def legal(copies: int, micro_batch: int) -> bool:
         return all(_cuts(config, batch, copies * micro_batch) for batch in train.batches)
 
-    dividing = divisors(math.gcd(*train.batches))
+    dividing = divisors(train.common_batch)
     if sizes := [size for size in dividing if size <= _FAR * train.micro_batch_size and legal(dp, size)]:
         return f"train.micro_batch_size={_or(_nearest(sizes, train.micro_batch_size))}"
     if copies := [count for count in dividing if count <= _FAR * dp and legal(count, train.micro_batch_size)]:

@@ -109,10 +109,7 @@ TAKEN = {
     "search": {*_RUN, "gpu", "price", "mfu", "software", "hardware", "tokens", "write", "sbatch", "explain", "as_json"},
     "plot": {*_RUN, "gpu", "hardware"},
     "run": {*_RUN, "gpu", "price", "mfu", "software", "hardware", "tokens", "explain", "as_json"},
-    "size": {
-        *("flops", "params", "tokens", "tokens_per_param", "gpus", "days", "vocab"),
-        *("gpu", "price", "mfu", "hardware", "as_json"),
-    },
+    "size": {*"flops params tokens tokens_per_param gpus days vocab gpu price mfu hardware as_json".split()},
 }
 """What each thing that can be asked has a use for."""
 NEEDED = (

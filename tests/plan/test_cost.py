@@ -42,8 +42,9 @@ def test_recomputation_counts_as_hardware_flops_only() -> None:
 
 def test_hours_and_energy_of_llama_65b_come_out_of_its_tokens_per_second() -> None:
     """1.4e12 tokens at 380 per second and GPU: 1,022,362 GPU hours, 449 MWh, 21 days (arXiv 2302.13971, table 15)."""
-    tokens = 2048 * 2048
-    found = run_cost(tokens, 2048, HARDWARE["a100-80g"], tokens / 2048 / 380, 1.4e12, price=2.0)
+    config = llama_8b("data.sequence_length=2048", "train.global_batch_size=2048")
+    seconds = config.tokens_per_step / 2048 / 380
+    found = run_cost(config, 2048, machine(HARDWARE["a100-80g"]), seconds, 1.4e12, price=2.0)
     assert found.gpu_hours == pytest.approx(1_022_362, rel=2e-3)
     assert found.energy_mwh == pytest.approx(449, rel=3e-3)
     assert found.hours / 24 == pytest.approx(20.8, abs=0.05)
@@ -51,10 +52,10 @@ def test_hours_and_energy_of_llama_65b_come_out_of_its_tokens_per_second() -> No
 
 
 def test_a_last_step_that_is_not_full_is_a_step() -> None:
-    assert run_cost(1000, 8, HARDWARE["h200"], 1.0, 3001).steps == 4
+    assert run_cost(llama_8b(), 8, machine(HARDWARE["h200"]), 1.0, 3 * 16 * 8192 + 1).steps == 4
 
 
 def test_what_is_not_known_is_left_out() -> None:
-    found = run_cost(1000, 8, HARDWARE["gh200-96g"], 1.0, 1e9)
+    found = run_cost(llama_8b(), 8, machine(HARDWARE["gh200-96g"]), 1.0, 1e9)
     assert (found.money, found.energy_mwh) == (None, None)
     assert speed(llama_8b(), 8, HARDWARE["h100-nvl"], 1.0).mfu_attainable is None
