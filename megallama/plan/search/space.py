@@ -80,8 +80,7 @@ def micro_batch_sizes(batch: int, dp: int) -> list[int]:
 
 def refusal(config: RunConfig, world_size: int) -> str | None:
     """Why training would refuse the layout, in the words of a class of layouts."""
-    parallel, layers = config.parallel, config.model.num_hidden_layers
-    each = chunks(parallel)
+    parallel, layers, each = config.parallel, config.model.num_hidden_layers, chunks(config.parallel)
     if parallel.pipeline * each > MOST_STAGES:
         return f"more than {MOST_STAGES} stages"
     if parallel.pipeline * each > layers:
