@@ -193,6 +193,24 @@ def test_fields_are_nested_and_short_documents_counted(tmp_path: Path) -> None:
     assert found == [(0, ["nested", "exact"], {"short": 1, "empty": 1, "missing field": 1})]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.zst"])
+def test_the_rest_of_a_block_of_blank_lines_is_left_out(tmp_path: Path, suffix: str) -> None:
+    content = b'{"text": "a"}\n' + b"\n" * 1_000_001 + b'{"text": "b"}\n' + b" " * (15 << 20) + b'\n{"text": "c"}\n'
+    (tmp_path / f"a.{suffix}").write_bytes(content if suffix == "jsonl" else zstandard.compress(content))
+    assert read(tmp_path / f"a.{suffix}") == [(0, ["a"], {"bomb": 1})]
+
+
+def test_what_stands_before_the_cut_is_read(tmp_path: Path) -> None:
+    """Of one frame of many zstd blocks, all whole ones."""
+    texts = [Random(number).randbytes(500).hex() for number in range(1000)]
+    packed = zstandard.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    (tmp_path / "a.jsonl.zst").write_bytes(packed[:-100])
+    [(_, found, left_out)] = read(tmp_path / "a.jsonl.zst")
+    assert found == texts[: len(found)]
+    assert len(found) > 800
+    assert left_out == {"damaged stream": 1}
+
+
 def test_text_without_blank_lines_is_not_held(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes((b"one " * 1000 + b"\n") * (17 << 10) + b"\nrest\n")
