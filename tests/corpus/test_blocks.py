@@ -91,7 +91,9 @@ def test_shares_are_the_whole_whatever_the_lines_hold(tmp_path: Path) -> None:
             ("garbled.jsonl.zst", framed[: len(framed) // 2] + b"\x28\xb5\x2f\xfd" + random.randbytes(40)),
         ]:
             (tmp_path / name).write_bytes(packed)
-            kinds.update(kind for block in check_shares(tmp_path / name) for kind in block[2])
+            found = check_shares(tmp_path / name)
+            kinds.update(kind for block in found for kind in block[2])
+            assert sum(block[2].get("damaged stream", 0) for block in found) <= 1
         assert read(tmp_path / "a.jsonl.gz") == read(tmp_path / "a.jsonl.zst")
     assert kinds - {"long window"} == {"empty", "not JSON", "not UTF-8", "too long", "damaged stream", "bomb"}
 
@@ -191,6 +193,24 @@ def test_fields_are_nested_and_short_documents_counted(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, records)))
     found = read(path, text_field="a.b", least_characters=4)
     assert found == [(0, ["nested", "exact"], {"short": 1, "empty": 1, "missing field": 1})]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.zst"])
+def test_the_rest_of_a_block_of_blank_lines_is_left_out(tmp_path: Path, suffix: str) -> None:
+    content = b'{"text": "a"}\n' + b"\n" * 1_000_001 + b'{"text": "b"}\n' + b" " * (15 << 20) + b'\n{"text": "c"}\n'
+    (tmp_path / f"a.{suffix}").write_bytes(content if suffix == "jsonl" else zstandard.compress(content))
+    assert read(tmp_path / f"a.{suffix}") == [(0, ["a"], {"bomb": 1})]
+
+
+def test_what_stands_before_the_cut_is_read(tmp_path: Path) -> None:
+    """Of one frame of many zstd blocks, all whole ones."""
+    texts = [Random(number).randbytes(500).hex() for number in range(1000)]
+    packed = zstandard.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    (tmp_path / "a.jsonl.zst").write_bytes(packed[:-100])
+    [(_, found, left_out)] = read(tmp_path / "a.jsonl.zst")
+    assert found == texts[: len(found)]
+    assert len(found) > 800
+    assert left_out == {"damaged stream": 1}
 
 
 def test_text_without_blank_lines_is_not_held(tmp_path: Path) -> None:
