@@ -229,7 +229,7 @@ class _Building:
         total = sum(unit.bytes // count for unit, (_, count) in self._work)
         for unit, (number, count) in self._work:
             for block in standing.get(unit.key, ()):
-                if shard := self._shards.read(unit, block):
+                if shard := self._shards.read_again(unit, block):
                     self._stands(unit.key, block, shard.counts)
             there = frozenset(self._there[unit.key])
             blocks = self._shards.noted(unit, "blocks")

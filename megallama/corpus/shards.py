@@ -30,8 +30,13 @@ class Shards:
         self._recipe = recipe
 
     def read(self, unit: Unit, number: int) -> Shard | None:
-        """The shard of a block; None if there is none, it is damaged, or it lacks what this build must not skip."""
-        shard = read_shard(shard_path(self.folder, unit, number), self._recipe.dtype, hashed=self._recipe.deduplicate)
+        """The shard of a block; None if there is none or it is damaged."""
+        path = shard_path(self.folder, unit, number)
+        return read_shard(path, self._recipe.dtype, hashed=self._recipe.deduplicate)
+
+    def read_again(self, unit: Unit, number: int) -> Shard | None:
+        """The shard that an earlier command left; also None if that skipped what this one must not."""
+        shard = self.read(unit, number)
         if shard and self._recipe.reading.on_error == "stop" and not BY_RULE.issuperset(shard.counts.left_out):
             return None
         return shard
