@@ -43,6 +43,22 @@ def test_a_build_ends_in_one_sentence_and_goes_on_later(moment: str, tmp_path: P
     assert f"{LINES:,} documents" in ended.out
 
 
+def test_a_build_that_is_told_to_end_does_so_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text("\n".join([json.dumps({"text": "said again " * 30})] * LINES))
+    words = ["data", "build", str(tmp_path / "text.jsonl"), "--output", str(tmp_path / "corpus"), "--workers", "2"]
+    with (tmp_path / "err").open("w") as err:
+        process = subprocess.Popen([str(BIN / "megallama"), *words], env=clean_environment(tmp_path), stderr=err)
+    try:
+        wait_for(lambda: len(processes_of(tmp_path)) >= 4)  # with that which multiprocessing tracks resources by
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == -signal.SIGTERM
+        assert outliving(tmp_path, 30.0) == []
+    finally:
+        kill_all(tmp_path)
+        process.wait()
+    assert (tmp_path / "err").read_text() == ""
+
+
 def test_other_commands_end_in_one_sentence(tmp_path: Path) -> None:
     """Here one whose output nobody takes, which begins to write it and waits."""
     taken, given = os.pipe()
