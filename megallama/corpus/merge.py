@@ -34,14 +34,16 @@ def merge_parts(prefix: str, *, force: bool = False) -> tuple[DatasetInfo, bool]
     check_prefix(prefix)
     with stopped_builds_explained(prefix, 1), ExitStack() as locks:
         lock = locks.enter_context(output_lock(beside(Path(prefix)), f"PREFIX {prefix}", "PREFIX"))
-        folders = _folders(prefix)
+        found = _folders(prefix)
+        folders = [folder for folder in found if any(folder.iterdir())]
         if not folders and idx_path(prefix).exists() and (info := open_described(prefix)[1]):
+            _remove(found)
             return info, True
-        for folder in folders:
+        for folder in found:
             locks.enter_context(output_lock(beside(folder), f"part {folder}", "PREFIX"))
         recipe = _recipe(folders, prefix)
         if not force and (standing := standing_dataset(prefix, recipe)):
-            _remove(folders)  # the merge that made it was stopped
+            _remove(found)  # the merge that made it was stopped
             return standing, True
         merging = _Merging(_all_parts(folders, prefix), recipe)
         info = join(merging.in_order, recipe, merging.hashes, prefix, Path(prefix).parent, lock)

@@ -216,7 +216,7 @@ def test_a_broken_source_loses_nothing_else(
     command, prefix = ([str(good), str(bad)], str(tmp_path / "d"), "bytes"), str(tmp_path / "d")
     with pytest.raises(UserError, match=r"b\.jsonl:2 has a number in field 'text'"):
         build_dataset(*command, workers=workers)
-    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "b.jsonl", "d.parts"}
+    assert {path.name for path in tmp_path.iterdir()} - {"d.parts"} == {"a.jsonl", "b.jsonl"}
     write_unseen(good, '{"text": "GOOD"}\n' * 9)
     info, _ = build_dataset(*command, workers=1, reading=Reading(on_error="skip"))
     assert (info.documents, info.left_out) == (11, {"empty": 1, "not text": 1})

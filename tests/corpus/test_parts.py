@@ -13,11 +13,13 @@ import zstandard
 from typer.testing import CliRunner
 
 from megallama.cli import app
-from megallama.corpus import json_lines, merge, recipe
+from megallama.corpus import build, json_lines, merge, recipe
 from megallama.corpus.blocks import Reading
 from megallama.corpus.build import build_dataset, build_part
 from megallama.corpus.merge import merge_parts
+from megallama.corpus.workers import Here
 from megallama.errors import UserError
+from megallama.text.tokenizer import ByteTokenizer
 
 
 @pytest.fixture
@@ -60,6 +62,18 @@ def test_merged_parts_are_the_bytes_of_one_build(
     assert not list(tmp_path.glob("*.part*"))
     assert merge_parts(str(prefix)) == (info, True)
     assert build_dataset(sources, str(prefix), "bytes", deduplicate=deduplicate) == (info, True)
+
+
+def test_workers_share_the_blocks_of_a_part(
+    sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other in this process, where the blocks are small."""
+    build_dataset(sources, str(tmp_path / "whole"), "bytes", workers=1)
+    monkeypatch.setattr(build, "Workers", lambda tasks, job, count: Here(tasks, job, ByteTokenizer()))
+    for part in range(2):
+        build_part(sources, str(tmp_path / "d"), "bytes", (part, 2), workers=3)
+    merge_parts(str(tmp_path / "d"))
+    assert content(tmp_path / "d") == content(tmp_path / "whole")
 
 
 def test_every_part_has_something_to_do(sources: list[str], tmp_path: Path) -> None:

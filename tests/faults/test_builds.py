@@ -115,12 +115,16 @@ what, folder = sys.argv[1], Path(sys.argv[2])
 recipe.UNIT_BYTES = 100
 source = [str(folder / "text")]
 
+def build_parts(prefix):
+    for part in (0, 1):
+        build_part(source, prefix, "bytes", (part, 2), workers=1, deduplicate=True)
+
 def make(prefix):
     if what == "build":
         build_dataset(source, prefix, "bytes", workers=1, deduplicate=True)
-    else:
-        for part in (0, 1):
-            build_part(source, prefix, "bytes", (part, 2), workers=1, deduplicate=True)
+    if what == "parts":
+        build_parts(prefix)
+    if what != "build":
         merge_parts(prefix)
 
 def forked(prefix, left):
@@ -140,11 +144,13 @@ def forked(prefix, left):
 def content(prefix):
     return [Path(f"{prefix}.{suffix}").read_bytes() for suffix in ("bin", "idx", "json")]
 
-make(str(folder / "whole"))
+build_dataset(source, str(folder / "whole"), "bytes", workers=1, deduplicate=True)
 killed = 0
 while True:
     home = folder / "home"
     home.mkdir()
+    if what == "merge":
+        build_parts(str(home / "d"))
     code = forked(str(home / "d"), killed + 1)
     if code == 0:
         break
@@ -159,7 +165,7 @@ print(killed)
 """
 
 
-@pytest.mark.parametrize(("what", "least"), [("build", 40), ("parts", 80)])
+@pytest.mark.parametrize(("what", "least"), [("build", 40), ("parts", 80), ("merge", 20)])
 def test_killed_before_any_operation_on_the_disk_and_repeated(what: str, least: int, tmp_path: Path) -> None:
     """Each in turn, where chance would hardly hit the short ones."""
     (tmp_path / "text").mkdir()

@@ -25,6 +25,7 @@ def random_unicode(random: Random, length: int) -> str:
 def texts() -> list[str]:
     random, code = Random(3), Path(__file__).read_text()
     found = ["", " ", "\0", "\ufeff\r\n", "<|endoftext|><|end_of_text|>", "\ud83d\ude42 \ude42\ud83d", code, code * 20]
+    found += [(code[begin:] + code) * 10 for begin in range(8)]
     found += [random_unicode(random, random.randint(1, 400)) for _ in range(100)]
     found += [character * 60_000 for character in "a \n日🙂1!"]
     found += ["ab" * 30_000 + " " * 30_000 + code, "\ud800" * 30_000]
