@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megallama.config.schema import DataConfig
 from megallama.data.indexed import Tokens, idx_path
@@ -87,6 +88,14 @@ class DocumentSplit:
         offsets = self.dataset.indexed.offsets
         return self.dataset.indexed.tokens[offsets[self.first_document] : offsets[self.end_document]]
 
+    def with_tokens(self) -> range | NDArray[np.int64]:
+        """Numbers of the documents that hold a token, which those of a dataset made elsewhere may not all do."""
+        offsets = self.dataset.indexed.offsets[self.first_document : self.end_document + 1]
+        held = offsets[1:] > offsets[:-1]
+        return (
+            range(self.first_document, self.end_document) if held.all() else self.first_document + np.flatnonzero(held)
+        )
+
 
 def split_documents(config: DataConfig) -> dict[Split, DocumentSplit]:
     """The train split, and the validation split if the config asks for one.
@@ -130,4 +139,8 @@ def check_lengths(config: DataConfig, splits: Mapping[Split, DocumentSplit]) -> 
         raise UserError(
             f"data.sequence_length={config.sequence_length} is longer than the data: the {name} split of "
             f"{splits[name].dataset.prefix} has {num_tokens} tokens and a sample takes sequence_length + 1; {fix}"
+        )
+    if num_tokens == 0:
+        raise UserError(
+            f"the {name} split of {splits[name].dataset.prefix} has no tokens; add documents that have some"
         )

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from megallama.config.schema import IGNORE_INDEX, RunConfig
-from megallama.data.dataset import Split
+from megallama.data.dataset import SCANNED_TOKENS, Split
 from megallama.data.masking import Masking, masking_of
 from megallama.data.sampler import micro_batch_indices
-from megallama.data.source import Source, open_set, open_source
+from megallama.data.source import Source, Windows, open_set, open_source
 from megallama.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -126,7 +126,9 @@ def open_data(config: RunConfig, dp_rank: int, dp_size: int) -> RunData:
     tokenizer = load_tokenizer(data.tokenizer)
     masking = masking_of(config, tokenizer)
 
-    def loader(source: Source) -> Loader:
+    def loader(source: Windows) -> Loader:
+        if masking is not None:  # here, before a run directory is written; what lies further on is met when it is read
+            masking.check_ids(source.split.tokens[:SCANNED_TOKENS], f"the data of {source.split.dataset.prefix}")
         return Loader(source, train.micro_batch_size, train.global_batch_size, dp_rank, dp_size, masking)
 
     def open_split(split: Split) -> Loader:

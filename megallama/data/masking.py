@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,11 +45,7 @@ class Masking:
         Labels are the ids of the chosen places, and IGNORE_INDEX elsewhere: everywhere if all are ends of documents.
         UserError for an id that is not the tokenizer's.
         """
-        if (highest := int(ids.max())) >= self.mask_id:
-            raise UserError(
-                f"the data hold the id {highest}, and data.tokenizer has {self.mask_id} ids, of which the next is the "
-                "mask token; set data.tokenizer to the tokenizer of the data, or train.objective=causal"
-            )
+        self.check_ids(ids)
         # The low counter word belongs to the stream itself.
         counter = np.array([0, 0, sample, 0], dtype=np.uint64)
         random = np.random.Generator(np.random.Philox(key=self._key, counter=counter))
@@ -59,6 +56,14 @@ class Masking:
         at_random = chosen & (fate >= REPLACED) & (fate < REPLACED + RANDOM)
         seen[at_random] = (other[at_random] * self.mask_id).astype(np.int64)
         return seen, np.where(chosen, ids, IGNORE_INDEX)
+
+    def check_ids(self, ids: NDArray[np.integer[Any]], whose: str = "the data") -> None:
+        """UserError if some of these ids are not the tokenizer's: they would be the mask token, or beyond it."""
+        if (highest := int(ids.max())) >= self.mask_id:
+            raise UserError(
+                f"{whose} hold the id {highest}, and data.tokenizer has {self.mask_id} ids, of which the next is the "
+                "mask token; set data.tokenizer to the tokenizer of the data, or train.objective=causal"
+            )
 
 
 def masking_of(config: RunConfig, tokenizer: Tokenizer) -> Masking | None:

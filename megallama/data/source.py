@@ -77,23 +77,26 @@ class Documents(Windows):
     """One document per sample, behind the end of another: cut off at the sequence length, or filled up behind."""
 
     eod_id: int
+    documents: range | NDArray[np.int64]
+    """The numbers of those that are samples, which are all that hold a token."""
 
     @property
     def samples_per_epoch(self) -> int:
-        return self.split.end_document - self.split.first_document
+        return len(self.documents)
 
     def sample(self, number: int) -> NDArray[np.int64]:
         place = self.sampler.window(number) if self.sampler else number % self.samples_per_epoch
-        document = self.split.dataset.indexed.document(self.split.first_document + place)[: self.sequence_length]
+        document = self.split.dataset.indexed.document(int(self.documents[place]))[: self.sequence_length]
         self.split.dataset.check_ids(document, self.vocab_size)
         row = np.full(self.sequence_length + 1, IGNORE_INDEX)
         row[0], row[1 : len(document) + 1] = self.eod_id, document
         return row
 
     def fingerprint(self, sequence_length: int) -> str:
-        return hashlib.sha256(
-            f"{super().fingerprint(sequence_length)}/one document behind {self.eod_id}".encode()
-        ).hexdigest()
+        empty = self.split.end_document - self.split.first_document - self.samples_per_epoch
+        left_out = f"/{empty} empty left out" if empty else ""
+        parts = f"{super().fingerprint(sequence_length)}/one document behind {self.eod_id}{left_out}"
+        return hashlib.sha256(parts.encode()).hexdigest()
 
 
 def open_source(config: DataConfig, split: Split, seed: int, vocab_size: int) -> Windows:
@@ -123,7 +126,8 @@ def _samples(found: DocumentSplit, config: DataConfig, vocab_size: int, seed: in
     found.dataset.check_tokenizer(config.tokenizer)
     found.dataset.check_vocabulary(vocab_size)
     one, length, info = config.pack == "one", config.sequence_length, found.dataset.info
-    count = found.end_document - found.first_document if one else num_windows(len(found.tokens), length)
+    documents = found.with_tokens() if one else range(0)
+    count = len(documents) if one else num_windows(len(found.tokens), length)
     sampler, eod_id = None if seed is None else Sampler(count, seed), -1
     if one or config.eod_mask_loss:
         eod_id = info.eod_id if info else load_tokenizer(config.tokenizer).eod_id
@@ -134,5 +138,5 @@ def _samples(found: DocumentSplit, config: DataConfig, vocab_size: int, seed: in
         )
     masked_id = eod_id if config.eod_mask_loss else None
     if one:
-        return Documents(found, length, vocab_size, masked_id, sampler, eod_id)
+        return Documents(found, length, vocab_size, masked_id, sampler, eod_id, documents)
     return Windows(found, length, vocab_size, masked_id, sampler)

@@ -143,6 +143,8 @@ def loop(run: Run, state: TrainState) -> Ending:
         if evaluate_now and ending is None:
             state, finite = evaluate_splits(run, state)
             healthy = healthy and finite
+            decision = replace(decision, stop=run.requests.stop)  # one that came meanwhile has ended the evaluation
+            ending = None if last else ending_after(run, state, skipped, decision)
         if save_now or decision.save or decision.stop is not None:
             healthy = save_checkpoint(run, state, loss, healthy=healthy)
     return finish(run, state, loss, ending, healthy)
@@ -206,7 +208,8 @@ def finish(run: Run, state: TrainState, loss: Tensor, ending: Ending | None, hea
 def train_step(run: Run, batches: list[MicroBatch], lr: float) -> tuple[Tensor, StepResult]:
     """One optimizer step; the loss is this rank's share of the token mean over the global batch."""
     # The engine averages over data-parallel ranks; a token mean is the sum over all of them by the count of all.
-    scale = run.mesh.data.size / count_labels(batches, run.mesh)
+    # Where no label counts, the loss is 0 and so is the gradient.
+    scale = run.mesh.data.size / count_labels(batches, run.mesh).clamp(min=1)
     loss = run.engine.forward_backward(on_device(batches, run.mesh.device), scale)
     return loss, run.engine.step(lr)
 
@@ -232,11 +235,15 @@ def on_device(batches: list[MicroBatch], device: torch.device) -> Iterator[tuple
 def evaluate_splits(run: Run, state: TrainState) -> tuple[TrainState, bool]:
     """Loss and perplexity on train, validation and named sets, and whether all are finite; validation's in the state.
 
-    Every rank must call it.
+    Those that have not begun when the run is asked to stop are left out. Every rank must call it.
     """
     run.watchdog.now("evaluation")
     finite = True
     for split, data in run.data.evaluated.items():
+        stop = run.requests.came(saving=run.saver.busy)
+        if stop is not None:
+            run.metrics.write("notice", text=f"the evaluation of step {state.step} ends before {split}, for {stop}")
+            break
         loss = evaluate(run.engine, data, run.config.evaluation.samples, run.mesh)
         run.metrics.write("eval", step=state.step, split=split, loss=loss, perplexity=math.exp(min(loss, 700.0)))
         finite = finite and math.isfinite(loss)

@@ -56,6 +56,8 @@ class StopRequests:
         self._save_seconds, self._measured = save_bytes / _UNMEASURED_BYTES_PER_SECOND, False
         self._agreed: float | None = None
         self._longest_round = 0.0
+        self.stop: str | None = None
+        """The first reason to save and leave that the ranks have agreed on."""
         if mesh.rank == 0:
             for name in (STOP_FILE, SAVE_FILE):
                 _forget(run_dir / name)
@@ -75,25 +77,44 @@ class StopRequests:
         if self._agreed is not None:  # since then there was a step, and perhaps an evaluation and a copy for a save
             self._longest_round = max(self._longest_round, now - self._agreed)
         self._agreed = now
-        needed = self._longest_round + self._save_seconds * (2 if saving else 1)
-        late = self._deadline is not None and now + needed > self._deadline
         lost = self._lock.lost() if self._lock is not None else None
         mine = [
-            self._launch.signals.asked,
-            self._launch.launcher.gone(),
-            first and (self._dir / STOP_FILE).exists(),
-            first and late,
+            *self._stops(self._longest_round, saving),
             first and (self._dir / SAVE_FILE).exists(),
             give_up,
             lost is not None,
         ]
         *stops, save, give_up, any_lost = _union(mine, self._mesh)
-        if first and stops[2]:
-            (self._dir / STOP_FILE).unlink(missing_ok=True)
+        self._take(stops)
         if first and save:
             (self._dir / SAVE_FILE).unlink(missing_ok=True)
+        return StopDecision(self.stop, save, give_up, (lost or f"{self._dir} is gone") if any_lost else None)
+
+    def came(self, *, saving: bool) -> str | None:
+        """The reason for which what can wait is to be left out now, None to go on with it; not one agreed on before.
+
+        The same on all ranks, each of which must call it; the clock is one when the time that is left is for a save.
+        """
+        return self._take(_union(self._stops(0.0, saving), self._mesh))
+
+    def _stops(self, seconds: float, saving: bool) -> list[bool]:
+        """Which of REASONS this rank knows of, where that many seconds pass before the last save."""
+        first = self._mesh.rank == 0
+        needed = seconds + self._save_seconds * (2 if saving else 1)
+        return [
+            self._launch.signals.asked,
+            self._launch.launcher.gone(),
+            first and (self._dir / STOP_FILE).exists(),
+            first and self._deadline is not None and time.monotonic() + needed > self._deadline,
+        ]
+
+    def _take(self, stops: list[bool]) -> str | None:
+        """Keep the first reason, and answer the file that asks."""
+        if self._mesh.rank == 0 and stops[2]:
+            (self._dir / STOP_FILE).unlink(missing_ok=True)
         reason = next((reason for reason, asked in zip(REASONS, stops, strict=True) if asked), None)
-        return StopDecision(reason, save, give_up, (lost or f"{self._dir} is gone") if any_lost else None)
+        self.stop = self.stop or reason
+        return reason
 
 
 def _forget(request: Path) -> None:

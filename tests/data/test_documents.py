@@ -48,6 +48,20 @@ def test_every_document_comes_once_in_an_epoch_in_an_order_of_its_own(config: Da
     assert found[:6] != found[6:] != [whole(document) for document in DOCUMENTS[:6]]
 
 
+def test_documents_without_a_token_are_no_samples(config: DataConfig, write_dataset: Callable[..., str]) -> None:
+    empty: list[int] = []
+    holey = [empty, *DOCUMENTS[:3], empty, empty, *DOCUMENTS[3:6], empty, DOCUMENTS[6], empty, DOCUMENTS[7], empty]
+    prefix = write_dataset("holey", holey)
+    with_holes = config.model_copy(update={"path": prefix, "validation_fraction": 4 / 14})
+    assert rows(with_holes, samples=12) == rows(config, samples=12)
+    assert rows(with_holes, "validation", 4) == rows(config, "validation", 4)
+    source = open_source(with_holes, "train", 5, 257)
+    assert source.samples_per_epoch == 6
+    assert source.fingerprint(LENGTH) != open_source(config, "train", 5, 257).fingerprint(LENGTH)
+    with pytest.raises(UserError, match=r"the validation split of .*holey has no tokens"):
+        open_source(with_holes.model_copy(update={"validation_fraction": 1 / 14}), "train", 5, 257)
+
+
 def test_samples_of_documents_are_other_data_than_windows(config: DataConfig) -> None:
     windows = open_source(config.model_copy(update={"pack": "all"}), "train", 5, 257)
     assert open_source(config, "train", 5, 257).fingerprint(LENGTH) != windows.fingerprint(LENGTH)
@@ -69,6 +83,23 @@ def test_the_loss_is_the_mean_over_the_tokens_of_documents_at_every_layout(byte_
         found.append([event["loss"] for event in events(tmp_path / name, "train")])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
     assert all(math.isfinite(loss) for loss in found[0])
+
+
+def test_a_step_in_which_no_label_counts_has_a_loss_of_0(write_dataset: Callable[..., str], tmp_path: Path) -> None:
+    """Four documents of twelve are more than an end: of six steps of two samples, two or more are ends alone."""
+    prefix = write_dataset("ends", [[*range(number, number + 9), EOD] if number < 4 else [EOD] for number in range(12)])
+    words = ["data.pack=one", "data.eod_mask_loss=true", "evaluation.samples=12", "train.steps=6"]
+    words += ["train.micro_batch_size=1", "train.global_batch_size=2", "data.validation_fraction=0"]
+    found = []
+    for ranks, layout in ((1, []), (2, []), (2, ["parallel.pipeline=2"]), (1, ["zero.stage=3", "train.dtype=bf16"])):
+        run_dir = tmp_path / f"run-{len(found)}"
+        assert pretrain(ranks, arguments(prefix, run_dir, *words, *layout)) == [(0, "")] * ranks
+        found.append([(event["loss"], event["grad_norm"]) for event in events(run_dir, "train")])
+        assert not events(run_dir, "skip")
+    for steps in found:
+        assert [step == (0.0, 0.0) for step in steps] == [step == (0.0, 0.0) for step in found[0]]
+        assert [loss for loss, _ in steps] == pytest.approx([loss for loss, _ in found[0]], rel=0.01)
+    assert {(0.0, 0.0)} < set(found[0])
 
 
 def test_a_position_in_documents_is_that_of_one_length(byte_dataset: str, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from megallama.config.load import load_config
 from megallama.config.schema import IGNORE_INDEX
 from megallama.corpus.build import build_dataset
 from megallama.corpus.train_tokenizer import train_tokenizer
+from megallama.data.indexed import IndexedWriter, token_dtype
 from megallama.data.loader import open_data
 from megallama.errors import UserError
 from megallama.generation.load import load_model
@@ -26,7 +27,7 @@ from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import run_ranks
 from megallama.train.start import start
 from tests.checkpoint.damaging import edit
-from tests.launching import arguments, events, pretrain
+from tests.launching import arguments, events, pretrain, tree
 
 MASKED = ["train.objective=masked", "model.vocab_size=258"]
 
@@ -152,3 +153,17 @@ def test_another_mask_token_is_another_position(byte_dataset: str, tmp_path: Pat
     ((code, said),) = pretrain(1, [*words, f"data.tokenizer={tmp_path}/larger", "train.stop_after=2"])
     assert code == 2
     assert "is not that of the checkpoint" in said
+
+
+def test_ids_beyond_the_tokenizer_are_refused_before_anything_is_written(byte_dataset: str, tmp_path: Path) -> None:
+    """Data made elsewhere: their 257 would be taken for the mask token."""
+    writer = IndexedWriter(str(tmp_path / "foreign"), token_dtype(258))
+    writer.add(np.arange(258, dtype=token_dtype(258)).repeat(9), np.full(9, 258, "<i4"))
+    writer.close()
+    before = tree(tmp_path)
+    for data in ([f"data.path={tmp_path / 'foreign'}"], [f"evaluation.sets.web={tmp_path / 'foreign'}"]):
+        ((code, said),) = pretrain(1, arguments(byte_dataset, tmp_path / "run", *MASKED, *data))
+        assert (code, tree(tmp_path)) == (2, before)
+        assert said.startswith(
+            f"megallama: the data of {tmp_path / 'foreign'} hold the id 257, and data.tokenizer has "
+        )

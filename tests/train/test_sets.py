@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from megallama.checkpoint.format import complete_checkpoints
 from megallama.checkpoint.health import is_healthy
 from megallama.checkpoint.state import read_saved
 from megallama.config.load import load_config
+from megallama.config.schema import IGNORE_INDEX
 from megallama.corpus.build import build_dataset
 from megallama.data.indexed import IndexedWriter, token_dtype
-from tests.launching import arguments, events, losses, pretrain, tree
+from megallama.data.loader import open_data
+from tests.launching import CONFIG, arguments, events, losses, pretrain, tree
 from tests.parallel.test_agreement import apart, assert_refused_together
 from tests.test_bad_input import assert_refused_by_all
 
@@ -80,6 +83,29 @@ def test_four_ranks_evaluate_as_one(objective: list[str], folder: Path, byte_dat
         assert evaluated(tmp_path / "4", name) == pytest.approx(evaluated(tmp_path / "1", name), rel=1e-5)
 
 
+@pytest.mark.parametrize("objective", [[], MASKED], ids=["causal", "masked"])
+def test_ranks_share_the_samples_of_a_set(
+    objective: list[str], folder: Path, byte_dataset: str, tmp_path: Path
+) -> None:
+    """Each comes once over all of them, also where micro-batches do not divide the samples."""
+
+    def labels(size: int, dp: int, samples: int) -> list[list[list[int]]]:
+        batches = [f"train.micro_batch_size={size}", "train.global_batch_size=24"]
+        config = load_config(CONFIG, words(byte_dataset, tmp_path / "run", folder, *objective, *batches)[2:])
+        ranks = [open_data(config, rank, dp).sets["web"].evaluation(samples) for rank in range(dp)]
+        every = [[row for batch in rank for row in batch.labels.tolist()] for rank in ranks]
+        return [[row for row in rank if set(row) != {IGNORE_INDEX}] for rank in every]
+
+    for samples in (1, 7, 10):
+        (one,) = labels(1, 1, samples)
+        assert len(one) == samples
+        assert labels(3, 1, samples) == [one]
+        for size in (1, 2, 3):
+            first, second = labels(size, 2, samples)
+            assert sorted(first + second) == sorted(one)
+            assert abs(len(first) - len(second)) <= size
+
+
 def test_sets_may_come_and_go_when_a_run_goes_on(
     run_dir: Path, folder: Path, byte_dataset: str, tmp_path: Path
 ) -> None:
@@ -113,6 +139,42 @@ def test_a_set_whose_loss_is_not_finite_makes_the_checkpoint_unhealthy(
     for run_of, healthy in ((tmp_path / "run", False), (run_dir, True)):
         (path,) = complete_checkpoints(run_of / "checkpoints")
         assert is_healthy(path) is healthy
+
+
+def ask_during(call: int, run_dir: Path) -> None:
+    """The run is asked to stop while that evaluation of a split or set is going on, counted from 1."""
+    import megallama.train.loop
+
+    loop: Any = megallama.train.loop
+    original, calls = loop.evaluate, count(1)
+
+    def asked(*given: Any) -> float:
+        if next(calls) == call:
+            (run_dir / "STOP").touch()
+        loss: float = original(*given)
+        return loss
+
+    loop.evaluate = asked
+
+
+@pytest.mark.parametrize(("call", "done"), [(5, 1), (7, 3)], ids=["before validation", "behind it"])
+def test_a_stop_waits_for_one_set_and_not_for_all(
+    call: int, done: int, run_dir: Path, folder: Path, byte_dataset: str, tmp_path: Path
+) -> None:
+    """The next start evaluates where the loss on the validation split is still missing."""
+    run, splits = words(byte_dataset, tmp_path / "run", folder, "checkpoint.every=0"), ["train", "validation", "code"]
+    stopped = pretrain(2, [*run, "zero.stage=1"], plant=partial(ask_during, call, tmp_path / "run"))
+    assert [code for code, _ in stopped] == [75, 75]
+    (path,) = complete_checkpoints(tmp_path / "run" / "checkpoints")
+    saved = read_saved(path).state
+    assert saved.step == 2
+    assert (saved.validation_loss is None) is (done == 1)
+    assert [e["split"] for e in events(tmp_path / "run", "eval") if e["step"] == 2] == splits[:done]
+    assert not (tmp_path / "run" / "STOP").exists()
+    assert pretrain(1, run) == [(0, "")]
+    assert losses(tmp_path / "run") == pytest.approx(losses(run_dir), rel=1e-5)
+    again = [*splits, "web"] if done == 1 else []
+    assert [e["split"] for e in events(tmp_path / "run", "eval") if e["step"] == 2] == splits[:done] + again
 
 
 def build(text: str, folder: Path) -> None:

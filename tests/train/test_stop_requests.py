@@ -69,3 +69,20 @@ def test_a_stop_file_is_for_the_start_that_was_there_when_it_was_made(
     assert stop.exists() is obeyed
     assert run.agree(saving=False, give_up=False).stop == ("the file STOP" if obeyed else None)
     assert not stop.exists()
+
+
+def test_an_evaluation_is_left_out_when_the_time_left_is_for_the_save(requests: Make) -> None:
+    """And not earlier: the time for it was left before."""
+    run = requests(100.0)
+    run.save_took(60.0)
+    assert run.came(saving=False) is None is run.stop
+    assert run.came(saving=True) == "train.max_minutes" == run.stop
+
+
+def test_a_stop_that_was_heard_in_an_evaluation_is_followed_at_the_next_step(tmp_path: Path, requests: Make) -> None:
+    run = requests(1000.0)
+    (tmp_path / "STOP").touch()
+    assert run.came(saving=False) == "the file STOP"
+    assert not (tmp_path / "STOP").exists()
+    assert run.came(saving=False) is None
+    assert run.agree(saving=False, give_up=False).stop == "the file STOP"
