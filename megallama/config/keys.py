@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from megallama.config.schema import RunConfig
+from megallama.config.schema import MixtureSource, MixtureStage, RunConfig
 from megallama.errors import UserError
 
 
@@ -34,6 +34,7 @@ def _dotted(section: type[BaseModel], prefix: str = "") -> tuple[str, ...]:
 SECTIONS: tuple[str, ...] = tuple(RunConfig.model_fields)
 # model.import is the loader's: it is replaced by the keys of the file that it names.
 LEGAL_KEYS: tuple[str, ...] = (*_dotted(RunConfig), "model.import")
+MIXTURE = "data.mixture"
 NAMED = "evaluation.sets."
 """What stands below is named by the user."""
 _PARENTS = frozenset(key.rpartition(".")[0] for key in (*LEGAL_KEYS, f"{NAMED}name"))
@@ -107,26 +108,45 @@ def unknown_key(key: str) -> str:
 def explain(error: ValidationError) -> str:
     """One sentence for the first key that pydantic refused: the key, its value, what is expected."""
     details = error.errors(include_url=False)
-    if details[0]["type"] == "length":  # of two keys
+    if details[0]["type"] in ("length", "data"):  # of two keys
         return details[0]["msg"]
+    for detail in details:
+        if detail["type"] == "extra_forbidden":
+            return _unknown_in_list(_key_of(detail))
     key = _key_of(details[0])
     same_key = [detail for detail in details if _key_of(detail) == key]
     expected = _or(list(dict.fromkeys(_expectation(detail) for detail in same_key)))
-    if details[0]["type"] == "missing" and ".".join(map(str, details[0]["loc"])) == key:
-        return f"{key} is missing; write it in the file or give {key}=VALUE"
+    if details[0]["type"] == "missing":
+        if key.startswith(f"{MIXTURE}["):
+            return f"{key} is missing; write it in the file"
+        if ".".join(map(str, details[0]["loc"])) == key:
+            return f"{key} is missing; write it in the file or give {key}=VALUE"
     value = details[0]["input"]
     return f"{key}={as_typed(value)} is not legal; expected {expected}{_nearest_value(same_key, value)}"
 
 
 def _key_of(detail: ErrorDetails) -> str:
-    """The dotted key of an error; pydantic's location goes on into the branches of a union, which have no name."""
-    key = ""
-    for part in detail["loc"]:
+    """The dotted key of an error; pydantic's location goes on into the branches of a union, which have no name.
+
+    Of a list of sections it is that in the element: data.mixture[0].weight.
+    """
+    key, place = "", detail["loc"]
+    for depth, part in enumerate(place):
         longer = f"{key}.{part}" if key else str(part)
         if not is_legal(longer):
-            break
+            # The first part below is the branch of the union.
+            inside = place[depth + 1 :] if key == MIXTURE else ()
+            return key + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inside)
         key = longer
     return key
+
+
+def _unknown_in_list(key: str) -> str:
+    """The sentence about a key that an element of a list of sections does not have."""
+    source, stage = [*MixtureSource.model_fields], [*MixtureStage.model_fields]
+    close = difflib.get_close_matches(key.rpartition(".")[2], source + stage, n=1)
+    legal = f"legal in a source: {', '.join(source)}; in a stage: {', '.join(stage)}"
+    return f"unknown key {_cut(key)}; {f'did you mean {close[0]}?' if close else legal}"
 
 
 _KINDS = {
@@ -142,6 +162,7 @@ _KINDS = {
     "dict_type": "a mapping of names to datasets such as {web: data/web}",
 }
 _LISTS = {
+    MIXTURE: "a list of sources such as [{path: data/web, weight: 0.6}, {path: data/books, weight: 0.4}]",
     "train.freeze": 'a list of patterns such as [model.embed_tokens.weight, "*norm*"]',
     "optimizer.betas": "a list of two numbers such as [0.9, 0.95]",
     "parallel.layers_per_stage": "a list of whole numbers such as [8, 9, 9, 6]",
@@ -163,9 +184,10 @@ def _expectation(detail: ErrorDetails) -> str:
     if kind == "literal_error":
         return str(detail["ctx"]["expected"]).replace("'", "")
     # Of "missing" this is an element of a list; a missing key has its own sentence.
-    if kind in ("tuple_type", "too_long", "missing"):
-        return _LISTS.get(_key_of(detail), detail["msg"])
-    if kind in ("string_type", "string_pattern_mismatch"):
+    if kind in ("tuple_type", "too_long", "too_short", "missing"):
+        key = _key_of(detail)
+        return _LISTS[MIXTURE] if key.startswith(MIXTURE) else _LISTS.get(key, detail["msg"])
+    if kind in ("string_type", "string_pattern_mismatch", "string_too_short"):
         return _TEXTS.get(_key_of(detail), "text")
     return _KINDS.get(kind, detail["msg"])
 

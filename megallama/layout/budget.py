@@ -28,6 +28,8 @@ class Seen:
     """Sequences consumed by them."""
     first_batch: float | None = None
     """Sequences of the first of them, whole unless their length has changed; None where it is to come, or not known."""
+    stages: tuple[int, ...] = ()
+    """The first sample of each stage of `data.mixture`, as far as those go that have begun."""
 
 
 NOTHING_SEEN = Seen()
@@ -53,6 +55,26 @@ def total_steps(config: RunConfig, seen: Seen = NOTHING_SEEN) -> int:
     if isinstance(config.train.steps, int):
         return config.train.steps
     return seen.step + max(0, -(-(_total_samples(config) - seen.samples) // config.train.global_batch_size))
+
+
+def samples_at_step(config: RunConfig, step: int, seen: Seen = NOTHING_SEEN) -> int:
+    """Sequences consumed when `step` steps are done, at the batches of the run from `seen` on."""
+    return seen.samples + (step - seen.step) * config.train.global_batch_size
+
+
+def run_samples(config: RunConfig, seen: Seen = NOTHING_SEEN) -> int:
+    """Sequences that the run has consumed at its end."""
+    return samples_at_step(config, total_steps(config, seen), seen)
+
+
+def stage_samples(config: RunConfig, seen: Seen = NOTHING_SEEN) -> tuple[int, ...]:
+    """The first sample of each stage of `data.mixture`; none without one.
+
+    Stages that have begun stay where they began, whatever the batches are now; others begin by the batches to come.
+    """
+    steps = [stage.from_step for stage in config.data.stages]
+    begun = seen.stages[: sum(step < seen.step for step in steps)]
+    return (*begun, *(samples_at_step(config, step, seen) for step in steps[len(begun) :]))
 
 
 def schedule_batch(config: RunConfig, seen: Seen) -> float:
