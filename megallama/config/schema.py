@@ -288,8 +288,8 @@ class DataConfig(Section):
 
 
 _SOURCE_SAID = {
-    False: "data.path={path} and data.mixture both say what the run reads; leave one of them out, or set data.path=null "
-    "or data.mixture=null",
+    False: "data.path={path} and data.mixture both say what the run reads; leave one of them out, or set one to null: "
+    "data.path=null or data.mixture=null",
     True: "data.path is missing; write it in the file or give data.path=VALUE, or several datasets as data.mixture",
 }
 

@@ -30,6 +30,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from megallama.data.mapped import mapped
 from megallama.errors import UserError
 from megallama.system.whole_file import temporary
 
@@ -134,7 +135,7 @@ def open_indexed(prefix: str) -> IndexedDataset:
     dtype, sizes, pointers, documents = _read_index(idx_path(prefix))
     _check_layout(prefix, dtype, sizes, pointers, documents)
     starts = np.concatenate([pointers // dtype.itemsize, np.array([sizes.sum(dtype=np.int64)])])
-    return IndexedDataset(prefix, np.asarray(np.memmap(bin_path(prefix), dtype, mode="r")), starts[documents])
+    return IndexedDataset(prefix, mapped(bin_path(prefix), dtype), starts[documents])
 
 
 def _check_file(path: Path, prefix: str) -> None:
@@ -156,7 +157,7 @@ def _check_file(path: Path, prefix: str) -> None:
 def _read_index(
     path: Path,
 ) -> tuple[np.dtype[Any], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    content = np.memmap(path, np.uint8, mode="r")
+    content = mapped(path, np.dtype(np.uint8))
     head = content[: HEADER.size].tobytes()
     if not head.startswith(MAGIC):
         raise UserError(f"{path} starts with {head[:9]!r}, not {MAGIC!r}: it is no Megatron .idx file")
