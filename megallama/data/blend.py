@@ -25,21 +25,13 @@ MOST_PERIOD = 1 << 18
 """Samples of a period at most: weights that take a longer one are rounded to it, by less than 1 / 2^18 each."""
 
 
-class Stage(NamedTuple):
-    """Weights from a sample on."""
-
-    first_sample: int
-    weights: Mapping[str, float]
-    """By the name of the source."""
-
-
 class Pattern:
-    """The order of sources of given weights."""
+    """The order of sources of which each has so many samples in a period."""
 
-    def __init__(self, weights: Sequence[float]) -> None:
-        self.counts = period_counts(weights)
+    def __init__(self, counts: Sequence[int]) -> None:
+        self.counts = counts
         """Samples of each source in a period."""
-        self.period = sum(self.counts)
+        self.period = sum(counts)
         self._order = np.array(_earliest_deadline_first(self.counts), np.int32)
         self._places = np.argsort(self._order, kind="stable").astype(np.int32)
         """[period] places by source, in order; those of source i begin at _begins[i]."""
@@ -66,20 +58,46 @@ class Pattern:
         return [cycles * count + more for count, more in zip(self.counts, within, strict=True)]
 
 
+class Stage(NamedTuple):
+    """What is read from a sample on."""
+
+    first_sample: int
+    names: tuple[str, ...]
+    """Of the sources, sorted, so that the order in which they are written means nothing."""
+    pattern: Pattern
+
+    @property
+    def shares(self) -> dict[str, Fraction]:
+        """What part of the samples each source has."""
+        counts = zip(self.names, self.pattern.counts, strict=True)
+        return {name: Fraction(count, self.pattern.period) for name, count in counts}
+
+
+def stage_of(first_sample: int, weights: Mapping[str, float]) -> Stage:
+    """A stage of such sources by name. UserError for a weight that is too small for a period."""
+    names = sorted(weights)
+    counts = period_counts([weights[name] for name in names])
+    if 0 in counts:
+        name = min(weights, key=lambda each: weights[each])
+        least = sum(weights.values()) / MOST_PERIOD
+        raise UserError(
+            f"data.mixture: weight={weights[name]:g} of {name} is less than 1 in {MOST_PERIOD:,} of all weights, too "
+            f"small to be met; use {least:.3g} or more, or leave the source out"
+        )
+    return Stage(first_sample, tuple(names), Pattern(counts))
+
+
 class Blend:
     """The order of the sources of a run, whose weights may change at given samples.
 
-    A source goes on in a stage where it was in the one before. UserError for a weight too small for a period.
+    A source goes on in a stage where it was in the one before.
     """
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self.stages = tuple(stages)
-        self.names = tuple(sorted({name for stage in stages for name in stage.weights}))
-        """Sorted, so that the order in which sources are written means nothing."""
-        self._members = [[self.names.index(name) for name in sorted(stage.weights)] for stage in stages]
-        for stage in stages:
-            _check_smallest(stage.weights)
-        self.patterns = [Pattern([stage.weights[name] for name in sorted(stage.weights)]) for stage in stages]
+        self.names = tuple(sorted({name for stage in stages for name in stage.names}))
+        numbers = {name: number for number, name in enumerate(self.names)}
+        self._members = [[numbers[name] for name in stage.names] for stage in stages]
         self._firsts = [stage.first_sample for stage in stages]
 
     @cached_property
@@ -92,7 +110,7 @@ class Blend:
 
     def _read(self, before: list[list[int]], stage: int, samples: int) -> list[int]:
         found = list(before[stage])
-        read = self.patterns[stage].read(samples - self._firsts[stage])
+        read = self.stages[stage].pattern.read(samples - self._firsts[stage])
         for member, count in zip(self._members[stage], read, strict=True):
             found[member] += count
         return found
@@ -104,7 +122,7 @@ class Blend:
     def locate(self, number: int) -> tuple[int, int]:
         """The source of sample `number` of the run, and how many of its samples are before."""
         stage = self.stage_at(number)
-        member, count = self.patterns[stage].locate(number - self._firsts[stage])
+        member, count = self.stages[stage].pattern.locate(number - self._firsts[stage])
         source = self._members[stage][member]
         return source, self._before[stage][source] + count
 
@@ -118,16 +136,10 @@ class Blend:
             begun = self._before[stage][source]
             if source not in members or count < begun:
                 continue
-            found = self._firsts[stage] + self.patterns[stage].number(members.index(source), count - begun)
+            found = self._firsts[stage] + self.stages[stage].pattern.number(members.index(source), count - begun)
             if stage + 1 == len(self.stages) or found < self._firsts[stage + 1]:
                 return found
         return None
-
-    def shares(self, stage: int) -> dict[str, Fraction]:
-        """What part of the samples of a stage each of its sources has."""
-        pattern = self.patterns[stage]
-        names = [self.names[member] for member in self._members[stage]]
-        return {name: Fraction(count, pattern.period) for name, count in zip(names, pattern.counts, strict=True)}
 
 
 def period_counts(weights: Sequence[float]) -> tuple[int, ...]:
@@ -137,25 +149,15 @@ def period_counts(weights: Sequence[float]) -> tuple[int, ...]:
     most.
     """
     exact = [Fraction(repr(weight)) for weight in weights]
-    shares = [weight / sum(exact) for weight in exact]
-    period = math.lcm(*(share.denominator for share in shares))
-    if period <= MOST_PERIOD:
-        return tuple(int(share * period) for share in shares)
-    counts = [int(share * MOST_PERIOD) for share in shares]
-    cut = sorted(range(len(shares)), key=lambda source: counts[source] - shares[source] * MOST_PERIOD)
-    for source in cut[: MOST_PERIOD - sum(counts)]:
-        counts[source] += 1
-    return tuple(counts)
-
-
-def _check_smallest(weights: Mapping[str, float]) -> None:
-    name = min(weights, key=lambda each: weights[each])
-    if 0 in period_counts([*weights.values()]):
-        least = sum(weights.values()) / MOST_PERIOD
-        raise UserError(
-            f"data.mixture: weight={weights[name]:g} of {name} is less than 1 in {MOST_PERIOD:,} of all weights, "
-            f"too small to be met; use {least:.3g} or more, or leave the source out"
-        )
+    unit = math.lcm(*(weight.denominator for weight in exact))
+    units = [int(weight * unit) for weight in exact]
+    largest = math.gcd(*units)
+    if sum(units) // largest <= MOST_PERIOD:
+        return tuple(each // largest for each in units)
+    total = sum(units)
+    counts, cut = zip(*(divmod(each * MOST_PERIOD, total) for each in units), strict=True)
+    most_cut = set(sorted(range(len(units)), key=lambda source: -cut[source])[: MOST_PERIOD - sum(counts)])
+    return tuple(count + (source in most_cut) for source, count in enumerate(counts))
 
 
 def _earliest_deadline_first(counts: Sequence[int]) -> list[int]:

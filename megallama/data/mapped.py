@@ -16,6 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_INTEGERS = ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long
+_MMAP = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, *_INTEGERS, use_errno=True)(("mmap", _LIBC))
+_MUNMAP = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)(("munmap", _LIBC))
+
 
 def mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
     """The whole file, read-only; bytes at its end that make up no element are left out. OSError if it cannot be.
@@ -26,20 +31,12 @@ def mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
         size = os.fstat(file.fileno()).st_size
         if size == 0:  # what Linux does not map
             return np.zeros(0, dtype)
-        address = _libc().mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+        address = _MMAP(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
     if address == ctypes.c_void_p(-1).value:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), str(path))
     content = (ctypes.c_char * size).from_address(address)
-    weakref.finalize(content, _libc().munmap, address, size).atexit = False
+    weakref.finalize(content, _MUNMAP, address, size).atexit = False
     array = np.frombuffer(memoryview(content), dtype, size // dtype.itemsize)
     array.flags.writeable = False
     return array
-
-
-def _libc() -> Any:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    return libc

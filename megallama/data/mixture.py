@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megallama.config.schema import DataConfig, MixtureSource, RunConfig
-from megallama.data.blend import Blend, Stage
+from megallama.data.blend import Blend, stage_of
 from megallama.data.dataset import SCANNED_TOKENS, DocumentSplit, Split, split_documents
 from megallama.data.source import Place, Source, Windows, open_source, open_whole, samples_of
 from megallama.errors import UserError
@@ -68,15 +68,13 @@ class Mixture:
         digest, by_name = hashlib.sha256(b"mixture"), dict(zip(self.blend.names, parts, strict=True))
         for number, begins in enumerate(self.steps):
             if begins == 0 or begins < step:
-                for name, share in self.blend.shares(number).items():
+                for name, share in self.blend.stages[number].shares.items():
                     digest.update(f"/{begins}/{name}/{share}/{by_name[name]}".encode())
         return digest.hexdigest()
 
     def begun_at(self, firsts: Sequence[int]) -> Mixture:
         """The same with stages that begin at these samples."""
-        if tuple(firsts) == tuple(stage.first_sample for stage in self.blend.stages):
-            return self
-        stages = [Stage(first, stage.weights) for first, stage in zip(firsts, self.blend.stages, strict=True)]
+        stages = [stage._replace(first_sample=first) for first, stage in zip(firsts, self.blend.stages, strict=True)]
         return Mixture(Blend(stages), self.parts, self.steps)
 
 
@@ -98,7 +96,8 @@ def open_mixture(config: RunConfig, seen: Seen = NOTHING_SEEN) -> Opened:
     """
     data, splits = config.data, dict[str, dict[Split, DocumentSplit]]()
     begins = zip(stage_samples(config, seen), data.stages, strict=True)
-    blend, wanted = Blend([Stage(first, weights(stage.sources)) for first, stage in begins]), sources_of(data)
+    blend = Blend([stage_of(first, weights(stage.sources)) for first, stage in begins])
+    wanted = sources_of(data)
     elsewhere = {"validation_path": None, "validation_fraction": 0.0}
     alone = data if data.validation_path is None else data.model_copy(update=elsewhere)
     tokenizer, scanned = load_tokenizer(data.tokenizer), SCANNED_TOKENS // len(wanted)
@@ -117,13 +116,13 @@ def open_mixture(config: RunConfig, seen: Seen = NOTHING_SEEN) -> Opened:
         [opened(name, "train", config.train.seed) for name in blend.names],
         [stage.from_step for stage in data.stages],
     )
-    check_epochs(train, wanted, run_samples(config, seen))
+    check_epochs(train, data, run_samples(config, seen))
     if data.validation_path is not None:
         return Opened(train, open_whole(data, data.validation_path, config.model.vocab_size), {})
     if data.validation_fraction == 0:
         return Opened(train, None, {})
     held_out = {name: opened(name, "validation", None) for name in wanted}
-    first = Blend([Stage(0, weights(data.stages[0].sources))])
+    first = Blend(blend.stages[:1])
     validation = Mixture(first, [held_out[name] for name in first.names], [0])
     return Opened(train, validation, held_out if len(held_out) > 1 else {})
 
@@ -135,7 +134,7 @@ def open_train(config: RunConfig, seen: Seen = NOTHING_SEEN) -> Mixture:
     assert config.data.path is not None
     name = MixtureSource(path=config.data.path, weight=1).called
     source = open_source(config.data, "train", config.train.seed, config.model.vocab_size)
-    return Mixture(Blend([Stage(0, {name: 1.0})]), [source], [0])
+    return Mixture(Blend([stage_of(0, {name: 1.0})]), [source], [0])
 
 
 def sources_of(data: DataConfig) -> dict[str, MixtureSource]:
@@ -152,43 +151,41 @@ def weights(sources: Sequence[MixtureSource]) -> dict[str, float]:
     return {source.called: source.weight for source in sources}
 
 
-def check_epochs(mixture: Mixture, sources: Mapping[str, MixtureSource], samples: int) -> None:
+def check_epochs(mixture: Mixture, data: DataConfig, samples: int) -> None:
     """UserError where a run of so many samples would read a source for more epochs than it may."""
+    sources = sources_of(data)
     for name, (_, epochs) in mixture.epochs(samples).items():
         limit = sources[name].epochs
         if limit is not None and epochs > limit:
-            part = mixture.parts[mixture.blend.names.index(name)]
-            fitting = _fitting_weights(mixture, name, limit * part.samples_per_epoch, samples)
+            most = limit * mixture.parts[mixture.blend.names.index(name)].samples_per_epoch
             raise UserError(
                 f"data.mixture reads {name} for {epochs:.2f} epochs in this run, more than its epochs={limit:g}; use "
-                f"{fitting}epochs={math.ceil(100 * epochs) / 100:g}"
+                f"{_fitting_weights(mixture, data, name, most, samples)}epochs={math.ceil(100 * epochs) / 100:g}"
             )
 
 
-def _fitting_weights(mixture: Mixture, name: str, most: float, samples: int) -> str:
-    """`weight=W from step S, ... at most, or `: with which `name` has at most `most` of so many samples."""
+def _fitting_weights(mixture: Mixture, data: DataConfig, name: str, most: float, samples: int) -> str:
+    """`weight=W from step S, ... at most, or `: with which `name` has at most `most` of so many samples.
+
+    Nothing where it is alone in a stage: there is nothing else to be read in its place.
+    """
     blend, source = mixture.blend, mixture.blend.names.index(name)
     scale = most / blend.read(samples)[source]
+    if any(stage.names == (name,) for stage in blend.stages):
+        return ""
     while True:
-        found = dict[int, float]()
+        stages, found = list(blend.stages), dict[int, float]()
         for number, stage in enumerate(blend.stages):
-            others = sum(weight for other, weight in stage.weights.items() if other != name)
-            if name in stage.weights and others:
-                share = scale * stage.weights[name] / (others + stage.weights[name])
+            if name in stage.names:
+                given = weights(data.stages[number].sources)
+                share, others = scale * float(stage.shares[name]), sum(given.values()) - given[name]
                 found[number] = _rounded_down(share * others / (1 - share))
-            elif name in stage.weights:
-                return ""  # nothing else could be read in its place
-        changed = [
-            Stage(stage.first_sample, {**stage.weights, name: found[number]} if number in found else stage.weights)
-            for number, stage in enumerate(blend.stages)
-        ]
-        if Blend(changed).read(samples)[source] <= most:
+                stages[number] = stage_of(stage.first_sample, given | {name: found[number]})
+        if Blend(stages).read(samples)[source] <= most:
             break
-        scale *= 0.99
-    said = [
-        f"weight={weight:g}" + (f" from step {mixture.steps[number]}" if len(blend.stages) > 1 else "")
-        for number, weight in found.items()
-    ]
+        scale *= 0.999
+    several = len(stages) > 1
+    said = [f"weight={w:g}" + (f" from step {mixture.steps[n]}" if several else "") for n, w in found.items()]
     return f"{', '.join(said)} at most, or "
 
 
