@@ -13,6 +13,7 @@ from megallama.checkpoint.writing.saver import Saver
 from megallama.config.deepspeed import deepspeed_config
 from megallama.config.schema import RunConfig
 from megallama.data.loader import RunData
+from megallama.data.mixture import Mixture
 from megallama.hardware.measure import Peak, peak_memory_bytes
 from megallama.layout.budget import total_steps
 from megallama.layout.counts import flops_per_token, kernel_convention
@@ -121,4 +122,17 @@ def write_train_event(run: Run, state: TrainState, loss: Tensor, grad_norm: floa
         mfu=speed * flops_per_token(config.model, sequence, "full") / at_peak,
         mfu_causal=speed * flops_per_token(config.model, sequence, kernel_convention(config.train.objective)) / at_peak,
         peak_memory_bytes=peak_memory_bytes(run.mesh.device),
+        **read_by_source(run, state.samples),
     )
+
+
+def read_by_source(run: Run, samples: int) -> dict[str, dict[str, float]]:
+    """Tokens and epochs that were read of each source of a mixture; nothing without one."""
+    source = run.data.train.source
+    if not isinstance(source, Mixture):
+        return {}
+    found, length = source.epochs(samples), run.config.data.sequence_length
+    return {
+        "source_tokens": {name: read * length for name, (read, _) in found.items()},
+        "source_epochs": {name: float(f"{epochs:.6g}") for name, (_, epochs) in found.items()},
+    }
