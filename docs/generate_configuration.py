@@ -96,7 +96,7 @@ def _row(key: str, required: bool, field: Schema) -> str:
 def _value(field: Schema) -> str:
     """What may stand there, in words."""
     if branches := field.get("anyOf", field.get("oneOf")):
-        return " or ".join(_value(branch) for branch in branches)
+        return " or ".join(dict.fromkeys(_value(branch) for branch in branches))
     if "$ref" in field:
         return "mapping (below)"
     if "enum" in field or "const" in field:

@@ -15,7 +15,7 @@ from megallama.data.blend import Blend, stage_of
 from megallama.data.dataset import SCANNED_TOKENS, DocumentSplit, Split, split_documents
 from megallama.data.source import Place, Source, Windows, open_source, open_whole, samples_of
 from megallama.errors import UserError
-from megallama.layout.budget import NOTHING_SEEN, Seen, run_samples, stage_samples
+from megallama.layout.budget import NOTHING_SEEN, Seen, stage_samples
 from megallama.text.tokenizer import load_tokenizer
 
 
@@ -92,7 +92,7 @@ def open_mixture(config: RunConfig, seen: Seen = NOTHING_SEEN) -> Opened:
     """The sources of data.mixture, of a run that is as far as `seen`.
 
     Where validation is held out of them, it is in the order of the files, by the weights of the first stage. UserError
-    as of `open_source`, and where a source would be read for more epochs than it may.
+    as of `open_source`.
     """
     data, splits = config.data, dict[str, dict[Split, DocumentSplit]]()
     begins = zip(stage_samples(config, seen), data.stages, strict=True)
@@ -116,7 +116,6 @@ def open_mixture(config: RunConfig, seen: Seen = NOTHING_SEEN) -> Opened:
         [opened(name, "train", config.train.seed) for name in blend.names],
         [stage.from_step for stage in data.stages],
     )
-    check_epochs(train, data, run_samples(config, seen))
     if data.validation_path is not None:
         return Opened(train, open_whole(data, data.validation_path, config.model.vocab_size), {})
     if data.validation_fraction == 0:
@@ -153,9 +152,9 @@ def weights(sources: Sequence[MixtureSource]) -> dict[str, float]:
 
 def check_epochs(mixture: Mixture, data: DataConfig, samples: int) -> None:
     """UserError where a run of so many samples would read a source for more epochs than it may."""
-    sources = sources_of(data)
-    for name, (_, epochs) in mixture.epochs(samples).items():
-        limit = sources[name].epochs
+    read = mixture.epochs(samples)
+    for name, source in sources_of(data).items():
+        (_, epochs), limit = read[name], source.epochs
         if limit is not None and epochs > limit:
             most = limit * mixture.parts[mixture.blend.names.index(name)].samples_per_epoch
             raise UserError(
