@@ -91,6 +91,8 @@ def test_a_run_goes_on_inside_a_stage_with_other_ranks_and_another_future(
 ) -> None:
     run = words(folder, tmp_path / "run")
     assert pretrain(2, [*run, "train.stop_after=2"]) == [(0, "")] * 2
+    (saved,) = complete_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [stage.weights for stage in read_saved(saved).data.mixture] == [FIRST[1]]
     # What comes later may change: here it is written only now, as if the run had begun without it.
     assert pretrain(1, [*run, stages(folder, FIRST), "train.stop_after=3"]) == [(0, "")]
     assert pretrain(2, [*run, "train.stop_after=5"]) == [(0, "")] * 2
@@ -99,7 +101,7 @@ def test_a_run_goes_on_inside_a_stage_with_other_ranks_and_another_future(
 
 
 def test_a_stage_begins_at_its_step_whatever_the_batches_were(folder: Path, tmp_path: Path) -> None:
-    run = words(folder, tmp_path / "run")
+    run = words(folder, tmp_path / "run", "checkpoint.keep=9")
     assert pretrain(1, [*run, "train.global_batch_size=4", "train.stop_after=2"]) == [(0, "")]
     assert pretrain(1, [*run, "train.stop_after=5"]) == [(0, "")]
     assert pretrain(1, [*run, "train.global_batch_size=2"]) == [(0, "")]
@@ -108,6 +110,10 @@ def test_a_stage_begins_at_its_step_whatever_the_batches_were(folder: Path, tmp_
     (newest, *_) = complete_checkpoints(tmp_path / "run" / "checkpoints")
     state = read_saved(newest).state
     assert (state.samples, state.stages) == (4 + 4 + 8 + 8 + 8 + 2, (0, 16))
+    back = ["checkpoint.resume=2", "train.global_batch_size=16", "train.steps=4"]
+    assert pretrain(1, [*run, *back]) == [(0, "")]
+    found = [e["source_tokens"]["maths"] // 32 for e in events(tmp_path / "run", "train")[-2:]]
+    assert found == [0, 8]
 
 
 def test_a_run_whose_past_was_written_anew_is_refused(whole: Path, folder: Path) -> None:
