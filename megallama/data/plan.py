@@ -101,11 +101,11 @@ def step_of(config: RunConfig, sample: int, seen: Seen = NOTHING_SEEN) -> int:
 
 def _verdict(epochs: float, limit: float | None) -> str:
     if limit is not None and epochs > limit:
-        return f"refused: more than its limit of {limit:g} epochs"
+        return f"refused, over its limit of {limit:g} epochs"
     if epochs > MOST_EPOCHS:
-        return f"over {MOST_EPOCHS} epochs: what is repeated is worth less and less"
+        return f"over {MOST_EPOCHS} epochs, worth less"
     if epochs > 1:
-        return f"repeats: almost as good as new up to {MOST_EPOCHS} epochs"
+        return "repeats, almost as good as new"
     return "all new"
 
 

@@ -212,7 +212,7 @@ def test_a_plan_counts_what_the_run_will_read(paths: dict[str, str]) -> None:
         again = [number for number in own if places[number][1].epoch == 1]
         assert source.repeats_at_step == (again[0] // 4 + 1 if again else None)
     assert [source.name for source in plan.sources] == [*WEIGHTS]
-    assert [source.verdict.partition(":")[0] for source in plan.sources] == ["repeats", "all new", "over 4 epochs"]
+    assert [source.verdict.partition(",")[0] for source in plan.sources] == ["repeats", "all new", "over 4 epochs"]
     assert plan.stages[1].shares == {"code": "7/10", "web": "3/10"}
 
 
