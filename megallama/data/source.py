@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megallama.config.schema import IGNORE_INDEX, DataConfig
 from megallama.data.dataset import DocumentSplit, Split, check_lengths, sampled_ids, split_documents
+from megallama.data.indexed import Tokens
 from megallama.data.sampler import Sampler, num_windows
 from megallama.errors import UserError
 from megallama.text.tokenizer import load_tokenizer
@@ -33,12 +34,28 @@ class Source(Protocol):
         UserError for ids that the model does not know.
         """
 
+    def documents(self, number: int) -> NDArray[np.int32]:
+        """[sequence_length + 1]: which document each id of sample `number` is of, counted from 0 within the sample.
+
+        What fills up a sample is a document of its own.
+        """
+
     def fingerprint(self, sequence_length: int) -> str:
         """SHA-256 of what a position means besides the seed: the data, and samples of that length."""
 
     @property
     def content_hash(self) -> str:
         """SHA-256 of the fingerprint, and of ids from all over the split: whether two files of one name are one."""
+
+
+class LeftOut(NamedTuple):
+    """What no sample of an epoch has, or predicts."""
+
+    tokens: int
+    cut_documents: int
+    """Documents of which there are such tokens."""
+    empty_documents: int
+    """Documents without a token, where each other one is a sample."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +72,32 @@ class Windows:
     def samples_per_epoch(self) -> int:
         return num_windows(len(self.split.tokens), self.sequence_length)
 
+    def place(self, number: int) -> int:
+        """Which of the samples of an epoch sample `number` is, in the order of the file."""
+        return self.sampler.window(number) if self.sampler else number % self.samples_per_epoch
+
     def sample(self, number: int) -> NDArray[np.int64]:
-        window = self.sampler.window(number) if self.sampler else number % self.samples_per_epoch
-        start = window * self.sequence_length
+        start = self.place(number) * self.sequence_length
         row = self.split.tokens[start : start + self.sequence_length + 1].astype(np.int64)
         self.split.dataset.check_ids(row, self.vocab_size)
         return row
+
+    def documents(self, number: int) -> NDArray[np.int32]:
+        offsets = self.split.dataset.indexed.offsets
+        start = offsets[self.split.first_document] + self.place(number) * self.sequence_length
+        end = start + self.sequence_length + 1
+        first, last = np.searchsorted(offsets, [start, end - 1], side="right")
+        lengths = np.diff(np.concatenate([[start], offsets[first:last], [end]]))
+        lengths = lengths[lengths > 0]  # some documents made elsewhere are empty
+        return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+
+    @property
+    def left_out(self) -> LeftOut:
+        """Behind the last window."""
+        offsets = self.split.dataset.indexed.offsets
+        end = offsets[self.split.first_document] + self.samples_per_epoch * self.sequence_length + 1
+        cut = self.split.end_document - np.searchsorted(offsets, end, side="right") + 1
+        return LeftOut(int(offsets[self.split.end_document] - end), int(cut), 0)
 
     def fingerprint(self, sequence_length: int) -> str:
         parts = [self.split.dataset.fingerprint, self.split.first_document, self.split.end_document, sequence_length]
@@ -74,28 +111,53 @@ class Windows:
 
 @dataclass(frozen=True)
 class Documents(Windows):
-    """One document per sample, behind the end of another: cut off at the sequence length, or filled up behind."""
+    """One document per sample, behind the end of another: cut off at the sequence length, or filled up.
+
+    The last tokens of a longer one are behind those that they follow.
+    """
 
     eod_id: int
-    documents: range | NDArray[np.int64]
-    """The numbers of those that are samples, which are all that hold a token."""
+    numbers: range | NDArray[np.int64]
+    """Of the documents that are samples, which are all that hold a token."""
+    truncate: Literal["first", "last"]
+    pad: Literal["right", "left"]
 
     @property
     def samples_per_epoch(self) -> int:
-        return len(self.documents)
+        return len(self.numbers)
 
     def sample(self, number: int) -> NDArray[np.int64]:
-        place = self.sampler.window(number) if self.sampler else number % self.samples_per_epoch
-        document = self.split.dataset.indexed.document(int(self.documents[place]))[: self.sequence_length]
-        self.split.dataset.check_ids(document, self.vocab_size)
-        row = np.full(self.sequence_length + 1, IGNORE_INDEX)
-        row[0], row[1 : len(document) + 1] = self.eod_id, document
-        return row
+        document, length = self._document(number), self.sequence_length
+        if self.truncate == "last" and len(document) > length:
+            seen = document[-length - 1 :].astype(np.int64)  # behind what is before it
+        else:
+            seen = np.concatenate([[self.eod_id], document[:length]])
+        self.split.dataset.check_ids(seen[1:], self.vocab_size)
+        padding = (0, length + 1 - len(seen)) if self.pad == "right" else (length + 1 - len(seen), 0)
+        return np.pad(seen, padding, constant_values=IGNORE_INDEX)
+
+    def documents(self, number: int) -> NDArray[np.int32]:
+        places = np.arange(self.sequence_length + 1)
+        held = 1 + min(len(self._document(number)), self.sequence_length)
+        first = held if self.pad == "right" else self.sequence_length + 1 - held
+        return (places >= first).astype(np.int32)
+
+    def _document(self, number: int) -> Tokens:
+        return self.split.dataset.indexed.document(int(self.numbers[self.place(number)]))
+
+    @property
+    def left_out(self) -> LeftOut:
+        """What documents have beyond the length of a sample."""
+        sizes = np.diff(self.split.dataset.indexed.offsets[self.split.first_document : self.split.end_document + 1])
+        beyond = sizes[sizes > self.sequence_length] - self.sequence_length
+        return LeftOut(int(beyond.sum()), len(beyond), len(sizes) - self.samples_per_epoch)
 
     def fingerprint(self, sequence_length: int) -> str:
         empty = self.split.end_document - self.split.first_document - self.samples_per_epoch
         left_out = f"/{empty} empty left out" if empty else ""
-        parts = f"{super().fingerprint(sequence_length)}/one document behind {self.eod_id}{left_out}"
+        kept = "/its last tokens" if self.truncate == "last" else ""
+        padded = "/filled up before it" if self.pad == "left" else ""
+        parts = f"{super().fingerprint(sequence_length)}/one document behind {self.eod_id}{left_out}{kept}{padded}"
         return hashlib.sha256(parts.encode()).hexdigest()
 
 
@@ -126,8 +188,8 @@ def _samples(found: DocumentSplit, config: DataConfig, vocab_size: int, seed: in
     found.dataset.check_tokenizer(config.tokenizer)
     found.dataset.check_vocabulary(vocab_size)
     one, length, info = config.pack == "one", config.sequence_length, found.dataset.info
-    documents = found.with_tokens() if one else range(0)
-    count = len(documents) if one else num_windows(len(found.tokens), length)
+    numbers = found.with_tokens() if one else range(0)
+    count = len(numbers) if one else num_windows(len(found.tokens), length)
     sampler, eod_id = None if seed is None else Sampler(count, seed), -1
     if one or config.eod_mask_loss:
         eod_id = info.eod_id if info else load_tokenizer(config.tokenizer).eod_id
@@ -138,5 +200,6 @@ def _samples(found: DocumentSplit, config: DataConfig, vocab_size: int, seed: in
         )
     masked_id = eod_id if config.eod_mask_loss else None
     if one:
-        return Documents(found, length, vocab_size, masked_id, sampler, eod_id, documents)
+        how = config.truncate, config.pad
+        return Documents(found, length, vocab_size, masked_id, sampler, eod_id, numbers, *how)
     return Windows(found, length, vocab_size, masked_id, sampler)

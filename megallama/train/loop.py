@@ -223,13 +223,10 @@ def count_labels(batches: list[MicroBatch], mesh: ParallelMesh) -> Tensor:
     return counted
 
 
-def on_device(batches: list[MicroBatch], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tokens, labels) of each micro-batch, copied while the one before computes."""
+def on_device(batches: list[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
+    """Each micro-batch, copied while the one before computes."""
     for batch in batches:
-        tokens, labels = batch.tokens, batch.labels
-        if device.type == "cuda":
-            tokens, labels = tokens.pin_memory(), labels.pin_memory()
-        yield tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        yield batch.to(device)
 
 
 def evaluate_splits(run: Run, state: TrainState) -> tuple[TrainState, bool]:

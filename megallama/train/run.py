@@ -19,8 +19,9 @@ from megallama.layout.counts import flops_per_token, kernel_convention
 from megallama.layout.frozen import frozen_weights
 from megallama.layout.schedules import action_lists
 from megallama.layout.stages import stages
+from megallama.model.attention import ATTENTION
 from megallama.model.init import in_memory
-from megallama.model.llama import ATTENTION, TensorParallelContext
+from megallama.model.llama import TensorParallelContext
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh, sum_losses
 from megallama.run_dir.metrics import Metrics
