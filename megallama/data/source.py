@@ -17,6 +17,16 @@ from megallama.errors import UserError
 from megallama.text.tokenizer import load_tokenizer
 
 
+class LeftOut(NamedTuple):
+    """What no sample of an epoch holds or predicts."""
+
+    tokens: int
+    documents: int
+    """Of which there are such tokens."""
+    empty: int
+    """Documents without a token, where each other one is a sample."""
+
+
 class Source(Protocol):
     """Samples by their number, the same on every rank and at every batch size."""
 
@@ -44,18 +54,12 @@ class Source(Protocol):
         """SHA-256 of what a position means besides the seed: the data, and samples of that length."""
 
     @property
+    def left_out(self) -> LeftOut:
+        """What an epoch passes over, counted in the index."""
+
+    @property
     def content_hash(self) -> str:
         """SHA-256 of the fingerprint, and of ids from all over the split: whether two files of one name are one."""
-
-
-class LeftOut(NamedTuple):
-    """What no sample of an epoch has, or predicts."""
-
-    tokens: int
-    cut_documents: int
-    """Documents of which there are such tokens."""
-    empty_documents: int
-    """Documents without a token, where each other one is a sample."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,8 @@ class Windows:
         return row
 
     def documents(self, number: int) -> NDArray[np.int32]:
-        offsets = self.split.dataset.indexed.offsets
-        start = offsets[self.split.first_document] + self.place(number) * self.sequence_length
+        offsets = self.split.offsets
+        start = offsets[0] + self.place(number) * self.sequence_length
         end = start + self.sequence_length + 1
         first, last = np.searchsorted(offsets, [start, end - 1], side="right")
         lengths = np.diff(np.concatenate([[start], offsets[first:last], [end]]))
@@ -94,10 +98,10 @@ class Windows:
     @property
     def left_out(self) -> LeftOut:
         """Behind the last window."""
-        offsets = self.split.dataset.indexed.offsets
-        end = offsets[self.split.first_document] + self.samples_per_epoch * self.sequence_length + 1
-        cut = self.split.end_document - np.searchsorted(offsets, end, side="right") + 1
-        return LeftOut(int(offsets[self.split.end_document] - end), int(cut), 0)
+        offsets = self.split.offsets
+        end = offsets[0] + self.samples_per_epoch * self.sequence_length + 1
+        cut = len(offsets) - np.searchsorted(offsets, end, side="right")
+        return LeftOut(int(offsets[-1] - end), int(cut), 0)
 
     def fingerprint(self, sequence_length: int) -> str:
         parts = [self.split.dataset.fingerprint, self.split.first_document, self.split.end_document, sequence_length]
@@ -148,7 +152,7 @@ class Documents(Windows):
     @property
     def left_out(self) -> LeftOut:
         """What documents have beyond the length of a sample."""
-        sizes = np.diff(self.split.dataset.indexed.offsets[self.split.first_document : self.split.end_document + 1])
+        sizes = np.diff(self.split.offsets)
         beyond = sizes[sizes > self.sequence_length] - self.sequence_length
         return LeftOut(int(beyond.sum()), len(beyond), len(sizes) - self.samples_per_epoch)
 

@@ -37,7 +37,7 @@ from megallama.train.lr_schedule import next_rate
 from megallama.train.out_of_memory import memory_explained
 from megallama.train.plan_check import check_plan
 from megallama.train.record import locked, recorded
-from megallama.train.run import Ending, Finished, Run, build_model, write_train_event
+from megallama.train.run import Ending, Finished, Run, build_model, report_left_out, write_train_event
 from megallama.train.saves import check_loaded, clean_checkpoints, report_saves, save_checkpoint, start_state
 from megallama.train.step_timer import StepTimer
 from megallama.train.stop_requests import StopDecision, StopRequests
@@ -72,6 +72,7 @@ def train(config: RunConfig, mesh: ParallelMesh, micro_batches: int, data: RunDa
         run = Run(config, mesh, model, engine, data, metrics, saver, requests, watchdog, reached, peak)
         try:
             state = start_state(run, start, launch.processors)
+            report_left_out(run)
             reached.step = state.step
             launch.signals.training(elastic=launch.elastic)
             ending = loop(run, state)

@@ -102,6 +102,22 @@ def draw_weights(config: RunConfig, model: ModelStages, engine: Engine, threads:
     engine.initialise(model.shard_slices, threads, seed=config.train.seed, **values)
 
 
+def report_left_out(run: Run) -> None:
+    """Say what `data.pack=one` cuts off."""
+    config = run.config.data
+    splits = {"train": run.data.train, "validation": run.data.validation}
+    if run.mesh.rank > 0 or config.pack == "all":
+        return
+    for name, loader in splits.items():
+        tokens, documents, empty = (0, 0, 0) if loader is None else loader.source.left_out
+        if tokens:
+            kept = f"data.truncate={config.truncate} at data.sequence_length={config.sequence_length}"
+            text = f"{kept} leaves {tokens:,} tokens of {documents:,} documents out of the {name} split"
+            run.metrics.write("notice", text=text)
+        if empty:
+            run.metrics.write("notice", text=f"{empty:,} documents of the {name} split have no token, and no sample")
+
+
 def write_train_event(run: Run, state: TrainState, loss: Tensor, grad_norm: float, lr: float, seconds: float) -> None:
     """Record a step that took `seconds`; every rank must call it."""
     config, sequence = run.config, run.config.data.sequence_length
