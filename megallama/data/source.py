@@ -47,7 +47,7 @@ class Source(Protocol):
     def documents(self, number: int) -> NDArray[np.int32]:
         """[sequence_length + 1]: which document each id of sample `number` is of, counted from 0 within the sample.
 
-        What fills up a sample is a document of its own.
+        By the index, not by ids, which end documents in some data alone. What fills up a sample is one more.
         """
 
     def fingerprint(self, sequence_length: int) -> str:
@@ -141,10 +141,10 @@ class Documents(Windows):
         return np.pad(seen, padding, constant_values=IGNORE_INDEX)
 
     def documents(self, number: int) -> NDArray[np.int32]:
-        places = np.arange(self.sequence_length + 1)
+        padded = np.zeros(self.sequence_length + 1, np.int32)
         held = 1 + min(len(self._document(number)), self.sequence_length)
-        first = held if self.pad == "right" else self.sequence_length + 1 - held
-        return (places >= first).astype(np.int32)
+        padded[slice(held, None) if self.pad == "right" else slice(-held)] = 1
+        return padded
 
     def _document(self, number: int) -> Tokens:
         return self.split.dataset.indexed.document(int(self.numbers[self.place(number)]))
