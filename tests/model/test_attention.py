@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import megallama.model.llama
 from megallama.config.schema import IGNORE_INDEX, DataConfig, ModelConfig, Objective
 from megallama.data.loader import Loader, MicroBatch
 from megallama.data.source import open_source
-from megallama.model.attention import ATTENTION, flex_attention, lengths, positions
+from megallama.model.attention import ATTENTION, AttentionCore, FusedAttention, flex_attention, lengths, positions
 from megallama.model.init import initialise
 from megallama.model.llama import Llama, Recompute, TensorParallelContext
 
@@ -84,6 +86,33 @@ def test_recomputation_stays_within_documents() -> None:
         assert [name for name, gradient in plain.items() if not torch.equal(found[name], gradient)] == []
 
 
+def graphs(made: Llama, batches: list[Tensor]) -> list[int]:
+    """How many torch's compiler has made after each of the batches; each has the result that it has without."""
+    found, tokens = [], torch.randint(SHAPE.vocab_size, (3, 33), generator=torch.Generator().manual_seed(1))
+    expected = [made(tokens[:, :-1], tokens[:, 1:], documents).detach() for documents in batches]
+    torch._dynamo.reset()
+    before = counters["stats"]["unique_graphs"]
+    for layer in made.layers.values():
+        layer.compile(backend="aot_eager")
+    for documents, loss in zip(batches, expected, strict=True):
+        torch.testing.assert_close(made(tokens[:, :-1], tokens[:, 1:], documents).detach(), loss)
+        found.append(counters["stats"]["unique_graphs"] - before)
+    return found
+
+
+def test_other_documents_are_not_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [DOCUMENTS, DOCUMENTS.flip(0), DOCUMENTS.flip(1), torch.arange(32, dtype=torch.int32).expand(3, 32)]
+    assert len(set(graphs(model(), batches))) == 1, "one by one"
+    flex = cache(lambda: torch.compile(flex_attention, backend="aot_eager"))
+
+    def of_a_gpu(self: FusedAttention, documents: Tensor, head_dim: int) -> AttentionCore:
+        return partial(flex(), block_mask=self.block_mask(documents))
+
+    monkeypatch.setattr(FusedAttention, "within", of_a_gpu)
+    with torch.no_grad():  # its backward is for GPUs alone
+        assert len(set(graphs(model(), batches))) == 1
+
+
 EOD, LENGTH = 256, 40
 LENGTHS = [9, 1, 17, 10]
 """Of documents; with an end before each they fill a window and its last label."""
@@ -131,7 +160,7 @@ def test_a_document_has_the_loss_in_a_packed_sample_that_it_has_alone(
     assert len(alone) == len(LENGTHS)
     assert max(differences(packed, alone)) < 1e-5
     assert max(differences(replace(packed, documents=None), alone)) > 0.01
-    monkeypatch.setattr(megallama.model.llama.FusedAttention, "within", lambda self, documents, head_dim: self)
+    monkeypatch.setattr(FusedAttention, "within", lambda self, documents, head_dim: self)
     assert max(differences(packed, alone)) > 0.01
 
 
