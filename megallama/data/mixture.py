@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from megallama.config.schema import DataConfig, MixtureSource, RunConfig
 from megallama.data.blend import Blend, stage_of
 from megallama.data.dataset import SCANNED_TOKENS, DocumentSplit, Split, split_documents
-from megallama.data.source import Place, Source, Windows, open_source, open_whole, samples_of
+from megallama.data.source import LeftOut, Place, Source, Windows, open_source, open_whole, samples_of
 from megallama.errors import UserError
 from megallama.layout.budget import NOTHING_SEEN, Seen, stage_samples
 from megallama.text.tokenizer import load_tokenizer
@@ -46,10 +46,18 @@ class Mixture:
         source, count = self.blend.locate(number)
         return self.parts[source].sample(count)
 
-    def place(self, number: int) -> tuple[str, Place]:
+    def documents(self, number: int) -> NDArray[np.int32]:
+        source, count = self.blend.locate(number)
+        return self.parts[source].documents(count)
+
+    @property
+    def left_out(self) -> LeftOut:
+        return LeftOut(*(sum(counts) for counts in zip(*(part.left_out for part in self.parts), strict=True)))
+
+    def trace(self, number: int) -> tuple[str, Place]:
         """The source of sample `number`, and where it is there."""
         source, count = self.blend.locate(number)
-        return self.blend.names[source], self.parts[source].place(count)
+        return self.blend.names[source], self.parts[source].trace(count)
 
     def epochs(self, samples: int) -> dict[str, tuple[int, float]]:
         """Of each source, how many of the first `samples` samples are its own, and how often those are all it has."""

@@ -61,7 +61,7 @@ def trace(
     for step in range(steps[0], steps[1] + 1):
         begin = samples_at_step(config, step - 1, seen)
         for sample in range(begin, samples_at_step(config, step, seen)):
-            source, place = mixture.place(sample)
+            source, place = mixture.trace(sample)
             # The order of sampler.micro_batch_indices.
             micro, rank = divmod((sample - begin) // micro_batch_size, dp_size) if dp_size else (None, None)
             window = place.unit if config.data.pack == "all" else None

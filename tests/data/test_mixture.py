@@ -64,7 +64,7 @@ def test_each_source_is_read_by_weight_and_each_of_its_windows_once_an_epoch(pat
     mixture = open_mixture(config_of(sources(paths))).train
     seen: dict[str, Counter[int]] = {name: Counter() for name in WEIGHTS}
     for number in range(400):
-        name, place = mixture.place(number)
+        name, place = mixture.trace(number)
         assert (
             place.epoch == sum(seen[name].values()) // mixture.parts[mixture.blend.names.index(name)].samples_per_epoch
         )
@@ -93,11 +93,11 @@ def test_sources_go_on_in_the_next_stage(paths: dict[str, str]) -> None:
         {"from_step": 5, "sources": sources(paths, code=0.5, web=0.5)},
     ]
     mixture = open_mixture(config_of(stages)).train
-    places = [mixture.place(number) for number in range(40)]
+    places = [mixture.trace(number) for number in range(40)]
     assert Counter(name for name, _ in places[:20]) == {"web": 10, "books": 10}
     assert Counter(name for name, _ in places[20:]) == {"web": 10, "code": 10}
     alone = open_mixture(config_of(sources(paths, web=1))).train
-    assert [place for name, place in places if name == "web"] == [alone.place(number)[1] for number in range(20)]
+    assert [place for name, place in places if name == "web"] == [alone.trace(number)[1] for number in range(20)]
 
 
 def test_stages_that_have_begun_stay_where_they_began_and_others_follow_the_batches(paths: dict[str, str]) -> None:
@@ -137,7 +137,7 @@ def test_the_tail_of_each_source_is_held_out(paths: dict[str, str]) -> None:
     assert data.validation is not None
     blend = data.validation.source
     assert isinstance(blend, Mixture)
-    assert Counter(blend.place(number)[0] for number in range(20)) == {"web": 12, "books": 5, "code": 3}
+    assert Counter(blend.trace(number)[0] for number in range(20)) == {"web": 12, "books": 5, "code": 3}
     for kind, name in enumerate(WEIGHTS):
         rows = [data.sets[f"validation/{name}"].source.sample(number) for number in range(2)]
         first = {"web": 48, "books": 16, "code": 8}[name]
@@ -205,7 +205,7 @@ def test_a_plan_counts_what_the_run_will_read(paths: dict[str, str]) -> None:
     config = config_of(stages, steps=40)
     mixture = open_train(config)
     plan = plan_data(config, mixture)
-    places = [mixture.place(number) for number in range(160)]
+    places = [mixture.trace(number) for number in range(160)]
     for source in plan.sources:
         own = [number for number, (name, _) in enumerate(places) if name == source.name]
         assert source.read_samples == len(own)
@@ -280,7 +280,7 @@ def test_many_sources_open_with_few_files(write_dataset: Write) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, hard))
     try:
         mixture = open_mixture(config_of([{"path": path, "weight": 1} for path in paths], validation_fraction=0)).train
-        assert {mixture.place(number)[0] for number in range(10**9, 10**9 + 80)} == {Path(p).name for p in paths}
+        assert {mixture.trace(number)[0] for number in range(10**9, 10**9 + 80)} == {Path(p).name for p in paths}
         mixture.sample(10**9)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -126,7 +126,7 @@ def test_a_run_whose_past_was_written_anew_is_refused(whole: Path, folder: Path)
             "maths 0.5 from step 2) in the run; leave it as it was and change a stage",
         ),
         (stages(folder, FIRST), "(web 0.7, code 0.3) in the run; leave it as it was and change a stage from_step=6 or"),
-        ("data.validation_fraction=0.3", "the data of the run (the sources of data.mixture, data.pack or the split)"),
+        ("data.validation_fraction=0.3", "the data of the run (the sources of data.mixture, data.pack, "),
     ):
         ((code, said),) = pretrain(1, [*run, changed])
         assert (code, sentence in said) == (2, True), said
@@ -155,7 +155,9 @@ def test_nodes_may_keep_their_copies_elsewhere_but_must_agree_on_weights(
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("objective", [["train.objective=masked", "model.vocab_size=258"], ["data.pack=one"]])
+@pytest.mark.parametrize(
+    "objective", [["train.objective=masked", "model.vocab_size=258"], ["data.pack=one", "data.document_mask=true"]]
+)
 def test_other_samples_are_read_through_a_mixture(objective: list[str], folder: Path, tmp_path: Path) -> None:
     found: list[Any] = []
     for ranks in (1, 2):

@@ -347,9 +347,10 @@ def _check_same_data(path: Path, config: RunConfig, identify: Identify) -> None:
         )
     if saved.fingerprint != data.fingerprint:
         length = "" if saved.sequence_length else ", or data.sequence_length"
-        sources = "the sources of data.mixture" if data.mixture else "data.path"
+        source = "the sources of data.mixture" if data.mixture else "data.path"
+        keys = f"{source}, data.pack, data.document_mask, data.truncate, data.pad"
         raise UserError(
-            f"the data of the run ({sources}, data.pack or the split{length}) is not that of the checkpoint {path}; "
+            f"the data of the run ({keys} or the split{length}) is not that of the checkpoint {path}; "
             f"use the same data, or another run.dir with checkpoint.init_from={path}"
         )
 
