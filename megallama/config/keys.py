@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -14,8 +14,8 @@ from megallama.errors import UserError
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section class in a field's annotation, also inside `X | None`."""
-    for candidate in (annotation, *get_args(annotation)):
+    """The section class in a field's annotation, also inside `X | None`; in a list are several, which have no keys."""
+    for candidate in (annotation, *(() if get_origin(annotation) is tuple else get_args(annotation))):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return None
@@ -31,10 +31,23 @@ def _dotted(section: type[BaseModel], prefix: str = "") -> tuple[str, ...]:
     return tuple(keys)
 
 
+def _lists(section: type[BaseModel], prefix: str = "") -> dict[str, tuple[str, ...]]:
+    """The keys that hold a list of sections, each with the names in one of them."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, field in section.model_fields.items():
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            found |= _lists(inner, f"{prefix}{name}.")
+        elif get_origin(field.annotation) is tuple and (listed := _section_of(get_args(field.annotation)[0])):
+            found[f"{prefix}{name}"] = tuple(listed.model_fields)
+    return found
+
+
 SECTIONS: tuple[str, ...] = tuple(RunConfig.model_fields)
 # model.import is the loader's: it is replaced by the keys of the file that it names.
 LEGAL_KEYS: tuple[str, ...] = (*_dotted(RunConfig), "model.import")
 MIXTURE = "data.mixture"
+LISTS = _lists(RunConfig) | {MIXTURE: (*MixtureSource.model_fields, *MixtureStage.model_fields)}
 NAMED = "evaluation.sets."
 """What stands below is named by the user."""
 _PARENTS = frozenset(key.rpartition(".")[0] for key in (*LEGAL_KEYS, f"{NAMED}name"))
@@ -108,19 +121,16 @@ def unknown_key(key: str) -> str:
 def explain(error: ValidationError) -> str:
     """One sentence for the first key that pydantic refused: the key, its value, what is expected."""
     details = error.errors(include_url=False)
-    if details[0]["type"] in ("length", "data"):  # of two keys
+    if details[0]["type"] == "sentence":  # whole, about several keys
         return details[0]["msg"]
-    for detail in details:
-        if detail["type"] == "extra_forbidden":
-            return _unknown_in_list(_key_of(detail))
-    key = _key_of(details[0])
+    first = next((detail for detail in details if detail["type"] == "extra_forbidden"), details[0])
+    key = _key_of(first)
+    if first["type"] in ("extra_forbidden", "missing") and "[" in key:  # in a list: no word of a command line
+        return _wrong_key_in_list(first["type"] == "missing", key)
     same_key = [detail for detail in details if _key_of(detail) == key]
     expected = _or(list(dict.fromkeys(_expectation(detail) for detail in same_key)))
-    if details[0]["type"] == "missing":
-        if key.startswith(f"{MIXTURE}["):
-            return f"{key} is missing; write it in the file"
-        if ".".join(map(str, details[0]["loc"])) == key:
-            return f"{key} is missing; write it in the file or give {key}=VALUE"
+    if details[0]["type"] == "missing" and ".".join(map(str, details[0]["loc"])) == key:
+        return f"{key} is missing; write it in the file or give {key}=VALUE"
     value = details[0]["input"]
     return f"{key}={as_typed(value)} is not legal; expected {expected}{_nearest_value(same_key, value)}"
 
@@ -130,23 +140,27 @@ def _key_of(detail: ErrorDetails) -> str:
 
     Of a list of sections it is that in the element: data.mixture[0].weight.
     """
-    key, place = "", detail["loc"]
-    for depth, part in enumerate(place):
+    key = ""
+    for part in detail["loc"]:
         longer = f"{key}.{part}" if key else str(part)
-        if not is_legal(longer):
-            # The first part below is the branch of the union.
-            inside = place[depth + 1 :] if key == MIXTURE else ()
-            return key + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inside)
+        if key == MIXTURE and isinstance(part, str):  # the branch of the union: a list of sources, or of stages
+            continue
+        if key.partition("[")[0] in LISTS:
+            longer = f"{key}[{part}]" if isinstance(part, int) else longer
+        elif not is_legal(longer):
+            break
         key = longer
     return key
 
 
-def _unknown_in_list(key: str) -> str:
-    """The sentence about a key that an element of a list of sections does not have."""
-    source, stage = [*MixtureSource.model_fields], [*MixtureStage.model_fields]
-    close = difflib.get_close_matches(key.rpartition(".")[2], source + stage, n=1)
-    legal = f"legal in a source: {', '.join(source)}; in a stage: {', '.join(stage)}"
-    return f"unknown key {_cut(key)}; {f'did you mean {close[0]}?' if close else legal}"
+def _wrong_key_in_list(missing: bool, key: str) -> str:
+    """The sentence about a key that an element of a list of sections lacks, or does not have."""
+    parent, _, leaf = key.rpartition(".")
+    legal = LISTS[key.partition("[")[0]]
+    if not missing and (close := difflib.get_close_matches(leaf, legal, n=1)):
+        return f"unknown key {_cut(key)}; did you mean {close[0]}?"
+    what = f"{key} is missing" if missing else f"unknown key {_cut(key)}"
+    return f"{what}; legal in {parent}: {', '.join(legal)}"
 
 
 _KINDS = {
@@ -166,6 +180,7 @@ _LISTS = {
     "train.freeze": 'a list of patterns such as [model.embed_tokens.weight, "*norm*"]',
     "optimizer.betas": "a list of two numbers such as [0.9, 0.95]",
     "parallel.layers_per_stage": "a list of whole numbers such as [8, 9, 9, 6]",
+    "train.batch_ramp": "a list of up to 64 stages such as [{global_batch_size: 64, until: 252M}]",
 }
 _TEXTS = {"checkpoint.resume": "the path of a checkpoint such as runs/quickstart/checkpoints/step_00000700"}
 _BOUNDS = {

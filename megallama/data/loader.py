@@ -6,9 +6,10 @@ The state of a loader is one integer, the samples consumed; see `source` for wha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from megallama.data.masking import Masking, masking_of
 from megallama.data.mixture import Mixture, check_epochs, open_mixture
 from megallama.data.sampler import micro_batch_indices
 from megallama.data.source import Source, open_set, open_source
-from megallama.layout.budget import NOTHING_SEEN, Seen, run_samples
+from megallama.layout.budget import NOTHING_SEEN, Seen, batch_at, run_samples
 from megallama.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -48,7 +49,7 @@ class MicroBatch:
 class Loader:
     """This rank's micro-batches of a source.
 
-    Over the ranks, a step is the samples [samples_consumed, samples_consumed + global_batch_size) at every dp_size and
+    Over the ranks, the step at a position is the samples [position, position + batch_at(position)) at every dp_size and
     micro_batch_size.
     """
 
@@ -56,14 +57,13 @@ class Loader:
         self,
         source: Source,
         micro_batch_size: int,
-        global_batch_size: int,
+        batch_at: Callable[[int], int],
         dp_rank: int = 0,
         dp_size: int = 1,
         masking: Masking | None = None,
         document_mask: bool = False,
     ) -> None:
-        assert global_batch_size % (micro_batch_size * dp_size) == 0, (global_batch_size, micro_batch_size, dp_size)
-        self.source, self.global_batch_size = source, global_batch_size
+        self.source, self.batch_at = source, batch_at
         self._micro_batch_size = micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._masking, self._document_mask = masking, document_mask
@@ -80,11 +80,13 @@ class Loader:
     def of(self, source: Source) -> Loader:
         """The same rank's loader of another source."""
         rank, hidden = (self._dp_rank, self._dp_size), (self._masking, self._document_mask)
-        return Loader(source, self._micro_batch_size, self.global_batch_size, *rank, *hidden)
+        return Loader(source, self._micro_batch_size, self.batch_at, *rank, *hidden)
 
     def step(self, samples_consumed: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that starts at sample `samples_consumed` of the run."""
-        micro_batches = self.global_batch_size // (self._micro_batch_size * self._dp_size)
+        batch, each = self.batch_at(samples_consumed), self._micro_batch_size * self._dp_size
+        micro_batches, rest = divmod(batch, each)
+        assert rest == 0, (batch, each)
         return [self._micro_batch(self._samples(samples_consumed, micro)) for micro in range(micro_batches)]
 
     def evaluation(self, samples: int) -> Iterator[MicroBatch]:
@@ -167,8 +169,8 @@ def open_data(config: RunConfig, dp_rank: int, dp_size: int, seen: Seen = NOTHIN
             for part in source.parts:
                 scanned = part.split.tokens[: SCANNED_TOKENS // len(source.parts)]
                 masking.check_ids(scanned, f"the data of {part.split.dataset.prefix}")
-        size, step = train.micro_batch_size, train.global_batch_size
-        return Loader(source, size, step, dp_rank, dp_size, masking, document_mask=data.documents_apart)
+        size, batch = train.micro_batch_size, partial(batch_at, config)
+        return Loader(source, size, batch, dp_rank, dp_size, masking, document_mask=data.documents_apart)
 
     # Sorted: the file of another node may name them in another order.
     sets = {
@@ -195,6 +197,6 @@ def prefetched(loader: Loader, samples_consumed: int) -> Iterator[list[MicroBatc
         upcoming = pool.submit(loader.step, samples_consumed)
         while True:
             batches = upcoming.result()
-            samples_consumed += loader.global_batch_size
+            samples_consumed += loader.batch_at(samples_consumed)
             upcoming = pool.submit(loader.step, samples_consumed)
             yield batches

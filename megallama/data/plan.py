@@ -96,7 +96,9 @@ def plan_data(config: RunConfig, mixture: Mixture, seen: Seen = NOTHING_SEEN) ->
 
 def step_of(config: RunConfig, sample: int, seen: Seen = NOTHING_SEEN) -> int:
     """The step that reads sample `sample`, counted from 1, as metrics count."""
-    return bisect_right(range(total_steps(config, seen)), sample, key=lambda step: samples_at_step(config, step, seen))
+    since = seen if sample >= seen.samples else NOTHING_SEEN
+    steps = range(since.step, total_steps(config, seen))
+    return since.step + bisect_right(steps, sample, key=lambda step: samples_at_step(config, step, since))
 
 
 def _verdict(epochs: float, limit: float | None) -> str:

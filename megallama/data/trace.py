@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megallama.config.schema import RunConfig
 from megallama.data.mixture import Mixture
 from megallama.errors import UserError
-from megallama.layout.budget import NOTHING_SEEN, Seen, samples_at_step, total_steps
+from megallama.layout.budget import NOTHING_SEEN, Seen, batch_at, samples_at_step, total_steps
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,15 @@ def trace(
     micro_batch_size, last = config.train.micro_batch_size, total_steps(config, seen)
     if steps[1] > last:
         raise UserError(f"--steps {steps[0]}:{steps[1]} goes beyond the run; its last step is {last}")
-    if dp_size is not None and config.train.global_batch_size % (micro_batch_size * dp_size):
-        raise UserError(
-            f"train.global_batch_size={config.train.global_batch_size} is no multiple of train.micro_batch_size="
-            f"{micro_batch_size} * --dp {dp_size}; give the dp of the run"
-        )
     for step in range(steps[0], steps[1] + 1):
-        begin = samples_at_step(config, step - 1, seen)
-        for sample in range(begin, samples_at_step(config, step, seen)):
+        begin = samples_at_step(config, step - 1, seen if step > seen.step else NOTHING_SEEN)
+        batch = batch_at(config, begin)
+        if dp_size is not None and batch % (micro_batch_size * dp_size):
+            raise UserError(
+                f"a batch of {batch} sequences is no multiple of train.micro_batch_size={micro_batch_size} * --dp "
+                f"{dp_size}; give the dp of the run"
+            )
+        for sample in range(begin, begin + batch):
             source, place = mixture.trace(sample)
             # The order of sampler.micro_batch_indices.
             micro, rank = divmod((sample - begin) // micro_batch_size, dp_size) if dp_size else (None, None)

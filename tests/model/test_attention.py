@@ -129,7 +129,7 @@ def packed_and_alone(write_dataset: Callable[..., str]) -> tuple[MicroBatch, lis
         config = DataConfig.model_validate(
             {"path": path, "pack": pack, "sequence_length": LENGTH, "validation_fraction": 0}
         )
-        loader = Loader(open_source(config, "train", 1, EOD + 1), 1, 1, document_mask=pack == "all")
+        loader = Loader(open_source(config, "train", 1, EOD + 1), 1, lambda _: 1, document_mask=pack == "all")
         return [loader.step(number)[0] for number in range(count)]
 
     (packed,) = samples(together, "all", 1)
