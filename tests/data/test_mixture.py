@@ -22,7 +22,7 @@ from megallama.data.indexed import bin_path
 from megallama.data.loader import open_data
 from megallama.data.mapped import mapped
 from megallama.data.mixture import Mixture, open_mixture, open_train
-from megallama.data.plan import plan_data
+from megallama.data.plan import plan_data, step_of
 from megallama.data.sampler import Sampler
 from megallama.data.source import open_source
 from megallama.data.trace import parse_steps, trace
@@ -109,6 +109,21 @@ def test_stages_that_have_begun_stay_where_they_began_and_others_follow_the_batc
     data = open_data(config, 0, 1).begun_at(stage_samples(config, seen))
     assert isinstance(data.train.source, Mixture)
     assert [stage.first_sample for stage in data.train.source.blend.stages] == [0, 20, 44]
+
+
+def test_stages_follow_a_batch_that_grows(paths: dict[str, str]) -> None:
+    config = config_of([{"from_step": step, "sources": sources(paths)} for step in (0, 5, 9)], batch=8)
+    ramp = {"batch_ramp": [{"global_batch_size": 2, "until": 9 * 10}, {"global_batch_size": 4, "until": 9 * 20}]}
+    config = RunConfig.model_validate(config.model_dump() | {"train": config.train.model_dump() | ramp})
+    # Five steps of 2 samples, three of 4, and 8 from there on.
+    assert stage_samples(config) == (0, 10, 22 + 8)
+    mixture = open_train(config)
+    lines = [*trace(config, mixture, (1, 10), 2)]
+    assert [sum(each.step == step for each in lines) for step in range(1, 11)] == [2] * 5 + [4] * 3 + [8] * 2
+    assert [each.sample for each in lines] == [*range(38)]
+    assert step_of(config, 9) == 5
+    assert [step_of(config, sample) for sample in (10, 21, 22, 37, 38)] == [6, 8, 9, 10, 11]
+    assert [step_of(config, sample, Seen(6, 14, 2, (0, 10))) for sample in (0, 13, 14, 22)] == [1, 6, 7, 9]
 
 
 def test_sources_of_one_size_have_orders_of_their_own() -> None:
