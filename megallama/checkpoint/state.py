@@ -33,6 +33,7 @@ _LARGEST_BATCH = 1 << 31
 """Sequences of a step; more than a run ever had."""
 Batch = Annotated[int, Field(ge=1, lt=_LARGEST_BATCH)]
 Part = Annotated[float, Field(gt=0, lt=_LARGEST_BATCH, allow_inf_nan=False)]
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Loss = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -54,7 +55,7 @@ class TrainState:
     A part of one where the run goes on by longer sequences.
     """
     stages: tuple[Count, ...] = ()
-    """The first sample of each stage of `data.mixture`; of those to come, by the batches of the run that saved."""
+    """The first sample of each stage of `data.mixture`, as far as is known; a checkpoint has those that have begun."""
 
     @property
     def seen(self) -> Seen:
@@ -84,7 +85,7 @@ class StageWeights:
     """A stage of `data.mixture`."""
 
     from_step: Count
-    weights: dict[Name, Part]
+    weights: dict[Name, Weight]
     """By the name of the source."""
 
 

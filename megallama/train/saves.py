@@ -126,7 +126,8 @@ def save_checkpoint(run: Run, state: TrainState, loss: Tensor, *, healthy: bool)
     }
     identity = data_identity(config, run.data.train.fingerprint, config.data.sequence_length, state.step)
     mean, train = total / mesh.data.size, config.train
-    document = state_document(state, mean, healthy, identity, config.model, layout, train.objective, train.freeze)
+    begun = replace(state, stages=tuple(first for first in state.stages if first < max(state.samples, 1)))
+    document = state_document(begun, mean, healthy, identity, config.model, layout, train.objective, train.freeze)
     run.saver.save(state.step, document)
     if not config.checkpoint.asynchronous:
         run.saver.wait()

@@ -93,8 +93,9 @@ def test_a_run_goes_on_inside_a_stage_with_other_ranks_and_another_future(
     assert pretrain(2, [*run, "train.stop_after=2"]) == [(0, "")] * 2
     (saved,) = complete_checkpoints(tmp_path / "run" / "checkpoints")
     assert [stage.weights for stage in read_saved(saved).data.mixture] == [FIRST[1]]
+    assert read_saved(saved).state.stages == (0,)
     # What comes later may change: here it is written only now, as if the run had begun without it.
-    assert pretrain(1, [*run, stages(folder, FIRST), "train.stop_after=3"]) == [(0, "")]
+    assert pretrain(1, [*run, stages(folder, FIRST, (10**12, LATER[1])), "train.stop_after=3"]) == [(0, "")]
     assert pretrain(2, [*run, "train.stop_after=5"]) == [(0, "")] * 2
     assert pretrain(1, run) == [(0, "")]
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-5)
