@@ -83,6 +83,7 @@ def _excerpt(dataset: IndexedDataset, tokenizer: Tokenizer | None, number: int, 
 def description(facts: Mapping[str, Any]) -> Iterator[str]:
     """The lines of what `describe` found: nothing in them moves the cursor of a terminal."""
     rate, sampled, longest = facts["bytes_per_token"], facts["sampled_tokens"], facts["longest"]
+    share = f"{longest['share']:.1%}" if longest["share"] >= 0.001 else "less than 0.1%"
     rows: dict[str, Any] = {
         **{name: facts[name] for name in ("prefix", "documents", "tokens", "dtype", "tokenizer")},
         **{name: facts[name] for name in ("vocab_size", "eod_id", "fingerprint")},
@@ -90,7 +91,7 @@ def description(facts: Mapping[str, Any]) -> Iterator[str]:
         "empty": f"{facts['empty_documents']:,} documents",
         "mean": f"{facts['mean']:,.1f} tokens",
         "quantiles": "  ".join(f"{float(share):.0%} {length:,}" for share, length in facts["quantiles"].items()),
-        "longest": f"{longest['tokens']:,} tokens, {100 * longest['share']:.2g}% of all: document {longest['document']:,}",
+        "longest": f"{longest['tokens']:,} tokens, {share} of all: document {longest['document']:,}",
     }
     for name, value in rows.items():
         shown = f"{value:,}" if isinstance(value, int) else "unknown" if value is None else printable(str(value))

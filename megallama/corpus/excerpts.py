@@ -40,7 +40,7 @@ def known_tokenizer(prefix: str, info: DatasetInfo | None, spec: str | None) -> 
     try:
         tokenizer = load_tokenizer(info.tokenizer)
     except UserError as error:
-        return None, f"{error}; name the tokenizer of the dataset with --tokenizer SPEC"
+        return None, f"its tokenizer cannot be loaded ({error}); name it with --tokenizer SPEC"
     if tokenizer.fingerprint != info.fingerprint:
         return None, f"{info.tokenizer} is another tokenizer now; name that of the dataset with --tokenizer SPEC"
     return tokenizer, ""
