@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from megallama.data.loader import RunData
 from megallama.hardware.measure import Peak, peak_memory_bytes
 from megallama.layout.budget import total_steps
 from megallama.layout.counts import flops_per_token, kernel_convention
-from megallama.layout.frozen import frozen_weights
+from megallama.layout.frozen import frozen_matmul, frozen_weights
 from megallama.layout.schedules import action_lists
 from megallama.layout.stages import stages
 from megallama.model.attention import ATTENTION
@@ -123,7 +124,8 @@ def write_train_event(run: Run, state: TrainState, loss: Tensor, grad_norm: floa
     config, sequence = run.config, run.config.data.sequence_length
     (total,) = sum_losses([float(loss)], run.mesh)
     speed = config.tokens_per_step / seconds
-    at_peak = run.peak.flops * run.mesh.world.size
+    at_peak, convention = run.peak.flops * run.mesh.world.size, kernel_convention(config.train.objective)
+    flops = partial(flops_per_token, config.model, sequence, frozen=frozen_matmul(config))
     run.metrics.write(
         "train",
         step=state.step,
@@ -135,7 +137,7 @@ def write_train_event(run: Run, state: TrainState, loss: Tensor, grad_norm: floa
         lr=lr,
         seconds=seconds,
         tokens_per_second=speed,
-        mfu=speed * flops_per_token(config.model, sequence, "full") / at_peak,
-        mfu_causal=speed * flops_per_token(config.model, sequence, kernel_convention(config.train.objective)) / at_peak,
+        mfu=speed * flops(convention="full") / at_peak,
+        mfu_causal=speed * flops(convention=convention) / at_peak,
         peak_memory_bytes=peak_memory_bytes(run.mesh.device),
     )
