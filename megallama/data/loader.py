@@ -150,7 +150,7 @@ def open_data(config: RunConfig, dp_rank: int, dp_size: int) -> RunData:
         if masking is not None:  # here, before a run directory is written; what lies further on is met when it is read
             masking.check_ids(source.split.tokens[:SCANNED_TOKENS], f"the data of {source.split.dataset.prefix}")
         size, step = train.micro_batch_size, train.global_batch_size
-        return Loader(source, size, step, dp_rank, dp_size, masking, document_mask=data.documents_apart)
+        return Loader(source, size, step, dp_rank, dp_size, masking, data.documents_apart)
 
     def open_split(split: Split) -> Loader:
         return loader(open_source(data, split, train.seed, config.model.vocab_size))
