@@ -67,9 +67,10 @@ def measure(launch: Launch, config: RunConfig, way: Way) -> Found:
             plain(config, dp) | {"bf16": {"enabled": True, "immediate_grad_update": False}}
         )
     batching = check_config(config, launch.world_size)
+    count = batching.gradient_accumulation_steps
     topology = Topology(pp=config.parallel.pipeline, dp=batching.dp_size, tp=config.parallel.tensor)
     mesh = build_mesh(topology, launch, device)
-    model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
+    model, engine = build_model(config, mesh)
     draw_weights(config, model, engine)
     if way == "fp32":
         for parameter in model.parameters():  # the reference differs by its arithmetic, not by its weights
@@ -84,9 +85,9 @@ def measure(launch: Launch, config: RunConfig, way: Way) -> Found:
         if way == "hand-over":
             engine._take_gradients(parameters)
 
-    for stage in engine._passes._schedule._stages:  # type: ignore[attr-defined]
+    for stage in engine._passes._schedule(count)._stages:  # type: ignore[attr-defined]
         stage._take = take
-    engine.forward_backward(micro_batches(config, batching.gradient_accumulation_steps, mesh), torch.ones(()))
+    engine.forward_backward(micro_batches(config, count, mesh), torch.ones(()))
     return Found(sums(engine, model, way), max(*most, bytes_held(engine, model)))
 
 

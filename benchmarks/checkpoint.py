@@ -98,7 +98,7 @@ def measure(
 
     batching, parallel = check_config(config, launch.world_size), config.parallel
     mesh = build_mesh(Topology(pp=parallel.pipeline, dp=batching.dp_size, tp=parallel.tensor), launch, device)
-    model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
+    model, engine = build_model(config, mesh)
     draw_weights(config, model, engine)
     fill_moments(engine, model)
     found = contenders(engine, model, mesh, folder)

@@ -81,7 +81,7 @@ def engine_step(config: RunConfig, device: torch.device) -> Step:
     from megallama.train.run import Run, build_model
 
     mesh = build_mesh(Topology(), Launch(), device)
-    model, engine = build_model(config, mesh, check_config(config, 1).gradient_accumulation_steps)
+    model, engine = build_model(config, mesh)
     for fragment in engine.fragments():
         draw(model.shard_slices[fragment.parameter][0], fragment.master, config)
     engine.state_was_loaded(0)

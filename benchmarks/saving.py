@@ -80,7 +80,7 @@ def measure(
     batching, parallel = check_config(config, launch.world_size), config.parallel
     mesh = build_mesh(Topology(pp=parallel.pipeline, dp=batching.dp_size, tp=parallel.tensor), launch, device)
     count = batching.gradient_accumulation_steps
-    model, engine = build_model(config, mesh, count)
+    model, engine = build_model(config, mesh)
     draw_weights(config, model, engine)
     saver = Saver(folder, engine, model, mesh, Retention(keep=1))
     shape = (config.train.micro_batch_size, config.data.sequence_length)

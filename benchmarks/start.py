@@ -58,7 +58,7 @@ def started_bytes(launch: Launch, configs: Sequence[RunConfig]) -> list[int]:
     for config in configs:
         with LiveBytes() as live, warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            model, engine = build_model(config, mesh, 1)
+            model, engine = build_model(config, mesh)
             draw_weights(config, model, engine)
         found.append(live.peak)
     return found

@@ -41,8 +41,9 @@ def keys() -> str:
         rows += [_row(f"{name}.{key}", key in section.get("required", ()), field) for key, field in _fields(section)]
         parts.append("\n".join([f"### {name}", "", section["description"], "", *rows]))
         for key, field in _fields(section):
+            listed = "[]" if field.get("type") == "array" else ""
             for inner in _sections(field):
-                add(f"{name}.{key}", schema["$defs"][inner])
+                add(f"{name}.{key}{listed}", schema["$defs"][inner])
 
     for name, field in schema["properties"].items():
         for section in _sections(field):
@@ -76,8 +77,9 @@ def _fields(section: Schema) -> list[tuple[str, Schema]]:
 
 
 def _sections(field: Schema) -> list[str]:
-    """Names of the sections that a field may hold."""
-    return [branch["$ref"].rpartition("/")[2] for branch in (field, *field.get("anyOf", ())) if "$ref" in branch]
+    """Names of the sections that a field may hold, or a list of them."""
+    branches = (field, *field.get("anyOf", ()), field.get("items", {}))
+    return [branch["$ref"].rpartition("/")[2] for branch in branches if "$ref" in branch]
 
 
 def _row(key: str, required: bool, field: Schema) -> str:

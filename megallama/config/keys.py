@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -14,8 +14,8 @@ from megallama.errors import UserError
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section class in a field's annotation, also inside `X | None`."""
-    for candidate in (annotation, *get_args(annotation)):
+    """The section class in a field's annotation, also inside `X | None`; in a list are several, which have no keys."""
+    for candidate in (annotation, *(() if get_origin(annotation) is tuple else get_args(annotation))):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return None
@@ -31,9 +31,22 @@ def _dotted(section: type[BaseModel], prefix: str = "") -> tuple[str, ...]:
     return tuple(keys)
 
 
+def _lists(section: type[BaseModel], prefix: str = "") -> dict[str, tuple[str, ...]]:
+    """The keys that hold a list of sections, each with the names in one of them."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, field in section.model_fields.items():
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            found |= _lists(inner, f"{prefix}{name}.")
+        elif get_origin(field.annotation) is tuple and (listed := _section_of(get_args(field.annotation)[0])):
+            found[f"{prefix}{name}"] = tuple(listed.model_fields)
+    return found
+
+
 SECTIONS: tuple[str, ...] = tuple(RunConfig.model_fields)
 # model.import is the loader's: it is replaced by the keys of the file that it names.
 LEGAL_KEYS: tuple[str, ...] = (*_dotted(RunConfig), "model.import")
+LISTS = _lists(RunConfig)
 NAMED = "evaluation.sets."
 """What stands below is named by the user."""
 _PARENTS = frozenset(key.rpartition(".")[0] for key in (*LEGAL_KEYS, f"{NAMED}name"))
@@ -107,9 +120,12 @@ def unknown_key(key: str) -> str:
 def explain(error: ValidationError) -> str:
     """One sentence for the first key that pydantic refused: the key, its value, what is expected."""
     details = error.errors(include_url=False)
-    if details[0]["type"] == "length":  # of two keys
+    if details[0]["type"] == "sentence":  # whole, about several keys
         return details[0]["msg"]
     key = _key_of(details[0])
+    if details[0]["type"] in ("extra_forbidden", "missing") and "[" in key:  # in a list: no word of a command line
+        what = f"{key} is missing" if details[0]["type"] == "missing" else f"unknown key {_cut(key)}"
+        return f"{what}; legal in {key.rpartition('.')[0]}: {', '.join(LISTS[key.partition('[')[0]])}"
     same_key = [detail for detail in details if _key_of(detail) == key]
     expected = _or(list(dict.fromkeys(_expectation(detail) for detail in same_key)))
     if details[0]["type"] == "missing" and ".".join(map(str, details[0]["loc"])) == key:
@@ -123,7 +139,9 @@ def _key_of(detail: ErrorDetails) -> str:
     key = ""
     for part in detail["loc"]:
         longer = f"{key}.{part}" if key else str(part)
-        if not is_legal(longer):
+        if key.partition("[")[0] in LISTS:
+            longer = f"{key}[{part}]" if isinstance(part, int) else longer
+        elif not is_legal(longer):
             break
         key = longer
     return key
@@ -145,6 +163,7 @@ _LISTS = {
     "train.freeze": 'a list of patterns such as [model.embed_tokens.weight, "*norm*"]',
     "optimizer.betas": "a list of two numbers such as [0.9, 0.95]",
     "parallel.layers_per_stage": "a list of whole numbers such as [8, 9, 9, 6]",
+    "train.batch_ramp": "a list of up to 64 stages such as [{global_batch_size: 64, until: 252M}]",
 }
 _TEXTS = {"checkpoint.resume": "the path of a checkpoint such as runs/quickstart/checkpoints/step_00000700"}
 _BOUNDS = {

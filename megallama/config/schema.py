@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal
-from math import prod
+from itertools import pairwise
+from math import gcd, prod
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -61,6 +62,7 @@ MOST_LAYERS, MOST_WIDTH, MOST_SEQUENCES, MOST_RANKS, MOST_STEPS = 2_000, 10**7, 
 MOST_PIPELINE, MOST_STAGES = 128, 512
 """A plan lays every action of every rank out in time."""
 MOST_PATTERNS = 256
+MOST_RAMP_STAGES = 64
 MOST_NAME_BYTES, MOST_PATH_BYTES = 255, 1000
 """Linux's limit on a component of a path, and sbatch's on a path, less what stands before and behind it."""
 
@@ -267,6 +269,37 @@ class ZeroConfig(Section):
     """Type of gradients in the reduction over data-parallel ranks; bf16 halves the bytes and rounds the sums."""
 
 
+class RampStage(Section):
+    """A batch that a run has at its beginning, before that of train.global_batch_size."""
+
+    global_batch_size: int = Field(ge=1, le=MOST_SEQUENCES)
+    """Sequences per optimizer step over all ranks."""
+    until: Tokens
+    """Tokens of the run, such as 252M: the first step that begins with as many seen has the next batch."""
+
+
+def _check_ramp(ramp: tuple[RampStage, ...]) -> tuple[RampStage, ...]:
+    for number, (one, after) in enumerate(pairwise(ramp), 1):
+        if after.until <= one.until:
+            raise _refused(
+                f"train.batch_ramp[{number}].until={after.until} is not more than the {one.until} of the stage before; "
+                f"nearest legal: train.batch_ramp[{number}].until={one.until + 1}"
+            )
+    return ramp
+
+
+Ramp = Annotated[
+    tuple[RampStage, ...],
+    Field(max_length=MOST_RAMP_STAGES),
+    AfterValidator(_check_ramp),
+    BeforeValidator(_tuple_from_list),
+]
+
+
+def _refused(sentence: str) -> PydanticCustomError:
+    return PydanticCustomError("sentence", "{sentence}", {"sentence": sentence})
+
+
 _LENGTH_SAID = {
     False: "train.steps={steps} and train.tokens={tokens} both say how long the run is; leave one of them out, or set "
     "one to null: train.steps=null or train.tokens=null",
@@ -291,6 +324,8 @@ class TrainConfig(Section):
     """Sequences per forward on one data-parallel rank."""
     global_batch_size: int = Field(default=1, ge=1, le=MOST_SEQUENCES)
     """Sequences per optimizer step over all ranks."""
+    batch_ramp: Ramp = ()
+    """Smaller batches at the beginning, as [{global_batch_size: 64, until: 252M}], until so many tokens are seen."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Type of weights and activations; master weights, moments and gradient sums are always fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -310,6 +345,16 @@ class TrainConfig(Section):
     deterministic: bool = False
     """Use deterministic kernels only: on a GPU, the backward of attention is otherwise not the same in every run."""
 
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Sequences per optimizer step, of the ramp's stages and of what follows, ever more."""
+        return (*(stage.global_batch_size for stage in self.batch_ramp), self.global_batch_size)
+
+    @property
+    def common_batch(self) -> int:
+        """The largest number of sequences that divides them all."""
+        return gcd(*self.batches)
+
     @model_validator(mode="before")
     @classmethod
     def _tokens_take_the_place_of_the_default(cls, given: Any) -> Any:
@@ -320,7 +365,18 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.steps is None) == (self.tokens is None):
-            raise PydanticCustomError("length", _LENGTH_SAID[self.tokens is None], dict(self))
+            raise _refused(_LENGTH_SAID[self.tokens is None].format(steps=self.steps, tokens=self.tokens))
+        return self
+
+    @model_validator(mode="after")
+    def _batches_grow(self) -> Self:
+        for number, (batch, after) in enumerate(pairwise(self.batches)):
+            if batch >= after:
+                key = f"train.batch_ramp[{number}].global_batch_size={batch}"
+                last = number + 1 == len(self.batch_ramp)
+                then = "train.global_batch_size" if last else f"train.batch_ramp[{number + 1}].global_batch_size"
+                legal = f"nearest legal: {then}={batch + 1}"
+                raise _refused(f"{key} is not less than {then}={after}, which follows; {legal}")
         return self
 
 

@@ -6,9 +6,10 @@ The state of a loader is one integer, the samples consumed; see `source` for wha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from megallama.data.dataset import SCANNED_TOKENS, Split
 from megallama.data.masking import Masking, masking_of
 from megallama.data.sampler import micro_batch_indices
 from megallama.data.source import Source, Windows, open_set, open_source
+from megallama.layout.budget import batch_at
 from megallama.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -45,7 +47,7 @@ class MicroBatch:
 class Loader:
     """This rank's micro-batches of a source.
 
-    Over the ranks, a step is the samples [samples_consumed, samples_consumed + global_batch_size) at every dp_size and
+    Over the ranks, the step at a position is the samples [position, position + batch_at(position)) at every dp_size and
     micro_batch_size.
     """
 
@@ -53,14 +55,13 @@ class Loader:
         self,
         source: Source,
         micro_batch_size: int,
-        global_batch_size: int,
+        batch_at: Callable[[int], int],
         dp_rank: int = 0,
         dp_size: int = 1,
         masking: Masking | None = None,
         document_mask: bool = False,
     ) -> None:
-        assert global_batch_size % (micro_batch_size * dp_size) == 0, (global_batch_size, micro_batch_size, dp_size)
-        self.source, self.global_batch_size = source, global_batch_size
+        self.source, self.batch_at = source, batch_at
         self._micro_batch_size = micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._masking, self._document_mask = masking, document_mask
@@ -76,7 +77,9 @@ class Loader:
 
     def step(self, samples_consumed: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that starts at sample `samples_consumed` of the run."""
-        micro_batches = self.global_batch_size // (self._micro_batch_size * self._dp_size)
+        batch, each = self.batch_at(samples_consumed), self._micro_batch_size * self._dp_size
+        micro_batches, rest = divmod(batch, each)
+        assert rest == 0, (batch, each)
         return [self._micro_batch(self._samples(samples_consumed, micro)) for micro in range(micro_batches)]
 
     def evaluation(self, samples: int) -> Iterator[MicroBatch]:
@@ -149,8 +152,8 @@ def open_data(config: RunConfig, dp_rank: int, dp_size: int) -> RunData:
     def loader(source: Windows) -> Loader:
         if masking is not None:  # here, before a run directory is written; what lies further on is met when it is read
             masking.check_ids(source.split.tokens[:SCANNED_TOKENS], f"the data of {source.split.dataset.prefix}")
-        size, step = train.micro_batch_size, train.global_batch_size
-        return Loader(source, size, step, dp_rank, dp_size, masking, data.documents_apart)
+        size, batch = train.micro_batch_size, partial(batch_at, config)
+        return Loader(source, size, batch, dp_rank, dp_size, masking, data.documents_apart)
 
     def open_split(split: Split) -> Loader:
         return loader(open_source(data, split, train.seed, config.model.vocab_size))
@@ -171,6 +174,6 @@ def prefetched(loader: Loader, samples_consumed: int) -> Iterator[list[MicroBatc
         upcoming = pool.submit(loader.step, samples_consumed)
         while True:
             batches = upcoming.result()
-            samples_consumed += loader.global_batch_size
+            samples_consumed += loader.batch_at(samples_consumed)
             upcoming = pool.submit(loader.step, samples_consumed)
             yield batches

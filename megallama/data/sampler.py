@@ -37,7 +37,7 @@ def micro_batch_indices(
 ) -> range:
     """Samples of the run in micro-batch number `micro_batch` of data-parallel rank `dp_rank`.
 
-    `first_sample` is the number of samples consumed before the step: step * global_batch_size at constant batch size.
+    `first_sample` is the number of samples consumed before the step (layout.budget.samples_at_step).
     Over all ranks and micro-batches of a step these are the samples from first_sample on, without gap or repetition.
     """
     start = first_sample + (micro_batch * dp_size + dp_rank) * micro_batch_size

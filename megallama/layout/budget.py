@@ -1,13 +1,17 @@
-"""How long a run is, and how much of it is done. Pure.
+"""How long a run is, how much of it is done, and how many sequences each of its steps takes. Pure.
 
 A length in tokens is one in sequences of the run's data.sequence_length: the first step with which as many are seen is
 the last, whatever the batches were. So nothing here looks at how many steps that took. What was seen in sequences of
 another length is counted anew when a run goes on (checkpoint/state.py).
+
+The batch of a step depends on the position where it begins alone: it is that of the first stage of train.batch_ramp
+whose tokens are not seen by then (arXiv 2407.21783, section 3.4.1).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,6 +37,53 @@ class Seen:
 NOTHING_SEEN = Seen()
 
 
+def batch_at(config: RunConfig, samples: int) -> int:
+    """Sequences of the step that begins when `samples` are consumed."""
+    seen = samples * config.data.sequence_length
+    reached = (stage.global_batch_size for stage in config.train.batch_ramp if seen < stage.until)
+    return next(reached, config.train.global_batch_size)
+
+
+def with_batch(config: RunConfig, batch: int) -> RunConfig:
+    """The run as it is in the steps of `batch` sequences."""
+    train = config.train.model_copy(update={"global_batch_size": batch, "batch_ramp": ()})
+    return config.model_copy(update={"train": train})
+
+
+def batches_to(config: RunConfig, end: int, samples: int = 0) -> Iterator[tuple[int, int]]:
+    """(sequences of a step, how many such steps) from the position `samples` on, the fewest that reach `end`."""
+    length, train = config.data.sequence_length, config.train
+    ends = [(stage.global_batch_size, -(-stage.until // length)) for stage in train.batch_ramp]
+    for batch, stage_end in [*ends, (train.global_batch_size, end)]:
+        steps = -(-(min(stage_end, end) - samples) // batch)
+        if steps > 0:
+            yield batch, steps
+            samples += steps * batch
+
+
+def batches_of(config: RunConfig, tokens: float) -> list[tuple[int, int]]:
+    """(sequences of a step, how many such steps) of a run of so many tokens."""
+    return list(batches_to(config, math.ceil(tokens / config.data.sequence_length)))
+
+
+def steps_words(config: RunConfig, tokens: float) -> str:
+    """The arithmetic of the steps that so many tokens take, for a plan."""
+    if not config.train.batch_ramp:
+        return f"{tokens:.4g} tokens / {config.tokens_per_step}, up"
+    return " + ".join(f"{steps} of {batch}" for batch, steps in batches_of(config, tokens)) + " sequences"
+
+
+def samples_at_step(config: RunConfig, step: int, seen: Seen = NOTHING_SEEN) -> int:
+    """Sequences consumed after `step` steps, of a run that is as far as `seen`, with as many steps or fewer."""
+    left, samples = step - seen.step, seen.samples
+    assert left >= 0, (step, seen)
+    last = samples + left * config.train.global_batch_size  # the largest of all batches
+    for batch, steps in batches_to(config, last, samples):
+        done = min(steps, left)
+        left, samples = left - done, samples + done * batch
+    return samples
+
+
 def total_tokens(config: RunConfig) -> int | None:
     """Tokens that end the run: train.tokens, or what `chinchilla` comes to; None where its length is in steps.
 
@@ -46,20 +97,20 @@ def total_tokens(config: RunConfig) -> int | None:
 
 
 def total_steps(config: RunConfig, seen: Seen = NOTHING_SEEN) -> int:
-    """Optimizer steps of the run, those that are done and those that are left at its batch size.
+    """Optimizer steps of the run, those that are done and those that are left at its batch sizes.
 
     With a length in tokens that has been reached, these are the steps that are done.
     """
     if isinstance(config.train.steps, int):
         return config.train.steps
-    return seen.step + max(0, -(-(_total_samples(config) - seen.samples) // config.train.global_batch_size))
+    return seen.step + sum(steps for _, steps in batches_to(config, _total_samples(config), seen.samples))
 
 
 def schedule_batch(config: RunConfig, seen: Seen) -> float:
     """Sequences in a step of `schedule`'s keys, where the length is in tokens: those of the run's first step."""
     if seen.first_batch is None and seen.step:
         return max(1, seen.samples // seen.step)  # saved before it was recorded; exact where the batch never changed
-    return seen.first_batch or config.train.global_batch_size
+    return seen.first_batch or batch_at(config, seen.samples)
 
 
 def schedule_steps(config: RunConfig, seen: Seen = NOTHING_SEEN) -> int:
@@ -73,7 +124,7 @@ def planned_tokens(config: RunConfig, given: float | None = None) -> float:
     """Tokens that a plan reckons with: `given`, else train.tokens, else those of all steps."""
     if given is not None:
         return given
-    return config.train.tokens or total_steps(config) * config.tokens_per_step
+    return config.train.tokens or samples_at_step(config, total_steps(config)) * config.data.sequence_length
 
 
 def _total_samples(config: RunConfig) -> int:

@@ -25,14 +25,16 @@ class Batching:
     world_size: int
     dp_size: int
     gradient_accumulation_steps: int
+    """At train.global_batch_size, the largest batch of the run."""
 
 
 def check_config(config: RunConfig, world_size: int, seen: Seen = NOTHING_SEEN) -> Batching:
     """The batching of a run that is legal on `world_size` ranks; UserError for the first thing that is not.
 
-    `seen` is how far the run is: where its length is in tokens, that has a say in how many steps it takes.
+    `seen` is how far the run is: where its length is in tokens, that has a say in how many steps it takes; and the
+    stages of train.batch_ramp that are over need fit no more.
     """
-    batching = check_batching(config, world_size)
+    batching = check_batching(config, world_size, seen)
     check_steps(config, seen)
     return batching
 
@@ -49,7 +51,7 @@ def check_training(config: RunConfig, world_size: int, seen: Seen = NOTHING_SEEN
     return check_config(config, world_size, seen)
 
 
-def check_batching(config: RunConfig, world_size: int) -> Batching:
+def check_batching(config: RunConfig, world_size: int, seen: Seen = NOTHING_SEEN) -> Batching:
     """The batching of a run whose length is legal, or does not matter; UserError where the rest of it is not."""
     check_model(config.model)
     _check_samples(config.data)
@@ -58,6 +60,7 @@ def check_batching(config: RunConfig, world_size: int) -> Batching:
     dp = dp_size(config, world_size)
     accumulation = gradient_accumulation_steps(config, dp)
     _check_micro_batches(config, accumulation, dp)
+    _check_ramp(config, dp, seen)
     return Batching(world_size, dp, accumulation)
 
 
@@ -101,21 +104,29 @@ def _nearest_batching(config: RunConfig, dp: int) -> str:
     train, parallel = config.train, config.parallel
 
     def legal(copies: int, micro_batch: int) -> bool:
-        count, rest = divmod(train.global_batch_size, copies * micro_batch)
-        return not rest and legal_micro_batches(parallel, count)
+        return all(_cuts(config, batch, copies * micro_batch) for batch in train.batches)
 
-    dividing = divisors(train.global_batch_size)
+    dividing = divisors(train.common_batch)
     if sizes := [size for size in dividing if size <= _FAR * train.micro_batch_size and legal(dp, size)]:
         return f"train.micro_batch_size={_or(_nearest(sizes, train.micro_batch_size))}"
     if copies := [count for count in dividing if count <= _FAR * dp and legal(count, train.micro_batch_size)]:
         ranks = parallel.model_ranks
         return f"a world size of {_or(ranks * count for count in _nearest(copies, dp))}"
-    samples = dp * train.micro_batch_size
-    now = train.global_batch_size // samples
-    reach = 2 * parallel.pipeline  # what a schedule takes is no further away
-    counts = [n for n in range(max(1, now - reach), now + reach + 1) if legal_micro_batches(parallel, n)]
-    below, above = [n for n in counts if n <= now], [n for n in counts if n > now]
-    return f"train.global_batch_size={_or(n * samples for n in below[-1:] + above[:1])}"
+    legal_batches = _batches_near(config, train.global_batch_size, dp * train.micro_batch_size)
+    return f"train.global_batch_size={_or(_nearest(legal_batches, train.global_batch_size))}"
+
+
+def _cuts(config: RunConfig, batch: int, samples: int) -> bool:
+    """Whether `batch` is made of micro-batches, of `samples` over all copies, and of as many as the schedule runs."""
+    count, rest = divmod(batch, samples)
+    return not rest and legal_micro_batches(config.parallel, count)
+
+
+def _batches_near(config: RunConfig, batch: int, samples: int) -> list[int]:
+    """Those that `samples` cut, in order."""
+    now, reach = batch // samples, 2 * config.parallel.pipeline  # what a schedule takes is no further away
+    counts = range(max(1, now - reach), now + reach + 1)
+    return [count * samples for count in counts if legal_micro_batches(config.parallel, count)]
 
 
 def legal_tensors(config: RunConfig) -> list[int]:
@@ -270,6 +281,25 @@ def _check_micro_batches(config: RunConfig, count: int, dp: int) -> None:
         f"({train.micro_batch_size} * {dp}) = {count} micro-batches, which {parallel.schedule} cannot run over "
         f"parallel.pipeline={parallel.pipeline}; nearest legal: {_nearest_batching(config, dp)}"
     )
+
+
+def _check_ramp(config: RunConfig, dp: int, seen: Seen) -> None:
+    """Refuse a stage of train.batch_ramp, unless it is over, whose batch cannot be cut into micro-batches."""
+    train, samples = config.train, config.train.micro_batch_size * dp
+    for number, stage in enumerate(train.batch_ramp):
+        batch = stage.global_batch_size
+        if seen.samples * config.data.sequence_length >= stage.until or _cuts(config, batch, samples):
+            continue
+        stages = f" that {config.parallel.schedule} can run over parallel.pipeline={config.parallel.pipeline}"
+        low, high = (0, *train.batches)[number], train.batches[number + 1]
+        legal = [each for each in _batches_near(config, batch, samples) if low < each < high]
+        key = f"train.batch_ramp[{number}].global_batch_size"
+        nearest = f"{key}={_or(_nearest(legal, batch))}" if legal else f"train.batch_ramp without [{number}]"
+        raise UserError(
+            f"{key}={batch} is not a number of micro-batches of train.micro_batch_size * dp = "
+            f"{train.micro_batch_size} * {dp} = {samples}{stages if config.parallel.pipeline > 1 else ''}; "
+            f"nearest legal: {nearest}"
+        )
 
 
 def check_steps(config: RunConfig, seen: Seen = NOTHING_SEEN) -> None:

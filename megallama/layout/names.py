@@ -78,7 +78,8 @@ class Layout:
         tree["parallel"] = self.parallel.model_dump()
         tree["zero"]["stage"] = self.zero
         tree["train"]["recompute"] = self.recompute
-        tree["train"]["micro_batch_size"] = tree["train"]["global_batch_size"] // (self.dp * self.micro_batches)
+        smallest = [*tree["train"]["batch_ramp"], tree["train"]][0]["global_batch_size"]
+        tree["train"]["micro_batch_size"] = smallest // (self.dp * self.micro_batches)
 
 
 ONE_PROCESS = Layout()

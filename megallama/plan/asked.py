@@ -102,6 +102,7 @@ class Asked:
 
 
 _RUN = {"config_path", "overrides", "gpus"}
+_SIZE = {"flops", "params", "tokens", "tokens_per_param", "gpus", "days", "vocab"}
 TAKEN = {
     "calibrate": {"hardware", "as_json"},
     "timeline": _RUN,
@@ -109,10 +110,7 @@ TAKEN = {
     "search": {*_RUN, "gpu", "price", "mfu", "software", "hardware", "tokens", "write", "sbatch", "explain", "as_json"},
     "plot": {*_RUN, "gpu", "hardware"},
     "run": {*_RUN, "gpu", "price", "mfu", "software", "hardware", "tokens", "explain", "as_json"},
-    "size": {
-        *("flops", "params", "tokens", "tokens_per_param", "gpus", "days", "vocab"),
-        *("gpu", "price", "mfu", "hardware", "as_json"),
-    },
+    "size": {*_SIZE, "gpu", "price", "mfu", "hardware", "as_json"},
 }
 """What each thing that can be asked has a use for."""
 NEEDED = (

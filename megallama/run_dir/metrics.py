@@ -179,11 +179,10 @@ def _line(event: Event) -> str | None:
 
 def _train_line(e: Event) -> str:
     total = e["total_steps"]
-    left = (total - e["step"]) * e["seconds"]
     return (
         f"step {e['step']:>{len(str(total))}}/{total}  loss {e['loss']:.4f}  norm {e['grad_norm']:.3f}  "
         f"lr {e['lr']:.2e}  {e['tokens_per_second']:,.0f} tok/s  mfu {e['mfu']:.1%}  "
-        f"mem {e['peak_memory_bytes'] / 2**30:.2f} GiB  eta {_duration(left)}"
+        f"mem {e['peak_memory_bytes'] / 2**30:.2f} GiB  eta {_duration(e['seconds_left'])}"
     )
 
 

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from megallama.checkpoint.tensors import MOMENTS
 from megallama.config.schema import RunConfig
 from megallama.data.loader import MicroBatch
-from megallama.layout.schedules import Action
 from megallama.model.init import initialise_owned
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh
@@ -71,7 +70,6 @@ class Engine:
         weights: Iterator[nn.Parameter],
         config: RunConfig,
         mesh: ParallelMesh,
-        lists: Sequence[Sequence[Action]],
         settings: Mapping[str, Any],
     ) -> None:
         self._stage, self._data = config.zero.stage, mesh.data
@@ -105,9 +103,7 @@ class Engine:
         self._zero: Any = self._engine.optimizer
         self._create_state()
         self._passes: _Passes = (
-            NoPipeline(self._engine)
-            if mesh.pp.size == 1
-            else Pipeline(chunks, config, mesh, lists, self._take_gradients)
+            NoPipeline(self._engine) if mesh.pp.size == 1 else Pipeline(chunks, config, mesh, self._take_gradients)
         )
 
     def forward_backward(self, batches: Iterable[MicroBatch], scale: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from megallama.checkpoint.writing.saver import Saver
 from megallama.config.schema import IGNORE_INDEX, RunConfig
 from megallama.data.loader import MicroBatch, RunData, prefetched
 from megallama.hardware.measure import device_peak
+from megallama.layout.budget import batch_at, with_batch
 from megallama.layout.frozen import checkpoint_bytes
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ParallelMesh
@@ -44,8 +45,8 @@ from megallama.train.stop_requests import StopDecision, StopRequests
 from megallama.train.watchdog import Watchdog
 
 
-def train(config: RunConfig, mesh: ParallelMesh, micro_batches: int, data: RunData, launch: Launch) -> Finished:
-    """Train `config` as one rank of `mesh`, with that many micro-batches per step.
+def train(config: RunConfig, mesh: ParallelMesh, data: RunData, launch: Launch) -> Finished:
+    """Train `config` as one rank of `mesh`.
 
     UserError, on every rank alike, for what a user can mend; on one rank alone where that has too little memory.
     """
@@ -67,7 +68,7 @@ def train(config: RunConfig, mesh: ParallelMesh, micro_batches: int, data: RunDa
         retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every)
         if mesh.rank == 0:
             clean_checkpoints(folder / "checkpoints", start, damaged, retention, metrics)
-        model, engine = build_model(config, mesh, micro_batches)
+        model, engine = build_model(config, mesh)
         saver = Saver(folder / "checkpoints", engine, model, mesh, retention)
         run = Run(config, mesh, model, engine, data, metrics, saver, requests, watchdog, reached, peak)
         try:
@@ -113,16 +114,19 @@ def loop(run: Run, state: TrainState) -> Ending:
     if state.step == 0 or (missed and state.step < run.last_step(state)):
         state, _ = evaluate_splits(run, state)
     timer, batches = StepTimer(), prefetched(run.data.train, state.samples)
+    batch = batch_at(run.config, state.samples)
     ending, loss, skipped, begun = None, torch.zeros(()), 0, state
     healthy: bool | None = None
     while ending is None and state.step < run.last_step(state):
-        run.watchdog.now("step")
+        if batch != (batch := batch_at(run.config, state.samples)):
+            timer = StepTimer()  # what steps take is of this batch from here on
+        run.watchdog.now(f"step of {batch} sequences")
         lr = next_rate(run.config, state.seen)
         with timer:
             loss, result = train_step(run, next(batches), lr)
         if result.applied:
             run.saver.prove(state.step)
-        state = state.after(run.config.train.global_batch_size, applied=result.applied)
+        state = state.after(batch, applied=result.applied)
         run.reached.step = state.step
         skipped = 0 if result.applied else skipped + 1
         healthy = skipped == 0
@@ -130,7 +134,7 @@ def loop(run: Run, state: TrainState) -> Ending:
             check_loaded(run, begun.step, state.step - begun.step, skipped, loss)
         if skipped:
             run.metrics.write("skip", step=state.step, samples=state.samples)
-        check_plan(run.config, run.mesh, run.metrics, state.step, timer)
+        check_plan(with_batch(run.config, batch), run.mesh, run.metrics, state.step, timer)
         report_saves(run)
         hopeless = run.saver.failures >= run.config.checkpoint.max_failures
         decision = run.requests.agree(saving=run.saver.busy, give_up=hopeless)
@@ -140,7 +144,7 @@ def loop(run: Run, state: TrainState) -> Ending:
         ending = None if last else ending_after(run, state, skipped, decision)
         evaluate_now, save_now, log_now = (due(n, state.step) or last for n in every)
         if log_now or ending is not None:
-            write_train_event(run, state, loss, result.grad_norm, lr, timer.take())
+            write_train_event(run, state, batch, loss, result.grad_norm, lr, timer.take())
         if evaluate_now and ending is None:
             state, finite = evaluate_splits(run, state)
             healthy = healthy and finite

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from megallama.config.schema import RunConfig, ScheduleConfig
-from megallama.layout.budget import Seen, schedule_batch, total_steps
+from megallama.layout.budget import Seen, samples_at_step, schedule_batch, total_steps
 
 
 def next_rate(config: RunConfig, seen: Seen) -> float:
@@ -17,9 +17,8 @@ def next_rate(config: RunConfig, seen: Seen) -> float:
     total, lr = total_steps(config, seen), config.optimizer.lr
     if isinstance(config.train.steps, int):
         return learning_rate(seen.step + 1, total, lr, config.schedule)
-    batch = config.train.global_batch_size
-    end = seen.samples + (total - seen.step) * batch
-    return learning_rate(seen.samples + batch, end, lr, config.schedule, schedule_batch(config, seen))
+    done, end = (samples_at_step(config, step, seen) for step in (seen.step + 1, total))
+    return learning_rate(done, end, lr, config.schedule, schedule_batch(config, seen))
 
 
 def learning_rate(done: int, total: int, lr: float, schedule: ScheduleConfig, unit: float = 1) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.layout.check import check_batching
+from megallama.layout.check import dp_size
 from megallama.parallel.mesh import ParallelMesh
 from megallama.plan.memory.ledger import memory_rows
 from megallama.plan.search.changes import nearest_change
@@ -53,7 +53,7 @@ def out_of_memory(error: BaseException | None, device: torch.device) -> bool:
 
 def explanation(config: RunConfig, world_size: int, rank: int, pipeline_rank: int) -> str:
     """The sentence, for a run that is legal on `world_size` ranks."""
-    rows = memory_rows(config, check_batching(config, world_size).dp_size)[pipeline_rank]
+    rows = memory_rows(config, dp_size(config, world_size))[pipeline_rank]
     largest = sorted(rows, key=lambda row: row.size, reverse=True)[:3]
     *first, last = (f"{row.name} {_size(row.size)}" for row in largest)
     terms = f"{', '.join(first)} and {last}"

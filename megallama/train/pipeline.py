@@ -34,7 +34,7 @@ from torch.utils.checkpoint import GraphExecGroup
 
 from megallama.config.schema import ParallelConfig, RunConfig
 from megallama.data.loader import MicroBatch
-from megallama.layout.schedules import Action, schedule_of
+from megallama.layout.schedules import Action, action_lists, schedule_of
 from megallama.model.layers import GradientFilter
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh
@@ -71,7 +71,7 @@ def _as_torch(actions: Sequence[Action]) -> list[_Action | None]:
 
 
 class Pipeline:
-    """This rank's stages under the schedule of the run; `lists` are what each rank computes in a step.
+    """This rank's stages under the schedule of the run, laid out for every number of micro-batches that a step has.
 
     `take_gradients` is called with a stage's parameters after each backward that computed weight gradients outside
     autograd's hooks.
@@ -82,27 +82,24 @@ class Pipeline:
         chunks: ModelStages,
         config: RunConfig,
         mesh: ParallelMesh,
-        lists: Sequence[Sequence[Action]],
         take_gradients: TakeGradients,
     ) -> None:
         self._chunks, self._config, self._mesh = chunks, config, mesh
         self._ranks = chunks.ranks
         self._scale = torch.ones((), device=mesh.device)
         self._take = take_gradients
-        stages = self._make_stages()
-        self._schedule = make_schedule(config.parallel, stages, lists, self._scaled)
-        for stage in stages:
-            if not stage.is_first:
-                stage.order_before = self._schedule.pipeline_order_with_comms[self._ranks[stage.stage_index - 1]]
+        self._schedules: dict[int, _PipelineScheduleRuntime] = {}
         self._evaluations: dict[int, _PipelineScheduleRuntime] = {}
 
     def forward_backward(self, batches: Iterable[MicroBatch], scale: Tensor) -> Tensor:
         """Run every micro-batch; the sum of their losses times `scale` where the last stage is, elsewhere 0."""
         self._scale = scale
         losses: list[Tensor] = []
-        arguments, labels = self._inputs(list(batches))
-        self._schedule.step(*arguments, **labels, losses=losses, return_outputs=False)
-        for stage in self._schedule._stages:
+        every = list(batches)
+        arguments, labels = self._inputs(every)
+        schedule = self._schedule(len(every))
+        schedule.step(*arguments, **labels, losses=losses, return_outputs=False)
+        for stage in schedule._stages:
             stage.clear_runtime_states()
         return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self._mesh.device)
 
@@ -137,6 +134,16 @@ class Pipeline:
 
     def _scaled(self, loss: Tensor, _: Tensor) -> Tensor:
         return loss * self._scale
+
+    def _schedule(self, micro_batches: int) -> _PipelineScheduleRuntime:
+        if micro_batches not in self._schedules:
+            stages, parallel = self._make_stages(), self._config.parallel
+            runtime = make_schedule(parallel, stages, action_lists(parallel, micro_batches), self._scaled)
+            for stage in stages:
+                if not stage.is_first:
+                    stage.order_before = runtime.pipeline_order_with_comms[self._ranks[stage.stage_index - 1]]
+            self._schedules[micro_batches] = runtime
+        return self._schedules[micro_batches]
 
     def _forward_schedule(self, micro_batches: int) -> _PipelineScheduleRuntime:
         """Each rank runs its forwards in the order of one clock, so none waits in a circle.

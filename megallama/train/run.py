@@ -15,10 +15,9 @@ from megallama.config.deepspeed import deepspeed_config
 from megallama.config.schema import RunConfig
 from megallama.data.loader import RunData
 from megallama.hardware.measure import Peak, peak_memory_bytes
-from megallama.layout.budget import total_steps
+from megallama.layout.budget import samples_at_step, total_steps
 from megallama.layout.counts import flops_per_token, kernel_convention
 from megallama.layout.frozen import frozen_matmul, frozen_weights
-from megallama.layout.schedules import action_lists
 from megallama.layout.stages import stages
 from megallama.model.attention import ATTENTION
 from megallama.model.init import in_memory
@@ -80,20 +79,19 @@ class Run:
         return min(total, self.config.train.stop_after or total)
 
 
-def build_model(config: RunConfig, mesh: ParallelMesh, micro_batches: int) -> tuple[ModelStages, Engine]:
-    """This rank's part of the model, all zeros, and the engine around it for that many micro-batches per step."""
-    lists, every = action_lists(config.parallel, micro_batches), stages(config)
+def build_model(config: RunConfig, mesh: ParallelMesh) -> tuple[ModelStages, Engine]:
+    """This rank's part of the model, all zeros, and the engine around it."""
     settings = deepspeed_config(config, mesh.data.size)
     attention = ATTENTION[config.train.objective]
     tp_context = TensorParallelContext(mesh.tp, config.parallel.sequence_parallel, attention=attention)
     with torch.device("meta"):
-        model = ModelStages(config.model, every, mesh.pp.rank, tp_context, recompute=config.train.recompute)
+        model = ModelStages(config.model, stages(config), mesh.pp.rank, tp_context, recompute=config.train.recompute)
     model.freeze(frozen_weights(config.model, config.train.freeze))
     if config.train.compile:
         for layer in model.decoder_layers():
             layer.compile()
     weights = in_memory(model, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32, mesh.device)
-    return model, Engine(model, weights, config, mesh, lists, settings)
+    return model, Engine(model, weights, config, mesh, settings)
 
 
 def draw_weights(config: RunConfig, model: ModelStages, engine: Engine, threads: int = 1) -> None:
@@ -119,23 +117,28 @@ def report_left_out(run: Run) -> None:
             run.metrics.write("notice", text=f"{empty:,} documents of the {name} split have no token, and no sample")
 
 
-def write_train_event(run: Run, state: TrainState, loss: Tensor, grad_norm: float, lr: float, seconds: float) -> None:
-    """Record a step that took `seconds`; every rank must call it."""
+def write_train_event(
+    run: Run, state: TrainState, batch: int, loss: Tensor, grad_norm: float, lr: float, seconds: float
+) -> None:
+    """Record a step of `batch` sequences that took `seconds`; every rank must call it."""
     config, sequence = run.config, run.config.data.sequence_length
     (total,) = sum_losses([float(loss)], run.mesh)
-    speed = config.tokens_per_step / seconds
+    speed, total_steps = batch * sequence / seconds, run.total_steps(state)
+    left = samples_at_step(config, total_steps, state.seen) - state.samples
     at_peak, convention = run.peak.flops * run.mesh.world.size, kernel_convention(config.train.objective)
     flops = partial(flops_per_token, config.model, sequence, frozen=frozen_matmul(config))
     run.metrics.write(
         "train",
         step=state.step,
-        total_steps=run.total_steps(state),
+        total_steps=total_steps,
         tokens=state.samples * sequence,
         samples=state.samples,
+        global_batch_size=batch,
         loss=total / run.mesh.data.size,
         grad_norm=grad_norm,
         lr=lr,
         seconds=seconds,
+        seconds_left=left / batch * seconds,
         tokens_per_second=speed,
         mfu=speed * flops(convention="full") / at_peak,
         mfu_causal=speed * flops(convention=convention) / at_peak,

@@ -20,7 +20,7 @@ from megallama.checkpoint.reading.store import (
 from megallama.checkpoint.state import Saved, TrainState, data_identity, read_saved, state_document
 from megallama.checkpoint.writing.commit import Retention, apply_retention, quarantine
 from megallama.errors import NotFiniteError
-from megallama.layout.budget import schedule_batch
+from megallama.layout.budget import batch_at, schedule_batch
 from megallama.layout.frozen import frozen_weights
 from megallama.parallel.mesh import sum_losses
 from megallama.run_dir.metrics import Metrics
@@ -64,7 +64,7 @@ def start_state(run: Run, start: Start, threads: int) -> TrainState:
             raise NotFiniteError(f"{what}; use another checkpoint")
     else:
         draw_weights(run.config, run.model, run.engine, threads)
-    return TrainState(first_batch=run.config.train.global_batch_size)
+    return TrainState(first_batch=batch_at(run.config, 0))
 
 
 def in_sequences(run: Run, state: TrainState, before: int | None) -> TrainState:

@@ -64,4 +64,4 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     # deepspeed is imported when the environment that it reads is prepared.
     from megallama.train.loop import train
 
-    return train(config, mesh, batching.gradient_accumulation_steps, data, launch)
+    return train(config, mesh, data, launch)

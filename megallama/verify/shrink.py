@@ -62,7 +62,12 @@ def shrink(
     layers: int = LAYERS,
     global_batch_size: int = GLOBAL_BATCH_SIZE,
 ) -> RunConfig:
-    """The whole run, in `folder`, on `dataset` (bytes as tokens), saving after every step."""
+    """The whole run, in `folder`, on `dataset` (bytes as tokens), saving after every step.
+
+    A ramp is there in small: the second half of the steps has twice the batch.
+    """
+    first = {"global_batch_size": global_batch_size, "until": -(-steps // 2) * global_batch_size * SEQUENCE_LENGTH}
+    ramp = [first] if config.train.batch_ramp else []
     masked = config.train.objective == "masked"
     return RunConfig.model_validate(
         {
@@ -79,7 +84,8 @@ def shrink(
             "zero": {"bucket_elements": 10_000, "communication_dtype": config.zero.communication_dtype},
             "train": {
                 "steps": steps,
-                "global_batch_size": global_batch_size,
+                "global_batch_size": 2 * global_batch_size if ramp else global_batch_size,
+                "batch_ramp": ramp,
                 # torch sums an embedding's gradient over a micro-batch in bf16 on a CPU: 72 sequences lose 2.5 % of it.
                 "micro_batch_size": GLOBAL_BATCH_SIZE,
                 "seed": config.train.seed,

@@ -217,7 +217,7 @@ def copy_then_train(launch: Launch, config: RunConfig, copy: Path) -> Rows:
     launch.prepare(device)
     batching, parallel = check_config(config, launch.world_size), config.parallel
     mesh = build_mesh(Topology(pp=parallel.pipeline, dp=batching.dp_size, tp=parallel.tensor), launch, device)
-    model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
+    model, engine = build_model(config, mesh)
     state = load(complete_checkpoints(Path(config.run.dir) / "checkpoints")[0], engine, model)
     saver = Saver(copy, engine, model, mesh, Retention(keep=1))
     saver.save(state.step, state_document(state, 0.0, True, DataIdentity("", 0), config.model, {}))

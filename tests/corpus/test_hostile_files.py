@@ -163,7 +163,7 @@ def trained_on(prefix: str) -> list[tuple[int, ...]] | None:
     """The samples of a step and of an evaluation; None where the data is refused."""
     config = DataConfig(path=prefix, sequence_length=16, validation_fraction=0.0, eod_mask_loss=True)
     try:
-        loader = Loader(open_source(config, "train", 3, 300), 2, 4)
+        loader = Loader(open_source(config, "train", 3, 300), 2, lambda _: 4)
         assert loader.source.content_hash
         batches = [*loader.step(0), *loader.step(10**12), *loader.evaluation(3)]
     except UserError:

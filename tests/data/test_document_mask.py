@@ -33,7 +33,7 @@ def samples(path: str, mask: bool = True, count: int | None = None, **keys: Any)
     """Of the validation split: in the order of the file."""
     config = DataConfig(path=path, validation_path=path, sequence_length=LENGTH, **keys)
     source = open_source(config, "validation", 5, 257)
-    loader = Loader(source, 1, 1, document_mask=mask or config.documents_apart)
+    loader = Loader(source, 1, lambda _: 1, document_mask=mask or config.documents_apart)
     return [loader.step(number)[0] for number in range(count or source.samples_per_epoch)]
 
 

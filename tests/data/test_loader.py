@@ -38,7 +38,7 @@ def config(prefix: str, **keys: Any) -> DataConfig:
 
 def loader(prefix: str, mbs: int = 1, gbs: int = 12, rank: int = 0, dp: int = 1, seed: int = 5, **keys: Any) -> Loader:
     split, vocab_size = keys.pop("split", "train"), keys.pop("vocab_size", 257)
-    return Loader(open_source(config(prefix, **keys), split, seed, vocab_size), mbs, gbs, rank, dp)
+    return Loader(open_source(config(prefix, **keys), split, seed, vocab_size), mbs, lambda _: gbs, rank, dp)
 
 
 def rows(batches: list[MicroBatch]) -> torch.Tensor:

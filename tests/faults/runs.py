@@ -49,6 +49,16 @@ DP2 = Layout(2, ("zero.stage=2",))
 TP2 = Layout(2, ("parallel.tensor=2",))
 TP2_BF16 = Layout(2, ("parallel.tensor=2", "train.dtype=bf16"))
 PP2 = Layout(2, ("parallel.pipeline=2", "parallel.schedule=dualpipev", "train.micro_batch_size=1"))
+RAMP = Layout(
+    2,
+    (
+        "zero.stage=2",
+        "train.micro_batch_size=1",
+        "train.global_batch_size=8",
+        "train.batch_ramp=[{global_batch_size: 2, until: 640}, {global_batch_size: 4, until: 1K}]",
+    ),
+)
+"""The first ten of its steps are of 2 sequences, three of 4, the others of 8."""
 ALONE = Layout(1)
 
 

@@ -23,6 +23,7 @@ from tests.faults.conftest import Undisturbed
 from tests.faults.runs import (
     DP2,
     PP2,
+    RAMP,
     TP2_BF16,
     Layout,
     Running,
@@ -42,9 +43,22 @@ from tests.launching import events
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 STEPS = 24
-FORKED = {"dp2-zero2 fp32": (DP2, 40), "tp2 bf16": (TP2_BF16, 20), "pp2-dualpipev fp32": (PP2, 30)}
+FORKED = {
+    "dp2-zero2 fp32": (DP2, 32),
+    "tp2 bf16": (TP2_BF16, 20),
+    "pp2-dualpipev fp32": (PP2, 30),
+    "dp2 with a ramp": (RAMP, 8),
+}
 COLD = {"python": (Layout(1), 3), "torchrun": (DP2, 4), "deepspeed": (DP2, 3)}
-SEEDS = {"dp2-zero2 fp32": 11, "tp2 bf16": 12, "pp2-dualpipev fp32": 13, "python": 21, "torchrun": 22, "deepspeed": 23}
+SEEDS = {
+    "dp2 with a ramp": 14,
+    "dp2-zero2 fp32": 11,
+    "tp2 bf16": 12,
+    "pp2-dualpipev fp32": 13,
+    "python": 21,
+    "torchrun": 22,
+    "deepspeed": 23,
+}
 START_SECONDS = 3.0
 """In which a forked run loads and trains a few steps."""
 SAVE_SECONDS = 0.1

@@ -131,7 +131,7 @@ def packed_and_alone(write_dataset: Callable[..., str]) -> tuple[MicroBatch, lis
 
 def samples(count: int, keys: dict[str, object]) -> list[MicroBatch]:
     config = DataConfig.model_validate({"sequence_length": LENGTH, "validation_fraction": 0, **keys})
-    loader = Loader(open_source(config, "train", 1, EOD + 1), 1, 1, document_mask=config.documents_apart)
+    loader = Loader(open_source(config, "train", 1, EOD + 1), 1, lambda _: 1, document_mask=config.documents_apart)
     return [loader.step(number)[0] for number in range(count)]
 
 

@@ -33,7 +33,7 @@ def look(launch: Launch, config: RunConfig) -> Seen:
     device, tp = torch.device("cpu"), config.parallel.tensor
     launch.prepare(device)
     mesh = build_mesh(Topology(dp=launch.world_size // tp, tp=tp), launch, device)
-    model, engine = build_model(config, mesh, 1)
+    model, engine = build_model(config, mesh)
     draw_weights(config, model, engine)
     positions: list[int] = []
 

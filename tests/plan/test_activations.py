@@ -14,7 +14,6 @@ from benchmarks.live_bytes import LiveBytes
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.data.loader import MicroBatch
-from megallama.layout.schedules import action_lists
 from megallama.layout.stages import stages
 from megallama.layout.topology import Topology
 from megallama.model.llama import TensorParallelContext
@@ -162,7 +161,7 @@ def peak_bytes(config: RunConfig, mesh: ParallelMesh) -> int:
 
     for parameter in chunks.parameters():
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
-    pipeline = Pipeline(chunks, config, mesh, action_lists(config.parallel, 8), drop)
+    pipeline = Pipeline(chunks, config, mesh, drop)
     tokens = torch.zeros(config.train.micro_batch_size, config.data.sequence_length, dtype=torch.int64)
     with LiveBytes(tensor.untyped_storage() for tensor in [*chunks.parameters(), tokens]) as live:
         pipeline.forward_backward([MicroBatch(tokens, tokens)] * 8, torch.ones(()))

@@ -132,7 +132,7 @@ def sent_bytes(launch: Launch, configs: list[RunConfig]) -> list[Counter[str]]:
     mesh = build_mesh(Topology(dp=launch.world_size), launch, device)
     found = []
     for config in configs:
-        _, engine = build_model(config, mesh, MICRO_BATCHES)
+        _, engine = build_model(config, mesh)
         tokens = torch.zeros(1, config.data.sequence_length, dtype=torch.int64)
         batches, scale = [MicroBatch(tokens, tokens)] * MICRO_BATCHES, torch.ones(())
         engine.forward_backward(batches, scale)  # the first step traces ZeRO-3's order and prefetches nothing

@@ -69,7 +69,7 @@ def held_bytes(launch: Launch, configs: list[RunConfig]) -> list[int]:
     for config in configs:
         before = storages()  # held: an address that is free is given out again
         count = config.train.global_batch_size // copies
-        _, engine = build_model(config, mesh, count)
+        _, engine = build_model(config, mesh)
         tokens = torch.zeros(1, config.data.sequence_length, dtype=torch.int64)
         engine.forward_backward([MicroBatch(tokens, tokens)] * count, torch.ones(()))
         after = storages()

@@ -177,7 +177,7 @@ def run_steps(launch: Launch, config: RunConfig, micro_batches: int) -> list[Ste
     record(done)
     mesh = build_mesh(Topology(pp=config.parallel.pipeline), launch, torch.device("cpu"))
     chunks: Any = SleepingChunks(config, mesh.pp.rank)
-    pipeline = Pipeline(chunks, config, mesh, action_lists(config.parallel, micro_batches), lambda _: None)
+    pipeline = Pipeline(chunks, config, mesh, lambda _: None)
     batch = torch.zeros(1, config.data.sequence_length, dtype=torch.int64)
     steps: list[Step] = []
     for _ in range(3):

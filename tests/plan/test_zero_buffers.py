@@ -72,7 +72,7 @@ def peak_bytes(launch: Launch, configs: list[RunConfig]) -> list[int]:
 
 def _peak_bytes(config: RunConfig, before: dict[int, torch.UntypedStorage], mesh: ParallelMesh) -> int:
     count = config.train.global_batch_size // (BATCH * mesh.world.size)
-    _, engine = build_model(config, mesh, count)
+    _, engine = build_model(config, mesh)
     tokens = torch.zeros(BATCH, config.data.sequence_length, dtype=torch.int64)
     batches, scale = [MicroBatch(tokens, tokens)] * count, torch.ones(())
     engine.forward_backward(batches, scale)  # the first step traces ZeRO-3's order and prefetches nothing

@@ -70,7 +70,7 @@ def cost(launch: Launch, config: RunConfig) -> Cost:
     topology = Topology(pp=config.parallel.pipeline, dp=batching.dp_size, tp=config.parallel.tensor)
     mesh = build_mesh(topology, launch, torch.device("cpu"))
     count = batching.gradient_accumulation_steps
-    _, engine = build_model(config, mesh, count)
+    _, engine = build_model(config, mesh)
     pipeline = engine._passes
     assert isinstance(pipeline, Pipeline)
     tokens = torch.zeros(config.train.micro_batch_size, config.data.sequence_length, dtype=torch.int64)
@@ -112,7 +112,9 @@ def alive(storages: list[StorageWeakRef]) -> int:
 
 def received(pipeline: Pipeline) -> int:
     """Buffers of messages that lie in memory, of every schedule."""
-    stages = [s for runtime in (pipeline._schedule, *pipeline._evaluations.values()) for s in runtime._stages]
+    stages = [
+        s for runtime in (*pipeline._schedules.values(), *pipeline._evaluations.values()) for s in runtime._stages
+    ]
     assert all(isinstance(stage, Stage) for stage in stages)
     every = [
         info for s in stages for infos in (s.args_recv_info, s.grad_recv_info) for i in infos.values() for info in i

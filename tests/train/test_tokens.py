@@ -74,7 +74,7 @@ def test_every_sequence_is_seen_once_and_the_first_step_that_reaches_the_tokens_
     changed: Path, byte_dataset: str
 ) -> None:
     config = config_of(changed / "run", byte_dataset)
-    straight = Loader(open_source(config.data, "train", config.train.seed, config.model.vocab_size), 1, 1)
+    straight = Loader(open_source(config.data, "train", config.train.seed, config.model.vocab_size), 1, lambda _: 1)
     expected = [tuple(straight.step(sample)[0].tokens[0].tolist()) for sample in range(42)]
     assert len(set(expected)) == 42
     parts = [rows(changed / str(number)) for number in range(3)]
@@ -201,7 +201,7 @@ def test_another_sequence_length_keeps_the_tokens_that_were_seen_and_the_total(
     assert [event["total_steps"] for event in found] == [11] * 5 + [11] * 2 + [9] * 2
     for number, length, positions in ((1, 64, range(10, 14)), (2, 16, range(56, 88))):
         config = config_of(run, byte_dataset, f"data.sequence_length={length}")
-        straight = Loader(open_source(config.data, "train", config.train.seed, config.model.vocab_size), 1, 1)
+        straight = Loader(open_source(config.data, "train", config.train.seed, config.model.vocab_size), 1, lambda _: 1)
         expected = [tuple(straight.step(sample)[0].tokens[0].tolist()) for sample in positions]
         assert sorted(rows(tmp_path / str(number))) == sorted(expected)
     said = [event["text"] for event in events(run, "notice")]

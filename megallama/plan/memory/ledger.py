@@ -89,8 +89,7 @@ def memory_rows(config: RunConfig, dp_size: int) -> list[list[MemoryRow]]:
         for at, size in (after_backward(config, weights, reduced), ("start", start)):
             if size > peak.total + buffers.size:
                 peak, buffers = Peak(at, 0, "none", transients=size), replace(buffers, how=f"in the {at} none", size=0)
-        rows = [*held, *_peak_rows(peak), buffers]
-        found.append([*rows, overhead(config, dp_size, peak.total + buffers.size)])
+        found.append([*held, *_peak_rows(peak), buffers, overhead(config, dp_size, peak.total + buffers.size)])
     return found
 
 

@@ -114,7 +114,7 @@ def _search(config: RunConfig, asked: Asked) -> None:
     with held_targets(asked.write, asked.sbatch):
         result = search(config, _world_size(config, asked), on)
         if asked.as_json:
-            typer.echo(json.dumps(search_dictionary(result, gpu, tokens, price), indent=2))
+            typer.echo(json.dumps(search_dictionary(result, on, tokens, price), indent=2))
         else:
             _print(search_parts(result, on, tokens, price, explain=asked.explain), asked)
         if asked.write is not None:

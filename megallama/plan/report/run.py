@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil
 
 from megallama.config.schema import RunConfig
 from megallama.hardware.gpus import USABLE, Gpu
-from megallama.layout.budget import planned_tokens, total_steps
+from megallama.layout.budget import batches_of, planned_tokens, steps_words, total_steps
 from megallama.layout.check import Batching, check_config
 from megallama.layout.counts import count_parameters, flops_per_token, hardware_flops_per_token, padded_vocabulary
 from megallama.layout.frozen import frozen_matmul
@@ -80,12 +79,12 @@ def _batch(config: RunConfig, batching: Batching, given: float | None) -> Part:
     layout = f"{batching.world_size} / (tp {parallel.tensor} * pp {parallel.pipeline} * cp {parallel.context})"
     wanted = train.tokens if given is None else given
     if wanted is not None:
-        steps, length = ceil(wanted / each), f"{wanted:.4g} tokens / {each}, up"
         tokens, total = int(wanted), "train.tokens" if given is None else "--tokens"
+        steps, length = sum(n for _, n in batches_of(config, wanted)), steps_words(config, wanted)
     else:
-        steps = total_steps(config)
+        steps, tokens = total_steps(config), int(planned_tokens(config))
         length = "train.steps" if train.steps != "chinchilla" else "chinchilla: optimal tokens / tokens per step, up"
-        tokens, total = steps * each, f"{steps} * {each}"
+        total = f"{steps} * {each}" if not train.batch_ramp else f"steps of {steps_words(config, tokens)}"
     per_step = f"{train.global_batch_size} * {config.data.sequence_length}"
     micro, accumulated = "micro-batches per step and copy", batching.gradient_accumulation_steps
     how = f"{train.global_batch_size} / ({train.micro_batch_size} * {dp})"

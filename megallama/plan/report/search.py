@@ -37,7 +37,7 @@ def search_parts(
     """The fastest layouts with the seconds of a step, and why others were rejected; where too, to `explain` it."""
     gpu, best = on.gpu, result.found[:SHOWN]
     rows = [
-        Row(f"rank_{number}", one.name, _words(one, gpu, tokens, price), one.seconds, "s")
+        Row(f"rank_{number}", one.name, _words(one, on, tokens, price), one.seconds, "s")
         for number, one in enumerate(best, 1)
     ]
     fits, limit = len(result.found), f"{gpu.usable_bytes / GIB:.1f} GiB of {gpu.key}"
@@ -69,14 +69,14 @@ def _tied(result: Search, on: Machine) -> str:
     )
 
 
-def search_dictionary(result: Search, gpu: Gpu, tokens: float, price: float | None) -> dict[str, Any]:
+def search_dictionary(result: Search, on: Machine, tokens: float, price: float | None) -> dict[str, Any]:
     """The same for scripts: what each of the fastest layouts is, and each reason with all places that it concerns."""
     return {
         "tried": result.tried,
         "fits": len(result.found),
         "ties": result.ties,
-        "usable_bytes": gpu.usable_bytes,
-        "layouts": {f"rank_{n}": _layout(one, gpu, tokens, price) for n, one in enumerate(result.found[:SHOWN], 1)},
+        "usable_bytes": on.gpu.usable_bytes,
+        "layouts": {f"rank_{n}": _layout(one, on, tokens, price) for n, one in enumerate(result.found[:SHOWN], 1)},
         "rejected": {
             f"class_{number}": {"reason": why, "places": dict(places), "layouts": places.total()}
             for number, (why, places) in enumerate(result.rejected.items(), 1)
@@ -84,10 +84,10 @@ def search_dictionary(result: Search, gpu: Gpu, tokens: float, price: float | No
     }
 
 
-def _layout(one: Candidate, gpu: Gpu, tokens: float, price: float | None) -> dict[str, Any]:
+def _layout(one: Candidate, on: Machine, tokens: float, price: float | None) -> dict[str, Any]:
     """`mfu` in per cent, as in the part `speed` of a plan."""
-    found, parallel = speed(one.config, one.world_size, gpu, one.seconds), one.config.parallel
-    cost = run_cost(one.config.tokens_per_step, one.world_size, gpu, one.seconds, tokens, price)
+    found, parallel = speed(one.config, one.world_size, on.gpu, one.seconds), one.config.parallel
+    cost = run_cost(one.config, one.world_size, on, one.seconds, tokens, price)
     return {
         "tp": parallel.tensor,
         "pp": parallel.pipeline,
@@ -162,8 +162,8 @@ def write_winner(winner: Candidate, gpu: Gpu, config_path: Path, job_path: Path 
     return [f"wrote {path}" for path in files]
 
 
-def _words(one: Candidate, gpu: Gpu, tokens: float, price: float | None) -> str:
-    found = _layout(one, gpu, tokens, price)
+def _words(one: Candidate, on: Machine, tokens: float, price: float | None) -> str:
+    found = _layout(one, on, tokens, price)
     money = f", costs {found['money']:,.0f}" if "money" in found else ""
     rate = f"{found['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU, MFU {found['mfu']:.1f}%"
     return f"{one.size / GIB:.1f} GiB, {rate}, {found['days']:.3g} days{money}"

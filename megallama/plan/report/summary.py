@@ -83,8 +83,8 @@ def summarise(
     if gpu.memory_gib is not None:
         lines.append(("memory", _fit(config, world_size, gpu)))
     on, step = timed if isinstance(timed, tuple) else (None, None)
-    if step is not None:
-        lines += _time(config, world_size, gpu, step, length, price)
+    if on is not None and step is not None:
+        lines += _time(config, world_size, on, step, length, price)
     lines.append(("tokens", _length(config, length)))
     if gpu.memory_gib is not None:
         changes = single_changes(config, world_size, int(gpu.gpus_per_node or 1))
@@ -122,10 +122,10 @@ def _fit(config: RunConfig, world_size: int, gpu: Gpu) -> str:
 
 
 def _time(
-    config: RunConfig, world_size: int, gpu: Gpu, step: StepTime, tokens: float, price: float | None
+    config: RunConfig, world_size: int, on: Machine, step: StepTime, tokens: float, price: float | None
 ) -> list[tuple[str, str]]:
-    rate = speed(config, world_size, gpu, step.total)
-    cost = run_cost(config.tokens_per_step, world_size, gpu, step.total, tokens, price)
+    rate = speed(config, world_size, on.gpu, step.total)
+    cost = run_cost(config, world_size, on, step.total, tokens, price)
     money = "" if cost.money is None else f", {_figure(cost.money)} at {price:g} per GPU-hour"
     parts = ((name, getattr(step, name)) for name in ("compute", "tensor", "pipeline", "bubble", "data", "optimizer"))
     shares = [f"{name} {100 * seconds / step.total:.0f} %" for name, seconds in parts if seconds]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.hardware.gpus import Gpu
+from megallama.layout.budget import batches_of, steps_words, with_batch
 from megallama.layout.check import check_batching
 from megallama.layout.counts import flops_per_token, hardware_flops_per_token, kernel_convention
 from megallama.layout.frozen import frozen_matmul
@@ -16,7 +16,7 @@ from megallama.plan.memory.traffic import Traffic
 from megallama.plan.report.table import Part, Row
 from megallama.plan.time.communication import NODE_LATENCY, Group, data_traffic, latency, ring_bandwidth
 from megallama.plan.time.software import Machine
-from megallama.plan.time.step_time import OPTIMIZER_BYTES, StepTime, rank_works, slowest_work
+from megallama.plan.time.step_time import OPTIMIZER_BYTES, StepTime, rank_works, slowest_work, step_time
 
 # Power that a data centre draws for each watt of its machines: that of arXiv 2302.13971, table 15.
 PUE = 1.1
@@ -71,14 +71,18 @@ def speed(config: RunConfig, world_size: int, gpu: Gpu, seconds: float) -> Speed
 
 
 def run_cost(
-    tokens_per_step: int, world_size: int, gpu: Gpu, seconds: float, tokens: float, price: float | None = None
+    config: RunConfig, world_size: int, on: Machine, seconds: float, tokens: float, price: float | None = None
 ) -> RunCost:
-    """The cost of `tokens` in steps of `seconds`; `price` is for one GPU-hour."""
-    steps = ceil(tokens / tokens_per_step)
-    hours = steps * seconds / 3600
+    """The cost of `tokens` in steps of `seconds`, those of train.batch_ramp of their own; `price` is for a GPU-hour."""
+    last, gpu = config.train.global_batch_size, on.gpu
+    stages = [
+        (steps, seconds if batch == last else step_time(with_batch(config, batch), world_size, on).total)
+        for batch, steps in batches_of(config, tokens)
+    ]
+    hours = sum(steps * each for steps, each in stages) / 3600
     gpu_hours = hours * world_size
     return RunCost(
-        steps=steps,
+        steps=sum(steps for steps, _ in stages),
         hours=hours,
         gpu_hours=gpu_hours,
         money=None if price is None else gpu_hours * price,
@@ -93,7 +97,7 @@ def time_parts(
     return [
         _step_time(config, world_size, on, step),
         _speed(config, world_size, on, step),
-        _cost(config, world_size, on.gpu, step, tokens, price),
+        _cost(config, world_size, on, step, tokens, price),
     ]
 
 
@@ -190,11 +194,12 @@ def _speed(config: RunConfig, world_size: int, on: Machine, step: StepTime) -> P
     return Part("speed", "Predicted speed", tuple(rows))
 
 
-def _cost(config: RunConfig, world_size: int, gpu: Gpu, step: StepTime, tokens: float, price: float | None) -> Part:
-    cost = run_cost(config.tokens_per_step, world_size, gpu, step.total, tokens, price)
+def _cost(config: RunConfig, world_size: int, on: Machine, step: StepTime, tokens: float, price: float | None) -> Part:
+    cost, gpu = run_cost(config, world_size, on, step.total, tokens, price), on.gpu
+    mean = 3600 * cost.hours / cost.steps
     rows = [
-        Row("steps", "steps", f"{tokens:.4g} tokens / {config.tokens_per_step}, up", cost.steps),
-        Row("hours", "wall time", f"{cost.steps} * {step.total:.4g} s, without stops", cost.hours, "h", decimals=2),
+        Row("steps", "steps", steps_words(config, tokens), cost.steps),
+        Row("hours", "wall time", f"{cost.steps} * {mean:.4g} s, without stops", cost.hours, "h", decimals=2),
         Row("days", "in days", f"{cost.hours:,.2f} h / 24", cost.hours / 24, "d"),
         Row("gpu_hours", "GPU hours", f"{cost.hours:,.2f} h * {world_size}", cost.gpu_hours, "h", decimals=2),
     ]

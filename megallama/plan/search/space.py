@@ -50,13 +50,14 @@ def tensor_sizes(config: RunConfig, world_size: int, gpu: Gpu, reject: Reject) -
 
 def pipeline_sizes(config: RunConfig, ranks: int, tp: int, reject: Reject) -> list[int]:
     """pp that divide the ranks, with a layer for each stage and a batch for each copy."""
-    layers, batch = config.model.num_hidden_layers, config.train.global_batch_size
+    layers, batch = config.model.num_hidden_layers, config.train.common_batch
+    batches = "every batch of train.batch_ramp" if config.train.batch_ramp else f"train.global_batch_size={batch}"
     dividing, most = divisors(ranks), min(layers, MOST_PIPELINE)
     many = [pp for pp in dividing if pp > most]
     uneven = [pp for pp in dividing if pp <= most and batch % (ranks // pp)]
     for out, why in (
         (many, f"pp has more stages than {f'{layers} layers' if most == layers else most}"),
-        (uneven, f"dp does not divide train.global_batch_size={batch}"),
+        (uneven, f"dp does not divide {batches}"),
     ):
         for pp in out:
             reject(why, f"tp {tp} pp {pp}", _count(config, pp, ranks))
@@ -68,7 +69,7 @@ def _count(config: RunConfig, pp: int, ranks: int) -> int:
     dp = ranks // pp
     stages = len(ZERO_STAGES) if dp > 1 and pp == 1 else 1
     tried = len(schedules(config.model.num_hidden_layers, pp))
-    return tried * stages * len(RECOMPUTE) * max(1, len(micro_batch_sizes(config.train.global_batch_size, dp)))
+    return tried * stages * len(RECOMPUTE) * max(1, len(micro_batch_sizes(config.train.common_batch, dp)))
 
 
 def micro_batch_sizes(batch: int, dp: int) -> list[int]:
@@ -79,14 +80,13 @@ def micro_batch_sizes(batch: int, dp: int) -> list[int]:
 
 def refusal(config: RunConfig, world_size: int) -> str | None:
     """Why training would refuse the layout, in the words of a class of layouts."""
-    parallel, layers = config.parallel, config.model.num_hidden_layers
-    each = chunks(parallel)
+    parallel, layers, each = config.parallel, config.model.num_hidden_layers, chunks(config.parallel)
     if parallel.pipeline * each > MOST_STAGES:
         return f"more than {MOST_STAGES} stages"
     if parallel.pipeline * each > layers:
         return f"more stages than {layers} layers"
-    count = config.train.global_batch_size // (dp_size(config, world_size) * config.train.micro_batch_size)
-    if not legal_micro_batches(parallel, count):
+    samples = dp_size(config, world_size) * config.train.micro_batch_size
+    if not all(legal_micro_batches(parallel, batch // samples) for batch in config.train.batches):
         return f"{parallel.schedule} cannot run so few micro-batches over its stages"
     try:
         check_config(config, world_size)
@@ -98,11 +98,11 @@ def refusal(config: RunConfig, world_size: int) -> str | None:
 def choices(config: RunConfig, pp: int, dp: int) -> Iterator[dict[str, Any]]:
     """Everything but the sizes of the mesh; what keeps less comes before what keeps more."""
     stages = ZERO_STAGES if pp == 1 and dp > 1 else (1,)
-    sizes = micro_batch_sizes(config.train.global_batch_size, dp)
+    sizes = micro_batch_sizes(config.train.common_batch, dp)
     for (schedule, each), zero in product(schedules(config.model.num_hidden_layers, pp), stages):
         for recompute, size in product(reversed(RECOMPUTE), sizes):
-            layout = {"schedule": schedule, "chunks": max(2, each), "zero": zero}
-            yield {**layout, "recompute": recompute, "micro_batch_size": size}
+            layout = {"schedule": schedule, "chunks": max(2, each), "zero": zero, "recompute": recompute}
+            yield {**layout, "micro_batch_size": size}
 
 
 def with_layout(config: RunConfig, tp: int, pp: int, choice: dict[str, Any]) -> RunConfig:
