@@ -209,8 +209,19 @@ class DataConfig(Section):
     """Share of the documents, at the end of `path`, that is held out for validation if validation_path is null."""
     pack: Literal["all", "one"] = "all"
     """all: samples are cut from all documents in a row; one: each is one document, cut off or filled up."""
+    document_mask: bool = False
+    """Attention and positions stay within documents: tokens see those of their own, and each begins at position 0."""
+    truncate: Literal["first", "last"] = "first"
+    """pack=one: which tokens are kept of a document that is longer than sequence_length."""
+    pad: Literal["right", "left"] = "right"
+    """pack=one: where a sample is filled up whose document is shorter; no label counts there, and no token sees it."""
     eod_mask_loss: bool = False
     """Exclude the prediction of end-of-document tokens from the loss."""
+
+    @property
+    def documents_apart(self) -> bool:
+        """Whether attention has to know documents; what fills up a sample at its end is seen by none anyway."""
+        return self.document_mask or self.pad == "left"
 
 
 class ParallelConfig(Section):

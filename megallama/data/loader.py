@@ -31,6 +31,17 @@ class MicroBatch:
     """[micro_batch_size, sequence_length]"""
     labels: torch.Tensor
     """[micro_batch_size, sequence_length]: the token after each, or the masked one itself; else IGNORE_INDEX."""
+    documents: torch.Tensor | None = None
+    """[micro_batch_size, sequence_length], int32: the document of each token, where none may see another."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """On `device`, which copies while it computes what came before."""
+
+        def copied(ids: torch.Tensor) -> torch.Tensor:
+            return (ids.pin_memory() if device.type == "cuda" else ids).to(device, non_blocking=True)
+
+        documents = None if self.documents is None else copied(self.documents)
+        return MicroBatch(copied(self.tokens), copied(self.labels), documents)
 
 
 class Loader:
@@ -48,18 +59,21 @@ class Loader:
         dp_rank: int = 0,
         dp_size: int = 1,
         masking: Masking | None = None,
+        document_mask: bool = False,
     ) -> None:
         self.source, self.batch_at = source, batch_at
         self._micro_batch_size = micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._masking = masking
+        self._masking, self._document_mask = masking, document_mask
 
     def fingerprint(self, sequence_length: int) -> str:
-        """SHA-256 of what a position means besides the seed: the source's, and what hides tokens, if that is done."""
+        """SHA-256 of what a position means besides the seed: the source's, and what is hidden from what."""
         found = self.source.fingerprint(sequence_length)
-        if self._masking is None:
-            return found
-        return hashlib.sha256(f"{found}/{self._masking.mask_id}/{self._masking.eod_id}".encode()).hexdigest()
+        if self._masking is not None:
+            found = hashlib.sha256(f"{found}/{self._masking.mask_id}/{self._masking.eod_id}".encode()).hexdigest()
+        if self._document_mask:
+            found = hashlib.sha256(f"{found}/documents apart".encode()).hexdigest()
+        return found
 
     def step(self, samples_consumed: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that starts at sample `samples_consumed` of the run."""
@@ -85,15 +99,21 @@ class Loader:
         return micro_batch_indices(first_sample, micro_batch, self._micro_batch_size, self._dp_rank, self._dp_size)
 
     def _micro_batch(self, samples: Sequence[int]) -> MicroBatch:
+        documents, seen = None, None
+        if self._document_mask:
+            documents = torch.from_numpy(np.stack([self.source.documents(sample) for sample in samples]))
+            seen = documents[:, :-1].contiguous()
         if self._masking is not None:
             hidden = [self._masking(self.source.sample(sample)[:-1], sample) for sample in samples]
             tokens, predicted = (torch.from_numpy(np.stack(each)) for each in zip(*hidden, strict=True))
-            return MicroBatch(tokens, predicted)
+            return MicroBatch(tokens, predicted, seen)
         rows = torch.from_numpy(np.stack([self.source.sample(sample) for sample in samples]))
         labels = rows[:, 1:].clone()  # contiguous() would share memory with the tokens in a batch of one
         if self.source.masked_id is not None:
             labels[labels == self.source.masked_id] = IGNORE_INDEX
-        return MicroBatch(rows[:, :-1].clamp(min=0), labels)  # what is read where a sample has ended counts nothing
+        if documents is not None:  # nothing tells the first token of the next one
+            labels[documents[:, 1:] != documents[:, :-1]] = IGNORE_INDEX
+        return MicroBatch(rows[:, :-1].clamp(min=0), labels, seen)  # what is read where nothing is counts nothing
 
 
 @dataclass(frozen=True)
@@ -132,7 +152,8 @@ def open_data(config: RunConfig, dp_rank: int, dp_size: int) -> RunData:
     def loader(source: Windows) -> Loader:
         if masking is not None:  # here, before a run directory is written; what lies further on is met when it is read
             masking.check_ids(source.split.tokens[:SCANNED_TOKENS], f"the data of {source.split.dataset.prefix}")
-        return Loader(source, train.micro_batch_size, partial(batch_at, config), dp_rank, dp_size, masking)
+        size, batch = train.micro_batch_size, partial(batch_at, config)
+        return Loader(source, size, batch, dp_rank, dp_size, masking, data.documents_apart)
 
     def open_split(split: Split) -> Loader:
         return loader(open_source(data, split, train.seed, config.model.vocab_size))

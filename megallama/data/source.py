@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megallama.config.schema import IGNORE_INDEX, DataConfig
 from megallama.data.dataset import DocumentSplit, Split, check_lengths, sampled_ids, split_documents
+from megallama.data.indexed import Tokens
 from megallama.data.sampler import Sampler, num_windows
 from megallama.errors import UserError
 from megallama.text.tokenizer import load_tokenizer
+
+
+class LeftOut(NamedTuple):
+    """What no sample of an epoch holds or predicts."""
+
+    tokens: int
+    documents: int
+    """Of which there are such tokens."""
+    empty: int
+    """Documents without a token, where each other one is a sample."""
 
 
 class Source(Protocol):
@@ -33,8 +44,18 @@ class Source(Protocol):
         UserError for ids that the model does not know.
         """
 
+    def documents(self, number: int) -> NDArray[np.int32]:
+        """[sequence_length + 1]: which document each id of sample `number` is of, counted from 0 within the sample.
+
+        By the index, not by ids, which end documents in some data alone. What fills up a sample is one more.
+        """
+
     def fingerprint(self, sequence_length: int) -> str:
         """SHA-256 of what a position means besides the seed: the data, and samples of that length."""
+
+    @property
+    def left_out(self) -> LeftOut:
+        """What an epoch passes over, counted in the index."""
 
     @property
     def content_hash(self) -> str:
@@ -55,12 +76,32 @@ class Windows:
     def samples_per_epoch(self) -> int:
         return num_windows(len(self.split.tokens), self.sequence_length)
 
+    def place(self, number: int) -> int:
+        """Which of the samples of an epoch sample `number` is, in the order of the file."""
+        return self.sampler.window(number) if self.sampler else number % self.samples_per_epoch
+
     def sample(self, number: int) -> NDArray[np.int64]:
-        window = self.sampler.window(number) if self.sampler else number % self.samples_per_epoch
-        start = window * self.sequence_length
+        start = self.place(number) * self.sequence_length
         row = self.split.tokens[start : start + self.sequence_length + 1].astype(np.int64)
         self.split.dataset.check_ids(row, self.vocab_size)
         return row
+
+    def documents(self, number: int) -> NDArray[np.int32]:
+        offsets = self.split.offsets
+        start = offsets[0] + self.place(number) * self.sequence_length
+        end = start + self.sequence_length + 1
+        first, last = offsets.searchsorted([start, end - 1], side="right")
+        lengths = np.diff(np.concatenate([[start], offsets[first:last], [end]]))
+        lengths = lengths[lengths > 0]  # some documents made elsewhere are empty
+        return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+
+    @property
+    def left_out(self) -> LeftOut:
+        """Behind the last window."""
+        offsets = self.split.offsets
+        end = offsets[0] + self.samples_per_epoch * self.sequence_length + 1
+        cut = len(offsets) - offsets.searchsorted(end, side="right")
+        return LeftOut(int(offsets[-1] - end), int(cut), 0)
 
     def fingerprint(self, sequence_length: int) -> str:
         parts = [self.split.dataset.fingerprint, self.split.first_document, self.split.end_document, sequence_length]
@@ -74,28 +115,53 @@ class Windows:
 
 @dataclass(frozen=True)
 class Documents(Windows):
-    """One document per sample, behind the end of another: cut off at the sequence length, or filled up behind."""
+    """One document per sample, behind the end of another: cut off at the sequence length, or filled up.
+
+    The last tokens of a longer one are behind those that they follow.
+    """
 
     eod_id: int
-    documents: range | NDArray[np.int64]
-    """The numbers of those that are samples, which are all that hold a token."""
+    numbers: range | NDArray[np.int64]
+    """Of the documents that are samples, which are all that hold a token."""
+    truncate: Literal["first", "last"]
+    pad: Literal["right", "left"]
 
     @property
     def samples_per_epoch(self) -> int:
-        return len(self.documents)
+        return len(self.numbers)
 
     def sample(self, number: int) -> NDArray[np.int64]:
-        place = self.sampler.window(number) if self.sampler else number % self.samples_per_epoch
-        document = self.split.dataset.indexed.document(int(self.documents[place]))[: self.sequence_length]
-        self.split.dataset.check_ids(document, self.vocab_size)
-        row = np.full(self.sequence_length + 1, IGNORE_INDEX)
-        row[0], row[1 : len(document) + 1] = self.eod_id, document
-        return row
+        document, length = self._document(number), self.sequence_length
+        if self.truncate == "last" and len(document) > length:
+            seen = document[-length - 1 :].astype(np.int64)  # behind what is before it
+        else:
+            seen = np.concatenate([[self.eod_id], document[:length]])
+        self.split.dataset.check_ids(seen[1:], self.vocab_size)
+        padding = (0, length + 1 - len(seen)) if self.pad == "right" else (length + 1 - len(seen), 0)
+        return np.pad(seen, padding, constant_values=IGNORE_INDEX)
+
+    def documents(self, number: int) -> NDArray[np.int32]:
+        padded = np.zeros(self.sequence_length + 1, np.int32)
+        held = 1 + min(len(self._document(number)), self.sequence_length)
+        padded[slice(held, None) if self.pad == "right" else slice(-held)] = 1
+        return padded
+
+    def _document(self, number: int) -> Tokens:
+        return self.split.dataset.indexed.document(int(self.numbers[self.place(number)]))
+
+    @property
+    def left_out(self) -> LeftOut:
+        """What documents have beyond the length of a sample."""
+        offsets, length = self.split.offsets, self.sequence_length
+        beyond = np.concatenate([sizes[sizes > length] - length for sizes in offsets.lengths()])
+        return LeftOut(int(beyond.sum()), len(beyond), len(offsets) - 1 - self.samples_per_epoch)
 
     def fingerprint(self, sequence_length: int) -> str:
         empty = self.split.end_document - self.split.first_document - self.samples_per_epoch
         left_out = f"/{empty} empty left out" if empty else ""
-        parts = f"{super().fingerprint(sequence_length)}/one document behind {self.eod_id}{left_out}"
+        kept = "/its last tokens" if self.truncate == "last" else ""
+        padded = "/filled up before it" if self.pad == "left" else ""
+        parts = f"{super().fingerprint(sequence_length)}/one document behind {self.eod_id}{left_out}{kept}{padded}"
         return hashlib.sha256(parts.encode()).hexdigest()
 
 
@@ -126,8 +192,8 @@ def _samples(found: DocumentSplit, config: DataConfig, vocab_size: int, seed: in
     found.dataset.check_tokenizer(config.tokenizer)
     found.dataset.check_vocabulary(vocab_size)
     one, length, info = config.pack == "one", config.sequence_length, found.dataset.info
-    documents = found.with_tokens() if one else range(0)
-    count = len(documents) if one else num_windows(len(found.tokens), length)
+    numbers = found.with_tokens() if one else range(0)
+    count = len(numbers) if one else num_windows(len(found.tokens), length)
     sampler, eod_id = None if seed is None else Sampler(count, seed), -1
     if one or config.eod_mask_loss:
         eod_id = info.eod_id if info else load_tokenizer(config.tokenizer).eod_id
@@ -138,5 +204,6 @@ def _samples(found: DocumentSplit, config: DataConfig, vocab_size: int, seed: in
         )
     masked_id = eod_id if config.eod_mask_loss else None
     if one:
-        return Documents(found, length, vocab_size, masked_id, sampler, eod_id, documents)
+        how = config.truncate, config.pad
+        return Documents(found, length, vocab_size, masked_id, sampler, eod_id, numbers, *how)
     return Windows(found, length, vocab_size, masked_id, sampler)

@@ -19,8 +19,9 @@ from megallama.layout.budget import samples_at_step, total_steps
 from megallama.layout.counts import flops_per_token, kernel_convention
 from megallama.layout.frozen import frozen_matmul, frozen_weights
 from megallama.layout.stages import stages
+from megallama.model.attention import ATTENTION
 from megallama.model.init import in_memory
-from megallama.model.llama import ATTENTION, TensorParallelContext
+from megallama.model.llama import TensorParallelContext
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh, sum_losses
 from megallama.run_dir.metrics import Metrics
@@ -98,6 +99,22 @@ def draw_weights(config: RunConfig, model: ModelStages, engine: Engine, threads:
     shape = config.model
     values = {"num_layers": shape.num_hidden_layers, "scheme": shape.init, "std": shape.initializer_range}
     engine.initialise(model.shard_slices, threads, seed=config.train.seed, **values)
+
+
+def report_left_out(run: Run) -> None:
+    """Say what `data.pack=one` cuts off."""
+    config = run.config.data
+    splits = {"train": run.data.train, "validation": run.data.validation}
+    if run.mesh.rank > 0 or config.pack == "all":
+        return
+    for name, loader in splits.items():
+        tokens, documents, empty = (0, 0, 0) if loader is None else loader.source.left_out
+        if tokens:
+            kept = f"data.truncate={config.truncate} at data.sequence_length={config.sequence_length}"
+            text = f"{kept} leaves {tokens:,} tokens of {documents:,} documents out of the {name} split"
+            run.metrics.write("notice", text=text)
+        if empty:
+            run.metrics.write("notice", text=f"{empty:,} documents of the {name} split have no token, and no sample")
 
 
 def write_train_event(

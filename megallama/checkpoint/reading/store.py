@@ -342,7 +342,8 @@ def _check_same_data(path: Path, config: RunConfig, identify: Identify) -> None:
         )
     if saved.fingerprint != data.fingerprint:
         length = "" if saved.sequence_length else ", or data.sequence_length"
+        keys = "data.path, data.pack, data.document_mask, data.truncate, data.pad"
         raise UserError(
-            f"the data of the run (data.path, data.pack or the split{length}) is not that of the checkpoint {path}; "
+            f"the data of the run ({keys} or the split{length}) is not that of the checkpoint {path}; "
             f"use the same data, or another run.dir with checkpoint.init_from={path}"
         )
