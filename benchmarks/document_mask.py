@@ -57,9 +57,9 @@ def measure(config: RunConfig, lengths: Lengths, steps: int) -> dict[str, list[f
     from megallama.train.loop import train_step  # brings deepspeed, which looks for a device: after `prepare`
     from megallama.train.run import Run, build_model, draw_weights
 
-    batching = check_config(config, 1)
+    check_config(config, 1)
     mesh = build_mesh(Topology(), Launch(), device)
-    model, engine = build_model(config, mesh, batching.gradient_accumulation_steps)
+    model, engine = build_model(config, mesh)
     draw_weights(config, model, engine, Launch().processors)
     none: Any = None  # a step is given its batches, and saves and heeds nothing
     run = Run(config, mesh, model, engine, none, Metrics([]), none, none, none, none, Peak(1.0, "not used"))

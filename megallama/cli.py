@@ -21,7 +21,7 @@ from megallama.exchange.cli import export_command, import_command
 from megallama.generation.cli import chat, generate, serve
 from megallama.plan.cli import plan
 
-_INTERRUPTED = 130
+_ENDED = {130: "Ctrl-C", 143: "SIGTERM"}
 
 app = typer.Typer(
     help="Pretrain Llama models: plan a run, prepare data, verify layouts, inspect checkpoints, generate text.",
@@ -123,7 +123,7 @@ def _names(words: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    """Run a command; a user's mistake ends in one sentence and exit code 2, a Ctrl-C in one and 130."""
+    """Run a command; a user's mistake ends in one sentence and exit code 2, a Ctrl-C in one and 130, SIGTERM in 143."""
     try:
         refuse_hidden(_names(sys.argv[1:]))
         app()
@@ -136,6 +136,6 @@ def main() -> None:
         print(f"megallama: {UserError(f'{error.filename} is too long for the name of a file')}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
-        if end.code == _INTERRUPTED:  # typer makes it of a Ctrl-C, without a word
-            print("megallama: ended by Ctrl-C; the same command starts again", file=sys.stderr)
+        if end.code in _ENDED:  # typer makes 130 of a Ctrl-C, without a word
+            print(f"megallama: ended by {_ENDED[end.code]}; the same command starts again", file=sys.stderr)
         raise

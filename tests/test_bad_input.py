@@ -215,7 +215,10 @@ def test_a_named_encoding_without_network(made_with: str, byte_dataset: str, tmp
 
 
 def test_generate_from_a_folder_that_is_no_run(tmp_path: Path) -> None:
-    assert_refused(execute([MEGALLAMA, "generate", str(tmp_path)], tmp_path), [f"{tmp_path}", "is not a run directory"])
+    assert_refused(
+        execute([MEGALLAMA, "generate", str(tmp_path)], tmp_path),
+        [f"{tmp_path} holds no checkpoint", "give a run directory"],
+    )
 
 
 def test_verify_at_a_layout_that_is_none(tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def test_a_prompt_may_have_lines(
     monkeypatch.setattr(sys, "argv", ["megallama", "generate", "nowhere", *prompt])
     with pytest.raises(SystemExit):
         megallama()
-    assert "nowhere is not a run directory" in capsys.readouterr().err
+    assert "nowhere is not a folder" in capsys.readouterr().err
 
 
 def assert_shows(sentence: str, beginning: str) -> None:

@@ -51,26 +51,29 @@ def build_command(
 @data_app.command("info")
 def data_info_command(
     prefix: Annotated[str, typer.Argument(metavar="PREFIX", help="Dataset prefix, as in `data build --output`.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help=f"Of a dataset that does not name its own: {TOKENIZERS}")
+    ] = None,
+    documents: Annotated[int, typer.Option(min=0, help="How many documents to show, the first and the last.")] = 4,
+    document: Annotated[
+        int | None, typer.Option(metavar="K", min=0, help="Show document K alone, whole; the first is 0.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Describe a dataset, including one written by Megatron-LM.
+    """Describe a dataset, including one written by Megatron-LM: counts, lengths, text.
 
-    Example: megallama data info data/stdlib
+    Example: megallama data info data/stdlib --documents 6
     """
-    from megallama.data.info import open_described
+    from megallama.corpus.describe import describe, description, document_lines, show
 
-    dataset, info = open_described(prefix)
-    facts: dict[str, Any] = {
-        "prefix": prefix,
-        "documents": dataset.num_documents,
-        "tokens": len(dataset.tokens),
-        "dtype": dataset.tokens.dtype.name,
-        "tokenizer": info.tokenizer if info else None,
-        "vocab_size": info.vocab_size if info else None,
-        "eod_id": info.eod_id if info else None,
-        "fingerprint": info.fingerprint if info else None,
-    }
-    _print_facts(facts, as_json)
+    if document is None:
+        facts = describe(prefix, tokenizer, documents)
+        lines = description(facts)
+    else:
+        facts = show(prefix, tokenizer, document)
+        lines = document_lines(facts)
+    for line in [json.dumps(facts)] if as_json else lines:
+        typer.echo(line)
 
 
 @data_app.command("plan")

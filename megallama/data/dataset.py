@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from megallama.config.schema import DataConfig
 from megallama.data.indexed import Tokens, idx_path
 from megallama.data.info import open_described
+from megallama.data.offsets import Offsets
 from megallama.errors import UserError
 from megallama.text.tokenizer import Tokenizer
 
@@ -83,7 +84,7 @@ class DocumentSplit:
         return cls(dataset, 0, dataset.indexed.num_documents)
 
     @property
-    def offsets(self) -> NDArray[np.int64]:
+    def offsets(self) -> Offsets:
         """[documents + 1]: where each begins among the tokens of the dataset, and where the last ends."""
         return self.dataset.indexed.offsets[self.first_document : self.end_document + 1]
 
@@ -94,7 +95,7 @@ class DocumentSplit:
 
     def with_tokens(self) -> range | NDArray[np.int64]:
         """Numbers of the documents that hold a token, which those of a dataset made elsewhere may not all do."""
-        held = self.offsets[1:] > self.offsets[:-1]
+        held = np.concatenate([chunk > 0 for chunk in self.offsets.lengths()])
         return (
             range(self.first_document, self.end_document) if held.all() else self.first_document + np.flatnonzero(held)
         )

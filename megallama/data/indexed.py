@@ -31,12 +31,16 @@ import numpy as np
 import numpy.typing as npt
 
 from megallama.data.mapped import mapped
+from megallama.data.offsets import Offsets
 from megallama.errors import UserError
 from megallama.system.whole_file import temporary
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPE_CODES: dict[int, str] = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+
+AT_ONCE = 1 << 20
+"""Documents whose place in the index is computed at once."""
 
 Tokens = npt.NDArray[np.integer[Any]]
 
@@ -111,12 +115,12 @@ def index_bytes(sizes: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> bytes:
 
 @dataclass(frozen=True)
 class IndexedDataset:
-    """One dataset, mapped into memory: `tokens` [num_tokens], `offsets` [num_documents + 1] in tokens."""
+    """One dataset, mapped into memory, which all processes of a machine share: `tokens` [num_tokens], not read yet."""
 
     prefix: str
     tokens: Tokens
-    offsets: npt.NDArray[np.int64]
-    """Document d is tokens[offsets[d] : offsets[d + 1]]."""
+    offsets: Offsets
+    """[num_documents + 1]: document d is tokens[offsets[d] : offsets[d + 1]]."""
 
     @property
     def num_documents(self) -> int:
@@ -129,13 +133,24 @@ class IndexedDataset:
 
 
 def open_indexed(prefix: str) -> IndexedDataset:
-    """Map PREFIX.bin and PREFIX.idx; UserError if one is missing, empty, cut short, or does not fit the other."""
+    """Map PREFIX.bin and PREFIX.idx; UserError if one is missing, empty, cut short, or does not fit the other.
+
+    The whole index is read once; the memory it takes does not depend on its length.
+    """
     for path in (idx_path(prefix), bin_path(prefix)):
         _check_file(path, prefix)
     dtype, sizes, pointers, documents = _read_index(idx_path(prefix))
     _check_layout(prefix, dtype, sizes, pointers, documents)
-    starts = np.concatenate([pointers // dtype.itemsize, np.array([sizes.sum(dtype=np.int64)])])
-    return IndexedDataset(prefix, mapped(bin_path(prefix), dtype), starts[documents])
+    tokens = _mapped(bin_path(prefix), dtype)
+    offsets = Offsets(pointers, documents, dtype.itemsize, len(tokens), range(len(documents)))
+    return IndexedDataset(prefix, tokens, offsets)
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    try:
+        return mapped(path, dtype)
+    except OSError as error:  # such as a limit on the address space
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend that, or build the dataset again") from None
 
 
 def _check_file(path: Path, prefix: str) -> None:
@@ -157,7 +172,7 @@ def _check_file(path: Path, prefix: str) -> None:
 def _read_index(
     path: Path,
 ) -> tuple[np.dtype[Any], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    content = mapped(path, np.dtype(np.uint8))
+    content = _mapped(path, np.dtype(np.uint8))
     head = content[: HEADER.size].tobytes()
     if not head.startswith(MAGIC):
         raise UserError(f"{path} starts with {head[:9]!r}, not {MAGIC!r}: it is no Megatron .idx file")
@@ -182,17 +197,34 @@ def _check_layout(
     pointers: npt.NDArray[np.int64],
     documents: npt.NDArray[np.int64],
 ) -> None:
-    # Signs and bounds first: then no sum below can wrap around.
-    closed = len(documents) > 0 and documents[0] == 0 and documents[-1] == len(sizes)
-    sound = closed and (sizes >= 0).all() and documents.min() >= 0 and (np.diff(documents) >= 0).all()
-    found, expected = bin_path(prefix).stat().st_size, int(sizes.sum(dtype=np.int64)) * dtype.itemsize
-    if sound and found != expected:
+    # The ends first, whatever is between them: that is at once, and refuses most of what is wrong.
+    count, found = len(sizes), bin_path(prefix).stat().st_size
+    sound = len(documents) > 0 and documents[0] == 0 and documents[-1] == count
+    sound = sound and (count == 0 or (pointers[0] == 0 and pointers[-1] >= 0 and sizes[-1] >= 0))
+    promised = int(pointers[-1]) + int(sizes[-1]) * dtype.itemsize if sound and count else 0
+    if sound and found != promised:
         raise UserError(
-            f"{bin_path(prefix)} has {found} bytes and its index promises {expected}: cut short, or of another dataset"
+            f"{bin_path(prefix)} has {found} bytes and its index promises {promised}: cut short, or of another dataset"
         )
-    begins = np.cumsum(sizes, dtype=np.int64) - sizes
-    if not sound or not np.array_equal(pointers, begins * dtype.itemsize):
+    if not sound or not _in_order(documents) or not _adjoining(pointers, sizes, dtype.itemsize, found):
         raise UserError(f"{idx_path(prefix)} is damaged: sequences or documents are out of order; build it again")
+
+
+def _in_order(documents: npt.NDArray[np.int64]) -> bool:
+    """None is below the one before."""
+    chunks = (documents[first : first + AT_ONCE + 1] for first in range(0, len(documents), AT_ONCE))
+    return all((chunk[1:] >= chunk[:-1]).all() for chunk in chunks)
+
+
+def _adjoining(pointers: npt.NDArray[np.int64], sizes: npt.NDArray[np.int32], token_bytes: int, num_bytes: int) -> bool:
+    """Each sequence begins where the one before it ends, and the last one ends at `num_bytes`."""
+    for first in range(0, len(sizes), AT_ONCE):
+        begins, lengths = pointers[first : first + AT_ONCE], sizes[first : first + AT_ONCE].astype(np.int64)
+        ends = np.append(pointers[first + 1 : first + AT_ONCE + 1], num_bytes)[: len(begins)]
+        # Steps are below 2^34 bytes: a sum that wraps around passes a negative number.
+        if begins.min() < 0 or lengths.min() < 0 or not np.array_equal(ends - begins, lengths * token_bytes):
+            return False
+    return True
 
 
 def _sync(file: IO[bytes]) -> None:

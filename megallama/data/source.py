@@ -104,7 +104,7 @@ class Windows:
         """Where sample `number` is."""
         unit, offsets = self.place(number), self.split.dataset.indexed.offsets
         token = self.split.offsets[0] + unit * self.sequence_length
-        document = int(np.searchsorted(offsets, token, side="right")) - 1
+        document = int(offsets.searchsorted(token, side="right")) - 1
         return Place(number // self.samples_per_epoch, unit, document)
 
     def sample(self, number: int) -> NDArray[np.int64]:
@@ -117,7 +117,7 @@ class Windows:
         offsets = self.split.offsets
         start = offsets[0] + self.place(number) * self.sequence_length
         end = start + self.sequence_length + 1
-        first, last = np.searchsorted(offsets, [start, end - 1], side="right")
+        first, last = offsets.searchsorted([start, end - 1], side="right")
         lengths = np.diff(np.concatenate([[start], offsets[first:last], [end]]))
         lengths = lengths[lengths > 0]  # some documents made elsewhere are empty
         return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
@@ -127,7 +127,7 @@ class Windows:
         """Behind the last window."""
         offsets = self.split.offsets
         end = offsets[0] + self.samples_per_epoch * self.sequence_length + 1
-        cut = len(offsets) - np.searchsorted(offsets, end, side="right")
+        cut = len(offsets) - offsets.searchsorted(end, side="right")
         return LeftOut(int(offsets[-1] - end), int(cut), 0)
 
     def fingerprint(self, sequence_length: int, step: int = 0) -> str:
@@ -183,9 +183,9 @@ class Documents(Windows):
     @property
     def left_out(self) -> LeftOut:
         """What documents have beyond the length of a sample."""
-        sizes = np.diff(self.split.offsets)
-        beyond = sizes[sizes > self.sequence_length] - self.sequence_length
-        return LeftOut(int(beyond.sum()), len(beyond), len(sizes) - self.samples_per_epoch)
+        offsets, length = self.split.offsets, self.sequence_length
+        beyond = np.concatenate([sizes[sizes > length] - length for sizes in offsets.lengths()])
+        return LeftOut(int(beyond.sum()), len(beyond), len(offsets) - 1 - self.samples_per_epoch)
 
     def fingerprint(self, sequence_length: int, step: int = 0) -> str:
         empty = self.split.end_document - self.split.first_document - self.samples_per_epoch

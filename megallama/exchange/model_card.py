@@ -9,8 +9,8 @@ from megallama.config.schema import ModelConfig
 from megallama.layout.counts import count_parameters
 
 
-def model_card(path: Path, document: dict[str, Any], model: ModelConfig, dtype: str, form: str) -> str:
-    """README.md of the export of the checkpoint at `path`, whose state.json holds `document`."""
+def model_card(name: str, path: Path, document: dict[str, Any], model: ModelConfig, dtype: str, form: str) -> str:
+    """README.md of the export of the run `name`: of its checkpoint at `path`, whose state.json holds `document`."""
     state, data, layout = document["state"], document["data"], document["layout"]
     length = data.get("sequence_length")
     facts = {
@@ -28,10 +28,10 @@ def model_card(path: Path, document: dict[str, Any], model: ModelConfig, dtype: 
         "layout": ", ".join(f"{key} {value}" for key, value in layout.items()),
         "type of these files": dtype,
     }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    rows = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
     head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [llama, megallama]\n---\n\n"
     return (
-        f"{head if form == 'hf' else ''}# {path.resolve().parent.parent.name}\n\n"
+        f"{head if form == 'hf' else ''}# {name}\n\n"
         f"A Llama, exported by megallama from `{path.name}`.\n\n| | |\n| --- | --- |\n{rows}\n\n"
         "## Training data\n\nTo be written.\n\n## Intended use and limits\n\nTo be written.\n"
     )

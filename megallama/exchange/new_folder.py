@@ -11,18 +11,19 @@ from pathlib import Path
 from megallama.checkpoint.format import sync_folder
 from megallama.errors import UserError, check_printable
 from megallama.system.lock import beside, output_lock
+from megallama.system.signals import end_in_order
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to write into, beside `out`, which has its name once the block has ended and all is on the disk.
 
-    Nothing is left where the block raises. UserError if something stands at `out`, another command makes it, or the
-    disk is full.
+    Nothing is left where the block raises or a signal ends it. UserError if something stands at `out`, another command
+    makes it, or the disk is full.
     """
     check_printable("OUT", str(out))
     _refuse_to_write_over(out)
-    with output_lock(beside(out), f"OUT {out}", "OUT") as lock:
+    with end_in_order(), output_lock(beside(out), f"OUT {out}", "OUT") as lock:
         _refuse_to_write_over(out)
         partial = out.with_name(f".{out.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed: this one has the lock

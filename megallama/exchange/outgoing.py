@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.checkpoint.commands.listing import checkpoints_folder, is_one
+from megallama.checkpoint.commands.listing import checkpoint_at
 from megallama.checkpoint.commands.progress import shown
 from megallama.checkpoint.format import (
     TornCheckpointError,
-    complete_checkpoints,
     damaged_files,
     read_document,
     read_manifest,
 )
-from megallama.checkpoint.health import healthy_checkpoints
 from megallama.checkpoint.reading.inspect import promised
 from megallama.checkpoint.state import check_causal, read_saved
 from megallama.checkpoint.tensors import Stored
@@ -30,7 +28,7 @@ from megallama.formats.hugging_face import write_hugging_face
 from megallama.formats.meta import write_meta
 from megallama.formats.weights import llama_shapes
 from megallama.text.hf_tokenizer import save_hugging_face
-from megallama.text.tokenizer import Tokenizer, load_tokenizer
+from megallama.text.tokenizer import load_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FORMATS = ("hf", "meta")
@@ -58,7 +56,7 @@ class CheckpointWeights:
 
 
 def export(source: Path, out: Path, form: str, dtype: str) -> Path:
-    """Make the folder `out` from a checkpoint, or from the newest healthy one of a run; returns that checkpoint.
+    """Make the folder `out` from the checkpoint that `source` means, as `checkpoint_at` tells; returns that.
 
     `form` is one of FORMATS, `dtype` of DTYPES. Memory is that of one tensor. UserError if there is no sound
     checkpoint, `out` exists or cannot be written, or the format cannot hold the model.
@@ -67,8 +65,9 @@ def export(source: Path, out: Path, form: str, dtype: str) -> Path:
         raise UserError(f"--format {form} is not known; expected {' or '.join(FORMATS)}")
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is not known; expected {' or '.join(DTYPES)}")
-    path = checkpoint_of(source)
-    tokenizer = _tokenizer_of(path)
+    path, run_dir = checkpoint_at(source)
+    folder = run_dir / "tokenizer"
+    tokenizer = load_tokenizer(str(folder)) if folder.is_dir() else None
     with new_folder(out) as partial, shown() as report:
         weights = CheckpointWeights(path, report)
         eod_id = None if tokenizer is None else tokenizer.eod_id
@@ -80,19 +79,9 @@ def export(source: Path, out: Path, form: str, dtype: str) -> Path:
             write_hugging_face(weights, weights.config, partial, DTYPES[dtype], eod_id)
             if tokenizer is not None:
                 save_hugging_face(tokenizer, partial)
-        (partial / "README.md").write_text(model_card(path, read_document(path), weights.config, dtype, form))
+        card = model_card(run_dir.name, path, read_document(path), weights.config, dtype, form)
+        (partial / "README.md").write_text(card)
     return path
-
-
-def checkpoint_of(source: Path) -> Path:
-    """The checkpoint `source`, or the newest healthy one of the run. UserError if there is none."""
-    if is_one(source):
-        return source
-    folder = checkpoints_folder(source)
-    found = healthy_checkpoints(folder) or complete_checkpoints(folder)
-    if not found:
-        raise UserError(f"{source} holds no checkpoint yet; train until the first save")
-    return found[0]
 
 
 def _sound(path: Path, report: Callable[[str], None]) -> Stored:
@@ -106,9 +95,3 @@ def _sound(path: Path, report: Callable[[str], None]) -> Stored:
         return promised(path)
     except TornCheckpointError as error:
         raise UserError(f"the checkpoint {path} is damaged ({error}); use another") from None
-
-
-def _tokenizer_of(path: Path) -> Tokenizer | None:
-    """The tokenizer of the run that a checkpoint is in; None where it is in none."""
-    folder = path.resolve().parent.parent / "tokenizer"
-    return load_tokenizer(str(folder)) if folder.is_dir() else None

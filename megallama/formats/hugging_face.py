@@ -173,7 +173,8 @@ def write_hugging_face(
 ) -> None:
     """Write into `folder` what transformers loads as a LlamaForCausalLM of `config`, a tensor at a time in memory.
 
-    `eod_id` begins and ends documents; None where it is not known. OSError if the disk is full.
+    `eod_id` begins and ends documents; None where it is not known. UserError for numbers too large for `dtype`, OSError
+    if the disk is full.
     """
     shards = _shards(weights.shapes, dtype, shard_bytes)
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
@@ -240,15 +241,22 @@ def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], weights
     with path.open("xb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in shapes:
-            for piece in pieces(weights.read(name), dtype):
+            for piece in pieces(name, weights.read(name), dtype):
                 file.write(piece)
 
 
-def pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
-    """The little-endian bytes of a tensor as `dtype`, in row-major order."""
+def pieces(name: str, tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
+    """The little-endian bytes of a finite tensor as `dtype`, in row-major order.
+
+    UserError where `dtype` has no number as large: the largest of fp32 round to infinity in bf16.
+    """
     flat = tensor.reshape(-1)
     for start in range(0, len(flat), _PIECE):
-        yield flat[start : start + _PIECE].to(dtype).contiguous().view(torch.uint8).numpy().data
+        piece = flat[start : start + _PIECE].to(dtype).contiguous()
+        if not torch.isfinite(torch.stack(torch.aminmax(piece))).all():
+            kind = str(dtype).removeprefix("torch.")
+            raise UserError(f"{name} has numbers that are too large for {kind}; use --dtype fp32")
+        yield piece.view(torch.uint8).numpy().data
 
 
 def _shards(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, most: int) -> list[list[str]]:

@@ -170,7 +170,8 @@ def write_meta(weights: Weights, config: ModelConfig, folder: Path, dtype: torch
     """Write `params.json` and `consolidated.00.pth` into `folder`.
 
     Each tensor is written to a file of its own, which torch.save then copies from: no more than one is in memory.
-    UserError for a model that Meta's code cannot be told to build, OSError if the disk is full.
+    UserError for a model that Meta's code cannot be told to build and for numbers too large for `dtype`, OSError if the
+    disk is full.
     """
     params = params_json(config)
     head = [_HEAD] if config.tie_word_embeddings else []  # Meta's code has one in any case
@@ -179,7 +180,7 @@ def write_meta(weights: Weights, config: ModelConfig, folder: Path, dtype: torch
         tensor = weights.read(_EMBEDDING if name in head else name)
         heads = _rotated_heads(name, config)
         ordered = tensor if heads is None else _pairs_from_halves(tensor, heads)
-        content[meta_name(name)] = _on_disk(ordered, folder / f"{meta_name(name)}.raw", dtype)
+        content[meta_name(name)] = _on_disk(name, ordered, folder / f"{meta_name(name)}.raw", dtype)
     with (folder / "consolidated.00.pth").open("xb") as file:
         try:
             torch.save(content, file)
@@ -242,9 +243,9 @@ def _pairs_from_halves(tensor: Tensor, heads: int) -> Tensor:
     return tensor.view(heads, 2, rows // heads // 2, width).transpose(1, 2).reshape(rows, width)
 
 
-def _on_disk(tensor: Tensor, path: Path, dtype: torch.dtype) -> Tensor:
+def _on_disk(name: str, tensor: Tensor, path: Path, dtype: torch.dtype) -> Tensor:
     """The tensor as `dtype`, written to `path` and mapped from there."""
     with path.open("xb") as file:
-        for piece in pieces(tensor, dtype):
+        for piece in pieces(name, tensor, dtype):
             file.write(piece)
     return torch.from_file(str(path), shared=False, size=tensor.numel(), dtype=dtype).view(tensor.shape)

@@ -11,6 +11,7 @@ from megallama.generation.batch import Batch, Row
 from megallama.generation.generate import not_finite
 from megallama.generation.load import Loaded
 from megallama.generation.sampling import Sampling
+from megallama.generation.text import Stripped
 
 STOP = ("\nUser:",)
 _SPEAKERS = {"user": "User", "assistant": "Assistant", "system": "System"}
@@ -76,13 +77,13 @@ def _line() -> str | None:
 
 def answer(loaded: Loaded, ids: Sequence[int], max_tokens: int, sampling: Sampling) -> str:
     """Print an answer as it is written; all of it, or what a Ctrl-C has left of it. UserError as `write`."""
-    batch, written = Batch(loaded, 1), ""
+    batch, stripped, written = Batch(loaded, 1), Stripped(), ""
     row = Row(loaded, ids, max_tokens, sampling, STOP)
     batch.add(row)
     try:
         while batch.rows:
             for _, text in batch.step():
-                new = text if written else text.lstrip()  # the blank after "Assistant:"
+                new = stripped.push(text)  # a blank stands after "Assistant:"
                 written += new
                 typer.echo(new, nl=False)
     except KeyboardInterrupt:
@@ -90,4 +91,4 @@ def answer(loaded: Loaded, ids: Sequence[int], max_tokens: int, sampling: Sampli
     typer.echo()
     if row.ended == "error":
         raise UserError(not_finite(loaded))
-    return written.strip()
+    return written

@@ -14,14 +14,14 @@ import torch.distributed as dist
 from tokenizers import Tokenizer as Library
 from torch import Tensor
 
-from megallama.checkpoint.format import MANIFEST, complete_checkpoints
-from megallama.checkpoint.health import healthy_checkpoints
+from megallama.checkpoint.commands.listing import checkpoint_at
 from megallama.checkpoint.reading.inspect import inspect, promised
 from megallama.checkpoint.state import check_causal, read_saved
 from megallama.config.load import parse_json, read_text
 from megallama.config.schema import ModelConfig
 from megallama.errors import UserError
 from megallama.formats.folder import open_weights
+from megallama.formats.hugging_face import CONFIG
 from megallama.formats.weights import check_shapes, model_config
 from megallama.layout.topology import Topology
 from megallama.model.init import in_memory
@@ -72,26 +72,15 @@ class Loaded:
 
 
 def load_model(path: Path, device: torch.device | None = None, dtype: str = "fp32", tp: Axis = ALONE) -> Loaded:
-    """The model of a run's newest healthy checkpoint, of one checkpoint, or of a Hugging Face folder, in `dtype`.
+    """The model of a Hugging Face folder, or of the checkpoint that `path` means by `checkpoint_at`, in `dtype`.
 
     Each rank of `tp` reads its shards, one tensor at a time. UserError where there is no model, or it is damaged, or
     does not go with its tokenizer or with tp.
     """
     where = device or torch.device("cpu")
-    if (path / "config.yaml").is_file():
-        folder = path / "checkpoints"
-        found = healthy_checkpoints(folder) or complete_checkpoints(folder)
-        if not found:
-            raise UserError(f"{path} holds no checkpoint yet; train until the first save")
-        return _from_checkpoint(found[0], path, where, DTYPES[dtype], tp)
-    if (path / MANIFEST).is_file():
-        return _from_checkpoint(path, path.resolve().parent.parent, where, DTYPES[dtype], tp)
-    if (path / "config.json").is_file():
+    if (path / CONFIG).is_file():
         return _from_hugging_face(path, where, DTYPES[dtype], tp)
-    raise UserError(
-        f"{path} is not a run directory, a checkpoint or a Hugging Face folder: it has no config.yaml, no {MANIFEST} "
-        "and no config.json"
-    )
+    return _from_checkpoint(*checkpoint_at(path), where, DTYPES[dtype], tp)
 
 
 def _from_checkpoint(path: Path, run_dir: Path, device: torch.device, dtype: torch.dtype, tp: Axis) -> Loaded:

@@ -30,6 +30,7 @@ from megallama.generation.chat import STOP, transcript
 from megallama.generation.generate import not_finite
 from megallama.generation.load import Loaded
 from megallama.generation.protocol import Asked, ChatCompletion, Completion, parse
+from megallama.generation.text import Stripped
 from megallama.generation.worker import RefusedError, Worker
 from megallama.text.surrogates import without_surrogates
 
@@ -174,10 +175,13 @@ class Service:
         """Hand the rows of a job to the worker, which fills the queue. RefusedError where it has no room."""
         loop, queue = asyncio.get_running_loop(), Events()
         numbers = {row: number for number, row in enumerate(job.rows)}
+        stripped = [Stripped() for _ in job.rows]
 
         def tell(row: Row, text: str) -> None:
+            number = numbers[row]
+            said = stripped[number].push(text) if job.chat else text
             with suppress(RuntimeError):  # a server that has ended has no loop
-                loop.call_soon_threadsafe(queue.put_nowait, (numbers[row], text, row.ended))
+                loop.call_soon_threadsafe(queue.put_nowait, (number, said, row.ended))
 
         self.worker.submit(job.rows, tell)
         return queue
@@ -229,7 +233,7 @@ class Service:
         if not job.chat:
             return choice | {"text": text}
         if whole:
-            return choice | {"message": {"role": "assistant", "content": text.strip()}}
+            return choice | {"message": {"role": "assistant", "content": text}}
         return choice | {"delta": {"role": "assistant", "content": ""} if first else {"content": text}}
 
     def _why(self) -> str:

@@ -60,6 +60,20 @@ class TextStream:
         return text[: len(text) - begun]
 
 
+class Stripped:
+    """Gives a text that comes in pieces without the white space at its ends: in the middle of it, that waits."""
+
+    def __init__(self) -> None:
+        self._begun, self._held = False, ""
+
+    def push(self, new: str) -> str:
+        """What is certain of the text with this piece, from where the last call ended."""
+        text = self._held + new if self._begun else new.lstrip()
+        certain = text.rstrip()
+        self._begun, self._held = self._begun or certain != "", text[len(certain) :]
+        return certain
+
+
 def _begun(text: str, stop: str) -> int:
     """How many characters of `stop` the text may end with."""
     longest = min(len(stop) - 1, len(text))

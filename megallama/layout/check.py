@@ -13,7 +13,7 @@ from megallama.config.keys import as_typed
 from megallama.config.schema import MOST_STAGES, DataConfig, ModelConfig, RunConfig
 from megallama.errors import UserError
 from megallama.layout.budget import NOTHING_SEEN, Seen, schedule_batch, schedule_steps, total_steps
-from megallama.layout.frozen import frozen_weights
+from megallama.layout.frozen import frozen_shapes
 from megallama.layout.schedules import chunks, legal_micro_batches, schedule_of
 from megallama.layout.stages import balanced
 
@@ -55,7 +55,7 @@ def check_batching(config: RunConfig, world_size: int, seen: Seen = NOTHING_SEEN
     """The batching of a run whose length is legal, or does not matter; UserError where the rest of it is not."""
     check_model(config.model)
     _check_samples(config.data)
-    frozen_weights(config.model, config.train.freeze)
+    frozen_shapes(config.model, config.train.freeze)
     check_layout(config, world_size)
     dp = dp_size(config, world_size)
     accumulation = gradient_accumulation_steps(config, dp)

@@ -120,19 +120,23 @@ def attention_flops_per_token(model: ModelConfig, sequence_length: int, conventi
     return factor * model.num_hidden_layers * query_width * sequence_length
 
 
-def flops_per_token(model: ModelConfig, sequence_length: int, convention: Convention = "full") -> int:
-    """Forward and backward of one token: 6 * matmul weights + attention, as arXiv 2204.02311, appendix B."""
+def flops_per_token(model: ModelConfig, sequence_length: int, convention: Convention = "full", frozen: int = 0) -> int:
+    """Forward and backward of one token: 6 * matmul weights + attention, as arXiv 2204.02311, appendix B.
+
+    Of `frozen` ones no gradient is computed, which is 2 of the 6. What is sent back through them counts as if something
+    below were always trained.
+    """
     attention = attention_flops_per_token(model, sequence_length, convention)
-    return 6 * count_parameters(model).matmul + attention
+    return 6 * count_parameters(model).matmul - 2 * frozen + attention
 
 
-def hardware_flops_per_token(model: ModelConfig, sequence_length: int, recompute: str) -> int:
+def hardware_flops_per_token(model: ModelConfig, sequence_length: int, recompute: str, frozen: int = 0) -> int:
     """What is computed, recomputation included, in the full convention.
 
     `full` runs each layer's forward again, the output head's not: 8 instead of 6 per layer weight, 16 instead of 12 for
     attention (arXiv 2205.05198, appendix A). `selective` repeats an elementwise product, which no convention counts.
     """
-    once = flops_per_token(model, sequence_length, "full")
+    once = flops_per_token(model, sequence_length, "full", frozen)
     if recompute != "full":
         return once
     count = count_parameters(model)

@@ -48,7 +48,7 @@ def frozen_weights(model: ModelConfig, patterns: Sequence[str]) -> frozenset[str
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """What one checkpoint takes, names and places of tensors left out: weights, and two moments of what is trained."""
-    frozen = sum(map(math.prod, _frozen_shapes(config.model, config.train.freeze).values()))
+    frozen = sum(map(math.prod, frozen_shapes(config.model, config.train.freeze).values()))
     return 12 * count_parameters(config.model).total - 8 * frozen
 
 
@@ -60,15 +60,23 @@ def frozen_elements(config: RunConfig, layers: Collection[range], first: bool, l
     if not config.train.freeze:
         return 0
     total, mine = 0, {str(layer) for stage in layers for layer in stage}
-    for name, shape in _frozen_shapes(config.model, config.train.freeze).items():
+    for name, shape in frozen_shapes(config.model, config.train.freeze).items():
         _, kind, *place = name.split(".")
         here = place[0] in mine if kind == "layers" else first if kind == "embed_tokens" else last
         total += here * -(-math.prod(shape) // (config.parallel.tensor if len(shape) > 1 else 1))
     return total
 
 
+def frozen_matmul(config: RunConfig) -> int:
+    """Of the weights that multiply every token, those that are frozen; UserError as above."""
+    shapes = frozen_shapes(config.model, config.train.freeze)
+    gathered = set() if config.model.tie_word_embeddings else {"model.embed_tokens.weight"}
+    return sum(math.prod(shape) for name, shape in shapes.items() if len(shape) > 1 and name not in gathered)
+
+
 @cache
-def _frozen_shapes(model: ModelConfig, patterns: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+def frozen_shapes(model: ModelConfig, patterns: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """The frozen weights as `weight_shapes` gives them; UserError as of `frozen_weights`."""
     frozen = frozen_weights(model, patterns)
     return {name: shape for name, shape in weight_shapes(model).items() if name in frozen}
 

@@ -56,6 +56,34 @@ def deaf(numbers: Iterable[signal.Signals]) -> Iterator[None]:
 
 
 @contextmanager
+def end_in_order() -> Iterator[None]:
+    """Let the first SIGTERM, SIGINT or SIGHUP end the block by a SystemExit, so that it clears up behind itself.
+
+    The others do not disturb the clearing. Those that are ignored stay so, as `nohup` asks for. In the main thread.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, *BY_HAND)}
+    taken = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    heard: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        if not heard:
+            heard.append(number)
+            raise SystemExit(128 + number)
+
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    except BaseException:
+        if heard:  # a library that was about to call Python may have made another exception of it
+            raise SystemExit(128 + heard[0]) from None
+        raise
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
+
+
+@contextmanager
 def interrupt_later() -> Iterator[None]:
     """Let a Ctrl-C wait until the end of the block, and be `deaf` to it. Other threads than the main one get none."""
     pressed: list[int] = []

@@ -147,12 +147,35 @@ def oniguruma(pattern: str) -> str:
     return _ATOM.sub(translate, pattern)
 
 
+_ANY_CASE = re.compile(r"\(\?[a-z]*i")
+_NO_TEXT = re.compile(r"\\[pP]\{[^}]*\}|\(\?[a-z]*:|[()]")
+_LAST_FOLDED = 0xFB17
+"""The last character that is several in another case."""
+
+
+def _folds_to_several(pattern: str) -> str | None:
+    """What of a pattern that ignores case stands for one character as well, as `ss` for \u00df, or None.
+
+    It does for Oniguruma alone: fancy-regex folds character by character.
+    """
+    if not _ANY_CASE.search(pattern):
+        return None
+    several = {folded for code in range(_LAST_FOLDED + 1) if len(folded := chr(code).casefold()) > 1}
+    text = _NO_TEXT.sub("", pattern).casefold()
+    return next((folded for folded in sorted(several) if folded in text), None)
+
+
 def _split(pattern: str) -> str:
     """The regular expression that makes `tokenizers` split as tiktoken does at `pattern`; UserError if there is none.
 
     What else the two may understand otherwise is tried out: a piece of text that is a token is one for both.
     """
     translated = oniguruma(pattern)
+    if (folded := _folds_to_several(pattern)) is not None:
+        raise UserError(
+            f"the pattern {pattern[:60]!r} cannot be exported: it ignores the case of {folded!r}, for which Hugging "
+            "Face's tokenizers would also take a character that stands for all of it"
+        )
     try:
         split = pre_tokenizers.Split(Regex(translated), behavior="isolated")
     except Exception as error:  # the library has no class of its own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from megallama.data.mixture import Mixture
 from megallama.hardware.measure import Peak, peak_memory_bytes
 from megallama.layout.budget import samples_at_step, total_steps
 from megallama.layout.counts import flops_per_token, kernel_convention
-from megallama.layout.frozen import frozen_weights
+from megallama.layout.frozen import frozen_matmul, frozen_weights
 from megallama.layout.stages import stages
 from megallama.model.attention import ATTENTION
 from megallama.model.init import in_memory
@@ -125,7 +126,8 @@ def write_train_event(
     (total,) = sum_losses([float(loss)], run.mesh)
     speed, total_steps = batch * sequence / seconds, run.total_steps(state)
     left = samples_at_step(config, total_steps, state.seen) - state.samples
-    at_peak = run.peak.flops * run.mesh.world.size
+    at_peak, convention = run.peak.flops * run.mesh.world.size, kernel_convention(config.train.objective)
+    flops = partial(flops_per_token, config.model, sequence, frozen=frozen_matmul(config))
     run.metrics.write(
         "train",
         step=state.step,
@@ -139,8 +141,8 @@ def write_train_event(
         seconds=seconds,
         seconds_left=left / batch * seconds,
         tokens_per_second=speed,
-        mfu=speed * flops_per_token(config.model, sequence, "full") / at_peak,
-        mfu_causal=speed * flops_per_token(config.model, sequence, kernel_convention(config.train.objective)) / at_peak,
+        mfu=speed * flops(convention="full") / at_peak,
+        mfu_causal=speed * flops(convention=convention) / at_peak,
         peak_memory_bytes=peak_memory_bytes(run.mesh.device),
         **read_by_source(run, state.samples),
     )

@@ -140,7 +140,8 @@ def test_weights_of_the_run_itself_are_refused(finished: Path, dataset: Path) ->
 
 
 def test_a_new_run_begins_with_the_weights_of_another(finished: Path, dataset: Path, tmp_path: Path) -> None:
-    source = complete_checkpoints(finished / "checkpoints")[0]
+    source = tmp_path / "link"
+    source.symlink_to(complete_checkpoints(finished / "checkpoints")[0])
     config = settings(tmp_path, dataset, "tp2", init_from=str(source), every=0)
     run_ranks(train_rank, 2, config, None)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

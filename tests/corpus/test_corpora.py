@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megallama.corpus import corpora
+from megallama.corpus import bombs
 from megallama.corpus.corpora import describe_source, iterate_documents, source_files
 from megallama.errors import UserError
 
@@ -49,6 +49,25 @@ def test_folders_are_read_in_the_order_of_their_paths(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
     (tmp_path / "ignored.md").write_text("no")
     assert list(iterate_documents([str(tmp_path)])) == ["a.txt", "a/x.txt", "b/y.txt", "z.txt"]
+
+
+def test_a_pattern_stands_for_files_and_folders_that_match(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b/2/y.jsonl", "a/x.jsonl", "a/[1].txt", "c/x.txt", "c/x.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    monkeypatch.chdir(tmp_path)
+    for pattern, files in [
+        ("**/*.jsonl", ["a/x.jsonl", "b/2/y.jsonl"]),
+        ("[ab]", ["a/[1].txt", "a/x.jsonl", "b/2/y.jsonl"]),
+        ("*/x.*", ["a/x.jsonl", "c/x.txt"]),
+        ("a/[1].txt", ["a/[1].txt"]),
+        ("**", ["a/[1].txt", "a/x.jsonl", "b/2/y.jsonl", "c/x.txt"]),
+    ]:
+        assert [file.as_posix() for file in source_files(pattern)] == files, pattern
+        assert source_files(f"{tmp_path}/{pattern}") == [tmp_path / file for file in files], pattern
+    for pattern, message in [("*.md", "matches no .txt"), ("a**b/x", "is no pattern of files")]:
+        with pytest.raises(UserError, match=message):
+            source_files(pattern)
 
 
 def test_a_long_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -123,8 +142,8 @@ FORMATS = pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
 def test_a_bomb_is_refused_in_every_compression(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, unit: bytes, times: int
 ) -> None:
-    monkeypatch.setattr(corpora, "LARGEST_GAP", 5_000_000)
-    monkeypatch.setattr(corpora, "LONGEST_GAP", 50_000)
+    monkeypatch.setattr(bombs, "LARGEST_GAP", 5_000_000)
+    monkeypatch.setattr(bombs, "LONGEST_GAP", 50_000)
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(packed(suffix, b'{"text": "a"}\n' + unit * times))
     with pytest.raises(UserError, match=rf"a\.{suffix} has .* in a row without text after line 1: refused as a bomb"):

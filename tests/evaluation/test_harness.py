@@ -157,7 +157,7 @@ def test_written_text_is_that_of_a_plain_loop_up_to_the_stop_string(short_run: P
 
 def test_a_run_that_is_not_there_ends_in_one_sentence(tasks: Path, tmp_path: Path) -> None:
     outcome = lm_eval(tasks, tmp_path, "run=nowhere")
-    sentence = "nowhere is not a run directory, a checkpoint or a Hugging Face folder: it has no config.yaml, no "
+    sentence = "nowhere is not a folder; give a run directory such as runs/quickstart"
     assert outcome.code == 2
     assert [said.startswith(f"megallama: {sentence}") for said in outcome.sentences] == [True]
     assert "Traceback" not in outcome.err

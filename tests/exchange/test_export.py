@@ -7,20 +7,22 @@ import resource
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from megallama.checkpoint.format import complete_checkpoints
+from megallama.checkpoint.format import TENSORS, complete_checkpoints
 from megallama.checkpoint.reading.store import load_weights
 from megallama.cli import app
 from megallama.errors import UserError
 from megallama.exchange.incoming import import_folder
 from megallama.exchange.outgoing import export
 from megallama.formats.folder import open_weights
+from megallama.generation.load import load_model
 from megallama.text.tokenizer import load_tokenizer
-from tests.checkpoint.damaging import flip
+from tests.checkpoint.damaging import flip, rewrite
 
 
 def checkpoint(run: Path) -> Path:
@@ -66,12 +68,46 @@ def test_weights_and_tokenizer_come_back_from_an_export(short_run: Path, tmp_pat
     assert first.eod_id == second.eod_id
 
 
+@pytest.mark.parametrize("words", ["run", "run/checkpoints", "run/checkpoints/step_00000040", "link"])
+def test_export_and_generate_mean_the_same_by_a_path(short_run: Path, tmp_path: Path, words: str) -> None:
+    """Also where the folder of checkpoints is on another disk, and the tokenizer is not beside it."""
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    (tmp_path / "link").symlink_to(run / "checkpoints" / "step_00000040")
+    if words == "run":
+        (run / "checkpoints").rename(tmp_path / "elsewhere")
+        (run / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    found = load_model(tmp_path / words)
+    assert found.source == export(tmp_path / words, tmp_path / "out", "hf", "bf16")
+    assert (found.name, found.source.resolve().name) == ("run", "step_00000040")
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert (tmp_path / "out" / "README.md").read_text().partition("# ")[2].startswith("run\n")
+
+
 def test_a_damaged_checkpoint_is_refused_and_leaves_nothing(short_run: Path, tmp_path: Path) -> None:
     path = shutil.copytree(checkpoint(short_run), tmp_path / "step_00000040")
     flip(path / "rank_00000.bin")
     with pytest.raises(UserError, match=r"is damaged \(rank_00000.bin is damaged\); use another"):
         export(path, tmp_path / "out", "hf", "bf16")
     assert [found.name for found in tmp_path.iterdir()] == ["step_00000040"]
+
+
+@pytest.mark.parametrize("form", ["hf", "meta"])
+def test_numbers_that_bf16_does_not_have_are_refused_and_fp32_holds_them(
+    short_run: Path, tmp_path: Path, form: str
+) -> None:
+    path = shutil.copytree(checkpoint(short_run), tmp_path / "step_00000040")
+    (chunk,) = json.loads((path / TENSORS).read_text())["tensors"]["model.norm.weight"]["chunks"]
+    numbers = np.fromfile(path / chunk["file"], "<f4")
+    numbers[chunk["start"] // 4] = largest = np.finfo(np.float32).min
+    rewrite(path / chunk["file"], numbers.tobytes())
+    words = [str(path), str(tmp_path / "out"), "--format", form]
+    result = CliRunner().invoke(app, ["export", *words])
+    sentence = "model.norm.weight has numbers that are too large for bfloat16; use --dtype fp32"
+    assert str(result.exception) == sentence
+    assert list(tmp_path.iterdir()) == [path]
+    assert CliRunner().invoke(app, ["export", *words, "--dtype", "fp32"]).exit_code == 0
+    assert open_weights(tmp_path / "out").read("model.norm.weight")[0] == largest
 
 
 @pytest.mark.parametrize("form", ["hf", "meta"])

@@ -160,14 +160,6 @@ def test_a_checkpoint_is_found_by_a_link_and_outside_of_a_run_said_to_have_no_to
         load_model(tmp_path / "alone" / "deep" / "step_00000000")
 
 
-def test_what_a_killed_command_left_is_no_obstacle(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / ".run.partial").mkdir()
-    (tmp_path / ".run.partial" / "half").write_text("")
-    import_folder(folder, tmp_path / "run", [BYTES], None, None)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert not (tmp_path / "run" / "half").exists()
-
-
 def test_a_program_that_is_not_known_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--from llamafile is not known; expected hf"):
         import_folder(folder, tmp_path / "run", [BYTES], None, "llamafile")

@@ -44,7 +44,7 @@ def test_a_chat_answers_forgets_and_ends_with_its_input(short_run: Path, tmp_pat
         words, input=given, cwd=ROOT, env=clean_environment(tmp_path), capture_output=True, text=True, timeout=60
     )
     head = "User: hi\nAssistant:"
-    answer = generate(load_model(short_run), head, 6, GREEDY).removeprefix(head).partition("\nUser:")[0].lstrip()
+    answer = generate(load_model(short_run), head, 6, GREEDY).removeprefix(head).partition("\nUser:")[0].strip()
     assert outcome.returncode == 0
     assert outcome.stdout == f"> {answer}\n> > {answer}\n> > > \n"
     assert "/nonsense is no command" in outcome.stderr

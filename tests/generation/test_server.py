@@ -79,6 +79,19 @@ def test_a_chat_is_the_transcript_up_to_the_next_speaker(client: TestClient, mod
     assert answer["object"] == "chat.completion"
 
 
+def test_a_chat_in_pieces_is_the_whole_without_white_space_at_its_ends(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = iter(2 * ["  ", "\n so ", " it", " is\n", "\t", " "])
+    take = Row.take
+    monkeypatch.setattr(Row, "take", lambda *asked: (take(*asked), next(written))[1])
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 6}
+    whole = client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+    lines = client.post("/v1/chat/completions", json=body | {"stream": True}).text.split("\n\n")[:-2]
+    deltas = [json.loads(line.removeprefix("data: "))["choices"][0]["delta"] for line in lines]
+    assert "".join(delta["content"] for delta in deltas) == whole == "so  it is"
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({}, "prompt: field required; mend the request"),
     ({"prompt": []}, "prompt: an empty list; give a text, a list of texts, or of ids"),

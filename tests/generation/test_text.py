@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import models, processors
 
 from megallama.generation.load import begin_of_text
-from megallama.generation.text import TextStream
+from megallama.generation.text import Stripped, TextStream
 from megallama.text.tokenizer import ByteTokenizer, TiktokenTokenizer, Tokenizer, tokenizer_from_ranks
 
 TEXT = "naïve 日本語 🙂🏽 e\u0301 \n\t zażółć"
@@ -53,6 +53,14 @@ def test_a_model_that_never_ends_a_character_is_not_decoded_from_the_beginning_e
 
     pieces(Watched(), [0xFF] * 2000)
     assert max(lengths) < 100
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+@pytest.mark.parametrize("text", [" \n a  b\t\n c \u00a0\n", "a b", " \n\t  ", ""])
+def test_an_answer_in_pieces_is_stripped_as_a_whole_is(text: str, size: int) -> None:
+    stripped = Stripped()
+    found = [stripped.push(text[place : place + size]) for place in range(0, len(text), size)]
+    assert "".join(found) == text.strip()
 
 
 @pytest.mark.parametrize(

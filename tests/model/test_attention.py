@@ -125,15 +125,14 @@ def packed_and_alone(write_dataset: Callable[..., str]) -> tuple[MicroBatch, lis
     documents = [torch.randint(EOD, (length,), generator=generator).tolist() for length in LENGTHS]
     together, apart = write_dataset("b", [[EOD, *each] for each in documents]), write_dataset("a", documents)
 
-    def samples(path: str, pack: str, count: int) -> list[MicroBatch]:
-        config = DataConfig.model_validate(
-            {"path": path, "pack": pack, "sequence_length": LENGTH, "validation_fraction": 0}
-        )
-        loader = Loader(open_source(config, "train", 1, EOD + 1), 1, lambda _: 1, document_mask=pack == "all")
-        return [loader.step(number)[0] for number in range(count)]
+    (packed,) = samples(1, {"path": together, "document_mask": True})
+    return packed, samples(len(documents), {"path": apart, "pack": "one"})
 
-    (packed,) = samples(together, "all", 1)
-    return packed, samples(apart, "one", len(documents))
+
+def samples(count: int, keys: dict[str, object]) -> list[MicroBatch]:
+    config = DataConfig.model_validate({"sequence_length": LENGTH, "validation_fraction": 0, **keys})
+    loader = Loader(open_source(config, "train", 1, EOD + 1), 1, lambda _: 1, document_mask=config.documents_apart)
+    return [loader.step(number)[0] for number in range(count)]
 
 
 def differences(packed: MicroBatch, alone: list[MicroBatch]) -> list[float]:
@@ -176,3 +175,13 @@ def test_the_model_turns_queries_and_keys_by_positions_in_documents(monkeypatch:
     model()(torch.zeros_like(DOCUMENTS, dtype=torch.int64), None, DOCUMENTS)
     assert len(seen) == 1, "once for all layers"
     assert torch.equal(seen[0], positions(DOCUMENTS))
+
+
+def test_what_fills_up_a_sample_before_its_document_changes_no_loss(write_dataset: Callable[..., str]) -> None:
+    path, made = write_dataset("a", [[*range(length)] for length in LENGTHS]), model()
+    right, left = (samples(len(LENGTHS), {"path": path, "pack": "one", "pad": pad}) for pad in ("right", "left"))
+    with torch.no_grad():
+        for behind, before in zip(right, left, strict=True):
+            loss = made(behind.tokens, behind.labels)
+            torch.testing.assert_close(made(before.tokens, before.labels, before.documents), loss, rtol=1e-5, atol=0)
+            assert abs(made(before.tokens, before.labels) / loss - 1) > 1e-3, "tokens see what fills up"

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
 from math import prod
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from megallama.config.load import load_config
 from megallama.config.schema import DataConfig, ParallelConfig, RunConfig, Schedule
-from megallama.layout.counts import VOCAB_MULTIPLE, count_parameters, weight_shapes
+from megallama.hardware.gpus import built_in_hardware
+from megallama.layout.counts import (
+    VOCAB_MULTIPLE,
+    attention_flops_per_token,
+    count_parameters,
+    flops_per_token,
+    weight_shapes,
+)
+from megallama.layout.frozen import frozen_matmul, frozen_weights
 from megallama.layout.stages import stages
 from megallama.model.layers import VOCABULARY_MULTIPLE
 from megallama.model.llama import Llama, TensorParallelContext
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import Axis
 from megallama.plan.memory.state import rank_parameters
+from megallama.plan.time.software import Machine, known_software
+from megallama.plan.time.step_time import rank_works
 from tests.layout.test_counts import PUBLISHED
 
-RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
 
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
@@ -77,6 +90,29 @@ def assert_planned(config: RunConfig) -> None:
             chunks = ModelStages(config.model, stages(config), place, TensorParallelContext(Axis(None, tp_rank, tp)))
         assert sum(p.numel() for p in chunks.parameters()) == planned[place].total
         assert planned[place].stages == tuple(held)
+
+
+HEADS = {False: "lm_head.weight", True: "model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("freeze", [[], ["*.mlp.*", "*norm*"], ["model.layers.1.*", "HEAD"]], ids=str)
+def test_matmuls_are_those_that_torch_counts_also_where_weights_are_frozen(freeze: list[str], tied: bool) -> None:
+    patterns = [HEADS[tied] if each == "HEAD" else each for each in freeze]
+    words = ["model.vocab_size=256", f"model.tie_word_embeddings={tied}", f"train.freeze={json.dumps(patterns)}"]
+    config = load_config(CONFIGS / "debug.yaml", [*words, "train.device=cpu", "data.sequence_length=16"])
+    model = ModelStages(config.model, stages(config), 0, TensorParallelContext(Axis(None, 0, 1)))
+    model.freeze(frozen_weights(config.model, patterns))
+    tokens = torch.zeros(config.train.micro_batch_size, 16, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, tokens).backward()
+    counts = counter.get_flop_counts()["Global"].items()
+    counted = sum(flops for kernel, flops in counts if str(kernel) in ("aten.mm", "aten.addmm", "aten.bmm"))
+    attention = attention_flops_per_token(config.model, 16, "full")
+    assert tokens.numel() * (flops_per_token(config.model, 16, "full", frozen_matmul(config)) - attention) == counted
+    (work,) = rank_works(config, Machine(built_in_hardware()["h100-80g"], known_software()["megallama"], 0.5))
+    assert work.kernels.matmul_flops == counted
+    assert work.parameters == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
 def test_plan_and_layers_pad_the_vocabulary_alike() -> None:

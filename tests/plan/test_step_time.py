@@ -161,6 +161,19 @@ def test_data_parallelism_moves_the_bytes_of_its_scheme(
     assert found.optimizer == pytest.approx(ADAM / ranks)
 
 
+@pytest.mark.parametrize(("stage", "trained", "frozen"), [(1, 10, 0), (2, 34, 0), (3, 32, 16)])
+def test_frozen_weights_are_not_reduced_and_not_stepped(stage: int, trained: int, frozen: int) -> None:
+    """ZeRO 3 gathers them as the others, twice in each of four micro-batches."""
+    config = run(f"zero.stage={stage}", "zero.bucket_elements=1000000000", "train.freeze=['*.mlp.*']", dp=8)
+    mlp = 32 * 3 * 4096 * 14336
+    hardly_waiting = H100.model_copy(update={"node_link_gb_s": 1e-3})
+    found = step_time(config, 8, Machine(hardly_waiting, known_software()["megallama"], 0.5))
+    kept = 4 * 2 * 2 * 10**9 if stage == 3 else 0  # what backward need not gather
+    sent = (trained * (PARAMETERS - mlp) + frozen * mlp - kept) * 7 / 8
+    assert found.data == pytest.approx(sent / (0.8 * 1e6), rel=1e-6)
+    assert found.optimizer == pytest.approx(28 * (PARAMETERS - mlp) / 8 / 3.35e12)
+
+
 SLOW = H100.model_copy(update={"nic_gb_s": 1})
 
 

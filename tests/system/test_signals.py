@@ -60,3 +60,21 @@ def test_only_a_second_ctrl_c_ends_before_the_save(
     """
     done = subprocess.run([sys.executable, "-c", HEARD, first, later, launcher, str(seconds)], capture_output=True)
     assert (done.returncode, done.stderr) == (code, b"")
+
+
+LIBRARY = """
+import signal
+from megallama.system.signals import end_in_order
+
+with end_in_order():
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except SystemExit:
+        raise AttributeError("no such type") from None
+"""
+
+
+def test_an_end_in_order_is_one_also_where_a_library_makes_another_exception_of_it() -> None:
+    """As safetensors does, which first asks for torch's types while it reads."""
+    done = subprocess.run([sys.executable, "-c", LIBRARY], capture_output=True)
+    assert (done.returncode, done.stderr) == (143, b"")

@@ -105,6 +105,9 @@ def test_patterns_are_translated() -> None:
     [
         (r"(ab){1,2}+|[\s\S]", {"<|end|>": 256}, "repeats a group possessively; it cannot be exported"),
         (r"\w+|\W+", {"<|end|>": 256}, r"w\+.* cannot be exported: Hugging Face's tokenizers would split '½½"),
+        (r"(?i:xss)|[\s\S]", {"<|end|>": 256}, "cannot be exported: it ignores the case of 'ss'"),
+        (r"(?i:xs(?:T))|[\s\S]", {"<|end|>": 256}, "cannot be exported: it ignores the case of 'st'"),
+        (r"(?i)xß|[\s\S]", {"<|end|>": 256}, "it ignores the case of 'ss'"),
         (r"(?x: a ) | [\s\S]", {"<|end|>": 256}, "cannot be exported"),
         (R50K_PATTERN, {"<|end|>": 2**31 - 2}, "the id 2147483646 of a token is above 4194304"),
         (R50K_PATTERN, {"a": 256}, "special token 'a' has the name of an ordinary token"),

@@ -17,7 +17,7 @@ from megallama.checkpoint.tensors import EXP_AVG, EXP_AVG_SQ, Stored, moment_nam
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.data.loader import open_data
-from megallama.layout.counts import weight_shapes
+from megallama.layout.counts import count_parameters, weight_shapes
 from megallama.layout.frozen import frozen_weights
 from megallama.model.init import initialise
 from megallama.model.llama import Llama
@@ -98,6 +98,17 @@ def assert_close(run_dir: Path, other: dict[str, Tensor], start: dict[str, Tenso
             way = other[name] - weight
             assert way.norm() > 0, name
             assert (tensors[name] - other[name]).norm() < 1e-3 * way.norm(), name
+
+
+def test_mfu_counts_no_gradients_of_frozen_weights(alone: Path, byte_dataset: str) -> None:
+    """The two conventions tell what was counted: they differ by half of the attention."""
+    model = config_of(words_of(byte_dataset, alone)).model
+    qkv, o, mlp = 32 * (32 + 16 + 16), 32 * 32, 3 * 32 * 64
+    frozen = (qkv + o + mlp) + qkv  # of layer 0 and of layer 2
+    matmuls = 6 * count_parameters(model).matmul - 2 * frozen
+    half = 6 * 4 * 32 * 32
+    for event in events(alone, "train"):
+        assert event["mfu"] / event["mfu_causal"] == pytest.approx((matmuls + 2 * half) / (matmuls + half), rel=1e-9)
 
 
 def test_frozen_weights_stay_and_the_rest_trains_as_in_a_plain_loop(alone: Path, byte_dataset: str) -> None:

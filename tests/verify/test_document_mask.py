@@ -32,13 +32,15 @@ def test_a_run_within_documents_gives_the_answer_of_one_process() -> None:
 @pytest.mark.parametrize(
     "layouts",
     [
-        "tp2 tp2-nosp tp4-selective pp2 pp2-interleaved1f1b-acc4",
-        "dp2 dp2-zero2 dp4-zero3 tp2-dp2-zero3-full acc4",
+        "tp2 tp2-nosp tp4-selective",
+        "pp2 pp2-interleaved1f1b-acc4",
+        "dp2 dp2-zero2 dp4-zero3",
+        "tp2-dp2-zero3-full acc4",
         "pp2-dp2 pp2-dualpipev tp2-pp2-zbvzerobubble-full",
     ],
 )
 def test_every_layout_of_a_run_within_documents_gives_the_answer_of_one_process(layouts: str, dtype: str) -> None:
-    check(layouts, dtype, resume=True)
+    check(layouts, dtype, resume=dtype == "fp32")
 
 
 @pytest.mark.layouts

@@ -13,12 +13,13 @@ from megallama.checkpoint.format import (
     LATEST,
     MANIFEST,
     TornCheckpointError,
+    complete_checkpoints,
     named_checkpoints,
     read_document,
     read_manifest,
     step_of,
 )
-from megallama.checkpoint.health import is_healthy
+from megallama.checkpoint.health import healthy_checkpoints, is_healthy
 from megallama.checkpoint.writing.commit import DROPPED, PARTIAL, TORN, UNDONE
 from megallama.errors import UserError
 from megallama.layout.names import Layout
@@ -66,6 +67,21 @@ def checkpoints_at(path: Path) -> list[Path]:
     if not found:
         raise UserError(f"{folder} holds no checkpoint; train until the first save")
     return found
+
+
+def checkpoint_at(path: Path) -> tuple[Path, Path]:
+    """The checkpoint that `path` means, and the run directory that it is in, whether or not there is one around it.
+
+    `path` is a checkpoint, whole or not, or a link to one; or a run directory or its folder of checkpoints, of which
+    the newest healthy one is meant, else the newest. UserError if there is none.
+    """
+    if is_one(path):
+        return path, path.resolve().parent.parent
+    folder = checkpoints_folder(path)
+    found = healthy_checkpoints(folder) or complete_checkpoints(folder)
+    if not found:
+        raise UserError(f"{path} holds no checkpoint yet; train until the first save")
+    return found[0], path.resolve().parent if folder == path else path.absolute()
 
 
 def is_one(path: Path) -> bool:

@@ -138,7 +138,7 @@ def pick_start(config: RunConfig, identify: Identify) -> Start:
     if program_of(weights) is not None:
         check_foreign(weights, config.model)
         return Start(weights=weights)
-    if weights not in complete_checkpoints(weights.parent):
+    if why_torn(weights) is not None:
         near = complete_checkpoints(weights / "checkpoints") or complete_checkpoints(weights.parent)
         fix = (
             f"checkpoint.init_from={near[0]}"
@@ -180,7 +180,8 @@ def _continue(config: RunConfig, folder: Path, newest: Path) -> Start:
 def _refuse_own_weights(weights: Path, folder: Path) -> None:
     """UserError where `checkpoint.init_from` leads into the checkpoints of the run itself."""
     if folder.resolve() in weights.resolve().parents:
-        back = f"checkpoint.resume={step} to go back to it" if (step := asked_step(weights.name)) else "none of its own"
+        step = asked_step(weights.resolve().name)
+        back = f"checkpoint.resume={step} to go back to it" if step else "none of its own"
         raise UserError(
             f"checkpoint.init_from={weights} is a checkpoint of run.dir itself; use another run.dir to begin anew with "
             f"its weights, or {back}"

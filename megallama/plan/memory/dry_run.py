@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -176,14 +176,9 @@ def fused_norm(x: Tensor, shape: object, weight: Tensor, eps: float) -> Tensor:
     return result
 
 
-@contextmanager
-def _norms_of(config: RunConfig) -> Iterator[None]:
+def _norms_of(config: RunConfig) -> AbstractContextManager[object]:
     """The norms of the device that is planned for."""
-    if config.train.device == "cpu":
-        yield
-        return
-    with patch.object(F, "rms_norm", fused_norm):
-        yield
+    return nullcontext() if config.train.device == "cpu" else patch.object(F, "rms_norm", fused_norm)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from megallama.hardware.gpus import USABLE, Gpu
 from megallama.layout.budget import batches_of, planned_tokens, steps_words, total_steps
 from megallama.layout.check import Batching, check_config
 from megallama.layout.counts import count_parameters, flops_per_token, hardware_flops_per_token, padded_vocabulary
+from megallama.layout.frozen import frozen_matmul
 from megallama.plan.memory.ledger import memory_rows, rank_bytes
 from megallama.plan.memory.state import GIB, MemoryRow, rank_parameters
 from megallama.plan.report.table import Part, Row
@@ -85,15 +86,12 @@ def _batch(config: RunConfig, batching: Batching, given: float | None) -> Part:
         length = "train.steps" if train.steps != "chinchilla" else "chinchilla: optimal tokens / tokens per step, up"
         total = f"{steps} * {each}" if not train.batch_ramp else f"steps of {steps_words(config, tokens)}"
     per_step = f"{train.global_batch_size} * {config.data.sequence_length}"
+    micro, accumulated = "micro-batches per step and copy", batching.gradient_accumulation_steps
+    how = f"{train.global_batch_size} / ({train.micro_batch_size} * {dp})"
     rows = (
         Row("world_size", "ranks", "", batching.world_size),
         Row("dp_size", "data-parallel copies", layout, dp),
-        Row(
-            "gradient_accumulation_steps",
-            "micro-batches per step and copy",
-            f"{train.global_batch_size} / ({train.micro_batch_size} * {dp})",
-            batching.gradient_accumulation_steps,
-        ),
+        Row("gradient_accumulation_steps", micro, how, accumulated),
         Row("tokens_per_step", "tokens per step", per_step, each),
         Row("steps", "steps", length, steps),
         Row("tokens", "tokens", total, tokens),
@@ -104,12 +102,13 @@ def _batch(config: RunConfig, batching: Batching, given: float | None) -> Part:
 
 def _flops(config: RunConfig, tokens: float) -> Part:
     model, length = config.model, config.data.sequence_length
-    matmul = f"6 * {count_parameters(model).matmul}"
+    frozen, recompute = frozen_matmul(config), config.train.recompute
+    matmul = f"6 * {count_parameters(model).matmul}{f' - 2 * {frozen} frozen' if frozen else ''}"
     attention = f"{model.num_hidden_layers} * {model.num_attention_heads * model.head_size} * {length}"
-    full, causal = flops_per_token(model, length, "full"), flops_per_token(model, length, "causal")
+    full, causal = flops_per_token(model, length, "full", frozen), flops_per_token(model, length, "causal", frozen)
     rows = [Row("per_token_full", "per token, full convention", f"{matmul} + 12 * {attention}", full)]
     rows.append(Row("per_token_causal", "per token, causal convention", f"{matmul} + 6 * {attention}", causal))
-    hardware = hardware_flops_per_token(model, length, config.train.recompute)
+    hardware = hardware_flops_per_token(model, length, recompute, frozen)
     if hardware != full:
         how = f"full + 2 * layers' matmul weights + 4 * {attention}"
         rows.append(Row("per_token_hardware", "per token, with recomputation", how, hardware))

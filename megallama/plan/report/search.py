@@ -76,9 +76,7 @@ def search_dictionary(result: Search, on: Machine, tokens: float, price: float |
         "fits": len(result.found),
         "ties": result.ties,
         "usable_bytes": on.gpu.usable_bytes,
-        "layouts": {
-            f"rank_{number}": _layout(one, on, tokens, price) for number, one in enumerate(result.found[:SHOWN], 1)
-        },
+        "layouts": {f"rank_{n}": _layout(one, on, tokens, price) for n, one in enumerate(result.found[:SHOWN], 1)},
         "rejected": {
             f"class_{number}": {"reason": why, "places": dict(places), "layouts": places.total()}
             for number, (why, places) in enumerate(result.rejected.items(), 1)
@@ -153,10 +151,8 @@ def write_winner(winner: Candidate, gpu: Gpu, config_path: Path, job_path: Path 
 
     UserError where a file exists or cannot be written.
     """
-    text = (
-        f"# {winner.name}, on {winner.world_size} x {gpu.name}: megallama plan --search\n{dump_config(winner.config)}"
-    )
-    files = {config_path: text}
+    head = f"# {winner.name}, on {winner.world_size} x {gpu.name}: megallama plan --search\n"
+    files = {config_path: head + dump_config(winner.config)}
     if job_path is not None:
         per_node = min(winner.world_size, int(gpu.gpus_per_node or 1))
         allocation = Allocation(-(-winner.world_size // per_node), per_node, gpu.kind == "gpu", "7-00:00:00", 300)

@@ -127,15 +127,8 @@ def _time(
     rate = speed(config, world_size, on.gpu, step.total)
     cost = run_cost(config, world_size, on, step.total, tokens, price)
     money = "" if cost.money is None else f", {_figure(cost.money)} at {price:g} per GPU-hour"
-    parts = {
-        "compute": step.compute,
-        "tensor": step.tensor,
-        "pipeline": step.pipeline,
-        "bubble": step.bubble,
-        "data": step.data,
-        "optimizer": step.optimizer,
-    }
-    shares = [f"{name} {100 * seconds / step.total:.0f} %" for name, seconds in parts.items() if seconds]
+    parts = ((name, getattr(step, name)) for name in ("compute", "tensor", "pipeline", "bubble", "data", "optimizer"))
+    shares = [f"{name} {100 * seconds / step.total:.0f} %" for name, seconds in parts if seconds]
     what = "at the MFU that --mfu assumes" if step.assumed else ", ".join(shares)
     return [
         ("time", f"{_duration(cost.hours)}, {_figure(cost.gpu_hours)} GPU-hours{money}"),

@@ -10,6 +10,7 @@ from megallama.hardware.gpus import Gpu
 from megallama.layout.budget import batches_of, steps_words, with_batch
 from megallama.layout.check import check_batching
 from megallama.layout.counts import flops_per_token, hardware_flops_per_token, kernel_convention
+from megallama.layout.frozen import frozen_matmul
 from megallama.plan.memory.activations import tensors
 from megallama.plan.memory.traffic import Traffic
 from megallama.plan.report.table import Part, Row
@@ -57,13 +58,14 @@ def speed(config: RunConfig, world_size: int, gpu: Gpu, seconds: float) -> Speed
     model, length = config.model, config.data.sequence_length
     rate = config.tokens_per_step / world_size / seconds
     peak = gpu.known("peak_tflops") * 1e12
-    full = flops_per_token(model, length, "full")
+    convention, frozen = kernel_convention(config.train.objective), frozen_matmul(config)
+    full = flops_per_token(model, length, "full", frozen)
     return Speed(
         tokens_per_second=config.tokens_per_step / seconds,
         tokens_per_second_per_gpu=rate,
         mfu_full=rate * full / peak,
-        mfu_causal=rate * flops_per_token(model, length, kernel_convention(config.train.objective)) / peak,
-        hfu=rate * hardware_flops_per_token(model, length, config.train.recompute) / peak,
+        mfu_causal=rate * flops_per_token(model, length, convention, frozen) / peak,
+        hfu=rate * hardware_flops_per_token(model, length, config.train.recompute, frozen) / peak,
         mfu_attainable=None if gpu.matmul_tflops is None else rate * full / (gpu.matmul_tflops * 1e12),
     )
 

@@ -13,6 +13,7 @@ from math import ceil
 from megallama.config.schema import RunConfig
 from megallama.hardware.gpus import LINK_FRACTION, Gpu
 from megallama.layout.counts import padded_vocabulary
+from megallama.plan.memory.state import rank_parameters
 from megallama.plan.memory.traffic import Traffic
 from megallama.plan.time.software import Software
 
@@ -77,7 +78,7 @@ def message_seconds(gpu: Gpu, stride: int, size: float) -> float:
 
 
 def data_traffic(config: RunConfig, software: Software, parameters: int, micro_batches: int) -> Traffic:
-    """Collectives of a step between data-parallel copies, of a rank that holds `parameters` before ZeRO cuts them.
+    """Collectives of a step between data-parallel copies, of a rank that trains `parameters` before ZeRO cuts them.
 
     DeepSpeed's ZeRO 1 all-reduces gradient sums, though a rank needs its part of them only, and gathers the weights
     (runtime/bf16_optimizer.py). ZeRO 2 all-reduces in every micro-batch (zero/stage_1_and_2.py, allreduce_and_scatter).
@@ -99,7 +100,8 @@ def data_traffic(config: RunConfig, software: Software, parameters: int, micro_b
         return found
     model, tp = config.model, config.parallel.tensor
     table = padded_vocabulary(model.vocab_size, tp) // tp * model.hidden_size
-    used = parameters + (table if model.tie_word_embeddings else 0)
+    # With ZeRO 3 there is no pipeline: the first rank is all.
+    used = parameters + rank_parameters(config)[0].frozen + (table if model.tie_word_embeddings else 0)
     kept = min(used, 2 * zero.bucket_elements) if software.gradients == "zero" else 0
     found.add("all_gather", element * (2 * used - kept) // (2 * buckets), rounds * 2 * buckets)
     return found

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from megallama.config.schema import RunConfig
 from megallama.layout.counts import count_parameters, kernel_convention
+from megallama.layout.frozen import frozen_shapes
+from megallama.layout.stages import Stage
 from megallama.plan.memory.activations import Tensors
 from megallama.plan.time.software import Recomputed, Software
 
@@ -31,11 +33,8 @@ class KernelWork:
     """Read and written by matmuls, norms, rotations, activations and the loss."""
 
     def __add__(self, other: KernelWork) -> KernelWork:
-        return KernelWork(
-            self.matmul_flops + other.matmul_flops,
-            self.attention_flops + other.attention_flops,
-            self.bytes_moved + other.bytes_moved,
-        )
+        flops, attention = self.matmul_flops + other.matmul_flops, self.attention_flops + other.attention_flops
+        return KernelWork(flops, attention, self.bytes_moved + other.bytes_moved)
 
     def times(self, count: int) -> KernelWork:
         """The work of so many."""
@@ -55,8 +54,7 @@ def layer_work(config: RunConfig, of: Tensors, software: Software) -> KernelWork
     times the work of its forward, since it computes the scores again (arXiv 2205.14135, appendix B).
     """
     again = recomputed(config, software)
-    # Queries with keys and values are one matmul, the gate with up another.
-    matmuls = [(of.hidden, of.qkv), (of.query, of.hidden), (of.hidden, of.up), (of.width, of.hidden)]
+    matmuls = _layer_matmuls(of).values()
     passes = 3 + again.matmul
     elementwise = _layer_bytes(config, of, software)
     attended = of.sequence if kernel_convention(config.train.objective) == "causal" else 2 * of.sequence
@@ -81,6 +79,28 @@ def head_work(config: RunConfig, of: Tensors, software: Software) -> KernelWork:
         matmul_flops=of.positions * 6 * of.hidden * of.rows,
         bytes_moved=3 * _moved(of, matmuls) + of.positions * loss * of.element / _BF16,
     )
+
+
+def spared_work(config: RunConfig, of: Tensors, mine: Iterable[Stage], head: bool) -> KernelWork:
+    """The work that frozen weights spare a rank with these stages, and perhaps the `head`: the pass for gradients."""
+    if not config.train.freeze:
+        return KernelWork()
+    frozen = frozen_shapes(config.model, config.train.freeze)
+    table = "model.embed_tokens" if config.model.tie_word_embeddings else "lm_head"
+    matmuls = [(table, (of.hidden, of.rows))] if head else []
+    for stage in mine:
+        matmuls += [
+            (f"model.layers.{i}.{name}", each) for i in stage.layers for name, each in _layer_matmuls(of).items()
+        ]
+    spared = [sizes for name, sizes in matmuls if f"{name}.weight" in frozen]
+    flops = of.positions * 2 * sum(inputs * outputs for inputs, outputs in spared)
+    return KernelWork(matmul_flops=flops, bytes_moved=_moved(of, spared))
+
+
+def _layer_matmuls(of: Tensors) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs, by a weight: queries with keys and values are one matmul, the gate with up another."""
+    attention = {"self_attn.q_proj": (of.hidden, of.qkv), "self_attn.o_proj": (of.query, of.hidden)}
+    return attention | {"mlp.up_proj": (of.hidden, of.up), "mlp.down_proj": (of.width, of.hidden)}
 
 
 def _moved(of: Tensors, matmuls: Iterable[tuple[int, int]]) -> float:

@@ -14,13 +14,14 @@ from itertools import pairwise
 from megallama.config.schema import RunConfig
 from megallama.layout.check import check_batching
 from megallama.layout.counts import flops_per_token
+from megallama.layout.frozen import frozen_matmul
 from megallama.layout.schedules import schedule_of
 from megallama.layout.stages import Stage, stages
 from megallama.plan.memory.activations import tensors
 from megallama.plan.memory.state import rank_parameters
 from megallama.plan.memory.traffic import Traffic, stage_traffic
 from megallama.plan.time.communication import Group, collective_seconds, data_traffic, message_seconds
-from megallama.plan.time.kernels import KernelWork, head_work, layer_work
+from megallama.plan.time.kernels import KernelWork, head_work, layer_work, spared_work
 from megallama.plan.time.simulation import simulated_waiting, waiting
 from megallama.plan.time.software import Machine
 
@@ -73,6 +74,7 @@ class RankWork:
     sums: float
     """Bytes moved to add up gradients, beyond what matmuls write."""
     parameters: int
+    """Those that are trained."""
     traffic: Traffic
     """Tensor-parallel."""
     messages: int
@@ -99,14 +101,14 @@ def rank_works(config: RunConfig, on: Machine) -> list[RankWork]:
     found = []
     for rank in rank_parameters(config):
         mine = [every[index] for index in rank.stages]
-        kernels = layer.times(rank.layers)
-        if every[-1] in mine:
-            kernels += head
+        trained = rank.total - rank.frozen
+        last = every[-1] in mine
+        kernels = layer.times(rank.layers) + (head if last else KernelWork())
         found.append(
             RankWork(
-                kernels=kernels,
-                sums=sums * rank.total,
-                parameters=rank.total,
+                kernels=kernels + spared_work(config, of, mine, last).times(-1),
+                sums=sums * trained,
+                parameters=trained,
                 traffic=_tensor_traffic(config, mine, len(every)),
                 messages=_messages(every, rank.rank),
             )
@@ -128,7 +130,8 @@ def step_time(config: RunConfig, world_size: int, on: Machine, *, simulated: boo
     """
     batching = check_batching(config, world_size)
     if on.mfu is not None:
-        flops = config.tokens_per_step * flops_per_token(config.model, config.data.sequence_length)
+        each = flops_per_token(config.model, config.data.sequence_length, frozen=frozen_matmul(config))
+        flops = config.tokens_per_step * each
         return StepTime(flops / (world_size * on.known("peak_tflops") * 1e12 * on.mfu), assumed=True)
     m, dp = batching.gradient_accumulation_steps, batching.dp_size
     works = rank_works(config, on)
