@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from megallama.errors import printable
+from megallama.errors import UserError, printable
 
 Sources = Annotated[
     list[str],
@@ -16,6 +17,8 @@ Sources = Annotated[
 ]
 TextField = Annotated[str, typer.Option(help="JSON field that holds the text.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the output.")]
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file of a run.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 TOKENIZERS = "`bytes`, a tiktoken encoding, a rank file, a folder or hf:FILE, a tokenizer.json."
@@ -71,6 +74,64 @@ def data_info_command(
         lines = document_lines(facts)
     for line in [json.dumps(facts)] if as_json else lines:
         typer.echo(line)
+
+
+@data_app.command("plan")
+def data_plan_command(config_path: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what a run reads of each source: tokens, epochs, the step at which it repeats.
+
+    Exit code 2 if a source would exceed its limit of epochs. Example: megallama data plan configs/quickstart.yaml
+    """
+    from megallama.checkpoint.state import seen_before
+    from megallama.config.load import load_config
+    from megallama.data.mixture import check_epochs, open_train
+    from megallama.data.plan import plan_data, table
+
+    config = load_config(config_path, overrides or ())
+    seen = seen_before(config)
+    mixture = open_train(config, seen)
+    plan = plan_data(config, mixture, seen)
+    typer.echo(json.dumps(plan.facts) if as_json else "\n".join(map(printable, table(plan))))
+    check_epochs(mixture, config.data, plan.samples)
+
+
+@data_app.command("trace")
+def data_trace_command(
+    config_path: Config,
+    overrides: Overrides = None,
+    steps: Annotated[str, typer.Option(metavar="A:B", help="Steps, counted from 1, B included.")] = "1:1",
+    dp: Annotated[int | None, typer.Option(min=1, help="Data-parallel size: say which rank reads a sample.")] = None,
+    dp_rank: Annotated[int | None, typer.Option(min=0, help="With --dp, the samples of this rank alone.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
+) -> None:
+    """Print which sample a run reads at which step: source, epoch, window and document.
+
+    Example: megallama data trace configs/quickstart.yaml --steps 1:2
+    """
+    from dataclasses import asdict
+
+    from megallama.checkpoint.state import seen_before
+    from megallama.config.load import load_config
+    from megallama.data.mixture import open_train
+    from megallama.data.trace import parse_steps, trace
+
+    config, wanted = load_config(config_path, overrides or ()), parse_steps(steps)
+    if dp_rank is not None and dp_rank >= (dp or 0):
+        raise UserError(f"--dp-rank {dp_rank} needs --dp {dp_rank + 1} or more")
+    seen = seen_before(config)
+    mixture = open_train(config, seen)
+    longest = max(map(len, mixture.blend.names))
+    for number, each in enumerate(trace(config, mixture, wanted, dp, seen)):
+        facts = {name: value for name, value in asdict(each).items() if value is not None}
+        if as_json:
+            line = json.dumps(facts)
+        else:
+            widths = {name: max(len(name), longest if name == "source" else 8) for name in facts}
+            line = "  ".join(f"{printable(str(value)):>{widths[name]}}" for name, value in facts.items())
+            if number == 0:
+                typer.echo("  ".join(name.rjust(width) for name, width in widths.items()))
+        if dp_rank is None or each.rank == dp_rank:
+            typer.echo(line)
 
 
 @tokenizer_app.command("train")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -10,11 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megallama.config.schema import IGNORE_INDEX, DataConfig
-from megallama.data.dataset import DocumentSplit, Split, check_lengths, sampled_ids, split_documents
+from megallama.data.dataset import SCANNED_TOKENS, DocumentSplit, Split, check_lengths, sampled_ids, split_documents
 from megallama.data.indexed import Tokens
 from megallama.data.sampler import Sampler, num_windows
 from megallama.errors import UserError
-from megallama.text.tokenizer import load_tokenizer
+from megallama.text.tokenizer import Tokenizer, load_tokenizer
+
+
+class Place(NamedTuple):
+    """Where a sample is in its dataset."""
+
+    epoch: int
+    """How often all samples of the split were read before."""
+    unit: int
+    """The number of the window in the split, or of the document among those that are samples."""
+    document: int
+    """The number in the dataset of the document that it begins in."""
 
 
 class LeftOut(NamedTuple):
@@ -35,6 +47,10 @@ class Source(Protocol):
         """Samples until one comes again."""
 
     @property
+    def parts(self) -> Sequence[Windows]:
+        """The datasets that it reads."""
+
+    @property
     def masked_id(self) -> int | None:
         """The id whose prediction counts nothing, None for none."""
 
@@ -50,8 +66,8 @@ class Source(Protocol):
         By the index, not by ids, which end documents in some data alone. What fills up a sample is one more.
         """
 
-    def fingerprint(self, sequence_length: int) -> str:
-        """SHA-256 of what a position means besides the seed: the data, and samples of that length."""
+    def fingerprint(self, sequence_length: int, step: int = 0) -> str:
+        """SHA-256 of what a position means besides the seed: the data of `step` steps, in samples of that length."""
 
     @property
     def left_out(self) -> LeftOut:
@@ -76,9 +92,20 @@ class Windows:
     def samples_per_epoch(self) -> int:
         return num_windows(len(self.split.tokens), self.sequence_length)
 
+    @property
+    def parts(self) -> Sequence[Windows]:
+        return (self,)
+
     def place(self, number: int) -> int:
         """Which of the samples of an epoch sample `number` is, in the order of the file."""
         return self.sampler.window(number) if self.sampler else number % self.samples_per_epoch
+
+    def trace(self, number: int) -> Place:
+        """Where sample `number` is."""
+        unit, offsets = self.place(number), self.split.dataset.indexed.offsets
+        token = self.split.offsets[0] + unit * self.sequence_length
+        document = int(offsets.searchsorted(token, side="right")) - 1
+        return Place(number // self.samples_per_epoch, unit, document)
 
     def sample(self, number: int) -> NDArray[np.int64]:
         start = self.place(number) * self.sequence_length
@@ -103,7 +130,7 @@ class Windows:
         cut = len(offsets) - offsets.searchsorted(end, side="right")
         return LeftOut(int(offsets[-1] - end), int(cut), 0)
 
-    def fingerprint(self, sequence_length: int) -> str:
+    def fingerprint(self, sequence_length: int, step: int = 0) -> str:
         parts = [self.split.dataset.fingerprint, self.split.first_document, self.split.end_document, sequence_length]
         return hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()
 
@@ -129,6 +156,10 @@ class Documents(Windows):
     @property
     def samples_per_epoch(self) -> int:
         return len(self.numbers)
+
+    def trace(self, number: int) -> Place:
+        unit = self.place(number)
+        return Place(number // self.samples_per_epoch, unit, int(self.numbers[unit]))
 
     def sample(self, number: int) -> NDArray[np.int64]:
         document, length = self._document(number), self.sequence_length
@@ -156,7 +187,7 @@ class Documents(Windows):
         beyond = np.concatenate([sizes[sizes > length] - length for sizes in offsets.lengths()])
         return LeftOut(int(beyond.sum()), len(beyond), len(offsets) - 1 - self.samples_per_epoch)
 
-    def fingerprint(self, sequence_length: int) -> str:
+    def fingerprint(self, sequence_length: int, step: int = 0) -> str:
         empty = self.split.end_document - self.split.first_document - self.samples_per_epoch
         left_out = f"/{empty} empty left out" if empty else ""
         kept = "/its last tokens" if self.truncate == "last" else ""
@@ -174,29 +205,45 @@ def open_source(config: DataConfig, split: Split, seed: int, vocab_size: int) ->
     splits = split_documents(config)
     if split not in splits:
         raise UserError("there is no validation split; set data.validation_path or data.validation_fraction")
-    return _samples(splits[split], config, vocab_size, seed if split == "train" else None)
+    tokenizer = load_tokenizer(config.tokenizer)
+    return samples_of(splits[split], config, vocab_size, tokenizer, seed if split == "train" else None)
 
 
 def open_set(config: DataConfig, name: str, prefix: str, vocab_size: int) -> Windows:
     """The samples of evaluation.sets.NAME, all of a dataset in the order of the file; UserError as of `open_source`."""
     try:
-        found = DocumentSplit.whole(prefix)
-        check_lengths(config, {"validation": found})
-        return _samples(found, config, vocab_size, None)
+        return open_whole(config, prefix, vocab_size)
     except UserError as error:
         raise UserError(f"evaluation.sets.{name}: {error}") from None
 
 
-def _samples(found: DocumentSplit, config: DataConfig, vocab_size: int, seed: int | None) -> Windows:
-    """In an order drawn from `seed`, if it is not None."""
-    found.dataset.check_tokenizer(config.tokenizer)
-    found.dataset.check_vocabulary(vocab_size)
+def open_whole(config: DataConfig, prefix: str, vocab_size: int) -> Windows:
+    """The samples of all of a dataset, to evaluate, in the order of the file; UserError as of `open_source`."""
+    found = DocumentSplit.whole(prefix)
+    check_lengths(config, {"validation": found})
+    return samples_of(found, config, vocab_size, load_tokenizer(config.tokenizer))
+
+
+def samples_of(
+    found: DocumentSplit,
+    config: DataConfig,
+    vocab_size: int,
+    tokenizer: Tokenizer,
+    seed: int | None = None,
+    name: str = "",
+    scanned: int = SCANNED_TOKENS,
+) -> Windows:
+    """In an order drawn from `seed` and the `name` in a mixture, if the seed is not None; UserError as above.
+
+    The ids of the first `scanned` tokens are looked at.
+    """
+    found.dataset.check_tokenizer(config.tokenizer, tokenizer)
+    found.dataset.check_vocabulary(vocab_size, scanned)
     one, length, info = config.pack == "one", config.sequence_length, found.dataset.info
     numbers = found.with_tokens() if one else range(0)
     count = len(numbers) if one else num_windows(len(found.tokens), length)
-    sampler, eod_id = None if seed is None else Sampler(count, seed), -1
-    if one or config.eod_mask_loss:
-        eod_id = info.eod_id if info else load_tokenizer(config.tokenizer).eod_id
+    sampler = None if seed is None else Sampler(count, seed, name)
+    eod_id = info.eod_id if info else tokenizer.eod_id
     if one and eod_id >= vocab_size:
         raise UserError(
             f"data.pack=one puts the end of a document, {eod_id}, before each, and model.vocab_size={vocab_size} does "

@@ -51,7 +51,7 @@ def train(config: RunConfig, mesh: ParallelMesh, data: RunData, launch: Launch) 
     UserError, on every rank alike, for what a user can mend; on one rank alone where that has too little memory.
     """
     folder = Path(config.run.dir)
-    identify = partial(data_identity, config.train.seed, data.train.fingerprint)
+    identify = partial(data_identity, config, data.train.fingerprint)
     pick = partial(pick_start, config, identify)
     check_weights(agree(pick, mesh), config.model, mesh)  # they are read, and nothing is written yet
     reached = Reached()
@@ -73,6 +73,7 @@ def train(config: RunConfig, mesh: ParallelMesh, data: RunData, launch: Launch) 
         run = Run(config, mesh, model, engine, data, metrics, saver, requests, watchdog, reached, peak)
         try:
             state = start_state(run, start, launch.processors)
+            run = replace(run, data=data.begun_at(state.stages))
             report_left_out(run)
             reached.step = state.step
             launch.signals.training(elastic=launch.elastic)

@@ -14,6 +14,7 @@ from megallama.checkpoint.writing.saver import Saver
 from megallama.config.deepspeed import deepspeed_config
 from megallama.config.schema import RunConfig
 from megallama.data.loader import RunData
+from megallama.data.mixture import Mixture
 from megallama.hardware.measure import Peak, peak_memory_bytes
 from megallama.layout.budget import samples_at_step, total_steps
 from megallama.layout.counts import flops_per_token, kernel_convention
@@ -143,4 +144,17 @@ def write_train_event(
         mfu=speed * flops(convention="full") / at_peak,
         mfu_causal=speed * flops(convention=convention) / at_peak,
         peak_memory_bytes=peak_memory_bytes(run.mesh.device),
+        **read_by_source(run, state.samples),
     )
+
+
+def read_by_source(run: Run, samples: int) -> dict[str, dict[str, float]]:
+    """Tokens and epochs that were read of each source of a mixture; nothing without one."""
+    source = run.data.train.source
+    if not isinstance(source, Mixture):
+        return {}
+    found, length = source.epochs(samples), run.config.data.sequence_length
+    return {
+        "source_tokens": {name: read * length for name, (read, _) in found.items()},
+        "source_epochs": {name: float(f"{epochs:.6g}") for name, (_, epochs) in found.items()},
+    }
