@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
+from megallama.data.loader import MicroBatch
 from megallama.errors import UserError
 from megallama.layout.check import check_config
 from megallama.layout.topology import Topology
@@ -90,12 +91,12 @@ def measure(launch: Launch, config: RunConfig, way: Way) -> Found:
     return Found(sums(engine, model, way), max(*most, bytes_held(engine, model)))
 
 
-def micro_batches(config: RunConfig, count: int, mesh: ParallelMesh) -> list[tuple[Tensor, Tensor]]:
+def micro_batches(config: RunConfig, count: int, mesh: ParallelMesh) -> list[MicroBatch]:
     """Random tokens and the ones after them, other ones on each data-parallel rank."""
     generator = torch.Generator().manual_seed(mesh.data.rank)
     shape = (count, config.train.micro_batch_size, config.data.sequence_length + 1)
     ids = torch.randint(config.model.vocab_size, shape, generator=generator)
-    return [(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in ids]
+    return [MicroBatch(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in ids]
 
 
 def bytes_held(engine: Any, model: ModelStages) -> int:

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.layout.counts import LOGITS_AT_ONCE
-from megallama.model.llama import causal_attention
+from megallama.model.attention import causal_attention
 from megallama.parallel.cross_entropy import linear_cross_entropy
 from megallama.parallel.mesh import ALONE, pick_device
 from megallama.plan.memory.activations import Tensors, tensors

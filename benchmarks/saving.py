@@ -34,6 +34,7 @@ from megallama.checkpoint.writing.commit import Retention
 from megallama.checkpoint.writing.saver import Saver, SaveResult
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
+from megallama.data.loader import MicroBatch
 from megallama.errors import UserError
 from megallama.layout.check import check_config
 from megallama.layout.counts import count_parameters
@@ -89,7 +90,7 @@ def measure(
 
     def train() -> None:
         for _ in range(steps):
-            engine.forward_backward([(tokens, tokens)] * count, scale)
+            engine.forward_backward([MicroBatch(tokens, tokens)] * count, scale)
             engine.step(1e-4)
 
     def save() -> None:

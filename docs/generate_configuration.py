@@ -35,18 +35,20 @@ def keys() -> str:
     """A heading and a table for every section, in the order of the schema."""
     schema = json_schema()
     parts: list[str] = []
+    told: set[str] = set()
 
     def add(name: str, section: Schema) -> None:
         rows = ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
         rows += [_row(f"{name}.{key}", key in section.get("required", ()), field) for key, field in _fields(section)]
         parts.append("\n".join([f"### {name}", "", section["description"], "", *rows]))
         for key, field in _fields(section):
-            listed = "[]" if field.get("type") == "array" else ""
-            for inner in _sections(field):
-                add(f"{name}.{key}{listed}", schema["$defs"][inner])
+            for inner, within in _sections(field):
+                if inner not in told:
+                    told.add(inner)
+                    add(f"{name}.{key}{within}", schema["$defs"][inner])
 
     for name, field in schema["properties"].items():
-        for section in _sections(field):
+        for section, _ in _sections(field):
             described = dict(schema["$defs"][section])
             # The schema says of model: these keys, or an import. What has no default must come from one or the other.
             described.setdefault("required", described.get("anyOf", [{}])[0].get("required", ()))
@@ -76,10 +78,12 @@ def _fields(section: Schema) -> list[tuple[str, Schema]]:
     return list(section["properties"].items())
 
 
-def _sections(field: Schema) -> list[str]:
-    """Names of the sections that a field may hold, or a list of them."""
-    branches = (field, *field.get("anyOf", ()), field.get("items", {}))
-    return [branch["$ref"].rpartition("/")[2] for branch in branches if "$ref" in branch]
+def _sections(field: Schema, within: str = "") -> list[tuple[str, str]]:
+    """Names of the sections that a field may hold, and [] behind those that are elements of a list."""
+    found = [(field["$ref"].rpartition("/")[2], within)] if "$ref" in field else []
+    for branch in (*field.get("anyOf", ()), *field.get("oneOf", ())):
+        found += _sections(branch, within)
+    return found + (_sections(field["items"], f"{within}[]") if "items" in field else [])
 
 
 def _row(key: str, required: bool, field: Schema) -> str:
@@ -91,8 +95,8 @@ def _row(key: str, required: bool, field: Schema) -> str:
 
 def _value(field: Schema) -> str:
     """What may stand there, in words."""
-    if "anyOf" in field:
-        return " or ".join(_value(branch) for branch in field["anyOf"])
+    if branches := field.get("anyOf", field.get("oneOf")):
+        return " or ".join(dict.fromkeys(_value(branch) for branch in branches))
     if "$ref" in field:
         return "mapping (below)"
     if "enum" in field or "const" in field:

@@ -69,6 +69,21 @@ def test_losses_are_those_of_a_cpu(byte_dataset: str, tmp_path: Path, dtype: str
 
 
 @DTYPES
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("head_dim", [8, 16])  # one document at a time, and flex attention
+def test_losses_within_documents_are_those_of_a_cpu(
+    byte_dataset: str, tmp_path: Path, head_dim: int, compiled: bool, dtype: str, tolerance: float
+) -> None:
+    more = [*LOSSES, f"train.dtype={dtype}", f"model.head_dim={head_dim}", "data.document_mask=true"]
+    more += ["data.sequence_length=192", "model.max_position_embeddings=192"]
+    cpu = train(byte_dataset, tmp_path / "cpu", tmp_path / "a", *more)
+    there = ["train.device=cuda", f"train.compile={str(compiled).lower()}"]
+    cuda = train(byte_dataset, tmp_path / "cuda", tmp_path / "b", *more, *there)
+    assert len(cuda) == 8
+    assert cuda == pytest.approx(cpu, rel=tolerance)
+
+
+@DTYPES
 def test_compiled_layers_have_the_losses_of_eager_ones(
     byte_dataset: str, tmp_path: Path, dtype: str, tolerance: float
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +19,7 @@ from megallama.checkpoint.format import (
     malformed,
     read_manifest,
 )
-from megallama.config.schema import MOST_SEQUENCES, ModelConfig, Objective, Patterns
+from megallama.config.schema import MOST_SEQUENCES, ModelConfig, Name, Objective, Patterns
 from megallama.errors import UserError
 from megallama.layout.budget import NOTHING_SEEN, Seen
 from megallama.layout.check import check_trained
@@ -33,6 +33,7 @@ _LARGEST_BATCH = 1 << 31
 """Sequences of a step; more than a run ever had."""
 Batch = Annotated[int, Field(ge=1, lt=_LARGEST_BATCH)]
 Part = Annotated[float, Field(gt=0, lt=_LARGEST_BATCH, allow_inf_nan=False)]
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Loss = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -53,15 +54,18 @@ class TrainState:
 
     A part of one where the run goes on by longer sequences.
     """
+    stages: tuple[Count, ...] = ()
+    """The first sample of each stage of `data.mixture`, as far as is known; a checkpoint has those that have begun."""
 
     @property
     def seen(self) -> Seen:
         """How far the run is."""
-        return Seen(self.step, self.samples, self.first_batch)
+        return Seen(self.step, self.samples, self.first_batch, self.stages)
 
     def after(self, samples: int, *, applied: bool) -> TrainState:
         """The state one step of `samples` sequences later."""
-        return TrainState(self.step + 1, self.samples + samples, self.updates + applied, first_batch=self.first_batch)
+        step, samples, updates = self.step + 1, self.samples + samples, self.updates + applied
+        return replace(self, step=step, samples=samples, updates=updates, validation_loss=None)
 
     def in_sequences_of(self, length: int, before: int) -> TrainState:
         """The same tokens in sequences of `length`, which were of `before`; up to one sequence more.
@@ -72,8 +76,17 @@ class TrainState:
         if length == before:
             return self
         first = self.first_batch and self.first_batch * before / length
-        samples = -(-self.samples * before // length)
-        return replace(self, samples=samples, first_batch=first, validation_loss=None)
+        samples, *stages = (-(-count * before // length) for count in (self.samples, *self.stages))
+        return replace(self, samples=samples, first_batch=first, validation_loss=None, stages=tuple(stages))
+
+
+@dataclass(frozen=True)
+class StageWeights:
+    """A stage of `data.mixture`."""
+
+    from_step: Count
+    weights: dict[Name, Weight]
+    """By the name of the source."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,8 @@ class DataIdentity:
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     sequence_length: Annotated[int, Field(ge=1, le=MOST_SEQUENCES)] | None = None
     """Tokens of the sequences that a position counts; older checkpoints do not say, and go on at their own alone."""
+    mixture: tuple[StageWeights, ...] = ()
+    """The stages that have begun, for whoever reads it: the fingerprint covers them."""
 
 
 class Saved(BaseModel):
@@ -112,9 +127,19 @@ class Saved(BaseModel):
         return self.state.in_sequences_of(sequence_length, self.data.sequence_length or sequence_length)
 
 
-def data_identity(seed: int, fingerprint: Callable[[int], str], sequence_length: int) -> DataIdentity:
-    """What the position of a checkpoint counts in, of a run with such sequences, which have a `fingerprint`."""
-    return DataIdentity(fingerprint(sequence_length), seed, sequence_length)
+def data_identity(
+    config: RunConfig, fingerprint: Callable[[int, int], str], sequence_length: int, step: int
+) -> DataIdentity:
+    """What the position of a checkpoint of `step` counts in, of a run with such sequences, which have a `fingerprint`.
+
+    What the run reads later is not in it, and may change.
+    """
+    begun = tuple(
+        StageWeights(stage.from_step, {source.called: source.weight for source in stage.sources})
+        for stage in config.data.stages
+        if stage.from_step < max(step, 1)
+    )
+    return DataIdentity(fingerprint(sequence_length, step), config.train.seed, sequence_length, begun)
 
 
 def state_document(
@@ -129,16 +154,21 @@ def state_document(
 ) -> dict[str, object]:
     """What state.json holds: the above, whether the run was going well, the training loss of the step, the layout."""
     frozen: dict[str, object] = {"freeze": list(freeze)} if freeze else {}
+    mixture = set[str]() if data.mixture else {"stages", "mixture"}
     return {
-        "state": asdict(state),
+        "state": _without(asdict(state), mixture),
         "loss": loss if math.isfinite(loss) else None,  # JSON knows no NaN
         "healthy": healthy,
-        "data": asdict(data),
+        "data": _without(asdict(data), mixture),
         "model": model.model_dump(mode="json", exclude={"block"}),  # what is trained is a Llama
         "objective": objective,
         "layout": layout,
         **frozen,
     }
+
+
+def _without(fields: dict[str, object], names: Collection[str]) -> dict[str, object]:
+    return {name: value for name, value in fields.items() if name not in names}
 
 
 def read_saved(path: Path) -> Saved:

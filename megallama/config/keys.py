@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from megallama.config.schema import RunConfig
+from megallama.config.schema import MixtureSource, MixtureStage, RunConfig
 from megallama.errors import UserError
 
 
@@ -46,7 +46,8 @@ def _lists(section: type[BaseModel], prefix: str = "") -> dict[str, tuple[str, .
 SECTIONS: tuple[str, ...] = tuple(RunConfig.model_fields)
 # model.import is the loader's: it is replaced by the keys of the file that it names.
 LEGAL_KEYS: tuple[str, ...] = (*_dotted(RunConfig), "model.import")
-LISTS = _lists(RunConfig)
+MIXTURE = "data.mixture"
+LISTS = _lists(RunConfig) | {MIXTURE: (*MixtureSource.model_fields, *MixtureStage.model_fields)}
 NAMED = "evaluation.sets."
 """What stands below is named by the user."""
 _PARENTS = frozenset(key.rpartition(".")[0] for key in (*LEGAL_KEYS, f"{NAMED}name"))
@@ -122,10 +123,10 @@ def explain(error: ValidationError) -> str:
     details = error.errors(include_url=False)
     if details[0]["type"] == "sentence":  # whole, about several keys
         return details[0]["msg"]
-    key = _key_of(details[0])
-    if details[0]["type"] in ("extra_forbidden", "missing") and "[" in key:  # in a list: no word of a command line
-        what = f"{key} is missing" if details[0]["type"] == "missing" else f"unknown key {_cut(key)}"
-        return f"{what}; legal in {key.rpartition('.')[0]}: {', '.join(LISTS[key.partition('[')[0]])}"
+    first = next((detail for detail in details if detail["type"] == "extra_forbidden"), details[0])
+    key = _key_of(first)
+    if first["type"] in ("extra_forbidden", "missing") and "[" in key:  # in a list: no word of a command line
+        return _wrong_key_in_list(first["type"] == "missing", key)
     same_key = [detail for detail in details if _key_of(detail) == key]
     expected = _or(list(dict.fromkeys(_expectation(detail) for detail in same_key)))
     if details[0]["type"] == "missing" and ".".join(map(str, details[0]["loc"])) == key:
@@ -135,16 +136,31 @@ def explain(error: ValidationError) -> str:
 
 
 def _key_of(detail: ErrorDetails) -> str:
-    """The dotted key of an error; pydantic's location goes on into the branches of a union, which have no name."""
+    """The dotted key of an error; pydantic's location goes on into the branches of a union, which have no name.
+
+    Of a list of sections it is that in the element: data.mixture[0].weight.
+    """
     key = ""
     for part in detail["loc"]:
         longer = f"{key}.{part}" if key else str(part)
+        if key == MIXTURE and isinstance(part, str):  # the branch of the union: a list of sources, or of stages
+            continue
         if key.partition("[")[0] in LISTS:
             longer = f"{key}[{part}]" if isinstance(part, int) else longer
         elif not is_legal(longer):
             break
         key = longer
     return key
+
+
+def _wrong_key_in_list(missing: bool, key: str) -> str:
+    """The sentence about a key that an element of a list of sections lacks, or does not have."""
+    parent, _, leaf = key.rpartition(".")
+    legal = LISTS[key.partition("[")[0]]
+    if not missing and (close := difflib.get_close_matches(leaf, legal, n=1)):
+        return f"unknown key {_cut(key)}; did you mean {close[0]}?"
+    what = f"{key} is missing" if missing else f"unknown key {_cut(key)}"
+    return f"{what}; legal in {parent}: {', '.join(legal)}"
 
 
 _KINDS = {
@@ -160,6 +176,7 @@ _KINDS = {
     "dict_type": "a mapping of names to datasets such as {web: data/web}",
 }
 _LISTS = {
+    MIXTURE: "a list of sources such as [{path: data/web, weight: 0.6}, {path: data/books, weight: 0.4}]",
     "train.freeze": 'a list of patterns such as [model.embed_tokens.weight, "*norm*"]',
     "optimizer.betas": "a list of two numbers such as [0.9, 0.95]",
     "parallel.layers_per_stage": "a list of whole numbers such as [8, 9, 9, 6]",
@@ -182,9 +199,10 @@ def _expectation(detail: ErrorDetails) -> str:
     if kind == "literal_error":
         return str(detail["ctx"]["expected"]).replace("'", "")
     # Of "missing" this is an element of a list; a missing key has its own sentence.
-    if kind in ("tuple_type", "too_long", "missing"):
-        return _LISTS.get(_key_of(detail), detail["msg"])
-    if kind in ("string_type", "string_pattern_mismatch"):
+    if kind in ("tuple_type", "too_long", "too_short", "missing"):
+        key = _key_of(detail)
+        return _LISTS[MIXTURE] if key.startswith(MIXTURE) else _LISTS.get(key, detail["msg"])
+    if kind in ("string_type", "string_pattern_mismatch", "string_too_short"):
         return _TEXTS.get(_key_of(detail), "text")
     return _KINDS.get(kind, detail["msg"])
 

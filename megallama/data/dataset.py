@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from megallama.config.schema import DataConfig
 from megallama.data.indexed import Tokens, idx_path
 from megallama.data.info import open_described
+from megallama.data.offsets import Offsets
 from megallama.errors import UserError
-from megallama.text.tokenizer import load_tokenizer
+from megallama.text.tokenizer import Tokenizer
 
 SCANNED_TOKENS = 50_000_000
 SAMPLED_STRETCHES, SAMPLED_TOKENS = 64, 1024
@@ -39,14 +40,14 @@ class TokenDataset:
         digest.update(self.indexed.tokens[: 1 << 20].tobytes())
         return digest.hexdigest()
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """UserError if a model of `vocab_size` ids does not know all: by PREFIX.json and the first SCANNED_TOKENS."""
+    def check_vocabulary(self, vocab_size: int, scanned: int = SCANNED_TOKENS) -> None:
+        """UserError if a model of `vocab_size` ids does not know all: by PREFIX.json and the first `scanned` tokens."""
         if self.info and self.info.vocab_size > vocab_size:
             raise UserError(
                 f"model.vocab_size={vocab_size} is less than the {self.info.vocab_size} ids of the dataset "
                 f"{self.prefix}; set model.vocab_size={self.info.vocab_size} or more"
             )
-        self.check_ids(self.indexed.tokens[:SCANNED_TOKENS], vocab_size)
+        self.check_ids(self.indexed.tokens[:scanned], vocab_size)
 
     def check_ids(self, ids: Tokens, vocab_size: int) -> None:
         """UserError if some of these ids of the dataset are unknown to a model of `vocab_size` ids."""
@@ -59,9 +60,9 @@ class TokenDataset:
                 f"set model.vocab_size={highest + 1} or more"
             )
 
-    def check_tokenizer(self, spec: str) -> None:
-        """UserError if the dataset is known to be made with another tokenizer than `spec`."""
-        if self.info and load_tokenizer(spec).fingerprint != self.info.fingerprint:
+    def check_tokenizer(self, spec: str, tokenizer: Tokenizer) -> None:
+        """UserError if the dataset is known to be made with another tokenizer than that of `spec`."""
+        if self.info and tokenizer.fingerprint != self.info.fingerprint:
             raise UserError(
                 f"data.tokenizer={spec} is not the tokenizer of the dataset {self.prefix}; "
                 f"set data.tokenizer={self.info.tokenizer} or build the dataset again"
@@ -83,27 +84,32 @@ class DocumentSplit:
         return cls(dataset, 0, dataset.indexed.num_documents)
 
     @property
+    def offsets(self) -> Offsets:
+        """[documents + 1]: where each begins among the tokens of the dataset, and where the last ends."""
+        return self.dataset.indexed.offsets[self.first_document : self.end_document + 1]
+
+    @property
     def tokens(self) -> Tokens:
         """[num_tokens], mapped, not read."""
-        offsets = self.dataset.indexed.offsets
-        return self.dataset.indexed.tokens[offsets[self.first_document] : offsets[self.end_document]]
+        return self.dataset.indexed.tokens[self.offsets[0] : self.offsets[-1]]
 
     def with_tokens(self) -> range | NDArray[np.int64]:
         """Numbers of the documents that hold a token, which those of a dataset made elsewhere may not all do."""
-        lengths = self.dataset.indexed.offsets[self.first_document : self.end_document + 1].lengths()
-        held = np.concatenate([chunk > 0 for chunk in lengths])
+        held = np.concatenate([chunk > 0 for chunk in self.offsets.lengths()])
         return (
             range(self.first_document, self.end_document) if held.all() else self.first_document + np.flatnonzero(held)
         )
 
 
-def split_documents(config: DataConfig) -> dict[Split, DocumentSplit]:
-    """The train split, and the validation split if the config asks for one.
+def split_documents(config: DataConfig, path: str | None = None) -> dict[Split, DocumentSplit]:
+    """The train split of `path`, by default data.path, and the validation split if the config asks for one.
 
     Validation is `validation_path`, or the last documents of `path`: validation_fraction of them, rounded, at least
     one. UserError if a split has too few tokens for one sample.
     """
-    whole = DocumentSplit.whole(config.path)
+    path = path or config.path
+    assert path is not None
+    whole = DocumentSplit.whole(path)
     dataset, count = whole.dataset, whole.end_document
     splits: dict[Split, DocumentSplit] = {"train": whole}
     if config.validation_path is not None:
@@ -111,8 +117,8 @@ def split_documents(config: DataConfig) -> dict[Split, DocumentSplit]:
     elif config.validation_fraction > 0:
         if count < 2:
             raise UserError(
-                f"data.path={config.path} holds {count} document, too few to keep one for validation; "
-                "set data.validation_fraction=0 or data.validation_path"
+                f"{'data.path=' if config.path else ''}{path} holds {count} document, too few to keep one for "
+                "validation; set data.validation_fraction=0 or data.validation_path"
             )
         cut = min(max(count - max(round(count * config.validation_fraction), 1), 1), count - 1)
         splits = {"train": DocumentSplit(dataset, 0, cut), "validation": DocumentSplit(dataset, cut, count)}

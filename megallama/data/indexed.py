@@ -31,6 +31,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from megallama.data.mapped import mapped
 from megallama.data.offsets import Offsets
 from megallama.errors import UserError
 from megallama.system.whole_file import temporary
@@ -188,7 +189,7 @@ def open_indexed(prefix: str) -> IndexedDataset:
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     try:
-        return np.asarray(np.memmap(path, dtype, mode="r"))
+        return mapped(path, dtype)
     except OSError as error:  # such as a limit on the address space
         raise UserError(f"{path} cannot be read ({error.strerror}); mend that, or build the dataset again") from None
 

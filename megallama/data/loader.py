@@ -8,18 +8,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
 
+from megallama.config.keys import NAMED
 from megallama.config.schema import IGNORE_INDEX, RunConfig
 from megallama.data.dataset import SCANNED_TOKENS, Split
 from megallama.data.masking import Masking, masking_of
+from megallama.data.mixture import Mixture, check_epochs, open_mixture
 from megallama.data.sampler import micro_batch_indices
-from megallama.data.source import Source, Windows, open_set, open_source
-from megallama.layout.budget import batch_at
+from megallama.data.source import Source, open_set, open_source
+from megallama.layout.budget import NOTHING_SEEN, Seen, batch_at, run_samples
 from megallama.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -31,6 +33,17 @@ class MicroBatch:
     """[micro_batch_size, sequence_length]"""
     labels: torch.Tensor
     """[micro_batch_size, sequence_length]: the token after each, or the masked one itself; else IGNORE_INDEX."""
+    documents: torch.Tensor | None = None
+    """[micro_batch_size, sequence_length], int32: the document of each token, where none may see another."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """On `device`, which copies while it computes what came before."""
+
+        def copied(ids: torch.Tensor) -> torch.Tensor:
+            return (ids.pin_memory() if device.type == "cuda" else ids).to(device, non_blocking=True)
+
+        documents = None if self.documents is None else copied(self.documents)
+        return MicroBatch(copied(self.tokens), copied(self.labels), documents)
 
 
 class Loader:
@@ -48,18 +61,26 @@ class Loader:
         dp_rank: int = 0,
         dp_size: int = 1,
         masking: Masking | None = None,
+        document_mask: bool = False,
     ) -> None:
         self.source, self.batch_at = source, batch_at
         self._micro_batch_size = micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._masking = masking
+        self._masking, self._document_mask = masking, document_mask
 
-    def fingerprint(self, sequence_length: int) -> str:
-        """SHA-256 of what a position means besides the seed: the source's, and what hides tokens, if that is done."""
-        found = self.source.fingerprint(sequence_length)
-        if self._masking is None:
-            return found
-        return hashlib.sha256(f"{found}/{self._masking.mask_id}/{self._masking.eod_id}".encode()).hexdigest()
+    def fingerprint(self, sequence_length: int, step: int = 0) -> str:
+        """SHA-256 of what a position means besides the seed: the source's, and what is hidden from what."""
+        found = self.source.fingerprint(sequence_length, step)
+        if self._masking is not None:
+            found = hashlib.sha256(f"{found}/{self._masking.mask_id}/{self._masking.eod_id}".encode()).hexdigest()
+        if self._document_mask:
+            found = hashlib.sha256(f"{found}/documents apart".encode()).hexdigest()
+        return found
+
+    def of(self, source: Source) -> Loader:
+        """The same rank's loader of another source."""
+        rank, hidden = (self._dp_rank, self._dp_size), (self._masking, self._document_mask)
+        return Loader(source, self._micro_batch_size, self.batch_at, *rank, *hidden)
 
     def step(self, samples_consumed: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that starts at sample `samples_consumed` of the run."""
@@ -85,15 +106,21 @@ class Loader:
         return micro_batch_indices(first_sample, micro_batch, self._micro_batch_size, self._dp_rank, self._dp_size)
 
     def _micro_batch(self, samples: Sequence[int]) -> MicroBatch:
+        documents, seen = None, None
+        if self._document_mask:
+            documents = torch.from_numpy(np.stack([self.source.documents(sample) for sample in samples]))
+            seen = documents[:, :-1].contiguous()
         if self._masking is not None:
             hidden = [self._masking(self.source.sample(sample)[:-1], sample) for sample in samples]
             tokens, predicted = (torch.from_numpy(np.stack(each)) for each in zip(*hidden, strict=True))
-            return MicroBatch(tokens, predicted)
+            return MicroBatch(tokens, predicted, seen)
         rows = torch.from_numpy(np.stack([self.source.sample(sample) for sample in samples]))
         labels = rows[:, 1:].clone()  # contiguous() would share memory with the tokens in a batch of one
         if self.source.masked_id is not None:
             labels[labels == self.source.masked_id] = IGNORE_INDEX
-        return MicroBatch(rows[:, :-1].clamp(min=0), labels)  # what is read where a sample has ended counts nothing
+        if documents is not None:  # nothing tells the first token of the next one
+            labels[documents[:, 1:] != documents[:, :-1]] = IGNORE_INDEX
+        return MicroBatch(rows[:, :-1].clamp(min=0), labels, seen)  # what is read where nothing is counts nothing
 
 
 @dataclass(frozen=True)
@@ -104,7 +131,7 @@ class RunData:
     validation: Loader | None
     tokenizer: Tokenizer
     sets: Mapping[str, Loader]
-    """evaluation.sets by name, in the same order on all ranks."""
+    """What else is evaluated by name, in the same order on all ranks: validation/NAME of sources, evaluation.sets."""
 
     @property
     def evaluated(self) -> dict[str, Loader]:
@@ -118,33 +145,50 @@ class RunData:
         return {
             "the training data": self.train.source.content_hash,
             "the validation data": "none" if self.validation is None else self.validation.source.content_hash,
-            **{f"the data of evaluation.sets.{name}": data.source.content_hash for name, data in self.sets.items()},
+            **{
+                f"the data of {'' if '/' in name else NAMED}{name}": data.source.content_hash
+                for name, data in self.sets.items()
+            },
             "the tokenizer": self.tokenizer.fingerprint,
         }
 
+    def begun_at(self, stages: Sequence[int]) -> RunData:
+        """The same with stages of the mixture that begin at these samples."""
+        source = self.train.source
+        return replace(self, train=self.train.of(source.begun_at(stages))) if isinstance(source, Mixture) else self
 
-def open_data(config: RunConfig, dp_rank: int, dp_size: int) -> RunData:
-    """A rank's data of the run. UserError where it cannot be read, or does not suit the model."""
+
+def open_data(config: RunConfig, dp_rank: int, dp_size: int, seen: Seen = NOTHING_SEEN) -> RunData:
+    """A rank's data of a run that is as far as `seen`. UserError where they cannot be read, or do not suit it."""
     data, train = config.data, config.train
     tokenizer = load_tokenizer(data.tokenizer)
     masking = masking_of(config, tokenizer)
 
-    def loader(source: Windows) -> Loader:
+    def loader(source: Source) -> Loader:
         if masking is not None:  # here, before a run directory is written; what lies further on is met when it is read
-            masking.check_ids(source.split.tokens[:SCANNED_TOKENS], f"the data of {source.split.dataset.prefix}")
-        return Loader(source, train.micro_batch_size, partial(batch_at, config), dp_rank, dp_size, masking)
+            for part in source.parts:
+                scanned = part.split.tokens[: SCANNED_TOKENS // len(source.parts)]
+                masking.check_ids(scanned, f"the data of {part.split.dataset.prefix}")
+        size, batch = train.micro_batch_size, partial(batch_at, config)
+        return Loader(source, size, batch, dp_rank, dp_size, masking, document_mask=data.documents_apart)
 
-    def open_split(split: Split) -> Loader:
-        return loader(open_source(data, split, train.seed, config.model.vocab_size))
-
-    held_out = data.validation_path is not None or data.validation_fraction > 0
-    validation = open_split("validation") if held_out else None
     # Sorted: the file of another node may name them in another order.
     sets = {
         name: loader(open_set(data, name, prefix, config.model.vocab_size))
         for name, prefix in sorted(config.evaluation.sets.items())
     }
-    return RunData(open_split("train"), validation, tokenizer, sets)
+    if data.mixture is not None:
+        opened = open_mixture(config, seen)
+        check_epochs(opened.train, data, run_samples(config, seen))
+        held_out = {f"validation/{name}": loader(source) for name, source in opened.held_out.items()}
+        validation = None if opened.validation is None else loader(opened.validation)
+        return RunData(loader(opened.train), validation, tokenizer, held_out | sets)
+
+    def open_split(split: Split) -> Loader:
+        return loader(open_source(data, split, train.seed, config.model.vocab_size))
+
+    validates = data.validation_path is not None or data.validation_fraction > 0
+    return RunData(open_split("train"), open_split("validation") if validates else None, tokenizer, sets)
 
 
 def prefetched(loader: Loader, samples_consumed: int) -> Iterator[list[MicroBatch]]:

@@ -20,11 +20,13 @@ class Sampler:
 
     num_windows: int
     seed: int
+    name: str = ""
+    """Of a source of a mixture: sources of one size have orders of their own."""
 
     def window(self, sample: int) -> int:
         """Window of sample `sample` of the run, counted from 0 over all epochs."""
         epoch, index = divmod(sample, self.num_windows)
-        return permuted(index, self.num_windows, f"{self.seed}/{epoch}")
+        return permuted(index, self.num_windows, f"{self.seed}{self.name and f':{self.name}'}/{epoch}")
 
 
 def num_windows(num_tokens: int, sequence_length: int) -> int:

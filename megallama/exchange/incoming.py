@@ -59,7 +59,7 @@ def import_folder(
     spec = _tokenizer_in(folder, overrides)
     with new_folder(out) as partial, shown() as report:
         path = partial / "config.yaml"
-        path.write_text(_first_config(weights, out, spec))
+        path.write_text(_first_config(weights, out, spec, overrides))
         config = load_config(path, overrides)
         _refuse_old_run(config)
         check_trained(config.model)
@@ -97,10 +97,12 @@ def _told(overrides: Sequence[str]) -> dict[str, Any]:
     return tree["model"] if isinstance(tree["model"], dict) else {}
 
 
-def _first_config(weights: Weights, out: Path, tokenizer: str) -> str:
+def _first_config(weights: Weights, out: Path, tokenizer: str, overrides: Sequence[str]) -> str:
     """The config before the user's overrides, as YAML."""
     length = min(2048, weights.model.get("max_position_embeddings", 2048))
     data = {"path": _DATA, "tokenizer": tokenizer, "sequence_length": length}
+    if any(override.startswith("data.mixture=") for override in overrides):
+        del data["path"]
     return yaml.safe_dump({"run": {"dir": f"{out}-continued"}, "model": weights.model, "data": data})
 
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megallama.model.llama import Llama, causal_attention
+from megallama.model.attention import causal_attention
+from megallama.model.llama import Llama
 from megallama.model.rotary import rotation
 
 LEAST_POSITIONS = 256

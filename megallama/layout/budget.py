@@ -32,6 +32,8 @@ class Seen:
     """Sequences consumed by them."""
     first_batch: float | None = None
     """Sequences of the first of them, whole unless their length has changed; None where it is to come, or not known."""
+    stages: tuple[int, ...] = ()
+    """The first sample of each stage of `data.mixture`, as far as those go that have begun."""
 
 
 NOTHING_SEEN = Seen()
@@ -104,6 +106,22 @@ def total_steps(config: RunConfig, seen: Seen = NOTHING_SEEN) -> int:
     if isinstance(config.train.steps, int):
         return config.train.steps
     return seen.step + sum(steps for _, steps in batches_to(config, _total_samples(config), seen.samples))
+
+
+def run_samples(config: RunConfig, seen: Seen = NOTHING_SEEN) -> int:
+    """Sequences that the run has consumed at its end, which may be behind it."""
+    return samples_at_step(config, max(total_steps(config, seen), seen.step), seen)
+
+
+def stage_samples(config: RunConfig, seen: Seen = NOTHING_SEEN) -> tuple[int, ...]:
+    """The first sample of each stage of `data.mixture`; none without one.
+
+    Stages that have begun stay where they began, whatever the batches are now; others begin by the batches to come.
+    """
+    steps = [stage.from_step for stage in config.data.stages]
+    begun = seen.stages[: sum(step < seen.step for step in steps)]
+    left = steps[len(begun) :]  # behind `seen` in a run of other data alone, which is refused
+    return (*begun, *(samples_at_step(config, max(step, seen.step), seen) if step else 0 for step in left))
 
 
 def schedule_batch(config: RunConfig, seen: Seen) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megallama.config.keys import as_typed
-from megallama.config.schema import MOST_STAGES, ModelConfig, RunConfig
+from megallama.config.schema import MOST_STAGES, DataConfig, ModelConfig, RunConfig
 from megallama.errors import UserError
 from megallama.layout.budget import NOTHING_SEEN, Seen, schedule_batch, schedule_steps, total_steps
 from megallama.layout.frozen import frozen_shapes
@@ -54,6 +54,7 @@ def check_training(config: RunConfig, world_size: int, seen: Seen = NOTHING_SEEN
 def check_batching(config: RunConfig, world_size: int, seen: Seen = NOTHING_SEEN) -> Batching:
     """The batching of a run whose length is legal, or does not matter; UserError where the rest of it is not."""
     check_model(config.model)
+    _check_samples(config.data)
     frozen_shapes(config.model, config.train.freeze)
     check_layout(config, world_size)
     dp = dp_size(config, world_size)
@@ -166,6 +167,16 @@ def check_model(model: ModelConfig) -> None:
             f"is odd, and rotary embedding turns pairs; nearest legal: "
             f"model.hidden_size={_or(_nearest_multiples(model.hidden_size, 2 * heads))}"
         )
+
+
+def _check_samples(data: DataConfig) -> None:
+    """Refuse keys of a document alone where samples are cut from all in a row."""
+    for key, value, usual in (("truncate", data.truncate, "first"), ("pad", data.pad, "right")):
+        if data.pack == "all" and value != usual:
+            raise UserError(
+                f"data.{key}={value} is for data.pack=one: with data.pack=all samples are full, and cut from all "
+                f"documents in a row; use data.pack=one, or data.{key}={usual}"
+            )
 
 
 def check_trained(model: ModelConfig) -> None:

@@ -6,7 +6,7 @@ of a pipeline is the same module with fewer layers and without embedding or head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, Self
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megallama.config.schema import ModelConfig, Objective
+from megallama.config.schema import ModelConfig
+from megallama.model.attention import AttentionCore, FusedAttention, causal_attention, positions
 from megallama.model.layers import (
     SEQUENCE,
     ColumnParallelLinear,
@@ -35,27 +36,6 @@ from megallama.parallel.shards import ShardSlice, shard_slices
 Recompute = Literal["none", "selective", "full"]
 
 
-AttentionCore = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries [batch, heads, sequence, head_dim], keys and values of as many heads or fewer, to the like of queries.
-
-What is rotated by which position is settled before it.
-"""
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each position attends to itself and those before it, by torch's fused kernel where there is one."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each position attends to all, as in BERT (arXiv 1810.04805), by the same kernel."""
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
-
-
-ATTENTION: Mapping[Objective, AttentionCore] = {"causal": causal_attention, "masked": bidirectional_attention}
-"""What trains towards each objective."""
-
-
 @dataclass(frozen=True)
 class TensorParallelContext:
     """Where parallelism enters the model: the tensor-parallel axis, whether the sequence is cut between layers, the
@@ -64,7 +44,7 @@ class TensorParallelContext:
     tp: Axis = ALONE
     sequence_parallel: bool = False
     part: GradientFilter = field(default_factory=GradientFilter)
-    attention: AttentionCore = causal_attention
+    attention: FusedAttention = causal_attention
 
 
 class Attention(nn.Module):
@@ -82,7 +62,7 @@ class Attention(nn.Module):
         self.o_proj = RowParallelLinear("o_proj", widths["q_proj"], config.hidden_size, tp, sequence)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, core: AttentionCore | None = None) -> Tensor:
-        """With a `core` of its own for this call: one that knows keys and values from before."""
+        """With a `core` of its own for this call: one that knows documents, or keys and values from before."""
         q, k, v = self.qkv_proj(x).split(self.qkv_proj.widths, dim=-1)
         q, k, v = self._split_heads(q), self._own_kv_heads(k), self._own_kv_heads(v)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -155,7 +135,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, core: AttentionCore | None = None) -> Tensor:
         if self.recompute == "full" and torch.is_grad_enabled():
-            result: Tensor = checkpoint(self._layer, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            result: Tensor = checkpoint(self._layer, x, cos, sin, core, use_reentrant=False, preserve_rng_state=False)
             return result
         return self._layer(x, cos, sin, core)
 
@@ -185,7 +165,8 @@ class Llama(nn.Module):
     """A run of consecutive decoder layers, with the embedding before the first and the head after the last.
 
     forward(tokens [batch, sequence], labels) -> summed loss; without labels -> logits. A stage that does not begin
-    with the embedding takes hidden states instead of tokens; one that does not end with the head returns them.
+    with the embedding takes hidden states instead of tokens; one that does not end with the head returns them. With
+    `documents` [batch, sequence], attention and positions stay within the documents that they tell apart, at any stage.
     """
 
     def __init__(
@@ -215,16 +196,18 @@ class Llama(nn.Module):
         self.frequencies = self.frequencies.to(fn(self.frequencies).device)
         return self
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        if self.embed_tokens is not None:
-            positions = torch.arange(x.shape[SEQUENCE], device=x.device)
-            x = self.embed_tokens(x)
+    def forward(self, x: Tensor, labels: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        if documents is not None:
+            core = self.tp_context.attention.within(documents, self.config.head_size)
+            cos, sin = rotation(positions(documents), self.frequencies)
         else:
-            whole = x.shape[SEQUENCE] * (self.tp_context.tp.size if self.tp_context.sequence_parallel else 1)
-            positions = torch.arange(whole, device=x.device)
-        cos, sin = rotation(positions, self.frequencies)
+            cut = self.tp_context.sequence_parallel and self.embed_tokens is None
+            length, core = x.shape[SEQUENCE] * (self.tp_context.tp.size if cut else 1), None
+            cos, sin = rotation(torch.arange(length, device=x.device), self.frequencies)
+        if self.embed_tokens is not None:
+            x = self.embed_tokens(x)
         for layer in self.layers.values():
-            x = layer(x, cos, sin)
+            x = layer(x, cos, sin, core)
         if self.norm is None or self.lm_head is None:
             return x
         return self.lm_head(self.norm(x), labels)

@@ -65,11 +65,11 @@ class ModelStages(nn.Module):
             if names & {piece.name for piece in pieces} or (not pieces and place in {n.split(".")[-2] for n in names}):
                 self.get_parameter(local).requires_grad_(False)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """The whole model, where this rank holds all of it."""
         x = tokens
         for model in self.models:
-            x = model(x, labels)
+            x = model(x, labels, documents)
         return x
 
     @cached_property

@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 
 import megallama
-from megallama.config.keys import NAMED
-from megallama.config.schema import RunConfig
+from megallama.config.keys import MIXTURE, NAMED
+from megallama.config.schema import MixtureStage, RunConfig
 from megallama.errors import SharedError
 
 PACKAGES = ("torch", "deepspeed", "numpy")
 MAY_DIFFER = ("data.path", "data.validation_path", "data.tokenizer")
-"""Where a node keeps its copies, as the keys below NAMED; what is in them is compared instead."""
+"""Where a node keeps its copies, as the keys below NAMED and the paths of MIXTURE; what is in them is compared."""
 _MOST_FACTS, _MOST_VALUES, _MOST_RANKS, _MOST_CHARACTERS = 6, 3, 8, 60
 _WORDS = 8
 """The number of 32-bit words in a digest of SHA-256."""
@@ -36,6 +36,8 @@ def facts_of(config: RunConfig, contents: Facts) -> dict[str, str]:
     """What must be the same on all ranks, each by the name that a sentence calls it by; `contents` are hashes."""
     dumped = _flat(config.model_dump(mode="json"))
     keys = {key: value for key, value in dumped if key not in MAY_DIFFER and not key.startswith(NAMED)}
+    if config.data.mixture is not None:
+        keys[MIXTURE] = json.dumps([_without_paths(stage) for stage in config.data.stages])
     return {
         **keys,
         **contents,
@@ -43,6 +45,11 @@ def facts_of(config: RunConfig, contents: Facts) -> dict[str, str]:
         **{f"the version of {package}": version(package) for package in PACKAGES},
         **_source(),
     }
+
+
+def _without_paths(stage: MixtureStage) -> dict[str, object]:
+    sources = [source.model_copy(update={"name": source.called}) for source in stage.sources]
+    return {"from_step": stage.from_step, "sources": [source.model_dump(exclude={"path"}) for source in sources]}
 
 
 def check_same(facts: Facts, device: torch.device) -> None:

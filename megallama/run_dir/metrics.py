@@ -71,7 +71,10 @@ class WandbSink:
         if "step" not in event or self._run is None:
             return
         prefix = event["event"] if event["event"] != "eval" else f"eval/{event['split']}"
-        numbers = {f"{prefix}/{key}": value for key, value in event.items() if isinstance(value, int | float)}
+        values = [(key, value) for key, value in event.items() if not isinstance(value, dict)]
+        for key, inner in event.items():
+            values += [(f"{key}/{name}", value) for name, value in inner.items()] if isinstance(inner, dict) else []
+        numbers = {f"{prefix}/{key}": value for key, value in values if isinstance(value, int | float)}
         try:
             self._run.log({"step": event["step"], **numbers}, step=self._row)
         except Exception as error:

@@ -105,7 +105,7 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(
-            bytes([i]) if i < 256 else END_OF_TEXT.encode() if i == self.eod_id else "\ufffd".encode() for i in ids
+            bytes([i]) if 0 <= i < 256 else END_OF_TEXT.encode() if i == self.eod_id else "\ufffd".encode() for i in ids
         ).decode(errors="replace")
 
     def save(self, folder: Path) -> None:

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from megallama.checkpoint.tensors import MOMENTS
 from megallama.config.schema import RunConfig
+from megallama.data.loader import MicroBatch
 from megallama.model.init import initialise_owned
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh
 from megallama.parallel.shards import ShardSlice
-from megallama.train.pipeline import MicroBatch, Pipeline
+from megallama.train.pipeline import Pipeline
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
@@ -268,8 +269,8 @@ class NoPipeline:
     def forward_backward(self, batches: Iterable[MicroBatch], scale: Tensor) -> Tensor:
         self._engine.train()
         total = torch.zeros((), dtype=torch.float32, device=scale.device)
-        for tokens, labels in batches:
-            loss = self._engine(tokens, labels) * scale
+        for batch in batches:
+            loss = self._engine(batch.tokens, batch.labels, batch.documents) * scale
             self._engine.backward(loss)
             total += loss.detach()
         return total
@@ -277,7 +278,7 @@ class NoPipeline:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
         self._engine.eval()
-        losses = [self._engine(tokens, labels) for tokens, labels in batches]
+        losses = [self._engine(batch.tokens, batch.labels, batch.documents) for batch in batches]
         return torch.stack(losses).double().sum()
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megallama.config.schema import IGNORE_INDEX
-from megallama.data.loader import Loader
+from megallama.data.loader import Loader, MicroBatch
 from megallama.errors import SharedError
 from megallama.parallel.mesh import ParallelMesh, sum_losses, sum_over
 from megallama.train.engine import Engine
-from megallama.train.pipeline import MicroBatch
 
 
 def evaluate(engine: Engine, loader: Loader, samples: int, mesh: ParallelMesh) -> float:
@@ -23,7 +22,7 @@ def evaluate(engine: Engine, loader: Loader, samples: int, mesh: ParallelMesh) -
         nonlocal counted
         for batch in loader.evaluation(samples):
             counted += int((batch.labels != IGNORE_INDEX).sum())
-            yield batch.tokens.to(mesh.device), batch.labels.to(mesh.device)
+            yield batch.to(mesh.device)
 
     total = engine.evaluate(batches())
     (loss,) = sum_losses([float(total)], mesh)

@@ -38,7 +38,7 @@ from megallama.train.lr_schedule import next_rate
 from megallama.train.out_of_memory import memory_explained
 from megallama.train.plan_check import check_plan
 from megallama.train.record import locked, recorded
-from megallama.train.run import Ending, Finished, Run, build_model, write_train_event
+from megallama.train.run import Ending, Finished, Run, build_model, report_left_out, write_train_event
 from megallama.train.saves import check_loaded, clean_checkpoints, report_saves, save_checkpoint, start_state
 from megallama.train.step_timer import StepTimer
 from megallama.train.stop_requests import StopDecision, StopRequests
@@ -51,7 +51,7 @@ def train(config: RunConfig, mesh: ParallelMesh, data: RunData, launch: Launch) 
     UserError, on every rank alike, for what a user can mend; on one rank alone where that has too little memory.
     """
     folder = Path(config.run.dir)
-    identify = partial(data_identity, config.train.seed, data.train.fingerprint)
+    identify = partial(data_identity, config, data.train.fingerprint)
     pick = partial(pick_start, config, identify)
     check_weights(agree(pick, mesh), config.model, mesh)  # they are read, and nothing is written yet
     reached = Reached()
@@ -73,6 +73,8 @@ def train(config: RunConfig, mesh: ParallelMesh, data: RunData, launch: Launch) 
         run = Run(config, mesh, model, engine, data, metrics, saver, requests, watchdog, reached, peak)
         try:
             state = start_state(run, start, launch.processors)
+            run = replace(run, data=data.begun_at(state.stages))
+            report_left_out(run)
             reached.step = state.step
             launch.signals.training(elastic=launch.elastic)
             ending = loop(run, state)
@@ -227,13 +229,10 @@ def count_labels(batches: list[MicroBatch], mesh: ParallelMesh) -> Tensor:
     return counted
 
 
-def on_device(batches: list[MicroBatch], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tokens, labels) of each micro-batch, copied while the one before computes."""
+def on_device(batches: list[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
+    """Each micro-batch, copied while the one before computes."""
     for batch in batches:
-        tokens, labels = batch.tokens, batch.labels
-        if device.type == "cuda":
-            tokens, labels = tokens.pin_memory(), labels.pin_memory()
-        yield tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        yield batch.to(device)
 
 
 def evaluate_splits(run: Run, state: TrainState) -> tuple[TrainState, bool]:

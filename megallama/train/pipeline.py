@@ -33,14 +33,13 @@ from torch.distributed.pipelining.stage import _RecvInfo
 from torch.utils.checkpoint import GraphExecGroup
 
 from megallama.config.schema import ParallelConfig, RunConfig
+from megallama.data.loader import MicroBatch
 from megallama.layout.schedules import Action, action_lists, schedule_of
 from megallama.model.layers import GradientFilter
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh
 
 TakeGradients = Callable[[Iterable[nn.Parameter]], None]
-MicroBatch = tuple[Tensor, Tensor]
-"""Tokens and labels, [micro_batch_size, sequence_length] each."""
 
 
 def make_schedule(
@@ -123,9 +122,12 @@ class Pipeline:
 
     def _inputs(self, batches: list[MicroBatch]) -> tuple[list[Tensor], dict[str, Any]]:
         """What the stages of this rank take of the micro-batches, one after the other along the batch."""
-        tokens, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        arguments = [tokens] if self._holds(0) else []
-        return arguments, {"target": labels} | ({"labels": labels} if self._holds(len(self._ranks) - 1) else {})
+        arguments = [torch.cat([batch.tokens for batch in batches])] if self._holds(0) else []
+        labels = torch.cat([batch.labels for batch in batches])
+        named = {"target": labels} | ({"labels": labels} if self._holds(len(self._ranks) - 1) else {})
+        if documents := [batch.documents for batch in batches if batch.documents is not None]:
+            named["documents"] = torch.cat(documents)
+        return arguments, named
 
     def _holds(self, stage: int) -> bool:
         return self._ranks[stage] == self._mesh.pp.rank

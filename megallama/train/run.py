@@ -14,13 +14,15 @@ from megallama.checkpoint.writing.saver import Saver
 from megallama.config.deepspeed import deepspeed_config
 from megallama.config.schema import RunConfig
 from megallama.data.loader import RunData
+from megallama.data.mixture import Mixture
 from megallama.hardware.measure import Peak, peak_memory_bytes
 from megallama.layout.budget import samples_at_step, total_steps
 from megallama.layout.counts import flops_per_token, kernel_convention
 from megallama.layout.frozen import frozen_matmul, frozen_weights
 from megallama.layout.stages import stages
+from megallama.model.attention import ATTENTION
 from megallama.model.init import in_memory
-from megallama.model.llama import ATTENTION, TensorParallelContext
+from megallama.model.llama import TensorParallelContext
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh, sum_losses
 from megallama.run_dir.metrics import Metrics
@@ -100,6 +102,22 @@ def draw_weights(config: RunConfig, model: ModelStages, engine: Engine, threads:
     engine.initialise(model.shard_slices, threads, seed=config.train.seed, **values)
 
 
+def report_left_out(run: Run) -> None:
+    """Say what `data.pack=one` cuts off."""
+    config = run.config.data
+    splits = {"train": run.data.train, "validation": run.data.validation}
+    if run.mesh.rank > 0 or config.pack == "all":
+        return
+    for name, loader in splits.items():
+        tokens, documents, empty = (0, 0, 0) if loader is None else loader.source.left_out
+        if tokens:
+            kept = f"data.truncate={config.truncate} at data.sequence_length={config.sequence_length}"
+            text = f"{kept} leaves {tokens:,} tokens of {documents:,} documents out of the {name} split"
+            run.metrics.write("notice", text=text)
+        if empty:
+            run.metrics.write("notice", text=f"{empty:,} documents of the {name} split have no token, and no sample")
+
+
 def write_train_event(
     run: Run, state: TrainState, batch: int, loss: Tensor, grad_norm: float, lr: float, seconds: float
 ) -> None:
@@ -126,4 +144,17 @@ def write_train_event(
         mfu=speed * flops(convention="full") / at_peak,
         mfu_causal=speed * flops(convention=convention) / at_peak,
         peak_memory_bytes=peak_memory_bytes(run.mesh.device),
+        **read_by_source(run, state.samples),
     )
+
+
+def read_by_source(run: Run, samples: int) -> dict[str, dict[str, float]]:
+    """Tokens and epochs that were read of each source of a mixture; nothing without one."""
+    source = run.data.train.source
+    if not isinstance(source, Mixture):
+        return {}
+    found, length = source.epochs(samples), run.config.data.sequence_length
+    return {
+        "source_tokens": {name: read * length for name, (read, _) in found.items()},
+        "source_epochs": {name: float(f"{epochs:.6g}") for name, (_, epochs) in found.items()},
+    }

@@ -20,7 +20,7 @@ from megallama.checkpoint.reading.store import (
 from megallama.checkpoint.state import Saved, TrainState, data_identity, read_saved, state_document
 from megallama.checkpoint.writing.commit import Retention, apply_retention, quarantine
 from megallama.errors import NotFiniteError
-from megallama.layout.budget import batch_at, schedule_batch
+from megallama.layout.budget import batch_at, schedule_batch, stage_samples
 from megallama.layout.frozen import frozen_weights
 from megallama.parallel.mesh import sum_losses
 from megallama.run_dir.metrics import Metrics
@@ -51,6 +51,7 @@ def start_state(run: Run, start: Start, threads: int) -> TrainState:
         state = replace(state, first_batch=schedule_batch(run.config, state.seen))
         saved = read_saved(start.resume)
         state = in_sequences(run, state, saved.data.sequence_length)
+        state = replace(state, stages=stage_samples(run.config, state.seen))
         report_thaw(run, saved)
         run.metrics.write("resume", step=state.step, samples=state.samples, path=str(start.resume))
         if not state_is_finite(run.engine.fragments(), run.mesh):
@@ -64,7 +65,7 @@ def start_state(run: Run, start: Start, threads: int) -> TrainState:
             raise NotFiniteError(f"{what}; use another checkpoint")
     else:
         draw_weights(run.config, run.model, run.engine, threads)
-    return TrainState(first_batch=batch_at(run.config, 0))
+    return TrainState(first_batch=batch_at(run.config, 0), stages=stage_samples(run.config))
 
 
 def in_sequences(run: Run, state: TrainState, before: int | None) -> TrainState:
@@ -123,9 +124,10 @@ def save_checkpoint(run: Run, state: TrainState, loss: Tensor, *, healthy: bool)
         "zero_stage": config.zero.stage,
         "dtype": config.train.dtype,
     }
-    identity = data_identity(config.train.seed, run.data.train.fingerprint, config.data.sequence_length)
+    identity = data_identity(config, run.data.train.fingerprint, config.data.sequence_length, state.step)
     mean, train = total / mesh.data.size, config.train
-    document = state_document(state, mean, healthy, identity, config.model, layout, train.objective, train.freeze)
+    begun = replace(state, stages=tuple(first for first in state.stages if first < max(state.samples, 1)))
+    document = state_document(begun, mean, healthy, identity, config.model, layout, train.objective, train.freeze)
     run.saver.save(state.step, document)
     if not config.checkpoint.asynchronous:
         run.saver.wait()

@@ -46,7 +46,7 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     from megallama.parallel.join import join
     from megallama.parallel.mesh import build_mesh, driver_versions, pick_device
 
-    data = open_data(config, topology.coordinate(launch.rank, "dp"), topology.dp)
+    data = open_data(config, topology.coordinate(launch.rank, "dp"), topology.dp, seen)
     device = pick_device(config.train.device, launch.local_rank, own=launch.by_tasks)
     launch.prepare(device)
     if config.train.deterministic:
@@ -54,7 +54,7 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     # torch 2.13 renames collectives that 2.11 knows by their old names only; DeepSpeed and we use the old ones.
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", r"barrier\(\): using the device", UserWarning)  # it is the one that is set
-    pick = partial(pick_start, config, partial(data_identity, config.train.seed, data.train.fingerprint))
+    pick = partial(pick_start, config, partial(data_identity, config, data.train.fingerprint))
     pick()  # each rank for itself: what a user can mend is said before any waits for another
     facts = facts_of(config, data.contents | driver_versions(device))
     join(launch, device)

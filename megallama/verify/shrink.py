@@ -79,6 +79,7 @@ def shrink(
                 "validation_fraction": 0.1,
                 # Unequal counts of labels in micro-batches tell a mean over tokens from a mean of means.
                 "eod_mask_loss": True,
+                "document_mask": config.data.document_mask,
             },
             "zero": {"bucket_elements": 10_000, "communication_dtype": config.zero.communication_dtype},
             "train": {

@@ -47,6 +47,7 @@ def tiny_run(run_dir: Path, dataset: str, model: dict[str, Any], layout: str, st
             "steps": 4,
             "stop_after": stop_after,
             "global_batch_size": 4,
+            "batch_ramp": [],
             "dtype": "fp32",
             "device": "cpu",
             "seed": 1,

@@ -103,7 +103,7 @@ def config_of(run: Path, **checkpoint: object) -> RunConfig:
     return RunConfig.model_validate(tree)
 
 
-def identify(sequence_length: int) -> DataIdentity:
+def identify(sequence_length: int, step: int = 0) -> DataIdentity:
     return DATA if sequence_length == DATA.sequence_length else replace(DATA, fingerprint="0" * 64)
 
 

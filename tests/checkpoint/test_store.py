@@ -159,7 +159,7 @@ def test_a_new_run_begins_with_the_weights_of_another(finished: Path, dataset: P
         ({"train": {"seed": 7}}, "train.seed=7 differs from 1234"),
         (
             {"data": {"validation_fraction": 0.3}},
-            "(data.path, data.pack or the split) is not that of",
+            "(data.path, data.pack, data.document_mask, data.truncate, data.pad or the split) is not that of",
         ),
     ],
 )

@@ -197,7 +197,9 @@ BAD_OVERRIDES = [
     ("train=5", "train=5 is not legal; expected a mapping of keys", "train={steps: 5}"),
     ("model.rope_scaling.factor=4", "model.rope_scaling.rope_type is missing; ",
      "model.rope_scaling={rope_type: linear, factor: 4}"),
-    ("data.path=null", "data.path=null is not legal; expected text", "data.path=corpus"),
+    ("data.path=null", "data.path is missing; write it in the file or give data.path=VALUE, or several datasets as "
+     "data.mixture", "data.path=corpus"),
+    ("data.mixture=[{path: a, weight: 1}]", "data.path=", "data.mixture=null"),
     ("data.path=a: b: c", "data.path=a: b: c, line 1, column 5: ", "data.path=corpus"),
     ("run.dir=&a [*a]", "the alias *a is not read here; write the value out", "run.dir=a"),
     ("train={seed: 1, seed: 2}", "the key seed is given twice; keep one", "train={seed: 1}"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import time
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from megallama.data.sampler import Sampler, micro_batch_indices, num_windows, permuted
@@ -17,6 +19,39 @@ def test_every_epoch_visits_every_window_once(size: int) -> None:
     sampler = Sampler(size, seed=7)
     for epoch in range(3):
         assert sorted(sampler.window(epoch * size + i) for i in range(size)) == list(range(size))
+
+
+def test_every_size_up_to_10000_is_permuted() -> None:
+    """Of a domain of 4^h the images are walked in arrays, which is what `permuted` does one by one."""
+    for half in range(1, 8):
+        largest = 4**half
+        images = np.array([permuted(index, largest, "7/3") for index in range(largest)])
+        for size in range(largest // 4 + 1 if half > 1 else 1, min(largest, 10_000) + 1):
+            found = images[:size]
+            while (outside := found >= size).any():
+                found = np.where(outside, images[found], found)
+            assert (np.bincount(found, minlength=size) == 1).all(), size
+            assert found[size // 2] == permuted(size // 2, size, "7/3"), size
+
+
+def test_a_million_windows_come_uniformly() -> None:
+    size, drawn, bins = 10**6, 20_000, 100
+    found = np.array([permuted(index, size, "1234/0") for index in range(drawn)])
+    assert len(np.unique(found)) == drawn
+    pairs = found[::2] * bins // size, found[1::2] * bins // size
+    for cells, count in ((found * bins // size, bins), (pairs[0] // 5 * 20 + pairs[1] // 5, 400)):
+        expected = len(cells) / count
+        chi_square = float(((np.bincount(cells, minlength=count) - expected) ** 2 / expected).sum())
+        assert abs(chi_square - (count - 1)) < 5 * (2 * (count - 1)) ** 0.5
+
+
+def test_a_sample_of_a_trillion_is_found_at_once() -> None:
+    sampler, numbers = Sampler(10**12, 7), range(5 * 10**11, 5 * 10**11 + 1000)
+    begin = time.process_time()
+    found = {sampler.window(number) for number in numbers}
+    assert time.process_time() - begin < 0.2  # of a thousand: a few microseconds each, on a slow machine as well
+    assert len(found) == 1000
+    assert max(found) < 10**12
 
 
 def test_epochs_and_seeds_differ() -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from benchmarks.live_bytes import LiveBytes
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
+from megallama.data.loader import MicroBatch
 from megallama.layout.stages import stages
 from megallama.layout.topology import Topology
 from megallama.model.llama import TensorParallelContext
@@ -163,5 +164,5 @@ def peak_bytes(config: RunConfig, mesh: ParallelMesh) -> int:
     pipeline = Pipeline(chunks, config, mesh, drop)
     tokens = torch.zeros(config.train.micro_batch_size, config.data.sequence_length, dtype=torch.int64)
     with LiveBytes(tensor.untyped_storage() for tensor in [*chunks.parameters(), tokens]) as live:
-        pipeline.forward_backward([(tokens, tokens)] * 8, torch.ones(()))
+        pipeline.forward_backward([MicroBatch(tokens, tokens)] * 8, torch.ones(()))
     return live.peak

@@ -11,6 +11,7 @@ import torch
 
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
+from megallama.data.loader import MicroBatch
 from megallama.errors import UserError
 from megallama.hardware.gpus import built_in_hardware
 from megallama.layout.topology import Topology
@@ -133,7 +134,7 @@ def sent_bytes(launch: Launch, configs: list[RunConfig]) -> list[Counter[str]]:
     for config in configs:
         _, engine = build_model(config, mesh)
         tokens = torch.zeros(1, config.data.sequence_length, dtype=torch.int64)
-        batches, scale = [(tokens, tokens)] * MICRO_BATCHES, torch.ones(())
+        batches, scale = [MicroBatch(tokens, tokens)] * MICRO_BATCHES, torch.ones(())
         engine.forward_backward(batches, scale)  # the first step traces ZeRO-3's order and prefetches nothing
         engine.step(1e-4)
         with Issued() as issued:

@@ -11,6 +11,7 @@ import torch
 
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
+from megallama.data.loader import MicroBatch
 from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh
@@ -70,7 +71,7 @@ def held_bytes(launch: Launch, configs: list[RunConfig]) -> list[int]:
         count = config.train.global_batch_size // copies
         _, engine = build_model(config, mesh)
         tokens = torch.zeros(1, config.data.sequence_length, dtype=torch.int64)
-        engine.forward_backward([(tokens, tokens)] * count, torch.ones(()))
+        engine.forward_backward([MicroBatch(tokens, tokens)] * count, torch.ones(()))
         after = storages()
         found.append(sum(storage.nbytes() for place, storage in after.items() if place not in before))
     return found

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from megallama.cli import app
 from megallama.config.load import load_config
 from megallama.config.schema import ParallelConfig, RunConfig, Schedule
+from megallama.data.loader import MicroBatch
 from megallama.errors import UserError
 from megallama.layout.schedules import Action, Kind, action_lists, stage_ranks
 from megallama.layout.topology import Topology
@@ -184,7 +185,7 @@ def run_steps(launch: Launch, config: RunConfig, micro_batches: int) -> list[Ste
         torch.distributed.barrier()
         done.clear()
         began = time.perf_counter()
-        pipeline.forward_backward([(batch, batch)] * micro_batches, torch.ones(()))
+        pipeline.forward_backward([MicroBatch(batch, batch)] * micro_batches, torch.ones(()))
         torch.distributed.barrier()
         steps.append((time.perf_counter() - began, list(done)))
         chunks.begin_to_sleep()

@@ -12,6 +12,7 @@ import torch
 from benchmarks.live_bytes import LiveBytes
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
+from megallama.data.loader import MicroBatch
 from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ParallelMesh, build_mesh
@@ -73,7 +74,7 @@ def _peak_bytes(config: RunConfig, before: dict[int, torch.UntypedStorage], mesh
     count = config.train.global_batch_size // (BATCH * mesh.world.size)
     _, engine = build_model(config, mesh)
     tokens = torch.zeros(BATCH, config.data.sequence_length, dtype=torch.int64)
-    batches, scale = [(tokens, tokens)] * count, torch.ones(())
+    batches, scale = [MicroBatch(tokens, tokens)] * count, torch.ones(())
     engine.forward_backward(batches, scale)  # the first step traces ZeRO-3's order and prefetches nothing
     engine.step(1e-4)
     live = LiveBytes(before.values())

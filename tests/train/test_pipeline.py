@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 import megallama.train.pipeline
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
+from megallama.data.loader import MicroBatch
 from megallama.layout.check import check_config
 from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
@@ -95,10 +96,10 @@ def cost(launch: Launch, config: RunConfig) -> Cost:
     megallama.train.pipeline._batch_p2p = watched
 
     def step() -> Tensor:
-        return engine.forward_backward([(tokens, tokens)] * count, torch.ones(()))
+        return engine.forward_backward([MicroBatch(tokens, tokens)] * count, torch.ones(()))
 
     step()
-    engine.evaluate([(tokens, tokens)] * 3)
+    engine.evaluate([MicroBatch(tokens, tokens)] * 3)
     with Work() as work:
         step()
     return Cost(work.flops, work.collectives, max(seen), received(pipeline), max(sent_alive), alive(sent), sizes)

@@ -224,5 +224,5 @@ def test_a_checkpoint_that_does_not_say_its_sequence_length_continues_at_its_own
     edit(tmp_path / "run" / "checkpoints" / "step_00000002" / STATE, lambda tree: tree["data"].pop("sequence_length"))
     ((code, said),) = pretrain(1, [*words, "data.sequence_length=64"])
     assert code == 2
-    assert "the data of the run (data.path, data.pack or the split, or data.sequence_length) is not that of" in said
+    assert "data.pad or the split, or data.sequence_length) is not that of" in said
     assert pretrain(1, [*words, "train.stop_after=3"]) == [(0, "")]

@@ -36,7 +36,9 @@ with open_metrics(config, Path(sys.argv[1])) as metrics:
 def test_all_starts_of_a_run_are_one_run_whose_repeated_steps_are_kept(byte_dataset: str, tmp_path: Path) -> None:
     """Until one begins anew."""
     run_dir = tmp_path / "run"
+    mixture = ["data.path=null", f"data.mixture=[{{path: {byte_dataset}, weight: 1, name: web}}]"]
     words = arguments(byte_dataset, run_dir, OFFLINE, "checkpoint.every=1", "checkpoint.keep=9", "evaluation.every=0")
+    words += mixture
     assert pretrain(1, [*words, "train.stop_after=3"])[0][0] == 0
     shutil.rmtree(run_dir / "checkpoints" / "step_00000003")  # back to the second step
     assert pretrain(1, words)[0][0] == 0
@@ -48,6 +50,7 @@ def test_all_starts_of_a_run_are_one_run_whose_repeated_steps_are_kept(byte_data
     (first,), (second,) = before.values(), after.values()
     assert [row["step"] for row in first if "train/loss" in row] == [1, 2, 3]
     assert [row["step"] for row in second if "train/loss" in row] == [3, 4]
+    assert [row["train/source_tokens/web"] for row in second if "train/loss" in row] == [3 * 128, 4 * 128]
     counted = [row["_step"] for row in [*first, *second]]
     assert counted == sorted(set(counted)), "it drops what goes back"
 

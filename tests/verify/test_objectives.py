@@ -11,7 +11,7 @@ import megallama.data.loader
 import megallama.train.run
 from megallama.data.masking import Masking
 from megallama.layout.names import parse_layout
-from megallama.model.llama import ATTENTION
+from megallama.model.attention import ATTENTION
 from megallama.verify.shrink import shrink
 from megallama.verify.verify import Plant, verify
 from tests.verify.test_parity import assert_all_equal, debug_config

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from megallama.train.engine import Engine
 
 
-Identify = Callable[[int], DataIdentity]
-"""What a position in the run's data counts in, where its sequences have so many tokens."""
+Identify = Callable[[int, int], DataIdentity]
+"""What a position in the run's data counts in, where its sequences have so many tokens, after so many steps."""
 
 
 @dataclass(frozen=True)
@@ -326,7 +326,7 @@ def _check_same_objective(path: Path, objective: Objective) -> None:
 
 def _check_same_data(path: Path, config: RunConfig, identify: Identify) -> None:
     """UserError when a position in the checkpoint's data would be another position in the run's."""
-    saved = read_saved(path).data
+    state, saved = (found := read_saved(path)).state, found.data
     now = config.data.sequence_length
     if config.data.pack == "one" and saved.sequence_length not in (None, now):
         raise UserError(
@@ -334,15 +334,35 @@ def _check_same_data(path: Path, config: RunConfig, identify: Identify) -> None:
             f"data.pack=one its position would point elsewhere; use data.sequence_length={saved.sequence_length}, or "
             f"another run.dir with checkpoint.init_from={path}"
         )
-    data = identify(saved.sequence_length or now)
+    data = identify(saved.sequence_length or now, state.step)
     if saved.seed != data.seed:
         raise UserError(
             f"train.seed={data.seed} differs from {saved.seed} in the checkpoint {path}, so its position in the data "
             f"would point elsewhere; use train.seed={saved.seed}, or another run.dir with checkpoint.init_from={path}"
         )
+    if saved.fingerprint != data.fingerprint and saved.mixture != data.mixture:
+        raise UserError(
+            f"what was read until step {state.step} is {_mixture_words(saved)} in the checkpoint {path}, and "
+            f"{_mixture_words(data)} in the run; leave it as it was and change a stage from_step={state.step} or "
+            f"later, or use another run.dir with checkpoint.init_from={path}"
+        )
     if saved.fingerprint != data.fingerprint:
         length = "" if saved.sequence_length else ", or data.sequence_length"
+        source = "the sources of data.mixture" if data.mixture else "data.path"
+        keys = f"{source}, data.pack, data.document_mask, data.truncate, data.pad"
         raise UserError(
-            f"the data of the run (data.path, data.pack or the split{length}) is not that of the checkpoint {path}; "
+            f"the data of the run ({keys} or the split{length}) is not that of the checkpoint {path}; "
             f"use the same data, or another run.dir with checkpoint.init_from={path}"
         )
+
+
+def _mixture_words(data: DataIdentity) -> str:
+    """`data.mixture (web 0.6, books 0.4; web 1 from step 500)`: three sources of each of the last three stages."""
+    if not data.mixture:
+        return "data.path"
+    said = []
+    for stage in data.mixture[-3:]:
+        weights = [f"{name} {weight:g}" for name, weight in stage.weights.items()]
+        more = [f"{len(weights) - 3} more"] if len(weights) > 3 else []
+        said.append(", ".join([*weights[:3], *more]) + (f" from step {stage.from_step}" if stage.from_step else ""))
+    return f"data.mixture ({'; '.join(said)})"

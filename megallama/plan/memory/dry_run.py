@@ -28,7 +28,8 @@ from megallama.config.schema import RunConfig
 from megallama.layout.check import check_config, check_trained
 from megallama.layout.stages import Stage, stages
 from megallama.layout.topology import Topology
-from megallama.model.llama import ATTENTION, Llama, TensorParallelContext
+from megallama.model.attention import ATTENTION
+from megallama.model.llama import Llama, TensorParallelContext
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import Axis
 from megallama.plan.memory.activations import stage_bytes, tensors
@@ -105,10 +106,9 @@ def check_rank(config: RunConfig, world_size: int, rank: int) -> list[Comparison
 
     UserError if the run is not legal on that many ranks.
     """
-    batching = check_config(config, world_size)
     check_trained(config.model)
     parallel = config.parallel
-    topology = Topology(dp=batching.dp_size, **parallel.sizes)
+    topology = Topology(dp=check_config(config, world_size).dp_size, **parallel.sizes)
     place = topology.coordinate(rank, "pp")
     every = stages(config)
     mine = [stage for stage in every if stage.rank == place]

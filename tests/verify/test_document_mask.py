@@ -1,0 +1,82 @@
+"""A run within documents gives one answer at any layout, and verify sees where one does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import megallama.model.llama
+import megallama.train.pipeline
+from megallama.layout.names import parse_layout
+from megallama.verify.shrink import shrink
+from megallama.verify.verify import Plant, verify
+from tests.verify.test_parity import assert_all_equal, debug_config
+
+WITHIN = "data.document_mask=true"
+
+
+def check(layouts: str, dtype: str = "fp32", *overrides: str, resume: bool = False) -> None:
+    parsed = [parse_layout(name) for name in layouts.split()]
+    assert_all_equal(verify(debug_config(WITHIN, *overrides), parsed, dtype=dtype, resume=resume))
+
+
+def test_a_run_within_documents_gives_the_answer_of_one_process() -> None:
+    check("tp2-dp2-zero3-full pp2-zbvzerobubble")
+
+
+@pytest.mark.layouts
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        "tp2 tp2-nosp tp4-selective",
+        "pp2 pp2-interleaved1f1b-acc4",
+        "dp2 dp2-zero2 dp4-zero3",
+        "tp2-dp2-zero3-full acc4",
+        "pp2-dp2 pp2-dualpipev tp2-pp2-zbvzerobubble-full",
+    ],
+)
+def test_every_layout_of_a_run_within_documents_gives_the_answer_of_one_process(layouts: str, dtype: str) -> None:
+    check(layouts, dtype, resume=dtype == "fp32")
+
+
+@pytest.mark.layouts
+def test_a_masked_run_within_documents_gives_the_answer_of_one_process() -> None:
+    check("tp2 pp2-dualpipev dp2-zero3-full", "fp32", "train.objective=masked")
+
+
+def test_the_shrunk_run_keeps_the_mask() -> None:
+    small = [shrink(debug_config(*words), Path("a"), Path("b"), 1, "fp32") for words in ([], [WITHIN])]
+    assert [config.data.document_mask for config in small] == [False, True]
+
+
+def documents_for_the_first_stage_alone() -> None:
+    original = megallama.train.pipeline.Pipeline._inputs
+
+    def forget(self: megallama.train.pipeline.Pipeline, batches: Any) -> Any:
+        arguments, named = original(self, batches)
+        return arguments, named if arguments else {key: each for key, each in named.items() if key != "documents"}
+
+    megallama.train.pipeline.Pipeline._inputs = forget  # type: ignore[method-assign]
+
+
+def layers_that_see_all() -> None:
+    original = megallama.model.llama.DecoderLayer.forward
+
+    def forget(
+        self: megallama.model.llama.DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, core: Any = None
+    ) -> Tensor:
+        return original(self, x, cos, sin)
+
+    megallama.model.llama.DecoderLayer.forward = forget  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("layout", "plant"), [("pp2", documents_for_the_first_stage_alone), ("full", layers_that_see_all)]
+)
+def test_a_planted_bug_is_reported(layout: str, plant: Plant) -> None:
+    report = verify(debug_config(WITHIN), [parse_layout(layout)], plant=plant)
+    assert "loss" in report.verdicts[0].failures
