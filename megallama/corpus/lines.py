@@ -46,6 +46,11 @@ class Lines:
         self._file.close()
 
     @property
+    def file_bytes(self) -> int:
+        """Where the file stands."""
+        return self._file.tell()
+
+    @property
     def place(self) -> str:
         """The next line, for the user to find it."""
         return f"{self.path}:{self.number}" if self.number else f"{self.path}, at byte {self.position:,},"
@@ -89,21 +94,20 @@ class Lines:
         self._chunk, self._at, self._chunks = b"", 0, iter(())
 
     def _read_across_chunks(self) -> bytes | None:
-        place, pieces, size, end = self.place, list[bytes](), 0, 0
+        place, line, end = self.place, bytearray(), 0
         while not end and self.more():
             end = self._chunk.find(b"\n", self._at) + 1
             piece = self._chunk[self._at : end or len(self._chunk)]
             self._pass(len(piece))
-            pieces.append(piece)
-            size += len(piece)
-            if size > LARGEST_RECORD:
-                pieces.clear()
+            line += piece  # not a list of pieces: what those leave behind is not given back to the system
+            if len(line) > LARGEST_RECORD:
+                line.clear()
                 if not end:
                     self.skip_line()
                 raise DocumentError(f"{place} has a line of more than {LARGEST_RECORD >> 20} MiB; split it", "too long")
-        if self.damage or not pieces:
+        if self.damage or not line:
             return None  # what stands before damage is no whole line
-        return b"".join(pieces)
+        return bytes(line)
 
     def _pass(self, size: int) -> None:
         """Leave that much of the chunk behind."""

@@ -58,6 +58,10 @@ class ParquetRows:
     def close(self) -> None:
         self._file.close()
 
+    @property
+    def file_bytes(self) -> int:
+        return self._path.stat().st_size * self._number // max(1, self._groups)
+
     def begin(self, number: int) -> bool:
         self._number = number
         return number < self._groups

@@ -5,4 +5,10 @@ from __future__ import annotations
 
 def without_surrogates(text: str) -> str:
     """`text` with U+FFFD for each lone surrogate, which UTF-8 cannot hold; a pair of them becomes its character."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

@@ -28,7 +28,7 @@ def test_a_build_ends_in_one_sentence_and_goes_on_later(moment: str, tmp_path: P
             command, cwd=ROOT, env=clean_environment(tmp_path), stderr=err, start_new_session=True
         )
     try:
-        pattern = "corpus.parts-*/*.npz" if moment == "its workers work" else "corpus.parts-*"
+        pattern = "corpus.parts/*.shard" if moment == "its workers work" else "corpus.parts"
         wait_for(lambda: any(tmp_path.glob(pattern)) and len(processes_of(tmp_path)) >= 3)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(30) == 130
@@ -41,6 +41,22 @@ def test_a_build_ends_in_one_sentence_and_goes_on_later(moment: str, tmp_path: P
     ended = execute(command, tmp_path)
     assert (ended.code, ended.left_over) == (0, []), ended.err
     assert f"{LINES:,} documents" in ended.out
+
+
+def test_a_build_that_is_told_to_end_does_so_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text("\n".join([json.dumps({"text": "said again " * 30})] * LINES))
+    words = ["data", "build", str(tmp_path / "text.jsonl"), "--output", str(tmp_path / "corpus"), "--workers", "2"]
+    with (tmp_path / "err").open("w") as err:
+        process = subprocess.Popen([str(BIN / "megallama"), *words], env=clean_environment(tmp_path), stderr=err)
+    try:
+        wait_for(lambda: len(processes_of(tmp_path)) >= 4)  # with that which multiprocessing tracks resources by
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == -signal.SIGTERM
+        assert outliving(tmp_path, 30.0) == []
+    finally:
+        kill_all(tmp_path)
+        process.wait()
+    assert (tmp_path / "err").read_text() == ""
 
 
 def test_other_commands_end_in_one_sentence(tmp_path: Path) -> None:
