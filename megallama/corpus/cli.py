@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -43,6 +45,43 @@ def build_command(
     info, reused = build_dataset(sources, output, tokenizer, workers=workers, text_field=text_field, force=force)
     done = "kept, its inputs are the same" if reused else f"built in {time.monotonic() - begin:.1f} s"
     typer.echo(f"{output}: {info.documents:,} documents, {info.tokens:,} tokens, {done}")
+
+
+@data_app.command("fetch")
+def fetch_command(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="A corpus, hf://datasets/OWNER/NAME/PATH or a URL. Default: list them."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data/NAME.")] = None,
+    files: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Files of the dataset to fetch instead; repeatable.")
+    ] = None,
+    shards: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the first N files.")] = None,
+    sha256: Annotated[str | None, typer.Option(metavar="HASH", help="SHA-256 that the one file must have.")] = None,
+    force: Force = False,
+) -> None:
+    """Fetch a public corpus, or any file of the network. A fetch that was stopped is continued.
+
+    Example: megallama data fetch tinystories
+    """
+    from rich.console import Console
+
+    from megallama.corpus.fetch import default_folder, fetch, wanted_files
+    from megallama.corpus.fetch_progress import FetchProgress
+    from megallama.corpus.public import PUBLIC_CORPORA
+
+    if name is None:
+        for each, corpus in PUBLIC_CORPORA.items():
+            typer.echo(f"{each:19} {corpus.size}, {corpus.licence}")
+            typer.echo(f"{'':19} {corpus.content}; {corpus.repository}")
+        return
+    wanted = wanted_files(name, files or (), shards, sha256)
+    done = fetch(wanted, output or default_folder(name), FetchProgress(Console(stderr=True)), force=force)
+    kept = f", {done.files - done.new} of them kept" if done.new < done.files else ""
+    typer.echo(f"{done.folder}: {done.files} {'file' if done.files == 1 else 'files'}, {done.size / 1e6:,.1f} MB{kept}")
+    corpus_prefix = shlex.quote(str(done.folder / "corpus"))
+    typer.echo(f"next: megallama data build {shlex.quote(str(done.folder))} --output {corpus_prefix} --tokenizer gpt2")
 
 
 @data_app.command("info")
