@@ -92,8 +92,8 @@ def fetch(wanted: Sequence[Wanted], folder: Path, progress: FetchProgress, *, fo
             _check_space(missing, folder)
             with progress:
                 for number, file in enumerate(missing, start=1):
-                    told = progress.file(file.name, number, len(missing))
-                    record[file.name] = _bring(file, folder / file.name, told)
+                    with progress.file(file.name, number, len(missing)) as told:
+                        record[file.name] = _bring(file, folder / file.name, told)
                     _write_record(folder, record)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -32,29 +34,29 @@ class FetchProgress:
     ) -> None:
         self._bars.stop()
 
-    def file(self, name: str, number: int, files: int) -> Told:
-        """What is to be called with the bytes of file `number` of `files` that are there, and those of all of it."""
+    @contextmanager
+    def file(self, name: str, number: int, files: int) -> Iterator[Told]:
+        """While file `number` of `files` arrives; gives what is to be called with its bytes that are there, and all."""
         title = f"{number}/{files} {name}"
         bar = self._bars.add_task(title, total=None)
         begin: tuple[float, int] | None = None
-        spoken = time.monotonic()
+        spoken, last = time.monotonic(), 0
 
         def told(there: int, size: int | None) -> None:
-            nonlocal begin, spoken
-            now = time.monotonic()
+            nonlocal begin, spoken, last
+            now, last = time.monotonic(), there
             begin = begin or (now, there)
             self._bars.update(bar, completed=there, total=size)
-            if there == size:
-                self._bars.remove_task(bar) if bar in self._bars.task_ids else None
-                self._say(f"{title}: {there / 1e6:,.1f} MB")
-            elif now - spoken > LINE_SECONDS:
+            if now - spoken > LINE_SECONDS:
                 rate = max(there - begin[1], 0) / max(now - begin[0], 1e-9)
                 of = f" of {size / 1e6:,.1f}" if size else ""
                 left = f", {(size - there) / rate / 60:,.0f} min left" if size and rate else ""
                 self._say(f"{title}: {there / 1e6:,.1f}{of} MB, {rate / 1e6:,.1f} MB/s{left}")
                 spoken = now
 
-        return told
+        yield told
+        self._bars.remove_task(bar)
+        self._say(f"{title}: {last / 1e6:,.1f} MB, complete")
 
     def _say(self, line: str) -> None:
         if not self._console.is_terminal:

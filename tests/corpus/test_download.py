@@ -141,7 +141,7 @@ def test_a_fetched_file_is_kept_and_another_is_not_replaced(tmp_path: Path) -> N
         assert fetched(served, tmp_path).new == 0
         assert len(served.requests) == 1
         (tmp_path / "text.jsonl").write_bytes(b"mine")
-        with pytest.raises(UserError, match="is not the file of .*--force"):
+        with pytest.raises(UserError, match=r"is not the file of .*--force"):
             fetched(served, tmp_path)
         assert (tmp_path / "text.jsonl").read_bytes() == b"mine"
         assert fetched(served, tmp_path, force=True).new == 1
@@ -160,5 +160,5 @@ def test_a_disk_that_is_too_small_or_full_is_named(tmp_path: Path) -> None:
         fetch([wanted], tmp_path, FetchProgress(Console(quiet=True)))
     with serving(Served(CONTENT)) as served:
         (tmp_path / "text.jsonl.part").symlink_to("/dev/full")
-        with pytest.raises(UserError, match="the disk of --output .* is full"):
+        with pytest.raises(UserError, match=r"the disk of --output .* is full"):
             fetched(served, tmp_path)
