@@ -108,7 +108,8 @@ def _resolve(handler: BaseHTTPRequestHandler, hub: Hub, path: str) -> None:
         sha256 = _sha256(hub.large[path].content)
         handler.send_header("X-Linked-ETag", f'"{sha256}"')
         handler.send_header("X-Linked-Size", str(len(hub.large[path].content)))
-        handler.send_header("Location", f"{hub.url}/cdn/{sha256}")
+        # Another host, as on the hub: its client takes the headers of this answer as the last of its own host.
+        handler.send_header("Location", f"{hub.url.replace('127.0.0.1', 'localhost')}/cdn/{sha256}")
     handler.send_header("Content-Length", str(len(body)))
     handler.end_headers()
     if handler.command == "GET":
