@@ -1,0 +1,93 @@
+"""A file as numbered blocks of documents, which several readers share without an index.
+
+The blocks depend on the file alone: every reader finds the same ones, takes those of its share, and passes over the
+others. What a block is:
+
+    .jsonl, .jsonl.gz, .jsonl.zst   the lines that begin in [number * BLOCK_BYTES, (number + 1) * BLOCK_BYTES) of the
+                                    content, decompressed
+    .txt                            the paragraphs from the first blank line that begins at number * BLOCK_BYTES or
+                                    behind it to the first at (number + 1) * BLOCK_BYTES or behind it
+    .parquet                        a row group
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Container, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+BLOCK_BYTES = 16 << 20
+"""Of content. A constant of the format: datasets that were begun with another are not continued."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are found in files."""
+
+    text_field: str = "text"
+    """Of a JSON object or a row. `a.b` is the field b of the object a, unless there is a field of that very name."""
+    least_characters: int = 1
+    """Documents with fewer are left out, and counted as "short", or "empty" where they have none."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What is no document raises UserError, or is left out and counted by kind."""
+
+
+class Block(NamedTuple):
+    """Some documents of a file, read as they are asked for, before the next block is."""
+
+    number: int
+    """In its file, from 0."""
+    documents: Iterator[str]
+    left_out: Counter[str]
+    """Documents that are left out, by kind; complete when `documents` is at its end."""
+
+
+class BlockFile(Protocol):
+    """A file of one format, open."""
+
+    def close(self) -> None: ...
+
+    def begin(self, number: int) -> bool:
+        """Go forward to a block. Returns whether the file has it."""
+
+    def documents(self, left_out: Counter[str]) -> Iterator[str]:
+        """The documents of the block that was begun, empty ones too; faults raise UserError or are counted."""
+
+
+def read_blocks(
+    path: Path, reading: Reading, share: tuple[int, int] = (0, 1), skip: Container[int] = ()
+) -> Iterator[Block]:
+    """The blocks of a file whose number modulo `share[1]` is `share[0]` and that are not in `skip`, in order.
+
+    A block may have no documents. UserError where the file cannot be read, and for the first fault, unless
+    `reading` counts it.
+    """
+    first, step = share
+    with closing(_open(path, reading)) as file:
+        for number in itertools.count(first, step):
+            if number in skip:
+                continue
+            if not file.begin(number):
+                return
+            left_out = Counter[str]()
+            yield Block(number, _long_enough(file.documents(left_out), reading, left_out), left_out)
+
+
+def _open(path: Path, reading: Reading) -> BlockFile:
+    from megallama.corpus.json_lines import JsonLines
+    from megallama.corpus.plain_text import PlainText
+
+    return (PlainText if path.suffix in (".txt", ".py") else JsonLines)(path, reading)
+
+
+def _long_enough(documents: Iterator[str], reading: Reading, left_out: Counter[str]) -> Iterator[str]:
+    least = max(1, reading.least_characters)
+    for document in documents:
+        if len(document) >= least:
+            yield document
+        else:
+            left_out["short" if document else "empty"] += 1

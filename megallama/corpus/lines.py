@@ -1,0 +1,150 @@
+"""The lines of a file from any position in its content, in bounded memory."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from megallama.corpus.decompress import CHUNK, DamagedError, gzip_chunks, zstd_chunks
+from megallama.corpus.document_error import DocumentError
+from megallama.errors import UserError
+from megallama.system.regular_file import open_regular
+
+BOM = b"\xef\xbb\xbf"
+LARGEST_RECORD = 64 << 20
+"""Bytes of a line, or of a document, at most."""
+
+
+class Lines:
+    """A position in the content of a file that moves forward, from the beginning of a line to that of another.
+
+    A plain file is sought. A compressed one is decompressed as a whole, and what is skipped is searched for line ends
+    only. Methods raise UserError where the system cannot read the file. Damage ends its content.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.position = 0
+        """Where the next line begins, in bytes of content; behind damage, where the damage is."""
+        self.number: int | None = 1
+        """Of the next line, from 1; None if bytes were left out unread."""
+        self.damage: str | None = None
+        """What is wrong with the file at `position`, behind which nothing can be read."""
+        with refusals_named(path):
+            self._file = open_regular(path)
+        self._plain = path.suffix not in (".gz", ".zst")
+        self._chunks = self._read_chunks()
+        self._chunk, self._at = b"", 0
+
+    def close(self) -> None:
+        self._file.close()
+
+    @property
+    def place(self) -> str:
+        """The next line, for the user to find it."""
+        return f"{self.path}:{self.number}" if self.number else f"{self.path}, at byte {self.position:,},"
+
+    def more(self) -> bool:
+        """Whether there is another byte."""
+        return self._at < len(self._chunk) or self._fill()
+
+    def read(self) -> bytes | None:
+        """The next line with its end, or None. DocumentError if it has more than LARGEST_RECORD bytes."""
+        end = self._chunk.find(b"\n", self._at) + 1
+        if end:
+            line = self._chunk[self._at : end]
+            self._at = end
+            self._passed(len(line))
+            return line
+        return self._read_across_chunks()
+
+    def skip_to(self, target: int) -> None:
+        """To the first line that begins at `target` or behind it, or to the end of the content."""
+        if self.position >= target:
+            return
+        if self._plain:
+            self._seek(target - 1)
+        else:
+            self._skip_bytes(target - 1 - self.position)
+        self.skip_line()  # a line begins at the target if the byte before it ends one
+
+    def skip_line(self) -> None:
+        """To the next line, without holding this one in memory."""
+        while self.more():
+            end = self._chunk.find(b"\n", self._at) + 1
+            size = (end or len(self._chunk)) - self._at
+            self._at += size
+            if end:
+                self._passed(size)
+                return
+            self._passed(size, ended=False)
+
+    def _passed(self, size: int, *, ended: bool = True) -> None:
+        self.position += size
+        self.number = self.number and self.number + ended
+
+    def _read_across_chunks(self) -> bytes | None:
+        place, pieces, size, end = self.place, list[bytes](), 0, 0
+        while not end and self.more():
+            end = self._chunk.find(b"\n", self._at) + 1
+            piece = self._chunk[self._at : end or len(self._chunk)]
+            self._at += len(piece)
+            size += len(piece)
+            if size > LARGEST_RECORD:
+                self._passed(size, ended=bool(end))
+                if not end:
+                    self.skip_line()
+                raise DocumentError(f"{place} has a line of more than {LARGEST_RECORD >> 20} MiB; split it", "too long")
+            pieces.append(piece)
+        self._passed(size)
+        if self.damage or not pieces:
+            return None  # what stands before damage is no whole line
+        return b"".join(pieces)
+
+    def _seek(self, target: int) -> None:
+        with refusals_named(self.path):
+            self._file.seek(0, io.SEEK_END)
+            self.position = min(target, self._file.tell())
+            self._file.seek(self.position)
+        self._chunk, self._at, self.number = b"", 0, None
+
+    def _skip_bytes(self, count: int) -> None:
+        while count and self.more():
+            size = min(count, len(self._chunk) - self._at)
+            assert self.number
+            self.number += self._chunk.count(b"\n", self._at, self._at + size)
+            self._at += size
+            self.position += size
+            count -= size
+
+    def _fill(self) -> bool:
+        """Whether another chunk stands in the place of the one that was read."""
+        self._chunk, self._at = next(self._chunks, b""), 0
+        return bool(self._chunk)
+
+    def _read_chunks(self) -> Iterator[bytes]:
+        """Chunks that are not empty; plain ones from where the file stands."""
+        with refusals_named(self.path):
+            try:
+                yield from filter(None, self._contents(self._file))
+            except DamagedError as error:
+                self.damage = f"{self.path} is damaged or cut short: {error}"
+
+    def _contents(self, file: BinaryIO) -> Iterator[bytes]:
+        if self.path.suffix == ".zst":
+            return zstd_chunks(file, self.path)
+        if self.path.suffix == ".gz":
+            return gzip_chunks(file)
+        return iter(lambda: file.read(CHUNK), b"")
+
+
+@contextmanager
+def refusals_named(place: str | Path) -> Iterator[None]:
+    """An OSError of the block becomes a UserError that names `place`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{place} cannot be read ({error.strerror}); mend that or name another source") from None
