@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megallama.errors import UserError
@@ -17,7 +18,9 @@ from megallama.system.lock import Lock, Place
 from megallama.system.remote import RemoteFile, is_url, remote_file
 
 CACHE = "MEGALLAMA_CACHE"
-_PIECE = 32 << 20
+_PIECE = 16 << 20
+_AT_A_TIME = 8
+"""Pieces that are under way: a storage sends each no faster than some 100 MB/s."""
 
 
 def cache_folder() -> Path:
@@ -89,10 +92,12 @@ def _check_space(prefix: str, missing: list[RemoteFile], folder: Path) -> None:
 def _copy(file: RemoteFile, target: Path) -> None:
     """Copy a file, from where a copy that was stopped has ended; it has its own name once it is whole."""
     partial = _partial(target)
-    with file.open() as source, partial.open("ab") as copy:
-        source.seek(copy.tell())
-        while piece := source.read(_PIECE):
-            copy.write(piece)
+    with partial.open("ab") as copy, ThreadPoolExecutor(_AT_A_TIME) as pool:
+        row = _PIECE * _AT_A_TIME
+        for begin in range(copy.tell(), file.size, row):
+            starts = range(begin, min(begin + row, file.size), _PIECE)
+            for piece in pool.map(lambda start: file.read(start, start + _PIECE), starts):
+                copy.write(piece)
         copy.flush()
         os.fsync(copy.fileno())
         size = copy.tell()

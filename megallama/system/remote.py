@@ -57,11 +57,28 @@ class RemoteFile:
         return self.url
 
     def open(self) -> BinaryIO:
-        """The content, seekable; every OSError of it is one of reading."""
+        """The content, seekable; OSError where it cannot be read."""
         return cast(BinaryIO, io.BufferedReader(_Ranges(self), READ_AHEAD))
+
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes from `start` to `end` or the end of the file; OSError if they do not come."""
+        end = min(end, self.size)
+        if end <= start:
+            return b""
+        system, path = _file_system(self.url)
+        with _as_os_errors():
+            content: bytes = system.cat_file(path, start=start, end=end)
+        if len(content) != end - start:
+            raise OSError(errno.EIO, f"the storage sent {len(content)} of {end - start} bytes of {self.url}")
+        return content
 
 
 SourcePath = Path | RemoteFile
+
+
+def source_path(name: str) -> SourcePath:
+    """A file by its path or URL; OSError and UserError as `remote_file`."""
+    return remote_file(name) if is_url(name) else Path(name)
 
 
 def open_source_file(path: SourcePath) -> BinaryIO:
@@ -126,8 +143,7 @@ class _Ranges(io.RawIOBase):
     """A remote file by range requests."""
 
     def __init__(self, file: RemoteFile) -> None:
-        self._system, self._path = _file_system(file.url)
-        self._size, self._place = file.size, 0
+        self._file, self._place = file, 0
 
     def readable(self) -> bool:
         return True
@@ -139,20 +155,14 @@ class _Ranges(io.RawIOBase):
         return self._place
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._file.size}[whence]
         return self._place
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer)
-        end = min(self._place + len(view), self._size)
-        if end <= self._place:
-            return 0
-        with _as_os_errors():
-            content = self._system.cat_file(self._path, start=self._place, end=end)
-        if len(content) != end - self._place:
-            raise OSError(errno.EIO, f"the storage sent {len(content)} of {end - self._place} bytes that were asked")
+        content = self._file.read(self._place, self._place + min(len(view), READ_AHEAD))
         view[: len(content)] = content
-        self._place = end
+        self._place += len(content)
         return len(content)
 
 
