@@ -14,7 +14,9 @@ from megallama.errors import printable
 
 Sources = Annotated[
     list[str],
-    typer.Argument(metavar="SOURCE...", help="`stdlib`, a .txt, .jsonl, .jsonl.gz or .jsonl.zst file, or a folder."),
+    typer.Argument(
+        metavar="SOURCE...", help="`stdlib`, a .txt, .jsonl, .jsonl.gz or .jsonl.zst file, a folder, or a URL."
+    ),
 ]
 TextField = Annotated[str, typer.Option(help="JSON field that holds the text.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the output.")]
@@ -40,9 +42,11 @@ def build_command(
     Example: megallama data build stdlib --output data/stdlib --tokenizer data/tokenizer
     """
     from megallama.corpus.build import build_dataset
+    from megallama.corpus.upload import local_output
 
     begin = time.monotonic()
-    info, reused = build_dataset(sources, output, tokenizer, workers=workers, text_field=text_field, force=force)
+    with local_output(output, force=force) as prefix:
+        info, reused = build_dataset(sources, prefix, tokenizer, workers=workers, text_field=text_field, force=force)
     done = "kept, its inputs are the same" if reused else f"built in {time.monotonic() - begin:.1f} s"
     typer.echo(f"{output}: {info.documents:,} documents, {info.tokens:,} tokens, {done}")
 

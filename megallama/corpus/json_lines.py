@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 from megallama.corpus.blocks import BLOCK_BYTES, Reading
 from megallama.corpus.document_error import DocumentError
 from megallama.corpus.lines import BOM, Lines
 from megallama.errors import UserError
+from megallama.system.remote import SourcePath
 from megallama.text.surrogates import without_surrogates
 
 LARGEST_GAP = 1 << 30
@@ -22,7 +22,7 @@ compression, while text that repeats itself may shrink as far."""
 class JsonLines:
     """A BlockFile of JSON lines, compressed or not."""
 
-    def __init__(self, path: Path, reading: Reading) -> None:
+    def __init__(self, path: SourcePath, reading: Reading) -> None:
         self._lines = Lines(path)
         self._reading = reading
         self._field = Field(reading.text_field)

@@ -116,7 +116,7 @@ def remote_files(url: str, suffixes: tuple[str, ...]) -> list[RemoteFile]:
         if any(character in path for character in "*?["):
             found = system.glob(path, detail=True)
         elif system.isfile(path):
-            return [_described(system, system.info(path))]
+            found = {path: system.info(path)}
         else:
             found = system.find(path, detail=True)
     files = [_described(system, info) for info in found.values() if info["type"] == "file"]
