@@ -28,8 +28,8 @@ class Served:
     """The Range of each request, empty for all."""
     headers: list[dict[str, str]] = field(default_factory=list)
     redirect: str | None = None
-    gate: threading.Event | None = None
-    """An answer stops halfway until it is set."""
+    gates: list[threading.Event] = field(default_factory=list)
+    """The next answers stop halfway until theirs is set."""
     halfway: threading.Event = field(default_factory=threading.Event)
     url: str = ""
 
@@ -101,11 +101,12 @@ def _begin(handler: BaseHTTPRequestHandler, served: Served, asked: str) -> int |
 
 def _send(handler: BaseHTTPRequestHandler, served: Served, body: bytes) -> None:
     end = served.cuts.pop(0) if served.cuts else len(body)
-    if served.gate is not None:
+    if served.gates:
+        gate = served.gates.pop(0)
         handler.wfile.write(body[: end // 2])
         handler.wfile.flush()
         served.halfway.set()
-        served.gate.wait()
+        gate.wait()
         body, end = body[end // 2 :], end - end // 2
     handler.wfile.write(body[:end])
     handler.wfile.flush()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,31 @@ def test_a_part_of_another_file_is_found_by_the_hash_and_fetched_again(tmp_path:
         part = tmp_path / "text.jsonl.part"
         part.write_bytes(bytes(100_000))  # a disk that lost what it had not written yet
         fetched(served, tmp_path, SHA256)
+    assert is_whole(tmp_path)
+
+
+def test_a_server_that_falls_silent_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SILENT_SECONDS", 0.1)
+    gates = [threading.Event(), threading.Event()]
+    with serving(Served(CONTENT, gates=[*gates])) as served:
+        fetched(served, tmp_path)
+        for gate in gates:
+            gate.set()
+    assert is_whole(tmp_path)
+    assert served.requests == ["", "bytes=150000-", "bytes=225000-"]
+
+
+def test_a_second_fetch_into_a_folder_is_refused(tmp_path: Path) -> None:
+    gate = threading.Event()
+    with serving(Served(CONTENT, gates=[gate])) as served, ThreadPoolExecutor() as pool:
+        first = pool.submit(fetched, served, tmp_path)
+        served.halfway.wait()
+        try:
+            with pytest.raises(UserError, match=r"--output .* is in use by process .*choose another --output"):
+                fetched(served, tmp_path)
+        finally:
+            gate.set()
+        first.result()
     assert is_whole(tmp_path)
 
 

@@ -67,7 +67,7 @@ def test_a_corpus_by_its_name_is_fetched_and_built(pile: Hub, tmp_path: Path) ->
 def test_a_fetch_that_was_ended_continues(pile: Hub, tmp_path: Path, number: signal.Signals) -> None:
     words = ("fetch", "pile-uncopyrighted", "--shards", "1", "--output", str(tmp_path / "pile"))
     served = pile.large["train/00.jsonl.zst"]
-    served.gate = threading.Event()
+    served.gates = [gate := threading.Event()]
     process = command(pile, tmp_path, *words)
     part = tmp_path / "pile" / "train" / "00.jsonl.zst.part"
     served.halfway.wait()
@@ -79,8 +79,7 @@ def test_a_fetch_that_was_ended_continues(pile: Hub, tmp_path: Path, number: sig
     assert process.returncode == (130 if number == signal.SIGINT else -number)
     assert "Traceback" not in errors
     assert not part.with_suffix("").exists()
-    served.gate.set()
-    served.gate = None
+    gate.set()
     said(command(pile, tmp_path, *words))
     assert part.with_suffix("").read_bytes() == SHARDS["train/00.jsonl.zst"]
     assert served.requests == ["", f"bytes={there}-"]
