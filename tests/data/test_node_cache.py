@@ -65,7 +65,10 @@ def test_it_is_copied_once_and_again_when_it_was_replaced(
     assert copied == ["corpus.json", "corpus.bin", "corpus.idx"]
     bucket.client.delete_object(Bucket=bucket.name, Key="b/corpus.json")
     assert TokenDataset(url).info is None
-    assert copied[3:] == ["corpus.bin", "corpus.idx"]
+    tokens = TokenDataset(byte_dataset).indexed.tokens[::-1]
+    bucket.put("b/corpus.bin", tokens.tobytes())  # of the same size
+    assert np.array_equal(TokenDataset(url).indexed.tokens, tokens)
+    assert copied[3:] == ["corpus.bin", "corpus.idx"] * 2
 
 
 def test_a_copy_that_was_stopped_goes_on_where_it_ended(
