@@ -50,6 +50,8 @@ class Block(NamedTuple):
 class BlockFile(Protocol):
     """A file of one format, open."""
 
+    def __init__(self, path: SourcePath, reading: Reading) -> None: ...
+
     def close(self) -> None: ...
 
     def begin(self, number: int) -> bool:
@@ -80,9 +82,11 @@ def read_blocks(
 
 def _open(path: SourcePath, reading: Reading) -> BlockFile:
     from megallama.corpus.json_lines import JsonLines
+    from megallama.corpus.parquet import ParquetRows
     from megallama.corpus.plain_text import PlainText
 
-    return (PlainText if path.suffix in (".txt", ".py") else JsonLines)(path, reading)
+    formats: dict[str, type[BlockFile]] = {".txt": PlainText, ".py": PlainText, ".parquet": ParquetRows}
+    return formats.get(path.suffix, JsonLines)(path, reading)
 
 
 def _long_enough(documents: Iterator[str], reading: Reading, left_out: Counter[str]) -> Iterator[str]:

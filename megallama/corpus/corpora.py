@@ -1,19 +1,20 @@
-"""Documents as text, one at a time, from files, folders, URLs and the corpus that every Python carries.
+"""What a source stands for: files in an order that does not depend on the file system.
 
-A source is `stdlib`, a file, or a folder, which stands for all its text files in the order of their relative paths.
-Files, folders and patterns may be behind URLs that `system.remote` reads.
+A source is `stdlib`, the corpus that every Python carries; a file; a folder, which stands for all files of a known kind
+below it; or a pattern such as `data/**/*.jsonl`, which stands for all such files and folders that match. Files,
+folders and patterns may be behind URLs that `system.remote` reads.
 
     .txt         one document; longer than 1 MiB, one per stretch that ends at the first blank line past 1 MiB
     .jsonl       one document per line: the text field of a JSON object
     .jsonl.gz    the same, compressed
     .jsonl.zst   the same, compressed
-
-Text is UTF-8. Documents without text are left out.
+    .parquet     one document per row: a column of text
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from megallama.system.remote import SourcePath, is_url, remote_files, source_sta
 
 STDLIB = "stdlib"
 STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"})
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
 def iterate_documents(sources: Sequence[str], text_field: str = "text") -> Iterator[str]:
@@ -48,15 +49,45 @@ def source_files(source: str) -> Sequence[SourcePath]:
         return _remote_files(source)
     path = Path(source)
     if path.is_dir():
-        files = [file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file()]
+        files = _files_below(path)
         if not files:
             raise UserError(f"folder {source} holds no {', '.join(SUFFIXES)} file")
-        return sorted(files, key=lambda file: file.relative_to(path).as_posix())
-    if not path.exists():
-        raise UserError(f"source {source} does not exist; name a file, a folder or `{STDLIB}`")
-    if not path.name.endswith(SUFFIXES):
-        raise UserError(f"source {source} is of no known kind; known: {', '.join(SUFFIXES)}")
-    return [path]
+        return files
+    if path.exists():
+        if not path.name.endswith(SUFFIXES):
+            raise UserError(f"source {source} is of no known kind; known: {', '.join(SUFFIXES)}")
+        return [path]
+    if not any(character in source for character in "*?["):
+        raise UserError(
+            f"source {source} does not exist; name a file, a folder, a pattern such as data/**/*.jsonl, or `{STDLIB}`"
+        )
+    return _matching_files(path)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """In the order of their relative paths; UserError where a folder cannot be listed."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}); mend that or name another source")
+
+    files = [Path(parent, name) for parent, _, names in os.walk(folder, onerror=refuse) for name in names]
+    return sorted(filter(_is_text, files), key=lambda file: file.relative_to(folder).as_posix())
+
+
+def _is_text(path: Path) -> bool:
+    return path.name.endswith(SUFFIXES) and (path.is_file() or path.is_symlink())  # a broken link is missed when read
+
+
+def _matching_files(pattern: Path) -> list[Path]:
+    try:
+        found = list(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+    except ValueError as error:
+        raise UserError(f"source {pattern} is no pattern of files ({error}); use for example data/**/*.jsonl") from None
+    files = {file for path in found for file in (_files_below(path) if path.is_dir() else [path])}
+    texts = sorted(filter(_is_text, files), key=Path.as_posix)
+    if not texts:
+        raise UserError(f"source {pattern} matches no {', '.join(SUFFIXES)} file")
+    return texts
 
 
 def describe_source(source: str) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import BinaryIO
 
 import zstandard
 
-from megallama.errors import UserError
+from megallama.corpus.document_error import DocumentError
+from megallama.system.remote import SourcePath
 
 CHUNK = 1 << 20
 """Bytes that one chunk holds at most."""
@@ -23,12 +24,8 @@ ZSTD_MAGIC = 0xFD2FB528
 ZSTD_SKIPPABLE = range(0x184D2A50, 0x184D2A60)
 
 
-class DamagedError(Exception):
-    """The file is cut short, or not what its name says."""
-
-
-def gzip_chunks(file: BinaryIO) -> Iterator[bytes]:
-    """The content of all members of a gzip file; DamagedError behind the last chunk that can be read."""
+def gzip_chunks(file: BinaryIO, path: SourcePath) -> Iterator[bytes]:
+    """The content of all members of a gzip file; DocumentError behind the last chunk that can be read."""
     member = None
     rest = b""
     while rest or (rest := file.read(GZIP_INPUT)):
@@ -40,21 +37,32 @@ def gzip_chunks(file: BinaryIO) -> Iterator[bytes]:
         try:
             chunk = member.decompress(rest, CHUNK)
         except zlib.error as error:
-            raise DamagedError(str(error)) from None
+            raise _damage(path, str(error)) from None
         if chunk:
             yield chunk
         rest = member.unconsumed_tail
         if member.eof:
             rest, member = member.unused_data, None
     if member is not None:
-        raise DamagedError("the last gzip member has no end")
+        raise _damage(path, "the last gzip member has no end")
 
 
-def zstd_chunks(file: BinaryIO, path: object) -> Iterator[bytes]:
-    """The content of all frames of a zstd file; DamagedError behind the last chunk that can be read.
+def zstd_chunks(file: BinaryIO, path: SourcePath) -> Iterator[bytes]:
+    """The content of all frames of a zstd file; DocumentError behind the last chunk that can be read.
 
-    UserError for a frame with a window of more than 2**LARGEST_WINDOW_LOG bytes, which are held in memory.
+    A window, which is held in memory, has at most 2**LARGEST_WINDOW_LOG bytes.
     """
+    try:
+        yield from _zstd_chunks(file, path)
+    except (EOFError, zstandard.ZstdError) as error:
+        raise _damage(path, str(error)) from None
+
+
+def _damage(path: SourcePath, what: str) -> DocumentError:
+    return DocumentError(f"{path} is damaged or cut short: {what}", "damaged stream")
+
+
+def _zstd_chunks(file: BinaryIO, path: SourcePath) -> Iterator[bytes]:
     while magic := file.read(4):
         number = int.from_bytes(magic, "little")
         if number in ZSTD_SKIPPABLE:
@@ -64,15 +72,16 @@ def zstd_chunks(file: BinaryIO, path: object) -> Iterator[bytes]:
         elif number == ZSTD_MAGIC:
             yield from _frame_chunks(file, magic, path)
         else:
-            raise DamagedError(f"no zstd frame begins with {magic!r}")
+            raise zstandard.ZstdError(f"no zstd frame begins with {magic!r}")
 
 
-def _frame_chunks(file: BinaryIO, magic: bytes, path: object) -> Iterator[bytes]:
+def _frame_chunks(file: BinaryIO, magic: bytes, path: SourcePath) -> Iterator[bytes]:
     header, window, has_checksum = _frame_header(file)
     if window > 1 << LARGEST_WINDOW_LOG:
-        raise UserError(
+        raise DocumentError(
             f"{path} needs a window of {window >> 20:,} MiB to be read, and {1 << LARGEST_WINDOW_LOG - 20} MiB is the "
-            f"most that is; compress it again with a smaller one: zstd --long={LARGEST_WINDOW_LOG}"
+            f"most that is; compress it again with a smaller one: zstd --long={LARGEST_WINDOW_LOG}",
+            "long window",
         )
     frame = zstandard.ZstdDecompressor(max_window_size=1 << LARGEST_WINDOW_LOG).decompressobj()
     blocks = [magic + header]
@@ -86,11 +95,9 @@ def _frame_chunks(file: BinaryIO, magic: bytes, path: object) -> Iterator[bytes]
             if last or len(blocks) * LARGEST_ZSTD_BLOCK >= CHUNK:
                 blocks, whole = [], b"".join(blocks)
                 yield frame.decompress(whole)
-    except DamagedError:
-        yield frame.decompress(b"".join(blocks))  # the blocks before the damage are whole
+    except EOFError:
+        yield frame.decompress(b"".join(blocks))  # those before the end of the file are whole
         raise
-    except zstandard.ZstdError as error:
-        raise DamagedError(str(error)) from None
 
 
 def _frame_header(file: BinaryIO) -> tuple[bytes, int, bool]:
@@ -113,12 +120,12 @@ def _block(file: BinaryIO) -> tuple[bool, bytes]:
     number = int.from_bytes(header, "little")
     kind, size = number >> 1 & 3, number >> 3
     if kind == 3 or size > LARGEST_ZSTD_BLOCK:
-        raise DamagedError("a zstd block has a header that is none")
+        raise zstandard.ZstdError("a zstd block has a header that is none")
     return bool(number & 1), header + _exactly(file, 1 if kind == 1 else size)  # kind 1: one byte, repeated
 
 
 def _exactly(file: BinaryIO, size: int) -> bytes:
     content = file.read(size)
     if len(content) < size:
-        raise DamagedError("the last zstd frame has no end")
+        raise EOFError("the last zstd frame has no end")
     return content

@@ -24,8 +24,6 @@ from megallama.system.lock import output_lock
 from megallama.system.whole_file import put, remove_leftovers
 
 RECORD = "fetched.json"
-LISTED_SUFFIXES = (*SUFFIXES, ".parquet")
-"""Of the files that are fetched of a folder of the hub: those that `data build` reads."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def _of_the_hub(name: str, files: Sequence[str]) -> list[Wanted]:
     if files and corpus is None and place.path:
         raise UserError(f"{name} names its files; leave --files out, or the path {place.path}")
     places = [HubPath(place.repository, place.revision, pattern) for pattern in files] or [place]
-    found = {file.name: file for each in places for file in hub_files(each, LISTED_SUFFIXES)}
+    found = {file.name: file for each in places for file in hub_files(each, SUFFIXES)}
     return [_renamed(found[name], corpus) for name in sorted(found)]
 
 

@@ -7,16 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 
 from megallama.corpus.blocks import BLOCK_BYTES, Reading
+from megallama.corpus.bombs import BombWatch
 from megallama.corpus.document_error import DocumentError
 from megallama.corpus.lines import BOM, Lines
-from megallama.errors import UserError
 from megallama.system.remote import SourcePath
 from megallama.text.surrogates import without_surrogates
-
-LARGEST_GAP = 1 << 30
-LONGEST_GAP = 1_000_000
-"""Bytes and lines in a row without text that are read. No corpus has as many; a bomb of a few megabytes has, in any
-compression, while text that repeats itself may shrink as far."""
 
 
 class JsonLines:
@@ -24,10 +19,10 @@ class JsonLines:
 
     def __init__(self, path: SourcePath, reading: Reading) -> None:
         self._lines = Lines(path)
-        self._reading = reading
         self._field = Field(reading.text_field)
+        self._stops = reading.on_error == "stop"
+        self._bombs = BombWatch(self._lines, stops=self._stops)
         self._number = 0
-        self._gap_lines, self._gap = 0, 0  # since the last line with text, of those that were read
 
     def close(self) -> None:
         self._lines.close()
@@ -35,30 +30,45 @@ class JsonLines:
     def begin(self, number: int) -> bool:
         lines, start = self._lines, number * BLOCK_BYTES
         self._number = number
-        lines.skip_to(start)
+        while lines.position < start and lines.more():
+            limit = min(start, self._bombs.limit())
+            if lines.position < limit:
+                lines.skip_to(limit)
+                self._bombs.passed_over()
+            else:
+                self._read(Counter())
+        self._check_damage()
         return lines.position > start or (lines.position == start and lines.more()) or self._is_damaged_here()
 
     def documents(self, left_out: Counter[str]) -> Iterator[str]:
-        lines, end = self._lines, (self._number + 1) * BLOCK_BYTES
-        while lines.position < end:
-            number, position = lines.number, lines.position
-            try:
-                line = lines.read()
-                if line is None:
-                    break
-                text = self._text(line, number, position)
-            except DocumentError as error:
-                if self._reading.on_error == "stop":
-                    raise
-                left_out[error.kind] += 1
-                text = None
-            self._check_gap(bool(text), lines.position - position)
-            if text is not None:
+        end = (self._number + 1) * BLOCK_BYTES
+        while self._lines.position < end and self._lines.more():
+            text = self._read(left_out)
+            if text is not None and not self._lines.damage:
                 yield text
-        if lines.damage and self._reading.on_error == "stop":
-            raise UserError(lines.damage)
-        if self._is_damaged_here():
-            left_out["damaged stream"] += 1
+        self._check_damage()
+        if self._lines.damage and self._is_damaged_here():
+            left_out[self._lines.damage.kind] += 1
+
+    def _read(self, left_out: Counter[str]) -> str | None:
+        """The text of the next line, if it has one."""
+        number, begin = self._lines.number, self._lines.position
+        text = None
+        try:
+            line = self._lines.read()
+            if line is None:
+                return None
+            text = self._text(line, number, begin)
+        except DocumentError as error:
+            if self._stops:
+                raise
+            left_out[error.kind] += 1
+        self._bombs.read(begin, bool(text))
+        return text
+
+    def _check_damage(self) -> None:
+        if self._lines.damage and self._stops:
+            raise self._lines.damage
 
     def _is_damaged_here(self) -> bool:
         return self._lines.damage is not None and self._lines.position // BLOCK_BYTES == self._number
@@ -74,19 +84,6 @@ class JsonLines:
         except DocumentError as error:
             place = f"{self._lines.path}:{number}" if number else f"{self._lines.path}, at byte {position:,},"
             raise DocumentError(f"{place} {error}", error.kind) from None
-
-    def _check_gap(self, has_text: bool, size: int) -> None:
-        if has_text:
-            self._gap_lines, self._gap = 0, 0
-            return
-        self._gap_lines += 1
-        self._gap += size
-        if self._gap_lines > LONGEST_GAP or self._gap > LARGEST_GAP:
-            last = self._lines.number and f" after line {self._lines.number - 1 - self._gap_lines}"
-            raise UserError(
-                f"{self._lines.path} has {self._gap_lines:,} lines of {self._gap:,} bytes in a row without text"
-                f"{last or ''}: refused as a bomb; take them out"
-            )
 
 
 class Field:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from megallama.corpus.decompress import CHUNK, DamagedError, gzip_chunks, zstd_chunks
+from megallama.corpus.decompress import CHUNK, gzip_chunks, zstd_chunks
 from megallama.corpus.document_error import DocumentError
 from megallama.errors import UserError
 from megallama.system.remote import SourcePath, open_source_file
@@ -15,6 +15,8 @@ from megallama.system.remote import SourcePath, open_source_file
 BOM = b"\xef\xbb\xbf"
 LARGEST_RECORD = 64 << 20
 """Bytes of a line, or of a document, at most."""
+LARGEST_GAP = 1 << 30
+"""Bytes of compressed content in a row without a document that are read."""
 
 
 class Lines:
@@ -30,13 +32,14 @@ class Lines:
         """Where the next line begins, in bytes of content; behind damage, where the damage is."""
         self.number: int | None = 1
         """Of the next line, from 1; None if bytes were left out unread."""
-        self.damage: str | None = None
-        """What is wrong with the file at `position`, behind which nothing can be read."""
+        self.damage: DocumentError | None = None
+        """What is wrong with the file at `position`, behind which nothing is read."""
         with refusals_named(path):
             self._file = open_source_file(path)
-        self._plain = path.suffix not in (".gz", ".zst")
+        self.compressed = path.suffix in (".gz", ".zst")
         self._chunks = self._read_chunks()
         self._chunk, self._at = b"", 0
+        self._line_begin = 0
 
     def close(self) -> None:
         self._file.close()
@@ -56,7 +59,8 @@ class Lines:
         if end:
             line = self._chunk[self._at : end]
             self._at = end
-            self._passed(len(line))
+            self.position = self._line_begin = self.position + len(line)
+            self.number = self.number and self.number + 1
             return line
         return self._read_across_chunks()
 
@@ -64,44 +68,60 @@ class Lines:
         """To the first line that begins at `target` or behind it, or to the end of the content."""
         if self.position >= target:
             return
-        if self._plain:
-            self._seek(target - 1)
-        else:
+        if self.compressed:
             self._skip_bytes(target - 1 - self.position)
+        else:
+            self._seek(target - 1)
         self.skip_line()  # a line begins at the target if the byte before it ends one
 
     def skip_line(self) -> None:
         """To the next line, without holding this one in memory."""
         while self.more():
             end = self._chunk.find(b"\n", self._at) + 1
-            size = (end or len(self._chunk)) - self._at
-            self._at += size
+            self._pass((end or len(self._chunk)) - self._at)
             if end:
-                self._passed(size)
                 return
-            self._passed(size, ended=False)
 
-    def _passed(self, size: int, *, ended: bool = True) -> None:
-        self.position += size
-        self.number = self.number and self.number + ended
+    def end(self, damage: DocumentError) -> None:
+        """Read nothing any more."""
+        self.damage = damage
+        self._chunk, self._at, self._chunks = b"", 0, iter(())
 
     def _read_across_chunks(self) -> bytes | None:
         place, pieces, size, end = self.place, list[bytes](), 0, 0
         while not end and self.more():
             end = self._chunk.find(b"\n", self._at) + 1
             piece = self._chunk[self._at : end or len(self._chunk)]
-            self._at += len(piece)
+            self._pass(len(piece))
+            pieces.append(piece)
             size += len(piece)
             if size > LARGEST_RECORD:
-                self._passed(size, ended=bool(end))
+                pieces.clear()
                 if not end:
                     self.skip_line()
                 raise DocumentError(f"{place} has a line of more than {LARGEST_RECORD >> 20} MiB; split it", "too long")
-            pieces.append(piece)
-        self._passed(size)
         if self.damage or not pieces:
             return None  # what stands before damage is no whole line
         return b"".join(pieces)
+
+    def _pass(self, size: int) -> None:
+        """Leave that much of the chunk behind."""
+        begin, end = self._at, self._at + size
+        first_end = self._chunk.find(b"\n", begin, end) + 1 or end
+        if self.compressed and self.position + first_end - begin - self._line_begin > LARGEST_GAP:
+            self.position = self._line_begin + LARGEST_GAP  # for every reader the same one
+            self.end(
+                DocumentError(
+                    f"{self.path} has a line of {LARGEST_GAP:,} bytes: refused as a bomb; take it out", "bomb"
+                )
+            )
+            return
+        lines = self._chunk.count(b"\n", begin, end)
+        if lines:
+            self.number = self.number and self.number + lines
+            self._line_begin = self.position + self._chunk.rfind(b"\n", begin, end) + 1 - begin
+        self._at = end
+        self.position += size
 
     def _seek(self, target: int) -> None:
         with refusals_named(self.path):
@@ -113,10 +133,7 @@ class Lines:
     def _skip_bytes(self, count: int) -> None:
         while count and self.more():
             size = min(count, len(self._chunk) - self._at)
-            assert self.number
-            self.number += self._chunk.count(b"\n", self._at, self._at + size)
-            self._at += size
-            self.position += size
+            self._pass(size)
             count -= size
 
     def _fill(self) -> bool:
@@ -129,14 +146,14 @@ class Lines:
         with refusals_named(self.path):
             try:
                 yield from filter(None, self._contents(self._file))
-            except DamagedError as error:
-                self.damage = f"{self.path} is damaged or cut short: {error}"
+            except DocumentError as error:
+                self.end(error)
 
     def _contents(self, file: BinaryIO) -> Iterator[bytes]:
         if self.path.suffix == ".zst":
             return zstd_chunks(file, self.path)
         if self.path.suffix == ".gz":
-            return gzip_chunks(file)
+            return gzip_chunks(file, self.path)
         return iter(lambda: file.read(CHUNK), b"")
 
 

@@ -57,7 +57,7 @@ class RemoteFile:
         return self.url
 
     def open(self) -> BinaryIO:
-        """The content, seekable; OSError where it cannot be read."""
+        """The content, seekable; it raises UserError where it cannot be read."""
         return cast(BinaryIO, io.BufferedReader(_Ranges(self), READ_AHEAD))
 
     def read(self, start: int, end: int) -> bytes:
@@ -160,7 +160,10 @@ class _Ranges(io.RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer)
-        content = self._file.read(self._place, self._place + min(len(view), READ_AHEAD))
+        try:
+            content = self._file.read(self._place, self._place + min(len(view), READ_AHEAD))
+        except OSError as error:  # readers may take an OSError for a damaged file, which they leave out
+            raise UserError(f"{self._file} cannot be read any further ({error.strerror}); repeat the command") from None
         view[: len(content)] = content
         self._place += len(content)
         return len(content)

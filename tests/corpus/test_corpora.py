@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megallama.corpus import json_lines as gaps
+from megallama.corpus import bombs
 from megallama.corpus.corpora import describe_source, iterate_documents, source_files
 from megallama.errors import UserError
 
@@ -123,8 +123,8 @@ FORMATS = pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
 def test_a_bomb_is_refused_in_every_compression(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, unit: bytes, times: int
 ) -> None:
-    monkeypatch.setattr(gaps, "LARGEST_GAP", 5_000_000)
-    monkeypatch.setattr(gaps, "LONGEST_GAP", 50_000)
+    monkeypatch.setattr(bombs, "LARGEST_GAP", 5_000_000)
+    monkeypatch.setattr(bombs, "LONGEST_GAP", 50_000)
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(packed(suffix, b'{"text": "a"}\n' + unit * times))
     with pytest.raises(UserError, match=rf"a\.{suffix} has .* in a row without text after line 1: refused as a bomb"):

@@ -9,12 +9,15 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import zstandard
 
 from megallama.corpus import upload
+from megallama.corpus.blocks import Reading, read_blocks
 from megallama.corpus.build import build_dataset
 from megallama.corpus.corpora import source_files
 from megallama.corpus.upload import local_output
@@ -27,10 +30,20 @@ pytestmark = pytest.mark.peers
 
 LINES = [json.dumps({"text": f"document {n} of {random.Random(n).random()}"}) + "\n" for n in range(2000)]
 TEXT = "".join(LINES).encode()
+
+
+def parquet(rows: int) -> bytes:
+    file = io.BytesIO()
+    texts = [f"row {n} of {random.Random(n).random()}" for n in range(rows)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), file, row_group_size=500)
+    return file.getvalue()
+
+
 FILES = {
     "a.jsonl": TEXT,
     "deep/b.jsonl.zst": zstandard.compress(TEXT),
     "deep/c.jsonl.gz": gzip.compress(TEXT),
+    "f.parquet": parquet(2000),
     "d.txt": b"some words\n\n" * 200,
     "e.pdf": b"%PDF",
 }
@@ -58,7 +71,7 @@ def made(prefix: str) -> tuple[bytes, bytes]:
     return Path(prefix + ".bin").read_bytes(), Path(prefix + ".idx").read_bytes()
 
 
-@pytest.mark.parametrize("path", ["text", "text/deep/b.jsonl.zst", "text/d.txt"])
+@pytest.mark.parametrize("path", ["text", "text/deep/b.jsonl.zst", "text/d.txt", "text/f.parquet"])
 def test_text_in_a_bucket_is_that_on_the_disk(bucket: Bucket, tmp_path: Path, path: str) -> None:
     for name, source in (("there", f"s3://{bucket.name}/{path}"), ("here", str(tmp_path / path))):
         build_dataset([source], str(tmp_path / name), "bytes", workers=1)
@@ -80,12 +93,29 @@ def test_folders_patterns_and_what_is_not_there(bucket: Bucket) -> None:
         url: [str(path).removeprefix(f"{base}/") for path in source_files(url)] for url in (base, f"{base}/**/*.gz")
     }
     assert named == {
-        base: ["a.jsonl", "d.txt", "deep/b.jsonl.zst", "deep/c.jsonl.gz"],
+        base: ["a.jsonl", "d.txt", "deep/b.jsonl.zst", "deep/c.jsonl.gz", "f.parquet"],
         f"{base}/**/*.gz": ["deep/c.jsonl.gz"],
     }
     for url in (f"{base}/none", f"{base}/*.none", f"{base}/e.pdf"):
         with pytest.raises(UserError, match=r"holds no \.txt"):
             source_files(url)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "deep/b.jsonl.zst", "f.parquet"])
+def test_a_storage_that_fails_is_no_damaged_file(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    path = remote_file(f"s3://{bucket.name}/text/{name}")
+    monkeypatch.setattr(remote, "READ_AHEAD", 4096)
+    read, reads = remote.RemoteFile.read, iter(range(100))
+
+    def failing(file: remote.RemoteFile, start: int, end: int) -> bytes:
+        if next(reads) == 2:
+            raise OSError(5, "the network is gone")
+        return read(file, start, end)
+
+    monkeypatch.setattr(remote.RemoteFile, "read", failing)
+    blocks = read_blocks(path, Reading(on_error="skip"))
+    with pytest.raises(UserError, match=rf"{name} cannot be read any further \(the network is gone\)"):
+        list(chain.from_iterable(block.documents for block in blocks))
 
 
 def test_a_remote_file_is_read_as_a_local_one_in_bounded_pieces(
@@ -140,6 +170,6 @@ def test_the_command_reads_from_and_writes_to_a_bucket(bucket: Bucket, tmp_path:
     base = f"s3://{bucket.name}"
     build = [sys.executable, "-m", "megallama", "data", "build", f"{base}/text", "--output", f"{base}/by/corpus"]
     said = subprocess.run([*build, "--workers", "2"], capture_output=True, text=True, check=True).stdout
-    assert said.startswith(f"{base}/by/corpus: 6,001 documents, ")
+    assert said.startswith(f"{base}/by/corpus: 8,001 documents, ")
     info = [sys.executable, "-m", "megallama", "data", "info", f"{base}/by/corpus", "--json"]
-    assert json.loads(subprocess.run(info, capture_output=True, check=True).stdout)["documents"] == 6001
+    assert json.loads(subprocess.run(info, capture_output=True, check=True).stdout)["documents"] == 8001
