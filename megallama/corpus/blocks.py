@@ -45,6 +45,8 @@ class Block(NamedTuple):
     documents: Iterator[str]
     left_out: Counter[str]
     """Documents that are left out, by kind; complete when `documents` is at its end."""
+    file_bytes: int
+    """Of the file, where the block begins: how far the reader is."""
 
 
 class BlockFile(Protocol):
@@ -53,6 +55,10 @@ class BlockFile(Protocol):
     def __init__(self, path: SourcePath, reading: Reading) -> None: ...
 
     def close(self) -> None: ...
+
+    @property
+    def file_bytes(self) -> int:
+        """How many bytes of the file were read or passed over."""
 
     def begin(self, number: int) -> bool:
         """Go forward to a block. Returns whether the file has it."""
@@ -77,7 +83,7 @@ def read_blocks(
             if not file.begin(number):
                 return
             left_out = Counter[str]()
-            yield Block(number, _long_enough(file.documents(left_out), reading, left_out), left_out)
+            yield Block(number, _long_enough(file.documents(left_out), reading, left_out), left_out, file.file_bytes)
 
 
 def _open(path: SourcePath, reading: Reading) -> BlockFile:

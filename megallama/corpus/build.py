@@ -1,52 +1,40 @@
-"""Text to an indexed dataset: documents are read here, tokenised in worker processes, and joined in order.
+"""Text to an indexed dataset: every worker reads and tokenises blocks of the files itself, and the shards are joined.
 
-The documents are cut into blocks of about BLOCK_CHARACTERS, whatever the number of workers. Each block becomes one
-shard in the folder PREFIX.parts-KEY; the shards are then joined in the order of the text, so the bytes of the dataset
-do not depend on the workers, and a build that was stopped continues with the blocks that have no shard.
+What one block gives does not depend on who reads it, and the shards are joined in the order of the text, so the bytes
+of the dataset do not depend on the workers or the parts. Shards are kept in PREFIX.parts, or in PREFIX.part-I-of-N, so
+a build that was stopped continues with the blocks that have none.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
+import errno
 import itertools
 import json
-import multiprocessing
 import os
-import shutil
-import signal
-import threading
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
+from types import TracebackType
 
-import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 
-from megallama.corpus.corpora import describe_source, iterate_documents
-from megallama.corpus.progress import Counter
-from megallama.data.indexed import (
-    IndexedWriter,
-    Tokens,
-    bin_path,
-    idx_path,
-    token_dtype,
-)
-from megallama.data.info import DatasetInfo, info_path, open_described
+from megallama.corpus.blocks import Reading
+from megallama.corpus.join import join
+from megallama.corpus.progress import Progress
+from megallama.corpus.recipe import Recipe, Share, make_recipe, recipe_from_json
+from megallama.corpus.shard import Counts, Shard
+from megallama.corpus.shards import Shards
+from megallama.corpus.workers import Here, Job, Made, Task, Team, WorkerLostError, Workers
+from megallama.data.indexed import bin_path, idx_path
+from megallama.data.info import DatasetInfo, open_described
 from megallama.errors import UserError, check_printable
-from megallama.system.lock import Lock, beside, output_lock
-from megallama.system.signals import interrupt_later
-from megallama.system.whole_file import put, remove_leftovers, temporary
-from megallama.text.tokenizer import Tokenizer, load_tokenizer
+from megallama.system.lock import beside, output_lock
+from megallama.system.whole_file import put
 
-BLOCK_CHARACTERS = 2_000_000
+PART_NAME = "part.json"
+"""In the folder of a part: what was built, written when all of it is there."""
 
 
 def build_dataset(
@@ -55,7 +43,8 @@ def build_dataset(
     tokenizer: str,
     *,
     workers: int | None = None,
-    text_field: str = "text",
+    reading: Reading | None = None,
+    deduplicate: bool = False,
     force: bool = False,
     console: Console | None = None,
 ) -> tuple[DatasetInfo, bool]:
@@ -65,45 +54,75 @@ def build_dataset(
     that cannot be read, hold no text, or differ from those of a dataset that stands at PREFIX, unless `force`; and for
     a build that the machine stopped, which continues when it is repeated.
     """
-    _check_name(prefix)
-    loaded = load_tokenizer(tokenizer)
-    described = [describe_source(source) for source in sources]
-    inputs = _hash([described, text_field, loaded.fingerprint, BLOCK_CHARACTERS])
-    rules = (tokenizer, loaded.fingerprint, loaded.vocab_size, loaded.eod_id)
-    empty = DatasetInfo(*rules, documents=0, tokens=0, sources=described, inputs=inputs)
+    check_prefix(prefix)
+    recipe = make_recipe(sources, tokenizer, reading or Reading(), deduplicate=deduplicate)
     workers = workers or os.cpu_count() or 1
-    try:
-        if not force and (found := _standing_dataset(prefix, inputs)):
+    with stopped_builds_explained(prefix, workers):
+        shards = Shards(Path(f"{prefix}.parts"), recipe)
+        if not force and (found := standing_dataset(prefix, recipe)) and not shards.folder.exists():
             return found, True
         with output_lock(beside(Path(prefix)), f"--output {prefix}", "--output") as lock:
-            if not force and (found := _standing_dataset(prefix, inputs)):
+            if not force and (found := standing_dataset(prefix, recipe)):
+                shards.remove()  # the build that made it was killed before it could
                 return found, True
-            blocks = _blocks_with_text(sources, text_field)
-            for path in (bin_path(prefix), idx_path(prefix), info_path(prefix)):
-                remove_leftovers(path)
-            with _parts(prefix, inputs) as parts:
-                shards = _tokenized(blocks, parts, tokenizer, loaded, workers)
-                return _join(shards, prefix, empty, lock, console or Console(stderr=True)), False
-    except BrokenProcessPool:
-        raise UserError(
-            f"a worker process of the build of {prefix} was killed, most likely for want of memory; the same command "
-            f"continues where it stopped, and needs less memory with --workers {workers // 2}"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"the build of --output {prefix} was stopped ({error.strerror}); mend that and repeat the command, "
-            "or choose another --output"
-        ) from None
+            try:
+                with _Building(shards, recipe, (0, 1), workers, console or Console(stderr=True)) as building:
+                    info = join(building.in_order, recipe, building.hashes, prefix, shards.folder, lock)
+            except FileNotFoundError:
+                lock.check()  # whoever removed it may have made the same output, and removed the shards
+                raise
+            shards.remove()
+            return info, False
 
 
-def tokenize_block(documents: Sequence[str], tokenizer: Tokenizer) -> tuple[Tokens, npt.NDArray[np.int32]]:
-    """Ids of the documents, each with the end of document after it, and the length of each with that end."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    ids = [np.array([*tokenizer.encode(document), tokenizer.eod_id], dtype) for document in documents]
-    return np.concatenate(ids), np.array([len(document) for document in ids], "<i4")
+def build_part(
+    sources: Sequence[str],
+    prefix: str,
+    tokenizer: str,
+    part: Share,
+    *,
+    workers: int | None = None,
+    reading: Reading | None = None,
+    deduplicate: bool = False,
+    force: bool = False,
+    console: Console | None = None,
+) -> tuple[int, int, bool]:
+    """Make part I of N of what `build_dataset` makes, `part` being (I - 1, N), in the folder PREFIX.part-I-of-N.
+
+    Returns its documents and tokens, before duplicates are dropped, and whether it stood there already. UserError as
+    `build_dataset`.
+    """
+    check_prefix(prefix)
+    recipe = make_recipe(sources, tokenizer, reading or Reading(), deduplicate=deduplicate)
+    workers = workers or os.cpu_count() or 1
+    folder = part_folder(prefix, part)
+    done = folder / PART_NAME
+    with stopped_builds_explained(str(folder), workers), output_lock(beside(folder), f"part {folder}", "--output"):
+        if not force and (found := _standing_part(done, recipe)):
+            return *found, True
+        done.unlink(missing_ok=True)
+        with _Building(Shards(folder, recipe), recipe, part, workers, console or Console(stderr=True)) as building:
+            documents, tokens = building.finish()
+        content = {"part": part, "documents": documents, "tokens": tokens, "recipe": asdict(recipe)}
+        put(done, json.dumps(content).encode())
+    return documents, tokens, False
 
 
-def _check_name(prefix: str) -> None:
+def parse_part(part: str) -> Share:
+    """(I - 1, N) of "I/N"; UserError if it is no part."""
+    number, _, count = part.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UserError(f"--part {part} is no part; the first of four is --part 1/4, the last --part 4/4")
+    return int(number) - 1, int(count)
+
+
+def part_folder(prefix: str, part: Share) -> Path:
+    """Where a part is; (0, 4) is the first of four."""
+    return Path(f"{prefix}.part-{part[0] + 1}-of-{part[1]}")
+
+
+def check_prefix(prefix: str) -> None:
+    """UserError if PREFIX names no files."""
     check_printable("--output", prefix)
     if os.path.basename(prefix) in ("", ".", ".."):
         raise UserError(
@@ -112,149 +131,159 @@ def _check_name(prefix: str) -> None:
         )
 
 
-def _standing_dataset(prefix: str, inputs: str) -> DatasetInfo | None:
-    """The dataset at PREFIX if it was made from `inputs`, None if there is none, UserError if it is another."""
+def standing_dataset(prefix: str, recipe: Recipe) -> DatasetInfo | None:
+    """The dataset at PREFIX if it was made by `recipe`, None if there is none, UserError if it is another."""
     if not idx_path(prefix).exists():
         return None
     _, info = open_described(prefix)
-    if info is None or info.inputs != inputs:
+    if info is None or info.inputs != recipe.inputs:
         raise UserError(
-            f"{bin_path(prefix)} was made from other sources or another tokenizer; "
+            f"{bin_path(prefix)} was made from other sources or another tokenizer, or by other rules; "
             "add --force to replace it or choose another --output"
         )
     return info
 
 
 @contextmanager
-def _parts(prefix: str, inputs: str) -> Iterator[Path]:
-    """The folder of the shards; it outlasts a build that was stopped, for that to continue."""
-    parts = Path(f"{prefix}.parts-{inputs[:16]}")
-    parts.mkdir(parents=True, exist_ok=True)
+def stopped_builds_explained(prefix: str, workers: int) -> Iterator[None]:
+    """UserError for what the machine does to a build."""
     try:
-        yield parts
-    except UserError:
-        shutil.rmtree(parts, ignore_errors=True)  # A source is at fault: once it is mended, these are not its shards
-        raise
-    # A build before this one may have been killed a moment ago, and its workers not have noticed yet.
-    shutil.rmtree(parts, ignore_errors=True)
-
-
-def _join(shards: Iterable[Path], prefix: str, empty: DatasetInfo, lock: Lock, console: Console) -> DatasetInfo:
-    """Write the dataset of these shards; returns `empty` with their counts. UserError where `lock` was removed."""
-    writer = IndexedWriter(prefix, token_dtype(empty.vocab_size))
-    try:
-        with Counter(console) as counter:
-            for shard in shards:
-                tokens, sizes = _read_shard(shard)
-                writer.add(tokens, sizes)
-                counter.add(len(sizes), len(tokens))
-        info = replace(empty, documents=counter.documents, tokens=counter.tokens)
-        writer.seal()
-        lock.check()
-        idx_path(prefix).unlink(missing_ok=True)  # The index vouches for the two other files: it goes first, comes last
-        put(info_path(prefix), (json.dumps(asdict(info), indent=1) + "\n").encode())
-        writer.close()
-    finally:
-        writer.discard()
-    return info
-
-
-def _blocks_with_text(sources: Sequence[str], text_field: str) -> Iterator[list[str]]:
-    """The blocks of the sources; the first is read now, before anything is written. UserError if there is none."""
-    blocks = _blocks(iterate_documents(sources, text_field))
-    first = next(blocks, None)
-    if first is None:
-        raise UserError(f"the sources {', '.join(sources)} hold no text; name others")
-    return itertools.chain([first], blocks)
-
-
-def _blocks(documents: Iterable[str]) -> Iterator[list[str]]:
-    block: list[str] = []
-    size = 0
-    for document in documents:
-        block.append(document)
-        size += len(document)
-        if size >= BLOCK_CHARACTERS:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
-
-
-def _tokenized(
-    blocks: Iterable[list[str]], parts: Path, spec: str, tokenizer: Tokenizer, workers: int
-) -> Iterator[Path]:
-    """The shard of each block, in order; two blocks per worker are under way, so memory stays bounded."""
-    shards = ((block, parts / f"{number:06d}.npz") for number, block in enumerate(blocks))
-    if workers == 1:
-        for block, shard in shards:
-            if not shard.exists():
-                _write_shard(shard, *tokenize_block(block, tokenizer))
-            yield shard
-        return
-    # Not fork: a copy of a process in which torch has started threads can hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_stand_alone) as pool:
-        under_way: deque[tuple[Path, Future[None]]] = deque()
-        try:
-            for block, shard in shards:
-                with interrupt_later():  # a terminal sends it to all: a worker heeds it once it can be silent
-                    under_way.append((shard, pool.submit(_work, block, spec, shard)))
-                if len(under_way) > 2 * workers:
-                    yield _finished(*under_way.popleft())
-            while under_way:
-                yield _finished(*under_way.popleft())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _stand_alone() -> None:
-    """End this worker without a word at a Ctrl-C, of which its parent speaks for all, and when the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _work(block: list[str], spec: str, shard: Path) -> None:
-    if not shard.exists():
-        _write_shard(shard, *tokenize_block(block, _tokenizer_of_process(spec)))
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer_of_process(spec: str) -> Tokenizer:
-    # Loading costs up to a second; a worker does it once, not once per block.
-    return load_tokenizer(spec)
-
-
-def _finished(shard: Path, work: Future[None]) -> Path:
-    work.result()
-    return shard
-
-
-def _write_shard(shard: Path, tokens: Tokens, sizes: npt.NDArray[np.int32]) -> None:
-    path = temporary(shard)
-    with path.open("xb") as file:
-        np.savez(file, tokens=tokens, sizes=sizes)
-    path.replace(shard)
-
-
-def _read_shard(shard: Path) -> tuple[Tokens, npt.NDArray[np.int32]]:
-    try:
-        with np.load(shard) as content:
-            return content["tokens"], content["sizes"]
-    except (ValueError, EOFError, KeyError, BadZipFile) as error:
+        yield
+    except WorkerLostError:
         raise UserError(
-            f"{shard}, which a stopped build left, is damaged ({error}) and removed; repeat the command"
+            f"a worker process of the build of {prefix} was killed, most likely for want of memory; the same command "
+            f"continues where it stopped, and needs less memory with --workers {max(1, workers // 2)}"
+        ) from None
+    except MemoryError:
+        raise UserError(
+            f"there is not enough memory for the build of {prefix}; the same command continues where it stopped, and "
+            f"needs less with --workers {max(1, workers // 2)}"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"the build of --output {prefix} was stopped ({error.strerror}); mend that and repeat the command, "
+            "or choose another --output"
         ) from None
 
 
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _standing_part(done: Path, recipe: Recipe) -> tuple[int, int] | None:
+    try:
+        found = json.loads(done.read_bytes())
+        made, counts = recipe_from_json(found["recipe"]), (found["documents"], found["tokens"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    if made.inputs != recipe.inputs:
+        raise UserError(
+            f"{done.parent} was made from other sources or another tokenizer, or by other rules; "
+            "add --force to replace it or choose another --output"
+        )
+    return counts
+
+
+class _Building:
+    """The shards of one part, as they come to stand."""
+
+    def __init__(self, shards: Shards, recipe: Recipe, part: Share, workers: int, console: Console) -> None:
+        self._shards, self._recipe, self._workers = shards, recipe, workers
+        self._work = list(recipe.work(part))
+        self._there: defaultdict[str, set[int]] = defaultdict(set)
+        """Numbers of the blocks of a unit whose shards stand."""
+        self._open = Counter[str]()
+        """Tasks of a unit that are not done."""
+        self._blocks = Counter[str]()
+        self._hashes: dict[str, list[str]] = {}
+        self._units = {unit.key: unit for unit, _ in self._work}
+        self._progress = Progress(console, sum(unit.bytes // count for unit, (_, count) in self._work))
+        self._team: Team = Here((), self._job)
+
+    @property
+    def _job(self) -> Job:
+        recipe = self._recipe
+        return Job(self._shards.folder, recipe.tokenizer, recipe.reading, recipe.dtype, recipe.deduplicate)
+
+    def __enter__(self) -> _Building:
+        self._shards.folder.mkdir(parents=True, exist_ok=True)
+        self._shards.remove_leftovers()
+        tasks = list(self._tasks())
+        workers = min(self._workers, sum(task.share is not None for task in tasks))
+        self._progress.__enter__()
+        self._team = Workers(tasks, self._job, workers) if workers > 1 else Here(tasks, self._job)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.__exit__(kind, error, trace)
+        self._team.close()
+        if kind and not self._progress.documents:
+            self._shards.remove()  # nothing in it is worth another command
+
+    def _tasks(self) -> Iterator[Task]:
+        """What is left to do."""
+        standing = self._shards.standing()
+        total = sum(unit.bytes // count for unit, (_, count) in self._work)
+        for unit, (number, count) in self._work:
+            for block in standing.get(unit.key, ()):
+                if shard := self._shards.read(unit, block):
+                    self._stands(unit.key, block, shard.counts)
+            there = frozenset(self._there[unit.key])
+            blocks = self._shards.noted(unit, "blocks")
+            if blocks is None or not there.issuperset(range(number, blocks, count)):
+                hands = unit.shares(self._workers, total)
+                self._open[unit.key] = hands
+                for hand in range(hands):
+                    yield Task(unit, (number + count * hand, count * hands), there)
+            else:
+                self._progress.read(unit.bytes // count)
+            if (hashes := self._shards.noted(unit, "sha256")) is not None:
+                self._hashes[unit.key] = hashes
+            elif unit.number % count == number:
+                yield Task(unit, None, frozenset())
+
+    def in_order(self) -> Iterator[Shard]:
+        """All shards of a build in one part; each as soon as it stands and those before it have been taken."""
+        for unit in self._recipe.units:
+            for number in itertools.count():
+                while number not in self._there[unit.key] and self._open[unit.key]:
+                    self._take()
+                if number not in self._there[unit.key]:
+                    break
+                if (shard := self._shards.read(unit, number)) is None:
+                    raise FileNotFoundError(errno.ENOENT, f"{self._shards.folder} was removed")
+                yield shard
+                self._take(block=False)
+
+    def finish(self) -> tuple[int, int]:
+        """Wait for all of it; returns documents and tokens. UserError if a source was changed meanwhile."""
+        while self._take():
+            pass
+        self._recipe.check_unchanged()
+        return self._progress.documents, self._progress.tokens
+
+    def hashes(self) -> dict[str, list[str]]:
+        """SHA-256 of the files of each unit, when all is done."""
+        self.finish()
+        return self._hashes
+
+    def _take(self, *, block: bool = True) -> bool:
+        """Heed what the workers say; whether they work still."""
+        messages = self._team.messages(block=block)
+        for message in messages or ():
+            unit = self._units[message.unit]
+            self._progress.read(message.read)
+            if isinstance(message, Made):
+                self._stands(unit.key, message.number, message.counts)
+            elif message.share is None:
+                self._hashes[unit.key] = list(message.sha256)
+                self._shards.note(unit, "sha256", message.sha256)
+            else:
+                self._open[unit.key] -= 1
+                self._blocks[unit.key] = max(self._blocks[unit.key], message.blocks)
+                if not self._open[unit.key]:
+                    self._shards.note(unit, "blocks", self._blocks[unit.key])
+        self._progress.show()
+        return messages is not None
+
+    def _stands(self, key: str, block: int, counts: Counts) -> None:
+        self._there[key].add(block)
+        self._progress.add(counts)

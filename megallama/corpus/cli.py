@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import time
+from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +26,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 TOKENIZERS = "`bytes`, a tiktoken encoding, a rank file, a folder or hf:FILE, a tokenizer.json."
 
+
+class OnError(Enum):
+    """What a broken document does to a build."""
+
+    STOP = "stop"
+    SKIP = "skip"
+
+
 data_app = typer.Typer(help="Build and inspect datasets.", no_args_is_help=True)
 tokenizer_app = typer.Typer(help="Train and inspect tokenizers.", no_args_is_help=True)
 
@@ -35,20 +45,67 @@ def build_command(
     tokenizer: Annotated[str, typer.Option(help=TOKENIZERS)] = "bytes",
     workers: Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one per CPU.")] = None,
     text_field: TextField = "text",
+    min_length: Annotated[int, typer.Option(min=1, help="Leave out documents of fewer characters.")] = 1,
+    on_error: Annotated[OnError, typer.Option(help="Stop at a broken document, or leave it out and count it.")] = (
+        OnError.STOP
+    ),
+    deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Keep the first of equal documents.")] = False,
+    part: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Build part I of N only, for `megallama data merge PREFIX`.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Build a dataset from text. An output that was built from the same inputs is kept.
 
     Example: megallama data build stdlib --output data/stdlib --tokenizer data/tokenizer
     """
-    from megallama.corpus.build import build_dataset
-    from megallama.corpus.upload import local_output
+    from megallama.corpus.blocks import Reading
+    from megallama.corpus.build import build_dataset, build_part, parse_part, part_folder
+    from megallama.corpus.upload import check_on_disk, local_output
 
     begin = time.monotonic()
-    with local_output(output, force=force) as prefix:
-        info, reused = build_dataset(sources, prefix, tokenizer, workers=workers, text_field=text_field, force=force)
-    done = "kept, its inputs are the same" if reused else f"built in {time.monotonic() - begin:.1f} s"
+    reading = Reading(text_field, min_length, on_error.value)
+    options: dict[str, Any] = {"workers": workers, "reading": reading, "deduplicate": deduplicate, "force": force}
+    if part is None:
+        with local_output(output, force=force) as prefix:
+            info, reused = build_dataset(sources, prefix, tokenizer, **options)
+        typer.echo(f"{output}: {info.documents:,} documents, {info.tokens:,} tokens, {_done(reused, begin)}")
+        _print_left_out(info.left_out)
+        return
+    which = parse_part(part)
+    check_on_disk("--output", output)
+    documents, tokens, reused = build_part(sources, output, tokenizer, which, **options)
+    folder = part_folder(output, which)
+    typer.echo(f"{folder}: {documents:,} documents, {tokens:,} tokens, {_done(reused, begin)}")
+
+
+@data_app.command("merge")
+def merge_command(
+    output: Annotated[str, typer.Argument(metavar="PREFIX", help="As in `data build --output PREFIX --part I/N`.")],
+    force: Force = False,
+) -> None:
+    """Make one dataset of the parts that `data build --part` built, and remove them.
+
+    Example: megallama data merge data/stdlib
+    """
+    from megallama.corpus.merge import merge_parts
+    from megallama.corpus.upload import check_on_disk
+
+    check_on_disk("PREFIX", output)
+    info, reused = merge_parts(output, force=force)
+    done = "kept, its inputs are the same" if reused else "merged"
     typer.echo(f"{output}: {info.documents:,} documents, {info.tokens:,} tokens, {done}")
+    _print_left_out(info.left_out)
+
+
+def _done(reused: bool, begin: float) -> str:
+    return "kept, its inputs are the same" if reused else f"built in {time.monotonic() - begin:.1f} s"
+
+
+def _print_left_out(left_out: Mapping[str, int]) -> None:
+    if left_out:
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in left_out.items())
+        typer.echo(f"left out: {counts}")
 
 
 @data_app.command("fetch")

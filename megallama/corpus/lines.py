@@ -45,6 +45,11 @@ class Lines:
         self._file.close()
 
     @property
+    def file_bytes(self) -> int:
+        """Where the file stands."""
+        return self._file.tell()
+
+    @property
     def place(self) -> str:
         """The next line, for the user to find it."""
         return f"{self.path}:{self.number}" if self.number else f"{self.path}, at byte {self.position:,},"

@@ -11,7 +11,7 @@ from megallama.corpus.blocks import Reading
 from megallama.corpus.document_error import DocumentError
 from megallama.corpus.lines import LARGEST_RECORD, refusals_named
 from megallama.errors import UserError
-from megallama.system.remote import SourcePath, open_source_file
+from megallama.system.remote import SourcePath, open_source_file, source_state
 
 BATCH_BYTES = 8 << 20
 MOST_ROWS = 1024
@@ -56,6 +56,10 @@ class ParquetRows:
 
     def close(self) -> None:
         self._file.close()
+
+    @property
+    def file_bytes(self) -> int:
+        return source_state(self._path)[0] * self._number // max(1, self._groups)
 
     def begin(self, number: int) -> bool:
         self._number = number

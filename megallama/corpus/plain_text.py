@@ -26,6 +26,10 @@ class PlainText:
     def close(self) -> None:
         self._lines.close()
 
+    @property
+    def file_bytes(self) -> int:
+        return self._lines.file_bytes
+
     def begin(self, number: int) -> bool:
         lines, start = self._lines, number * BLOCK_BYTES
         self._number = number

@@ -42,6 +42,15 @@ def local_output(output: str, *, force: bool) -> Iterator[str]:
         ) from None
 
 
+def check_on_disk(option: str, output: str) -> None:
+    """UserError if the output is a URL: parts are joined where they are."""
+    if is_url(output):
+        raise UserError(
+            f"{option} {output} is a URL, and parts are built and merged on a disk that the nodes share; name a prefix "
+            "there, and upload what is merged"
+        )
+
+
 def _is_there(output: str) -> bool:
     try:
         remote_file(f"{output}.idx")

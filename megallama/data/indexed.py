@@ -23,9 +23,10 @@ import errno
 import os
 import stat
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,9 @@ from megallama.system.whole_file import temporary
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPE_CODES: dict[int, str] = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+
+AT_ONCE = 1 << 20
+"""Documents whose place in the index is computed at once."""
 
 Tokens = npt.NDArray[np.integer[Any]]
 
@@ -56,31 +60,46 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class IndexedWriter:
-    """Writes a dataset under temporary names of its own; `close` makes it appear, the index last."""
+    """Writes a dataset under temporary names of its own; `close` makes it appear, the index last.
+
+    The memory it takes does not depend on the number of documents.
+    """
 
     def __init__(self, prefix: str, dtype: np.dtype[Any]) -> None:
         self._prefix = prefix
         self._dtype = dtype
-        self._sizes: list[npt.NDArray[np.int32]] = []
+        self._documents = 0
         bin_path(prefix).parent.mkdir(parents=True, exist_ok=True)
         self._bin_path, self._idx_path = temporary(bin_path(prefix)), temporary(idx_path(prefix))
         self._bin = self._bin_path.open("xb")
+        self._idx = self._idx_path.open("x+b")
+        self._idx.seek(HEADER.size)
 
     def add(self, tokens: Tokens, sizes: npt.NDArray[np.int32]) -> None:
         """Append whole documents: their ids one after the other, and the length of each."""
         assert tokens.dtype == self._dtype, tokens.dtype
         assert len(tokens) == sizes.sum(), (len(tokens), sizes.sum())
         self._bin.write(np.ascontiguousarray(tokens).data)
-        self._sizes.append(sizes)
+        self._add_sizes(sizes)
+
+    def copy(self, source: BinaryIO, stretches: Iterable[tuple[int, int]], sizes: npt.NDArray[np.int32]) -> None:
+        """Append whole documents whose ids are the bytes [begin, end) of `source`, for each such pair in turn."""
+        self._bin.flush()
+        for begin, end in stretches:
+            _copy(source, begin, end, self._bin)
+        self._add_sizes(sizes)
+
+    def _add_sizes(self, sizes: npt.NDArray[np.int32]) -> None:
+        self._idx.write(sizes.astype("<i4", copy=False).tobytes())
+        self._documents += len(sizes)
 
     def seal(self) -> None:
         """Bring both files to the disk, under their temporary names."""
-        sizes = np.concatenate([np.zeros(0, "<i4"), *self._sizes]).astype("<i4")
-        with self._idx_path.open("xb") as file:
-            file.write(index_bytes(sizes, self._dtype))
-            _sync(file)
-        _sync(self._bin)
-        self._bin.close()
+        finish_index(self._idx, self._documents, self._dtype)
+        for file in (self._idx, self._bin):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
 
     def close(self) -> None:
         """Put both files in place; a dataset that stood there is gone before the first changes."""
@@ -92,20 +111,45 @@ class IndexedWriter:
 
     def discard(self) -> None:
         """Remove what was written under temporary names."""
-        with contextlib.suppress(OSError):  # a full disk refuses the rest of the buffer again
-            self._bin.close()
-        for path in (self._bin_path, self._idx_path):
+        for file, path in ((self._bin, self._bin_path), (self._idx, self._idx_path)):
+            with contextlib.suppress(OSError):  # a full disk refuses the rest of the buffer again
+                file.close()
             path.unlink(missing_ok=True)
 
 
-def index_bytes(sizes: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> bytes:
-    """The content of the .idx file of documents with `sizes` tokens each."""
+def finish_index(file: BinaryIO, count: int, dtype: np.dtype[Any]) -> None:
+    """Complete an .idx file in which the lengths of its `count` documents stand, behind the place of the header."""
     code = next(code for code, name in DTYPE_CODES.items() if np.dtype(name) == dtype)
-    count = len(sizes)
-    ends = np.cumsum(sizes, dtype="<i8") * dtype.itemsize
-    pointers = np.concatenate([np.zeros(1, "<i8"), ends])[:count]
-    header = HEADER.pack(MAGIC, 1, code, count, count + 1)
-    return header + sizes.tobytes() + pointers.tobytes() + np.arange(count + 1, dtype="<i8").tobytes()
+    end = 0
+    for first in range(0, count, AT_ONCE):
+        file.seek(HEADER.size + 4 * first)
+        sizes = np.frombuffer(file.read(4 * min(AT_ONCE, count - first)), "<i4").astype("<i8") * dtype.itemsize
+        file.seek(HEADER.size + 4 * count + 8 * first)
+        file.write((np.cumsum(sizes) - sizes + end).tobytes())
+        end += int(sizes.sum())
+    file.seek(HEADER.size + 12 * count)
+    for first in range(0, count + 1, AT_ONCE):
+        file.write(np.arange(first, min(first + AT_ONCE, count + 1), dtype="<i8").tobytes())
+    file.seek(0)
+    file.write(HEADER.pack(MAGIC, 1, code, count, count + 1))
+
+
+def _copy(source: BinaryIO, begin: int, end: int, target: BinaryIO) -> None:
+    """Append bytes of a file to another, in the kernel where that can; some file systems share them so."""
+    try:
+        while begin < end and (copied := os.copy_file_range(source.fileno(), target.fileno(), end - begin, begin)):
+            begin += copied
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+    source.seek(begin)
+    while begin < end:
+        chunk = source.read(min(end - begin, 8 * AT_ONCE))
+        if not chunk:
+            raise OSError(errno.EIO, f"{source.name} ends early")
+        target.write(chunk)
+        begin += len(chunk)
+    target.flush()
 
 
 @dataclass(frozen=True)
@@ -192,8 +236,3 @@ def _check_layout(
     begins = np.cumsum(sizes, dtype=np.int64) - sizes
     if not sound or not np.array_equal(pointers, begins * dtype.itemsize):
         raise UserError(f"{idx_path(prefix)} is damaged: sequences or documents are out of order; build it again")
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())

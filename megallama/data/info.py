@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from megallama.errors import UserError
 from megallama.system.regular_file import read_regular
 from megallama.text.tokenizer_files import LARGEST_ID
 
-LARGEST_INFO = 64 << 20
+LARGEST_INFO = 512 << 20
+"""It names every file of the sources."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class DatasetInfo:
     sources: list[dict[str, Any]]
     inputs: str
     """Hash over everything that determines the dataset."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Documents that are not in the dataset, by the kind of the reason."""
+    rules: dict[str, Any] = field(default_factory=dict)
+    """By which documents were found and left out."""
 
 
 def info_path(prefix: str) -> Path:
@@ -89,3 +94,7 @@ def _check_values(info: DatasetInfo) -> None:
         raise ValueError(f"eod_id is no number below the vocab_size {info.vocab_size}")
     if not isinstance(info.sources, list) or not all(isinstance(source, dict) for source in info.sources):
         raise ValueError("sources is no list of objects")
+    if not isinstance(info.rules, dict) or not isinstance(info.left_out, dict):
+        raise ValueError("rules or left_out is no object")
+    if not all(type(count) is int and count >= 0 for count in info.left_out.values()):
+        raise ValueError("left_out counts no documents")

@@ -16,6 +16,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer as Library
 
 from megallama.errors import UserError
@@ -73,6 +75,9 @@ class HuggingFaceTokenizer:
             if not _of_library(error):
                 raise
             raise UserError(f"this tokenizer cannot encode {text[:40]!r} ({error}); use another") from None
+
+    def pieces(self, text: str) -> Iterator[npt.NDArray[np.integer[Any]]]:
+        yield np.array(self.encode(text), np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
         parts: list[str] = []

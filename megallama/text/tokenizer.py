@@ -18,10 +18,13 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import tiktoken
 
 from megallama.errors import UserError
@@ -73,6 +76,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; special tokens written in the text are plain text. Lone surrogates become U+FFFD."""
 
+    def pieces(self, text: str) -> Iterator[npt.NDArray[np.integer[Any]]]:
+        """The ids of `encode(text)`, in arrays one behind the other: a long text takes little memory so."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; broken UTF-8 and ids without a token become U+FFFD."""
 
@@ -93,6 +99,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return list(without_surrogates(text).encode())
+
+    def pieces(self, text: str) -> Iterator[npt.NDArray[np.integer[Any]]]:
+        yield np.frombuffer(without_surrogates(text).encode(), np.uint8)
 
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(
@@ -140,9 +149,23 @@ class TiktokenTokenizer:
             return self._ids(text)
         return [i for piece in safe_pieces(text) for i in self._ids(piece)]
 
+    def pieces(self, text: str) -> Iterator[npt.NDArray[np.integer[Any]]]:
+        for piece in (text,) if len(text) <= LONGEST_RUN else safe_pieces(text):
+            with self._panics_told(piece):
+                try:
+                    ids = self._encoding.encode_to_numpy(piece, disallowed_special=())
+                except UnicodeEncodeError:
+                    ids = self._encoding.encode_to_numpy(without_surrogates(piece), disallowed_special=())
+            yield ids
+
     def _ids(self, text: str) -> list[int]:
-        try:
+        with self._panics_told(text):
             return self._encoding.encode_ordinary(text)
+
+    @contextmanager
+    def _panics_told(self, text: str) -> Iterator[None]:
+        try:
+            yield
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # of Rust, derived from BaseException and importable nowhere
                 raise

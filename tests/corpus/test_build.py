@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import multiprocessing
@@ -12,17 +13,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import zstandard
 from rich.console import Console
 
-from megallama.corpus import build
+from megallama.corpus import build, json_lines, recipe
+from megallama.corpus.blocks import Reading
 from megallama.corpus.build import build_dataset
+from megallama.corpus.join import join
 from megallama.data.indexed import open_indexed
-from megallama.data.info import read_info
+from megallama.data.info import DatasetInfo, read_info
 from megallama.errors import UserError
 from megallama.text.tokenizer import load_tokenizer
 
@@ -46,17 +51,37 @@ def content(prefix: str) -> tuple[bytes, bytes]:
 def test_formats_and_workers_give_the_same_bytes(
     formats: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "BLOCK_CHARACTERS", 200)  # several blocks
+    monkeypatch.setattr(recipe, "UNIT_BYTES", 200)  # several units of the folder
     built = {}
     for name, source in formats.items():
-        for workers in (1, 3) if name == "jsonl" else (1,):
+        for workers in (1, 3) if name == "txt" else (1,):
             prefix = str(tmp_path / f"{name}-{workers}")
             build_dataset([source], prefix, "bytes", workers=workers)
             built[prefix] = content(prefix)
     assert len(built) == 5
     assert len(set(built.values())) == 1
-    assert not list(tmp_path.glob("*.parts-*"))
+    assert not list(tmp_path.glob("*.parts"))
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def three_blocks(tmp_path: Path) -> str:
+    """A file of three blocks, of 100 documents."""
+    lines = (json.dumps({"text": f"{i:03} ".ljust(400_000, "x")}) + "\n" for i in range(100))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress("".join(lines).encode()))
+    with (tmp_path / "a.jsonl.zst").open("ab") as file:  # a skippable frame, so that the file is worth sharing
+        file.write((0x184D2A50).to_bytes(4, "little") + (2 << 20).to_bytes(4, "little") + bytes(2 << 20))
+    return str(tmp_path / "a.jsonl.zst")
+
+
+def test_workers_share_the_blocks_of_one_file(tmp_path: Path) -> None:
+    source, built = three_blocks(tmp_path), []
+    for workers in (1, 2, 3):
+        prefix = str(tmp_path / f"d-{workers}")
+        info, _ = build_dataset([source], prefix, "bytes", workers=workers)
+        built.append((*content(prefix), info))
+    assert built[0] == built[1] == built[2]
+    found = open_indexed(str(tmp_path / "d-3"))
+    assert [bytes(found.document(i)[:3].astype("u1")) for i in range(100)] == [b"%03d" % i for i in range(100)]
 
 
 def test_documents_come_back_with_their_ends(formats: dict[str, str], documents: list[str], tmp_path: Path) -> None:
@@ -68,7 +93,10 @@ def test_documents_come_back_with_their_ends(formats: dict[str, str], documents:
     assert info == read_info(prefix)
     assert (info.documents, info.tokens) == (len(documents), len(dataset.tokens))
     assert (info.tokenizer, info.vocab_size, info.eod_id) == ("bytes", 257, 256)
-    assert (info.fingerprint, info.sources[0]["source"]) == (tokenizer.fingerprint, formats["jsonl"])
+    raw = Path(formats["jsonl"]).read_bytes()
+    file = {"path": formats["jsonl"], "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    assert info.sources == [{"source": formats["jsonl"], "bytes": len(raw), "files": [file]}]
+    assert info.fingerprint == tokenizer.fingerprint
 
 
 def test_equal_inputs_are_reused_and_others_refused(formats: dict[str, str], tmp_path: Path) -> None:
@@ -88,9 +116,9 @@ def test_equal_inputs_are_reused_and_others_refused(formats: dict[str, str], tmp
 
 def test_a_stopped_build_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The text changes in between unseen, so it shows which blocks were kept."""
-    monkeypatch.setattr(build, "BLOCK_CHARACTERS", 100)
     source, prefix = tmp_path / "a.jsonl", str(tmp_path / "d")
     text = "".join(json.dumps({"text": f"document {i:03} ".ljust(200, "x")}) + "\n" for i in range(100))
+    monkeypatch.setattr(json_lines, "BLOCK_BYTES", len(text) // 100)
     write_unseen(source, text)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # no file grows longer, as on a full disk
@@ -99,32 +127,32 @@ def test_a_stopped_build_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             build_dataset([str(source)], prefix, "bytes", workers=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    kept = len(list(tmp_path.glob("d.parts-*/*.npz")))
+    kept = len(list(tmp_path.glob("d.parts/*.shard")))
     assert 0 < kept < 100
     assert not list(tmp_path.glob("d.[bij]*"))
     write_unseen(source, text.replace("document", "DOCUMENT"))
     build_dataset([str(source)], prefix, "bytes", workers=1)
     found = open_indexed(prefix)
     assert [chr(found.document(i)[0]) for i in range(100)] == ["d"] * kept + ["D"] * (100 - kept)
-    assert not list(tmp_path.glob("*.parts-*"))
+    assert not list(tmp_path.glob("*.parts"))
 
 
-def test_a_damaged_block_of_a_stopped_build_is_told_and_made_again(
-    formats: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "damage", [lambda _: b"", lambda whole: whole[:-30], lambda whole: whole[30:], lambda _: b"x" * 99]
+)
+def test_a_damaged_block_of_a_stopped_build_is_made_again(
+    formats: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
 ) -> None:
+    build_dataset([formats["jsonl"]], str(tmp_path / "whole"), "bytes", workers=1)
     prefix, command = str(tmp_path / "d"), ([formats["jsonl"]], str(tmp_path / "d"), "bytes")
     with monkeypatch.context() as stopped:
-        stopped.setattr(build, "_join", lambda shards, *_: pytest.fail(f"stopped after {next(shards)}"))
+        stopped.setattr(build, "join", lambda shards, *_: pytest.fail(f"stopped after {next(shards())}"))
         with pytest.raises(pytest.fail.Exception):
             build_dataset(*command, workers=1)
-    (shard,) = tmp_path.glob("d.parts-*/*.npz")
-    for content in (b"", b"PK", shard.read_bytes()[:-30]):
-        shard.parent.mkdir(exist_ok=True)
-        shard.write_bytes(content)
-        with pytest.raises(UserError, match=r"\.npz, which a stopped build left, is damaged .*; repeat the command$"):
-            build_dataset(*command, workers=1)
-        assert not shard.parent.exists()
-    assert build_dataset(*command, workers=1)[0].documents == open_indexed(prefix).num_documents
+    (shard,) = tmp_path.glob("d.parts/*.shard")
+    shard.write_bytes(damage(shard.read_bytes()))
+    build_dataset(*command, workers=1)
+    assert content(prefix) == content(str(tmp_path / "whole"))
 
 
 def write_unseen(source: Path, text: str) -> None:
@@ -134,25 +162,22 @@ def write_unseen(source: Path, text: str) -> None:
 
 
 def test_a_killed_worker_is_explained_and_the_same_command_continues(tmp_path: Path) -> None:
-    source, prefix = tmp_path / "a.jsonl", str(tmp_path / "d")
-    source.write_text(json.dumps({"text": "x" * build.BLOCK_CHARACTERS}) + "\n")
-    source.write_text(source.read_text() * 40)
+    source, prefix = three_blocks(tmp_path), str(tmp_path / "d")
     with ThreadPoolExecutor(1) as pool:
-        building = pool.submit(build_dataset, [str(source)], prefix, "bytes", workers=2)
-        while not list(tmp_path.glob("d.parts-*/*.npz")):
+        building = pool.submit(build_dataset, [source], prefix, "bytes", workers=2)
+        while not list(tmp_path.glob("d.parts/*.shard*")):
             assert not building.done(), building.result()
-            time.sleep(0.01)
+            time.sleep(0.001)
         worker = multiprocessing.active_children()[0]
         assert worker.pid is not None
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(UserError, match=r"worker process .* killed.*memory.* continues.*--workers 1"):
             building.result()
-    assert list(tmp_path.glob("d.parts-*/*.npz"))
     assert not Path(prefix + ".idx").exists()
-    info, reused = build_dataset([str(source)], prefix, "bytes", workers=2)
-    assert (info.documents, reused) == (40, False)
-    assert info.tokens == 40 * (build.BLOCK_CHARACTERS + 1) == len(open_indexed(prefix).tokens)
-    assert not list(tmp_path.glob("*.parts-*"))
+    info, reused = build_dataset([source], prefix, "bytes", workers=2)
+    assert (info.documents, reused) == (100, False)
+    assert info.tokens == 100 * 400_001 == len(open_indexed(prefix).tokens)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl.zst", "d.bin", "d.idx", "d.json"]
 
 
 def test_sources_without_text_are_refused_and_leave_no_dataset(tmp_path: Path) -> None:
@@ -172,16 +197,72 @@ def test_a_broken_source_leaves_the_standing_dataset(formats: dict[str, str], tm
     assert content(prefix) == before
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("good", [0, 9], ids=["first block", "later block"])
-def test_a_broken_source_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, good: int
-) -> None:
-    monkeypatch.setattr(build, "BLOCK_CHARACTERS", 10)
-    (tmp_path / "bad.jsonl").write_text('{"text": "a document of a block"}\n' * good + "{")
-    with pytest.raises(UserError, match=rf"bad\.jsonl:{good + 1}"):
-        build_dataset([str(tmp_path / "bad.jsonl")], str(tmp_path / "d"), "bytes", workers=workers)
+def test_a_source_broken_at_once_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{")
+    with pytest.raises(UserError, match=r"bad\.jsonl:1"):
+        build_dataset([str(tmp_path / "bad.jsonl")], str(tmp_path / "d"), "bytes", workers=1)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_broken_source_loses_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, documents: list[str]
+) -> None:
+    """Once it is mended, or told to be skipped, what was tokenised before is found again."""
+    monkeypatch.setattr(recipe, "UNIT_BYTES", 0)  # a unit for each file
+    good, bad = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    write_unseen(good, '{"text": "good"}\n' * 9)
+    bad.write_text('{"text": "fine"}\n{"text": 5}\n{"text": ""}\n{"text": "also fine"}\n')
+    command, prefix = ([str(good), str(bad)], str(tmp_path / "d"), "bytes"), str(tmp_path / "d")
+    with pytest.raises(UserError, match=r"b\.jsonl:2 has a number in field 'text'"):
+        build_dataset(*command, workers=workers)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "b.jsonl", "d.parts"}
+    write_unseen(good, '{"text": "GOOD"}\n' * 9)
+    info, _ = build_dataset(*command, workers=1, reading=Reading(on_error="skip"))
+    assert (info.documents, info.left_out) == (11, {"empty": 1, "not text": 1})
+    assert info.rules == {"text_field": "text", "min_length": 1, "on_error": "skip", "deduplicate": False}
+    assert chr(open_indexed(prefix).document(0)[0]) == (
+        "g" if workers == 1 else chr(open_indexed(prefix).document(0)[0])
+    )
+    assert not (tmp_path / "d.parts").exists()
+
+
+def test_a_block_with_skipped_documents_is_not_taken_where_errors_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b.jsonl").write_text('{"text": "fine"}\n{"text": 5}\n')
+    command = ([str(tmp_path / "b.jsonl")], str(tmp_path / "d"), "bytes")
+    with monkeypatch.context() as stopped:
+        stopped.setattr(build, "join", lambda shards, *_: pytest.fail(f"stopped after {next(shards())}"))
+        with pytest.raises(pytest.fail.Exception):
+            build_dataset(*command, workers=1, reading=Reading(on_error="skip"))
+    assert list(tmp_path.glob("d.parts/*.shard"))
+    with pytest.raises(UserError, match=r"b\.jsonl:2 has a number"):
+        build_dataset(*command, workers=1)
+
+
+def test_short_documents_are_left_out_and_counted(
+    formats: dict[str, str], tmp_path: Path, documents: list[str]
+) -> None:
+    info, _ = build_dataset([formats["txt"]], str(tmp_path / "d"), "bytes", reading=Reading(least_characters=34))
+    long = sum(len(document) >= 34 for document in documents)
+    assert 0 < long < len(documents)
+    assert (info.documents, info.left_out) == (long, {"short": len(documents) - long})
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(
+    formats: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(formats["jsonl"])
+
+    def touched(*arguments: object) -> DatasetInfo:
+        os.utime(source, ns=(1, 1))
+        return join(*arguments)
+
+    monkeypatch.setattr(build, "join", touched)
+    with pytest.raises(UserError, match=r"corpus\.jsonl was changed while it was read; repeat the command"):
+        build_dataset([str(source)], str(tmp_path / "d"), "bytes", workers=1)
+    assert not list(tmp_path.glob("d.[bij]*"))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +311,8 @@ def test_a_named_encoding_gives_its_ids(tmp_path: Path, workers: str) -> None:
     """The name is registered as tiktoken's plugins are, so nothing is downloaded."""
     (tmp_path / "plugin" / "tiktoken_ext").mkdir(parents=True)
     (tmp_path / "plugin" / "tiktoken_ext" / "testing.py").write_text(ENCODING)
-    (tmp_path / "a.jsonl").write_text('{"text": "the then<|endoftext|>"}\n{"text": "in the"}\n')
+    lines = '{"text": "the then<|endoftext|>"}\n{"text": "in the"}\n'
+    (tmp_path / "a.jsonl").write_text(lines + " " * (1 << 20))  # worth a second worker
     prefix = str(tmp_path / "d")
     command = ["data", "build", str(tmp_path / "a.jsonl"), "--output", prefix, "--tokenizer", "small"]
     subprocess.run(
@@ -258,3 +340,11 @@ def test_a_damaged_sidecar_is_refused(formats: dict[str, str], tmp_path: Path) -
         Path(prefix + ".json").write_text(content)
         with pytest.raises(UserError, match="damaged"):
             read_info(prefix)
+
+
+def test_a_sidecar_of_an_earlier_version_is_read(formats: dict[str, str], tmp_path: Path) -> None:
+    prefix = str(tmp_path / "d")
+    info, _ = build_dataset([formats["jsonl"]], prefix, "bytes", workers=1)
+    earlier = {key: value for key, value in asdict(info).items() if key not in ("left_out", "rules")}
+    Path(prefix + ".json").write_text(json.dumps(earlier))
+    assert read_info(prefix) == replace(info, left_out={}, rules={})

@@ -15,7 +15,9 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 import zstandard
+from typer.testing import CliRunner
 
+from megallama.cli import app
 from megallama.corpus import upload
 from megallama.corpus.blocks import Reading, read_blocks
 from megallama.corpus.build import build_dataset
@@ -164,6 +166,12 @@ def test_a_bucket_that_refuses_leaves_what_was_built(bucket: Bucket, tmp_path: P
     ):
         build_dataset([str(tmp_path / "text")], at, "bytes", workers=1)
     assert len(list((tmp_path / "cache" / "builds").rglob("corpus.bin"))) == 1
+
+
+@pytest.mark.parametrize("words", [["build", "stdlib", "--part", "1/2", "--output"], ["merge"]])
+def test_parts_are_not_made_in_a_bucket(words: list[str]) -> None:
+    refused = CliRunner().invoke(app, ["data", *words, "s3://bucket/corpus"])
+    assert "s3://bucket/corpus is a URL, and parts are built and merged on a disk" in str(refused.exception)
 
 
 def test_the_command_reads_from_and_writes_to_a_bucket(bucket: Bucket, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from megallama.config.schema import IGNORE_INDEX, DataConfig
 from megallama.corpus.build import build_dataset
 from megallama.data.dataset import SCANNED_TOKENS, TokenDataset, split_documents
-from megallama.data.indexed import bin_path, idx_path, index_bytes
+from megallama.data.indexed import HEADER, bin_path, finish_index, idx_path
 from megallama.data.loader import Loader, MicroBatch, prefetched
 from megallama.data.source import open_source
 from megallama.errors import UserError
@@ -197,7 +197,10 @@ def test_an_unknown_id_far_into_a_large_dataset_is_refused_when_it_is_read(
 ) -> None:
     prefix = str(tmp_path / "large")
     sizes = np.array([SCANNED_TOKENS, 36], "<i4")
-    idx_path(prefix).write_bytes(index_bytes(sizes, np.dtype("<i4")))
+    with idx_path(prefix).open("x+b") as index:
+        index.seek(HEADER.size)
+        index.write(sizes.tobytes())
+        finish_index(index, len(sizes), np.dtype("<i4"))
     with bin_path(prefix).open("wb") as file:  # zeros that take no space
         file.seek(4 * SCANNED_TOKENS)
         file.write(np.array([*range(30), found, *range(5)], "<i4").tobytes())

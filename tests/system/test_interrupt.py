@@ -28,7 +28,7 @@ def test_a_build_ends_in_one_sentence_and_goes_on_later(moment: str, tmp_path: P
             command, cwd=ROOT, env=clean_environment(tmp_path), stderr=err, start_new_session=True
         )
     try:
-        pattern = "corpus.parts-*/*.npz" if moment == "its workers work" else "corpus.parts-*"
+        pattern = "corpus.parts/*.shard" if moment == "its workers work" else "corpus.parts"
         wait_for(lambda: any(tmp_path.glob(pattern)) and len(processes_of(tmp_path)) >= 3)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(30) == 130

@@ -76,7 +76,7 @@ def letters(folder: Path) -> set[str]:
 
 
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if ".parts-" not in path.name}
+    return {path.name for path in folder.iterdir() if not path.name.endswith(".parts")}
 
 
 DONE = {"a.jsonl", "b.jsonl", "X.bin", "X.idx", "X.json"}
@@ -121,7 +121,7 @@ def test_a_build_whose_lock_was_removed_replaces_nothing(sources: Path) -> None:
 
 def test_workers_end_with_a_build_that_is_killed_and_the_next_is_whole(sources: Path) -> None:
     with subprocess.Popen(build(sources, "a", "--workers", "2"), stderr=subprocess.DEVNULL) as first:
-        wait_for(lambda: list(sources.glob("X.parts-*/*.npz")))
+        wait_for(lambda: list(sources.glob("X.parts/*.shard")))
         workers = children(first.pid)
         assert len(workers) >= 2
         first.kill()
@@ -130,7 +130,7 @@ def test_workers_end_with_a_build_that_is_killed_and_the_next_is_whole(sources: 
     assert letters(sources) == {"a"}
     wait_for(lambda: not any(alive(pid) for pid in workers))
     assert names(sources) == DONE
-    assert not list(sources.glob("X.parts-*"))
+    assert not list(sources.glob("X.parts"))
 
 
 def children(pid: int) -> list[int]:

@@ -1,0 +1,250 @@
+"""Worker processes that read and tokenise: only tasks and counts pass between them and the build.
+
+A worker ends with its parent, however that ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from megallama.corpus.blocks import Block, Reading, read_blocks
+from megallama.corpus.recipe import Share, Unit
+from megallama.corpus.shard import Counts, write_shard
+from megallama.corpus.shards import shard_path
+from megallama.errors import UserError
+from megallama.system.remote import SourcePath, open_source_file
+from megallama.system.signals import interrupt_later
+from megallama.text.tokenizer import Tokenizer, load_tokenizer
+
+
+class Task(NamedTuple):
+    """Shards of a unit to make: of the blocks of a share, but those in `skip`. Without a share, its files to hash."""
+
+    unit: Unit
+    share: Share | None
+    skip: frozenset[int]
+
+
+class Made(NamedTuple):
+    """A shard stands."""
+
+    unit: str
+    number: int
+    counts: Counts
+    read: int
+    """Bytes of the file that are done with, beyond those that were told before."""
+
+
+class Ended(NamedTuple):
+    """A task is done."""
+
+    unit: str
+    share: Share | None
+    blocks: int
+    """One more than the highest number of a block of the share."""
+    sha256: tuple[str, ...]
+    """Of each file, where there was no share."""
+    read: int
+    """As in `Made`."""
+
+
+Message = Made | Ended
+_Failure = UserError | OSError | MemoryError
+
+
+class WorkerLostError(Exception):
+    """A worker process was killed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task of a build has in common."""
+
+    folder: Path
+    tokenizer: str
+    reading: Reading
+    dtype: np.dtype[Any]
+    hashed: bool
+
+
+def perform(task: Task, job: Job, tokenizer: Tokenizer) -> Iterator[Message]:
+    """Do a task here. UserError for a source that cannot be read, OSError for a folder that cannot be written."""
+    if task.share is None:
+        yield Ended(task.unit.key, None, 0, tuple(_sha256(file.source) for file in task.unit.files), 0)
+        return
+    blocks, told = max(task.skip, default=-1) + 1, 0
+    for block in _blocks(task, job):
+        path = shard_path(job.folder, task.unit, block.number)
+        counts = write_shard(path, block.documents, block.left_out, tokenizer, job.dtype, hashed=job.hashed)
+        blocks = max(blocks, block.number + 1)
+        read = block.file_bytes // task.share[1]
+        yield Made(task.unit.key, block.number, counts, read - told)
+        told = read
+    yield Ended(task.unit.key, task.share, blocks, (), task.unit.bytes // task.share[1] - told)
+
+
+def _blocks(task: Task, job: Job) -> Iterator[Block]:
+    reading = job.reading
+    assert task.share is not None
+    if len(task.unit.files) == 1:
+        yield from read_blocks(task.unit.files[0].source, reading, task.share, task.skip)
+    elif 0 not in task.skip:
+        left_out = Counter[str]()
+        yield Block(0, _documents_of_all(task.unit, job, left_out), left_out, 0)
+
+
+def _documents_of_all(unit: Unit, job: Job, left_out: Counter[str]) -> Iterator[str]:
+    for file in unit.files:
+        for block in read_blocks(file.source, job.reading):
+            yield from block.documents
+            left_out.update(block.left_out)
+
+
+def _sha256(path: SourcePath) -> str:
+    try:
+        with open_source_file(path) as file:
+            digest = hashlib.sha256()
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+            return digest.hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend that or name another source") from None
+
+
+class Team(Protocol):
+    """Whoever does the tasks of a build."""
+
+    def messages(self, *, block: bool) -> list[Message] | None:
+        """The next ones; without `block` those that are there. None when all tasks are done.
+
+        UserError and OSError as `perform`; WorkerLostError if a process was killed.
+        """
+
+    def close(self) -> None:
+        """Stop at once."""
+
+
+class Here:
+    """This process alone."""
+
+    def __init__(self, tasks: Sequence[Task], job: Job) -> None:
+        self._messages = self._perform(tasks, job)
+
+    def messages(self, *, block: bool) -> list[Message] | None:
+        if not block:
+            return []
+        message = next(self._messages, None)
+        return None if message is None else [message]
+
+    def _perform(self, tasks: Sequence[Task], job: Job) -> Generator[Message]:
+        tokenizer = load_tokenizer(job.tokenizer)
+        for task in tasks:
+            yield from perform(task, job, tokenizer)
+
+    def close(self) -> None:
+        self._messages.close()
+
+
+class Workers:
+    """Processes of their own."""
+
+    def __init__(self, tasks: Sequence[Task], job: Job, count: int) -> None:
+        self._tasks = deque(tasks)
+        self._busy: set[Connection] = set()
+        self._processes: dict[Connection, SpawnProcess] = {}
+        # Not fork: a copy of a process in which torch has started threads can hang.
+        context = multiprocessing.get_context("spawn")
+        try:
+            for _ in range(count):
+                with interrupt_later():  # a terminal sends it to all: a worker heeds it once it can be silent
+                    ours, theirs = context.Pipe()
+                    process = context.Process(target=_serve, args=(theirs, job), daemon=True)
+                    process.start()
+                    theirs.close()
+                    self._processes[ours] = process
+                self._hand_out(ours)
+        except BaseException:
+            self.close()
+            raise
+
+    def messages(self, *, block: bool) -> list[Message] | None:
+        if not self._busy:
+            return None
+        found: list[Message] = []
+        for connection in wait(list(self._processes), None if block else 0):
+            assert isinstance(connection, Connection)
+            found.append(self._received(connection))
+        return found
+
+    def close(self) -> None:
+        for process in self._processes.values():
+            process.terminate()
+        for connection, process in self._processes.items():
+            process.join()
+            connection.close()
+
+    def _received(self, connection: Connection) -> Message:
+        with _lost_workers_told():
+            message: Message | _Failure = connection.recv()
+        if isinstance(message, UserError | OSError | MemoryError):
+            raise message
+        if isinstance(message, Ended):
+            self._busy.remove(connection)
+            self._hand_out(connection)
+        return message
+
+    def _hand_out(self, connection: Connection) -> None:
+        if self._tasks:
+            with _lost_workers_told():
+                connection.send(self._tasks.popleft())
+            self._busy.add(connection)
+
+
+@contextmanager
+def _lost_workers_told() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        raise WorkerLostError from None
+
+
+def _serve(connection: Connection, job: Job) -> None:
+    """What a worker process does."""
+    _stand_alone()
+    try:
+        tokenizer = load_tokenizer(job.tokenizer)
+        while True:
+            for message in perform(connection.recv(), job, tokenizer):
+                connection.send(message)
+    except (EOFError, BrokenPipeError):  # the parent needs no more
+        return
+    except (UserError, OSError, MemoryError) as error:
+        connection.send(error)
+
+
+def _stand_alone() -> None:
+    """End this worker without a word at a Ctrl-C, of which its parent speaks for all, and when the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
