@@ -215,6 +215,8 @@ class _Part:
             if isinstance(error.reason, ssl.SSLCertVerificationError):
                 raise UserError(f"{self._wanted.url} has a certificate that is not trusted ({error.reason})") from None
             raise _CutError(_reason(error)) from None
+        except (http.client.InvalidURL, ValueError) as error:
+            raise UserError(f"{self._wanted.url} is no address ({error}); write other characters as %XX") from None
         except (OSError, http.client.HTTPException) as error:
             raise _CutError(_reason(error)) from None
 

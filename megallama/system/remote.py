@@ -194,8 +194,8 @@ def _as_os_errors() -> Iterator[None]:
     """Every package for a storage has exceptions of its own, also for keys that are missing and hosts out of reach."""
     try:
         yield
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, _first_line(error)) from error
     except Exception as error:
         raise OSError(errno.EIO, _first_line(error)) from error
 

@@ -77,12 +77,13 @@ def _get(handler: BaseHTTPRequestHandler, hub: Hub) -> None:
         answer(handler, next(file for file in hub.large.values() if _sha256(file.content) == path[5:]))
         return
     api, files = f"/api/datasets/{hub.repository}/", f"/datasets/{hub.repository}/resolve/"
-    if not path.startswith((api, files)):
+    path = path.replace("/tree/main", f"/tree/{COMMIT}").replace("/resolve/main/", f"/resolve/{COMMIT}/")
+    if not f"{path}/".startswith((api, files)):
         _refuse(handler, 404, "RepoNotFound")
     elif hub.token is not None and handler.headers.get("Authorization") != f"Bearer {hub.token}":
         _refuse(handler, 403 if hub.gated else 401, "GatedRepo" if hub.gated else "RepoNotFound")
-    elif path.startswith(f"{api}revision/"):
-        known = path.rpartition("/")[2] in ("main", COMMIT)
+    elif f"{path}/" == api or path.startswith(f"{api}revision/"):
+        known = f"{path}/" == api or path.rpartition("/")[2] in ("main", COMMIT)
         facts = {"id": hub.repository, "sha": COMMIT, "private": False, "tags": [], "siblings": []}
         _json(handler, facts) if known else _refuse(handler, 404, "RevisionNotFound")
     elif path.startswith(f"{api}tree/{COMMIT}"):

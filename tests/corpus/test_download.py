@@ -181,6 +181,12 @@ def test_a_name_that_leads_out_of_the_folder_is_refused() -> None:
             wanted_files(url, (), None, None)
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:x/a.txt", "http://127.0.0.1/a b.txt", "http://127.0.0.1/é.txt"])
+def test_what_is_no_address_is_said_at_once(tmp_path: Path, url: str) -> None:
+    with pytest.raises(UserError, match=r"is no address .*%XX"):
+        fetch(wanted_files(url, (), None, None), tmp_path, FetchProgress(Console(quiet=True)))
+
+
 def test_a_disk_that_is_too_small_or_full_is_named(tmp_path: Path) -> None:
     wanted = Wanted("http://127.0.0.1:9/a", "a", 1 << 60, Digest("sha256", SHA256))
     with pytest.raises(UserError, match=r"needs 1,152,921,504\.61 GB and has .* free"):

@@ -99,6 +99,18 @@ def test_what_the_cache_of_the_hub_has_is_taken_from_there(pile: Hub, tmp_path: 
     assert "allenai/c4 is not in the cache" in refused
 
 
+def test_a_build_reads_the_hub_as_it_reads_a_disk(pile: Hub, tmp_path: Path) -> None:
+    for name, content in SHARDS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    sources = {"there": "hf://datasets/monology/pile-uncopyrighted/train", "here": str(tmp_path / "train")}
+    for name, source in sources.items():
+        said(command(pile, tmp_path, "build", source, "--output", str(tmp_path / name), "--workers", "1"))
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"there{suffix}").read_bytes() == (tmp_path / f"here{suffix}").read_bytes()
+    assert pile.resolved[:2] == [*SHARDS]
+
+
 def test_paths_of_the_hub_and_patterns(pile: Hub, tmp_path: Path) -> None:
     base = "hf://datasets/monology/pile-uncopyrighted"
     wanted = {
