@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from megallama.data.node_cache import cache_folder
 from megallama.errors import UserError
 from megallama.system.lock import output_lock
-from megallama.system.remote import is_url, remote_file, remove_remote, upload
+from megallama.system.remote import is_url, remote_exists, remove_remote, upload
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def local_output(output: str, *, force: bool) -> Iterator[str]:
     folder = cache_folder() / "builds" / hashlib.sha256(output.encode()).hexdigest()[:32]
     prefix = folder / PurePosixPath(output).name
     try:
-        if not force and _is_there(output):
+        if not force and remote_exists(f"{output}.idx"):
             raise UserError(f"{output}.idx exists; add --force to replace that dataset or choose another --output")
         with output_lock(folder / ".lock", f"--output {output}", "--output"):
             yield str(prefix)
@@ -49,11 +49,3 @@ def check_on_disk(option: str, output: str) -> None:
             f"{option} {output} is a URL, and parts are built and merged on a disk that the nodes share; name a prefix "
             "there, and upload what is merged"
         )
-
-
-def _is_there(output: str) -> bool:
-    try:
-        remote_file(f"{output}.idx")
-    except FileNotFoundError:
-        return False
-    return True

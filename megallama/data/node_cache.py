@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megallama.errors import UserError
 from megallama.system.lock import Lock, Place
-from megallama.system.remote import RemoteFile, is_url, remote_file
+from megallama.system.remote import RemoteFile, is_url, remote_exists, remote_file
 
 CACHE = "MEGALLAMA_CACHE"
 _PIECE = 16 << 20
@@ -48,6 +48,14 @@ def on_this_node(prefix: str) -> str:
     if not index.exists():
         _copy_all(prefix, files, folder)
     return str(index.with_suffix(""))
+
+
+def is_remote_dataset(prefix: str) -> bool:
+    """Whether it is the URL of a dataset. UserError if its storage cannot be read."""
+    try:
+        return is_url(prefix) and remote_exists(f"{prefix}.idx")
+    except OSError as error:
+        raise _unreadable(prefix, error) from None
 
 
 def _remote_files(prefix: str) -> list[RemoteFile]:

@@ -105,6 +105,15 @@ def remote_file(url: str) -> RemoteFile:
         return _described(system, system.info(path))
 
 
+def remote_exists(url: str) -> bool:
+    """Whether a file is behind a URL; OSError and UserError as `remote_file`."""
+    try:
+        remote_file(url)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def remote_files(url: str, suffixes: tuple[str, ...]) -> list[RemoteFile]:
     """The file behind a URL, or those below a folder or of a glob with one of the suffixes, ordered by URL.
 

@@ -17,7 +17,9 @@ import pytest
 from megallama.data import node_cache
 from megallama.data.dataset import TokenDataset
 from megallama.errors import UserError
+from megallama.evaluation.texts import read_texts
 from megallama.system import remote
+from megallama.text.tokenizer import load_tokenizer
 from tests.launching import arguments, losses, pretrain
 from tests.storage import Bucket, new_bucket
 
@@ -51,6 +53,13 @@ def test_a_dataset_in_a_bucket_is_the_one_on_the_disk(bucket: Bucket, byte_datas
     assert there.fingerprint == here.fingerprint
     assert there.info == here.info
     assert len(cached(tmp_path, "*.bin")) == 1
+
+
+def test_what_is_evaluated_may_be_a_dataset_or_text_in_a_bucket(bucket: Bucket, byte_dataset: str) -> None:
+    tokenizer, text = load_tokenizer("bytes"), Path(byte_dataset).with_name("text.jsonl")
+    expected = [*read_texts(byte_dataset, tokenizer)]
+    for url in (bucket.put_dataset(byte_dataset, "h/corpus"), bucket.put("h/text.jsonl", text.read_bytes())):
+        assert [*read_texts(url, tokenizer)] == expected
 
 
 def test_it_is_copied_once_and_again_when_it_was_replaced(
