@@ -13,6 +13,7 @@ from typing import Any
 
 import boto3
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 _numbers = itertools.count()
 
@@ -67,3 +68,4 @@ def new_bucket() -> Iterator[Bucket]:
         yield Bucket(bucket, settings, client)
     finally:
         server.stop()
+        S3FileSystem.clear_instance_cache()  # they know this server only
