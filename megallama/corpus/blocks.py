@@ -17,8 +17,9 @@ from collections import Counter
 from collections.abc import Container, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
+
+from megallama.system.remote import SourcePath
 
 BLOCK_BYTES = 16 << 20
 """Of content. A constant of the format: datasets that were begun with another are not continued."""
@@ -51,7 +52,7 @@ class Block(NamedTuple):
 class BlockFile(Protocol):
     """A file of one format, open."""
 
-    def __init__(self, path: Path, reading: Reading) -> None: ...
+    def __init__(self, path: SourcePath, reading: Reading) -> None: ...
 
     def close(self) -> None: ...
 
@@ -67,7 +68,7 @@ class BlockFile(Protocol):
 
 
 def read_blocks(
-    path: Path, reading: Reading, share: tuple[int, int] = (0, 1), skip: Container[int] = ()
+    path: SourcePath, reading: Reading, share: tuple[int, int] = (0, 1), skip: Container[int] = ()
 ) -> Iterator[Block]:
     """The blocks of a file whose number modulo `share[1]` is `share[0]` and that are not in `skip`, in order.
 
@@ -85,7 +86,7 @@ def read_blocks(
             yield Block(number, _long_enough(file.documents(left_out), reading, left_out), left_out, file.file_bytes)
 
 
-def _open(path: Path, reading: Reading) -> BlockFile:
+def _open(path: SourcePath, reading: Reading) -> BlockFile:
     from megallama.corpus.json_lines import JsonLines
     from megallama.corpus.parquet import ParquetRows
     from megallama.corpus.plain_text import PlainText

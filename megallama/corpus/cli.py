@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Mapping
 from enum import Enum
@@ -15,7 +16,9 @@ from megallama.errors import UserError, printable
 
 Sources = Annotated[
     list[str],
-    typer.Argument(metavar="SOURCE...", help="`stdlib`, a .txt, .jsonl, .jsonl.gz or .jsonl.zst file, or a folder."),
+    typer.Argument(
+        metavar="SOURCE...", help="`stdlib`, a .txt, .jsonl, .jsonl.gz or .jsonl.zst file, a folder, or a URL."
+    ),
 ]
 TextField = Annotated[str, typer.Option(help="JSON field that holds the text.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the output.")]
@@ -60,16 +63,19 @@ def build_command(
     """
     from megallama.corpus.blocks import Reading
     from megallama.corpus.build import build_dataset, build_part, parse_part, part_folder
+    from megallama.corpus.upload import check_on_disk, local_output
 
     begin = time.monotonic()
     reading = Reading(text_field, min_length, on_error.value)
     options: dict[str, Any] = {"workers": workers, "reading": reading, "deduplicate": deduplicate, "force": force}
     if part is None:
-        info, reused = build_dataset(sources, output, tokenizer, **options)
+        with local_output(output, force=force) as prefix:
+            info, reused = build_dataset(sources, prefix, tokenizer, **options)
         typer.echo(f"{output}: {info.documents:,} documents, {info.tokens:,} tokens, {_done(reused, begin)}")
         _print_left_out(info.left_out)
         return
     which = parse_part(part)
+    check_on_disk("--output", output)
     documents, tokens, reused = build_part(sources, output, tokenizer, which, **options)
     folder = part_folder(output, which)
     typer.echo(f"{folder}: {documents:,} documents, {tokens:,} tokens, {_done(reused, begin)}")
@@ -85,7 +91,9 @@ def merge_command(
     Example: megallama data merge data/stdlib
     """
     from megallama.corpus.merge import merge_parts
+    from megallama.corpus.upload import check_on_disk
 
+    check_on_disk("PREFIX", output)
     info, reused = merge_parts(output, force=force)
     done = "kept, its inputs are the same" if reused else "merged"
     typer.echo(f"{output}: {info.documents:,} documents, {info.tokens:,} tokens, {done}")
@@ -100,6 +108,43 @@ def _print_left_out(left_out: Mapping[str, int]) -> None:
     if left_out:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in left_out.items())
         typer.echo(f"left out: {counts}")
+
+
+@data_app.command("fetch")
+def fetch_command(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="A corpus, hf://datasets/OWNER/NAME/PATH or a URL. Default: list them."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data/NAME.")] = None,
+    files: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Files of the dataset to fetch instead; repeatable.")
+    ] = None,
+    shards: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the first N files.")] = None,
+    sha256: Annotated[str | None, typer.Option(metavar="HASH", help="SHA-256 that the one file must have.")] = None,
+    force: Force = False,
+) -> None:
+    """Fetch a public corpus, or any file of the network. A fetch that was stopped is continued.
+
+    Example: megallama data fetch tinystories
+    """
+    from rich.console import Console
+
+    from megallama.corpus.fetch import default_folder, fetch, wanted_files
+    from megallama.corpus.fetch_progress import FetchProgress
+    from megallama.corpus.public import PUBLIC_CORPORA
+
+    if name is None:
+        for each, corpus in PUBLIC_CORPORA.items():
+            typer.echo(f"{each:19} {corpus.size}, {corpus.licence}")
+            typer.echo(f"{'':19} {corpus.content}; {corpus.repository}")
+        return
+    wanted = wanted_files(name, files or (), shards, sha256)
+    done = fetch(wanted, output or default_folder(name), FetchProgress(Console(stderr=True)), force=force)
+    kept = f", {done.files - done.new} of them kept" if done.new < done.files else ""
+    typer.echo(f"{done.folder}: {done.files} {'file' if done.files == 1 else 'files'}, {done.size / 1e6:,.1f} MB{kept}")
+    corpus_prefix = shlex.quote(str(done.folder / "corpus"))
+    typer.echo(f"next: megallama data build {shlex.quote(str(done.folder))} --output {corpus_prefix} --tokenizer gpt2")
 
 
 @data_app.command("info")

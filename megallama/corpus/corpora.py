@@ -1,7 +1,8 @@
 """What a source stands for: files in an order that does not depend on the file system.
 
 A source is `stdlib`, the corpus that every Python carries; a file; a folder, which stands for all files of a known kind
-below it; or a pattern such as `data/**/*.jsonl`, which stands for all such files and folders that match.
+below it; or a pattern such as `data/**/*.jsonl`, which stands for all such files and folders that match. Files,
+folders and patterns may be behind URLs that `system.remote` reads.
 
     .txt         one document; longer than 1 MiB, one per stretch that ends at the first blank line past 1 MiB
     .jsonl       one document per line: the text field of a JSON object
@@ -22,6 +23,7 @@ from typing import Any
 from megallama.corpus.blocks import Reading, read_blocks
 from megallama.corpus.lines import refusals_named
 from megallama.errors import UserError
+from megallama.system.remote import SourcePath, is_url, remote_files, source_state
 
 STDLIB = "stdlib"
 STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"})
@@ -37,12 +39,14 @@ def iterate_documents(sources: Sequence[str], text_field: str = "text") -> Itera
                 yield from block.documents
 
 
-def source_files(source: str) -> list[Path]:
+def source_files(source: str) -> Sequence[SourcePath]:
     """The files of one source in reading order; UserError if there is none or it is of no known kind."""
     if source == STDLIB:
         return _stdlib_files()
     if not source:
         raise UserError(f"source '' names nothing; name a file, a folder, `.` for the current folder, or `{STDLIB}`")
+    if is_url(source):
+        return _remote_files(source)
     path = Path(source)
     if path.is_dir():
         files = _files_below(path)
@@ -90,14 +94,22 @@ def describe_source(source: str) -> dict[str, Any]:
     """What tells this state of a source from another: files, bytes, and a hash over names, sizes and times."""
     with refusals_named(source):
         files = source_files(source)
-        states = [file.stat() for file in files]
-    lines = [f"{file}\0{state.st_size}\0{state.st_mtime_ns}" for file, state in zip(files, states, strict=True)]
+        states = [source_state(file) for file in files]
+    lines = [f"{file}\0{size}\0{state}" for file, (size, state) in zip(files, states, strict=True)]
     return {
         "source": source,
         "files": len(files),
-        "bytes": sum(state.st_size for state in states),
+        "bytes": sum(size for size, _ in states),
         "state": hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest(),
     }
+
+
+def _remote_files(source: str) -> Sequence[SourcePath]:
+    with refusals_named(source):
+        files = remote_files(source, SUFFIXES)
+    if not files:
+        raise UserError(f"{source} holds no {', '.join(SUFFIXES)} file; name a file, a folder or a pattern there")
+    return files
 
 
 def _stdlib_files() -> list[Path]:

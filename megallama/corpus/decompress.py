@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO
 
 import zstandard
 
 from megallama.corpus.document_error import DocumentError
+from megallama.system.remote import SourcePath
 
 CHUNK = 1 << 20
 """Bytes that one chunk holds at most."""
@@ -24,7 +24,7 @@ ZSTD_MAGIC = 0xFD2FB528
 ZSTD_SKIPPABLE = range(0x184D2A50, 0x184D2A60)
 
 
-def gzip_chunks(file: BinaryIO, path: Path) -> Iterator[bytes]:
+def gzip_chunks(file: BinaryIO, path: SourcePath) -> Iterator[bytes]:
     """The content of all members of a gzip file; DocumentError behind the last chunk that can be read."""
     member = None
     rest = b""
@@ -47,7 +47,7 @@ def gzip_chunks(file: BinaryIO, path: Path) -> Iterator[bytes]:
         raise _damage(path, "the last gzip member has no end")
 
 
-def zstd_chunks(file: BinaryIO, path: Path) -> Iterator[bytes]:
+def zstd_chunks(file: BinaryIO, path: SourcePath) -> Iterator[bytes]:
     """The content of all frames of a zstd file; DocumentError behind the last chunk that can be read.
 
     A window, which is held in memory, has at most 2**LARGEST_WINDOW_LOG bytes.
@@ -58,11 +58,11 @@ def zstd_chunks(file: BinaryIO, path: Path) -> Iterator[bytes]:
         raise _damage(path, str(error)) from None
 
 
-def _damage(path: Path, what: str) -> DocumentError:
+def _damage(path: SourcePath, what: str) -> DocumentError:
     return DocumentError(f"{path} is damaged or cut short: {what}", "damaged stream")
 
 
-def _zstd_chunks(file: BinaryIO, path: Path) -> Iterator[bytes]:
+def _zstd_chunks(file: BinaryIO, path: SourcePath) -> Iterator[bytes]:
     while magic := file.read(4):
         number = int.from_bytes(magic, "little")
         if number in ZSTD_SKIPPABLE:
@@ -75,7 +75,7 @@ def _zstd_chunks(file: BinaryIO, path: Path) -> Iterator[bytes]:
             raise zstandard.ZstdError(f"no zstd frame begins with {magic!r}")
 
 
-def _frame_chunks(file: BinaryIO, magic: bytes, path: Path) -> Iterator[bytes]:
+def _frame_chunks(file: BinaryIO, magic: bytes, path: SourcePath) -> Iterator[bytes]:
     header, window, has_checksum = _frame_header(file)
     if window > 1 << LARGEST_WINDOW_LOG:
         raise DocumentError(

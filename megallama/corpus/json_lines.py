@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 from megallama.corpus.blocks import BLOCK_BYTES, Reading
 from megallama.corpus.bombs import LONGEST_GAP, BombWatch
 from megallama.corpus.document_error import DocumentError
 from megallama.corpus.lines import BOM, Lines
+from megallama.system.remote import SourcePath
 from megallama.text.surrogates import without_surrogates
 
 
 class JsonLines:
     """A BlockFile of JSON lines, compressed or not."""
 
-    def __init__(self, path: Path, reading: Reading) -> None:
+    def __init__(self, path: SourcePath, reading: Reading) -> None:
         self._lines = Lines(path)
         self._field = Field(reading.text_field)
         self._stops = reading.on_error == "stop"

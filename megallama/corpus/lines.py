@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import BinaryIO
 
 from megallama.corpus.decompress import CHUNK, gzip_chunks, zstd_chunks
 from megallama.corpus.document_error import DocumentError
 from megallama.errors import UserError
-from megallama.system.regular_file import open_regular
+from megallama.system.remote import SourcePath, open_source_file
 
 BOM = b"\xef\xbb\xbf"
 LARGEST_RECORD = 64 << 20
@@ -27,7 +26,7 @@ class Lines:
     only. Methods raise UserError where the system cannot read the file. Damage ends its content.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: SourcePath) -> None:
         self.path = path
         self.position = 0
         """Where the next line begins, in bytes of content; behind damage, where the damage is."""
@@ -36,7 +35,7 @@ class Lines:
         self.damage: DocumentError | None = None
         """What is wrong with the file at `position`, behind which nothing is read."""
         with refusals_named(path):
-            self._file = open_regular(path)
+            self._file = open_source_file(path)
         self.compressed = path.suffix in (".gz", ".zst")
         self._chunks = self._read_chunks()
         self._chunk, self._at = b"", 0
@@ -163,7 +162,7 @@ class Lines:
 
 
 @contextmanager
-def refusals_named(place: str | Path) -> Iterator[None]:
+def refusals_named(place: str | SourcePath) -> Iterator[None]:
     """An OSError of the block becomes a UserError that names `place`."""
     try:
         yield

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from megallama.corpus.blocks import Reading
 from megallama.corpus.document_error import DocumentError
 from megallama.corpus.lines import LARGEST_RECORD, refusals_named
 from megallama.errors import UserError
-from megallama.system.regular_file import open_regular
+from megallama.system.remote import SourcePath, open_source_file, source_state
 
 BATCH_BYTES = 8 << 20
 MOST_ROWS = 1024
@@ -21,7 +20,7 @@ MOST_ROWS = 1024
 class ParquetRows:
     """A BlockFile of Parquet, whose row groups are the blocks. What is damaged is a row group, or the whole file."""
 
-    def __init__(self, path: Path, reading: Reading) -> None:
+    def __init__(self, path: SourcePath, reading: Reading) -> None:
         try:
             import pyarrow
             import pyarrow.compute
@@ -36,7 +35,7 @@ class ParquetRows:
         self._number = 0
         self._damage: DocumentError | None = None
         with refusals_named(path):
-            self._file = open_regular(path)
+            self._file = open_source_file(path)
         try:
             with self._damage_named():
                 metadata = pyarrow.parquet.read_metadata(self._file)
@@ -60,7 +59,7 @@ class ParquetRows:
 
     @property
     def file_bytes(self) -> int:
-        return self._path.stat().st_size * self._number // max(1, self._groups)
+        return source_state(self._path)[0] * self._number // max(1, self._groups)
 
     def begin(self, number: int) -> bool:
         self._number = number

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 from megallama.corpus.blocks import BLOCK_BYTES, Reading
 from megallama.corpus.document_error import DocumentError
 from megallama.corpus.lines import BOM, LARGEST_RECORD, Lines
+from megallama.system.remote import SourcePath
 
 DOCUMENT_BYTES = 1 << 20
 
@@ -16,7 +16,7 @@ DOCUMENT_BYTES = 1 << 20
 class PlainText:
     """A BlockFile of text. A document ends at the first blank line behind DOCUMENT_BYTES of it, or with its block."""
 
-    def __init__(self, path: Path, reading: Reading) -> None:
+    def __init__(self, path: SourcePath, reading: Reading) -> None:
         self._lines = Lines(path)
         # A few files of the standard library are in other encodings on purpose.
         self._stops = reading.on_error == "stop" and path.suffix != ".py"

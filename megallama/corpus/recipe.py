@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from megallama.corpus.blocks import BLOCK_BYTES, Reading
 from megallama.corpus.corpora import source_files
 from megallama.data.indexed import token_dtype
 from megallama.errors import UserError
+from megallama.system.remote import RemoteFile, SourcePath, is_url, source_state
 from megallama.text.tokenizer import Tokenizer, load_tokenizer
 
 UNIT_BYTES = 4 << 20
@@ -39,7 +41,13 @@ class SourceFile:
 
     path: str
     bytes: int
-    modified_ns: int
+    state: str
+    """Another one when the content is another: the time of its last change, or what a storage says of it."""
+
+    @property
+    def source(self) -> SourcePath:
+        """The file, to be opened."""
+        return RemoteFile(self.path, self.bytes, self.state) if is_url(self.path) else Path(self.path)
 
 
 @dataclass(frozen=True)
@@ -168,10 +176,9 @@ def recipe_from_json(content: Mapping[str, Any]) -> Recipe:
 
 def _files(source: str) -> tuple[SourceFile, ...]:
     try:
-        states = [(str(file), file.stat()) for file in source_files(source)]
+        return tuple(SourceFile(str(file), *source_state(file)) for file in source_files(source))
     except OSError as error:
         raise UserError(f"{source} cannot be read ({error.strerror}); mend that or name another source") from None
-    return tuple(SourceFile(path, state.st_size, state.st_mtime_ns) for path, state in states)
 
 
 def _hash(content: Any) -> str:

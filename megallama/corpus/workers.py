@@ -26,7 +26,7 @@ from megallama.corpus.recipe import Share, Unit
 from megallama.corpus.shard import Counts, write_shard
 from megallama.corpus.shards import shard_path
 from megallama.errors import UserError
-from megallama.system.regular_file import open_regular
+from megallama.system.remote import SourcePath, open_source_file
 from megallama.system.signals import interrupt_later
 from megallama.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -84,7 +84,7 @@ class Job:
 def perform(task: Task, job: Job, tokenizer: Tokenizer) -> Iterator[Message]:
     """Do a task here. UserError for a source that cannot be read, OSError for a folder that cannot be written."""
     if task.share is None:
-        yield Ended(task.unit.key, None, 0, tuple(_sha256(file.path) for file in task.unit.files), 0)
+        yield Ended(task.unit.key, None, 0, tuple(_sha256(file.source) for file in task.unit.files), 0)
         return
     blocks, told = max(task.skip, default=-1) + 1, 0
     for block in _blocks(task, job):
@@ -101,7 +101,7 @@ def _blocks(task: Task, job: Job) -> Iterator[Block]:
     reading = job.reading
     assert task.share is not None
     if len(task.unit.files) == 1:
-        yield from read_blocks(Path(task.unit.files[0].path), reading, task.share, task.skip)
+        yield from read_blocks(task.unit.files[0].source, reading, task.share, task.skip)
     elif 0 not in task.skip:
         left_out = Counter[str]()
         yield Block(0, _documents_of_all(task.unit, job, left_out), left_out, 0)
@@ -109,14 +109,14 @@ def _blocks(task: Task, job: Job) -> Iterator[Block]:
 
 def _documents_of_all(unit: Unit, job: Job, left_out: Counter[str]) -> Iterator[str]:
     for file in unit.files:
-        for block in read_blocks(Path(file.path), job.reading):
+        for block in read_blocks(file.source, job.reading):
             yield from block.documents
             left_out.update(block.left_out)
 
 
-def _sha256(path: str) -> str:
+def _sha256(path: SourcePath) -> str:
     try:
-        with open_regular(Path(path)) as file:
+        with open_source_file(path) as file:
             digest = hashlib.sha256()
             while chunk := file.read(1 << 20):
                 digest.update(chunk)

@@ -34,7 +34,7 @@ class TokenDataset:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the index, the tokenizer's fingerprint and the first 2^20 ids."""
-        with idx_path(self.prefix).open("rb") as file:
+        with idx_path(self.indexed.prefix).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
         digest.update((self.info.fingerprint if self.info else "").encode())
         digest.update(self.indexed.tokens[: 1 << 20].tobytes())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megallama.data.indexed import IndexedDataset, open_indexed, token_dtype
+from megallama.data.node_cache import on_this_node
 from megallama.errors import UserError
 from megallama.system.regular_file import read_regular
 from megallama.text.tokenizer_files import LARGEST_ID
@@ -61,7 +62,11 @@ def read_info(prefix: str) -> DatasetInfo | None:
 
 
 def open_described(prefix: str) -> tuple[IndexedDataset, DatasetInfo | None]:
-    """A dataset and its description; UserError if one cannot be read, or if they are not of one build."""
+    """A dataset and its description; UserError if one cannot be read, or if they are not of one build.
+
+    A dataset behind a URL is first copied to this node.
+    """
+    prefix = on_this_node(prefix)
     indexed, info = open_indexed(prefix), read_info(prefix)
     if info is None:
         return indexed, None

@@ -12,6 +12,7 @@ import numpy as np
 from megallama.corpus.corpora import iterate_documents
 from megallama.data.dataset import TokenDataset
 from megallama.data.indexed import bin_path, idx_path
+from megallama.data.node_cache import is_remote_dataset
 from megallama.errors import UserError
 from megallama.text.surrogates import without_surrogates
 from megallama.text.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ def read_texts(data: str, tokenizer: Tokenizer, text_field: str = "text") -> Ite
 
     The bytes of a dataset are those of its tokens, decoded.
     """
-    if bin_path(data).is_file() or idx_path(data).is_file():
+    if bin_path(data).is_file() or idx_path(data).is_file() or is_remote_dataset(data):
         return _of_dataset(data, tokenizer)
     if data.endswith((".bin", ".idx")) and Path(data).is_file():
         raise UserError(f"{data} is a file of a dataset; name its prefix, {data[:-4]}")
