@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
-from megallama.corpus.build import build_dataset
+from megallama.corpus.building.build import build_dataset
 from megallama.data.loader import open_data
 from megallama.parallel.agreement import check_same, facts_of
 from megallama.parallel.join import join

@@ -38,8 +38,8 @@ import zstandard
 from rich.console import Console
 from rich.table import Table
 
-from megallama.corpus.blocks import Reading, read_blocks
-from megallama.corpus.build import build_dataset
+from megallama.corpus.building.build import build_dataset
+from megallama.corpus.reading.blocks import Reading, read_blocks
 from megallama.data.indexed import token_dtype
 from megallama.errors import UserError
 from megallama.text.hf_tokenizer import save_hugging_face

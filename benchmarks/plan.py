@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megallama.corpus.build import build_dataset
+from megallama.corpus.building.build import build_dataset
 from megallama.errors import UserError
 from megallama.hardware.gpus import Gpu, load_hardware
 from megallama.layout.counts import count_parameters

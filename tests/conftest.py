@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megallama.corpus.build import build_dataset
+from megallama.corpus.building.build import build_dataset
 from megallama.data.indexed import IndexedWriter, token_dtype
 from tests.launching import arguments, pretrain
 

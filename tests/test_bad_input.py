@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megallama.corpus.build import build_dataset
+from megallama.corpus.building.build import build_dataset
 from tests.launching import BIN, CONFIG, NO_NETWORK, PRETRAIN, Outcome, arguments, execute, pretrain, tree
 from tests.test_launchers import torchrun
 

@@ -61,9 +61,9 @@ def build_command(
 
     Example: megallama data build stdlib --output data/stdlib --tokenizer data/tokenizer
     """
-    from megallama.corpus.blocks import Reading
-    from megallama.corpus.build import build_dataset, build_part, parse_part, part_folder
-    from megallama.corpus.upload import check_on_disk, local_output
+    from megallama.corpus.building.build import build_dataset, build_part, parse_part, part_folder
+    from megallama.corpus.fetching.upload import check_on_disk, local_output
+    from megallama.corpus.reading.blocks import Reading
 
     begin = time.monotonic()
     reading = Reading(text_field, min_length, on_error.value)
@@ -90,8 +90,8 @@ def merge_command(
 
     Example: megallama data merge data/stdlib
     """
-    from megallama.corpus.merge import merge_parts
-    from megallama.corpus.upload import check_on_disk
+    from megallama.corpus.building.merge import merge_parts
+    from megallama.corpus.fetching.upload import check_on_disk
 
     check_on_disk("PREFIX", output)
     info, reused = merge_parts(output, force=force)
@@ -130,9 +130,9 @@ def fetch_command(
     """
     from rich.console import Console
 
-    from megallama.corpus.fetch import default_folder, fetch, wanted_files
-    from megallama.corpus.fetch_progress import FetchProgress
-    from megallama.corpus.public import PUBLIC_CORPORA
+    from megallama.corpus.fetching.fetch import default_folder, fetch, wanted_files
+    from megallama.corpus.fetching.fetch_progress import FetchProgress
+    from megallama.corpus.fetching.public import PUBLIC_CORPORA
 
     if name is None:
         for each, corpus in PUBLIC_CORPORA.items():

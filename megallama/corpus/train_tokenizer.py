@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 
-from megallama.corpus.corpora import describe_source, iterate_documents
+from megallama.corpus.reading.corpora import describe_source, iterate_documents
 from megallama.errors import UserError, check_printable
 from megallama.system.lock import output_lock
 from megallama.system.whole_file import put, remove_leftovers

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megallama.corpus.corpora import iterate_documents
+from megallama.corpus.reading.corpora import iterate_documents
 from megallama.data.dataset import TokenDataset
 from megallama.data.indexed import bin_path, idx_path
 from megallama.data.node_cache import is_remote_dataset

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megallama.config.schema import RunConfig, RunSection
-from megallama.corpus.build import build_dataset
+from megallama.corpus.building.build import build_dataset
 from megallama.errors import NotFiniteError, UserError
 from megallama.layout.check import check_training
 from megallama.layout.names import ONE_PROCESS, Layout

@@ -15,7 +15,7 @@ from typing import Any
 
 from megallama.checkpoint.tensors import Array, Stored
 from megallama.config.schema import RunConfig
-from megallama.corpus.build import build_dataset
+from megallama.corpus.building.build import build_dataset
 from megallama.layout.names import parse_layout
 from megallama.parallel.spawn import run_ranks
 from megallama.verify.compare import train_losses

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import zstandard
 
-from megallama.corpus import blocks, bombs, decompress, json_lines, lines, parquet, plain_text
-from megallama.corpus.blocks import Reading, read_blocks
+from megallama.corpus.reading import blocks, bombs, decompress, json_lines, lines, parquet, plain_text
+from megallama.corpus.reading.blocks import Reading, read_blocks
 from megallama.errors import UserError
 
 BLOCK = 64

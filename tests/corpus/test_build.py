@@ -22,10 +22,11 @@ import pytest
 import zstandard
 from rich.console import Console
 
-from megallama.corpus import build, json_lines, recipe
-from megallama.corpus.blocks import Reading
-from megallama.corpus.build import build_dataset
-from megallama.corpus.join import join
+from megallama.corpus.building import build, recipe
+from megallama.corpus.building.build import build_dataset
+from megallama.corpus.building.join import join
+from megallama.corpus.reading import json_lines
+from megallama.corpus.reading.blocks import Reading
 from megallama.data.indexed import open_indexed
 from megallama.data.info import DatasetInfo, read_info
 from megallama.errors import UserError

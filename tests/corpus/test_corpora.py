@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megallama.corpus import bombs
-from megallama.corpus.corpora import describe_source, iterate_documents, source_files
+from megallama.corpus.reading import bombs
+from megallama.corpus.reading.corpora import describe_source, iterate_documents, source_files
 from megallama.errors import UserError
 
 

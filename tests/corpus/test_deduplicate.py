@@ -9,10 +9,11 @@ from random import Random
 import numpy as np
 import pytest
 
-from megallama.corpus import duplicates, json_lines, recipe
-from megallama.corpus.build import build_dataset
-from megallama.corpus.duplicates import find_duplicates
-from megallama.corpus.shard import Shard
+from megallama.corpus.building import duplicates, recipe
+from megallama.corpus.building.build import build_dataset
+from megallama.corpus.building.duplicates import find_duplicates
+from megallama.corpus.building.shard import Shard
+from megallama.corpus.reading import json_lines
 from megallama.data.indexed import open_indexed
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megallama.corpus import download as module
-from megallama.corpus.download import Digest, Wanted, download
-from megallama.corpus.fetch import Outcome, fetch, wanted_files
-from megallama.corpus.fetch_progress import FetchProgress
+from megallama.corpus.fetching import download as module
+from megallama.corpus.fetching.download import Digest, Wanted, download
+from megallama.corpus.fetching.fetch import Outcome, fetch, wanted_files
+from megallama.corpus.fetching.fetch_progress import FetchProgress
 from megallama.errors import UserError
 from tests.corpus.serving import Served, serving
 

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from megallama.cli import app
 from megallama.config.schema import DataConfig
-from megallama.corpus.build import build_dataset
+from megallama.corpus.building.build import build_dataset
 from megallama.data.dataset import TokenDataset
 from megallama.data.indexed import open_indexed
 from megallama.data.loader import Loader

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megallama.cli import app
-from megallama.corpus.build import build_dataset
+from megallama.corpus.building.build import build_dataset
 from megallama.corpus.train_tokenizer import train_tokenizer
 from megallama.errors import UserError
 from megallama.text.tokenizer import load_tokenizer

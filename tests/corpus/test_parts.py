@@ -13,11 +13,12 @@ import zstandard
 from typer.testing import CliRunner
 
 from megallama.cli import app
-from megallama.corpus import build, json_lines, merge, recipe
-from megallama.corpus.blocks import Reading
-from megallama.corpus.build import build_dataset, build_part
-from megallama.corpus.merge import merge_parts
-from megallama.corpus.workers import Here
+from megallama.corpus.building import build, merge, recipe
+from megallama.corpus.building.build import build_dataset, build_part
+from megallama.corpus.building.merge import merge_parts
+from megallama.corpus.building.workers import Here
+from megallama.corpus.reading import json_lines
+from megallama.corpus.reading.blocks import Reading
 from megallama.errors import UserError
 from megallama.text.tokenizer import ByteTokenizer
 

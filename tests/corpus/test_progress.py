@@ -8,9 +8,9 @@ import re
 import pytest
 from rich.console import Console
 
-from megallama.corpus import progress
-from megallama.corpus.progress import Progress
-from megallama.corpus.shard import Counts
+from megallama.corpus.building import progress
+from megallama.corpus.building.progress import Progress
+from megallama.corpus.building.shard import Counts
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, seconds: float, *, terminal: bool) -> str:

@@ -18,11 +18,11 @@ import zstandard
 from typer.testing import CliRunner
 
 from megallama.cli import app
-from megallama.corpus import upload
-from megallama.corpus.blocks import Reading, read_blocks
-from megallama.corpus.build import build_dataset
-from megallama.corpus.corpora import source_files
-from megallama.corpus.upload import local_output
+from megallama.corpus.building.build import build_dataset
+from megallama.corpus.fetching import upload
+from megallama.corpus.fetching.upload import local_output
+from megallama.corpus.reading.blocks import Reading, read_blocks
+from megallama.corpus.reading.corpora import source_files
 from megallama.errors import UserError
 from megallama.system import remote
 from megallama.system.remote import open_source_file, remote_file

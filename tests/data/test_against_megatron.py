@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from megallama.corpus.build import build_dataset
+from megallama.corpus.building.build import build_dataset
 from megallama.data.indexed import DTYPE_CODES, IndexedWriter, open_indexed, token_dtype
 from megallama.errors import UserError
 

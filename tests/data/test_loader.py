@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megallama.config.schema import IGNORE_INDEX, DataConfig
-from megallama.corpus.build import build_dataset
+from megallama.corpus.building.build import build_dataset
 from megallama.data.dataset import SCANNED_TOKENS, TokenDataset, split_documents
 from megallama.data.indexed import HEADER, bin_path, finish_index, idx_path
 from megallama.data.loader import Loader, MicroBatch, prefetched
@@ -253,7 +253,7 @@ def test_the_data_package_knows_no_layer_above() -> None:
 
 
 def test_building_imports_no_torch() -> None:
-    code = "import sys, megallama.corpus.build, megallama.corpus.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, megallama.corpus.building.build, megallama.corpus.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from megallama.cli import app
 from megallama.config.schema import IGNORE_INDEX
-from megallama.corpus.build import build_dataset
+from megallama.corpus.building.build import build_dataset
 from megallama.data.indexed import IndexedWriter
 from megallama.errors import UserError
 from megallama.evaluation.score import beginning, score, settings_for

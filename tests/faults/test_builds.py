@@ -16,7 +16,7 @@ from random import Random
 import pytest
 import zstandard
 
-from megallama.corpus.build import build_dataset
+from megallama.corpus.building.build import build_dataset
 from megallama.text.tokenizer import tokenizer_from_ranks
 from tests.launching import BIN, ROOT, clean_environment, kill_all, outliving, processes_of
 
@@ -107,9 +107,9 @@ def test_killed_at_random_moments_and_repeated(corpus: Path, tmp_path: Path) -> 
 EVERY_OPERATION = """
 import os, shutil, signal, sys
 from pathlib import Path
-from megallama.corpus import recipe
-from megallama.corpus.build import build_dataset, build_part
-from megallama.corpus.merge import merge_parts
+from megallama.corpus.building import recipe
+from megallama.corpus.building.build import build_dataset, build_part
+from megallama.corpus.building.merge import merge_parts
 
 what, folder = sys.argv[1], Path(sys.argv[2])
 recipe.UNIT_BYTES = 100

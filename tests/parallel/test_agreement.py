@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megallama.corpus.build import build_dataset
+from megallama.corpus.building.build import build_dataset
 from megallama.data.dataset import SAMPLED_STRETCHES, SAMPLED_TOKENS
 from megallama.parallel.agreement import differences
 from megallama.parallel.launch import Launch

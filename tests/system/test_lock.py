@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from megallama.cli import app
 from megallama.cluster.cli import send
-from megallama.corpus.build import build_dataset
+from megallama.corpus.building.build import build_dataset
 from megallama.corpus.train_tokenizer import train_tokenizer
 from megallama.data.indexed import open_indexed
 from megallama.errors import UserError

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import models, normalizers, processors
 
 from megallama.config.schema import DataConfig
-from megallama.corpus.build import build_dataset
+from megallama.corpus.building.build import build_dataset
 from megallama.data.source import open_source
 from megallama.errors import UserError
 from megallama.generation.generate import generate

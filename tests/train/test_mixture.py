@@ -10,7 +10,7 @@ import pytest
 
 from megallama.checkpoint.format import complete_checkpoints
 from megallama.checkpoint.state import read_saved
-from megallama.corpus.build import build_dataset
+from megallama.corpus.building.build import build_dataset
 from tests.launching import arguments, events, losses, pretrain, tree
 from tests.parallel.test_agreement import apart
 

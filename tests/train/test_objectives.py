@@ -17,7 +17,7 @@ from megallama.checkpoint.reading.store import load_weights
 from megallama.checkpoint.state import read_saved
 from megallama.config.load import load_config
 from megallama.config.schema import IGNORE_INDEX
-from megallama.corpus.build import build_dataset
+from megallama.corpus.building.build import build_dataset
 from megallama.corpus.train_tokenizer import train_tokenizer
 from megallama.data.indexed import IndexedWriter, token_dtype
 from megallama.data.loader import open_data

@@ -17,7 +17,7 @@ from megallama.checkpoint.health import is_healthy
 from megallama.checkpoint.state import read_saved
 from megallama.config.load import load_config
 from megallama.config.schema import IGNORE_INDEX
-from megallama.corpus.build import build_dataset
+from megallama.corpus.building.build import build_dataset
 from megallama.data.indexed import IndexedWriter, token_dtype
 from megallama.data.loader import open_data
 from tests.launching import CONFIG, arguments, events, losses, pretrain, tree

@@ -11,7 +11,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megallama.corpus.download import Told
+from megallama.corpus.fetching.download import Told
 
 LINE_SECONDS = 30.0
 

@@ -20,8 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megallama.corpus.blocks import Reading, read_blocks
-from megallama.corpus.lines import refusals_named
+from megallama.corpus.reading.blocks import Reading, read_blocks
+from megallama.corpus.reading.lines import refusals_named
 from megallama.errors import UserError
 from megallama.system.remote import SourcePath, is_url, remote_files, source_state
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from megallama.corpus.blocks import BLOCK_BYTES, Reading
-from megallama.corpus.corpora import source_files
+from megallama.corpus.reading.blocks import BLOCK_BYTES, Reading
+from megallama.corpus.reading.corpora import source_files
 from megallama.data.indexed import token_dtype
 from megallama.errors import UserError
 from megallama.system.remote import RemoteFile, SourcePath, is_url, source_state

@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers
 
-from megallama.corpus.download import Digest, Wanted
+from megallama.corpus.fetching.download import Digest, Wanted
 from megallama.errors import UserError
 
 _KIND = "dataset"

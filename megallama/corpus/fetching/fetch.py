@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from megallama.corpus.corpora import SUFFIXES
-from megallama.corpus.download import Digest, Told, Wanted, download
-from megallama.corpus.fetch_progress import FetchProgress
-from megallama.corpus.public import PUBLIC_CORPORA, PublicCorpus
+from megallama.corpus.fetching.download import Digest, Told, Wanted, download
+from megallama.corpus.fetching.fetch_progress import FetchProgress
+from megallama.corpus.fetching.public import PUBLIC_CORPORA, PublicCorpus
+from megallama.corpus.reading.corpora import SUFFIXES
 from megallama.errors import UserError, check_printable
 from megallama.system.lock import output_lock
 from megallama.system.whole_file import put, remove_leftovers
@@ -105,7 +105,7 @@ def fetch(wanted: Sequence[Wanted], folder: Path, progress: FetchProgress, *, fo
 
 
 def _of_the_hub(name: str, files: Sequence[str]) -> list[Wanted]:
-    from megallama.corpus.hub import HubPath, hub_files
+    from megallama.corpus.fetching.hub import HubPath, hub_files
 
     corpus = PUBLIC_CORPORA.get(name)
     if corpus is None and not name.startswith("hf://"):

@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megallama.corpus.recipe import Recipe, Unit
-from megallama.corpus.shard import Shard, read_shard
+from megallama.corpus.building.recipe import Recipe, Unit
+from megallama.corpus.building.shard import Shard, read_shard
 from megallama.system.whole_file import put
 
 BY_RULE = frozenset({"empty", "short"})

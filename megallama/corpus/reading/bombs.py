@@ -6,8 +6,8 @@ first text in every STRETCH of the content, and for that reads lines that are no
 
 from __future__ import annotations
 
-from megallama.corpus.document_error import DocumentError
-from megallama.corpus.lines import LARGEST_GAP, Lines
+from megallama.corpus.reading.document_error import DocumentError
+from megallama.corpus.reading.lines import LARGEST_GAP, Lines
 from megallama.errors import UserError
 
 LONGEST_GAP = 1_000_000

@@ -87,9 +87,9 @@ def read_blocks(
 
 
 def _open(path: SourcePath, reading: Reading) -> BlockFile:
-    from megallama.corpus.json_lines import JsonLines
-    from megallama.corpus.parquet import ParquetRows
-    from megallama.corpus.plain_text import PlainText
+    from megallama.corpus.reading.json_lines import JsonLines
+    from megallama.corpus.reading.parquet import ParquetRows
+    from megallama.corpus.reading.plain_text import PlainText
 
     formats: dict[str, type[BlockFile]] = {".txt": PlainText, ".py": PlainText, ".parquet": ParquetRows}
     return formats.get(path.suffix, JsonLines)(path, reading)

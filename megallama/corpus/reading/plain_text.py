@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from megallama.corpus.blocks import BLOCK_BYTES, Reading
-from megallama.corpus.document_error import DocumentError
-from megallama.corpus.lines import BOM, LARGEST_RECORD, Lines
+from megallama.corpus.reading.blocks import BLOCK_BYTES, Reading
+from megallama.corpus.reading.document_error import DocumentError
+from megallama.corpus.reading.lines import BOM, LARGEST_RECORD, Lines
 from megallama.system.remote import SourcePath
 
 DOCUMENT_BYTES = 1 << 20

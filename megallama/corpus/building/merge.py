@@ -12,11 +12,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from megallama.corpus.build import PART_NAME, check_prefix, part_folder, standing_dataset, stopped_builds_explained
-from megallama.corpus.join import join
-from megallama.corpus.recipe import Recipe, Unit, recipe_from_json
-from megallama.corpus.shard import Shard
-from megallama.corpus.shards import Shards
+from megallama.corpus.building.build import (
+    PART_NAME,
+    check_prefix,
+    part_folder,
+    standing_dataset,
+    stopped_builds_explained,
+)
+from megallama.corpus.building.join import join
+from megallama.corpus.building.recipe import Recipe, Unit, recipe_from_json
+from megallama.corpus.building.shard import Shard
+from megallama.corpus.building.shards import Shards
 from megallama.data.indexed import idx_path
 from megallama.data.info import DatasetInfo, open_described
 from megallama.errors import UserError

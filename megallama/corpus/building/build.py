@@ -20,13 +20,13 @@ from types import TracebackType
 
 from rich.console import Console
 
-from megallama.corpus.blocks import Reading
-from megallama.corpus.join import join
-from megallama.corpus.progress import Progress
-from megallama.corpus.recipe import Recipe, Share, make_recipe, recipe_from_json
-from megallama.corpus.shard import Counts, Shard
-from megallama.corpus.shards import Shards
-from megallama.corpus.workers import Here, Job, Made, Task, Team, WorkerLostError, Workers
+from megallama.corpus.building.join import join
+from megallama.corpus.building.progress import Progress
+from megallama.corpus.building.recipe import Recipe, Share, make_recipe, recipe_from_json
+from megallama.corpus.building.shard import Counts, Shard
+from megallama.corpus.building.shards import Shards
+from megallama.corpus.building.workers import Here, Job, Made, Task, Team, WorkerLostError, Workers
+from megallama.corpus.reading.blocks import Reading
 from megallama.data.indexed import bin_path, idx_path
 from megallama.data.info import DatasetInfo, open_described
 from megallama.errors import UserError, check_printable

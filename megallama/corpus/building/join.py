@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megallama.corpus.duplicates import find_duplicates
-from megallama.corpus.recipe import Recipe
-from megallama.corpus.shard import Shard
+from megallama.corpus.building.duplicates import find_duplicates
+from megallama.corpus.building.recipe import Recipe
+from megallama.corpus.building.shard import Shard
 from megallama.data.indexed import IndexedWriter, bin_path, idx_path
 from megallama.data.info import DatasetInfo, info_path
 from megallama.errors import UserError

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from megallama.corpus.blocks import Block, Reading, read_blocks
-from megallama.corpus.recipe import Share, Unit
-from megallama.corpus.shard import Counts, write_shard
-from megallama.corpus.shards import shard_path
+from megallama.corpus.building.recipe import Share, Unit
+from megallama.corpus.building.shard import Counts, write_shard
+from megallama.corpus.building.shards import shard_path
+from megallama.corpus.reading.blocks import Block, Reading, read_blocks
 from megallama.errors import UserError
 from megallama.system.remote import SourcePath, open_source_file
 from megallama.system.signals import interrupt_later

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from megallama.corpus.shard import Shard
+from megallama.corpus.building.shard import Shard
 
 HASHES_AT_ONCE = 2 << 20
 """That are sorted at once, 24 bytes each."""

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from megallama.corpus.shard import Counts
+from megallama.corpus.building.shard import Counts
 
 SILENT_SECONDS = 2.0
 LINE_SECONDS = 10.0
