@@ -28,7 +28,7 @@ def check(layouts: str, dtype: str = "fp32", *overrides: str, resume: bool = Fal
 
 
 def test_a_run_within_documents_gives_the_answer_of_one_process() -> None:
-    check("tp2-dp2-zero3-full pp2-zbvzerobubble")
+    check("pp2-zbvzerobubble")
 
 
 @pytest.mark.layouts
@@ -63,10 +63,8 @@ def compiled_attention() -> None:
     torch.nn.attention.flex_attention._validate_device = lambda *_: None  # which refuses a backward on a CPU
 
 
-@pytest.mark.parametrize(
-    "layouts",
-    ["pp2-dualpipev", pytest.param("pp2-zbvzerobubble-full pp2 tp2-selective full", marks=pytest.mark.layouts)],
-)
+@pytest.mark.layouts
+@pytest.mark.parametrize("layouts", ["pp2-dualpipev", "pp2-zbvzerobubble-full pp2 tp2-selective full"])
 def test_compiled_attention_goes_through_every_kind_of_backward(layouts: str) -> None:
     parsed = [parse_layout(name) for name in layouts.split()]
     assert_all_equal(verify(debug_config(WITHIN), parsed, resume=False, plant=compiled_attention))
@@ -99,7 +97,11 @@ def layers_that_see_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "plant"), [("pp2", documents_for_the_first_stage_alone), ("full", layers_that_see_all)]
+    ("layout", "plant"),
+    [
+        ("pp2", documents_for_the_first_stage_alone),
+        pytest.param("full", layers_that_see_all, marks=pytest.mark.layouts),
+    ],
 )
 def test_a_planted_bug_is_reported(layout: str, plant: Plant) -> None:
     report = verify(debug_config(WITHIN), [parse_layout(layout)], plant=plant)
