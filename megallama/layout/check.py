@@ -102,18 +102,25 @@ _FAR = 4
 def _nearest_batching(config: RunConfig, dp: int) -> str:
     """What makes the batch whole: first what changes no result, a micro-batch or a number of ranks."""
     train, parallel = config.train, config.parallel
-
-    def legal(copies: int, micro_batch: int) -> bool:
-        return all(_cuts(config, batch, copies * micro_batch) for batch in train.batches)
-
-    dividing = divisors(train.common_batch)
-    if sizes := [size for size in dividing if size <= _FAR * train.micro_batch_size and legal(dp, size)]:
+    if sizes := _micro_batch_sizes(config, dp):
         return f"train.micro_batch_size={_or(_nearest(sizes, train.micro_batch_size))}"
-    if copies := [count for count in dividing if count <= _FAR * dp and legal(count, train.micro_batch_size)]:
+    near = [count for count in divisors(train.common_batch) if count <= _FAR * dp]
+    if copies := [count for count in near if _all_cut(config, count * train.micro_batch_size)]:
         ranks = parallel.model_ranks
         return f"a world size of {_or(ranks * count for count in _nearest(copies, dp))}"
     legal_batches = _batches_near(config, train.global_batch_size, dp * train.micro_batch_size)
     return f"train.global_batch_size={_or(_nearest(legal_batches, train.global_batch_size))}"
+
+
+def _micro_batch_sizes(config: RunConfig, dp: int) -> list[int]:
+    """Those near the one that was typed that make all batches of the run whole, in order."""
+    most = _FAR * config.train.micro_batch_size
+    return [size for size in divisors(config.train.common_batch) if size <= most and _all_cut(config, dp * size)]
+
+
+def _all_cut(config: RunConfig, samples: int) -> bool:
+    """Whether every batch of the run is made of micro-batches, of `samples` over all copies."""
+    return all(_cuts(config, batch, samples) for batch in config.train.batches)
 
 
 def _cuts(config: RunConfig, batch: int, samples: int) -> bool:
@@ -295,6 +302,8 @@ def _check_ramp(config: RunConfig, dp: int, seen: Seen) -> None:
         legal = [each for each in _batches_near(config, batch, samples) if low < each < high]
         key = f"train.batch_ramp[{number}].global_batch_size"
         nearest = f"{key}={_or(_nearest(legal, batch))}" if legal else f"train.batch_ramp without [{number}]"
+        if sizes := _micro_batch_sizes(config, dp):
+            nearest += f", or train.micro_batch_size={_or(_nearest(sizes, train.micro_batch_size))}"
         raise UserError(
             f"{key}={batch} is not a number of micro-batches of train.micro_batch_size * dp = "
             f"{train.micro_batch_size} * {dp} = {samples}{stages if config.parallel.pipeline > 1 else ''}; "

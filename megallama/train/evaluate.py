@@ -28,5 +28,5 @@ def evaluate(engine: Engine, loader: Loader, samples: int, mesh: ParallelMesh) -
     (loss,) = sum_losses([float(total)], mesh)
     (tokens,) = sum_over([counted], mesh.data, mesh.device)
     if tokens == 0:
-        raise SharedError("no token of what is evaluated counts, all are ends of documents; give other data")
+        raise SharedError("no token of what is evaluated counts, each ends a document or begins one; give other data")
     return loss / tokens

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -88,6 +89,10 @@ class Pipeline:
         self._ranks = chunks.ranks
         self._scale = torch.ones((), device=mesh.device)
         self._take = take_gradients
+        if schedule_of(config.parallel).splits_backward != "never":
+            # A compiled kernel, such as that of attention within documents, would write over what it has saved, and
+            # refuse a backward in two parts after one in one.
+            torch._functorch.config.donated_buffer = False
         self._schedules: dict[int, _PipelineScheduleRuntime] = {}
         self._evaluations: dict[int, _PipelineScheduleRuntime] = {}
 

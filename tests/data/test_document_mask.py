@@ -148,8 +148,6 @@ def test_a_run_within_documents_goes_on_as_if_it_had_not_stopped(byte_dataset: s
     ((code, said),) = pretrain(1, arguments(byte_dataset, tmp_path / "parts", "train.stop_after=4"))
     assert code == 2
     assert "data.document_mask, data.truncate, data.pad or the split) is not that of the checkpoint" in said
-    assert pretrain(1, arguments(byte_dataset, tmp_path / "plain")) == [(0, "")]
-    assert losses(tmp_path / "plain") != losses(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("key", ["truncate=last", "pad=left"])

@@ -139,7 +139,7 @@ def test_whatever_numbers_are_changed_it_is_refused_or_read_as_what_it_says(tmp_
     shape = [3, 0, 2, 4, 1], [0, 2, 2, 3, 5, 5]
     width_of = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
     accepted = 0
-    for _ in range(600):
+    for _ in range(250):
         code = draw.choice([*width_of])
         sizes, documents = shape
         pointers = [sum(sizes[:number]) * width_of[code] for number in range(len(sizes))]
@@ -158,7 +158,7 @@ def test_whatever_numbers_are_changed_it_is_refused_or_read_as_what_it_says(tmp_
         accepted += 1
         expected = documents_of({"X.idx": bytes(idx), "X.bin": content})
         assert [found.document(number).tolist() for number in range(found.num_documents)] == expected
-    assert accepted > 150
+    assert accepted > 60
 
 
 def test_many_documents_take_no_more_memory_than_few(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ UNEVEN = [
         ["train.micro_batch_size=4"],
         1,
         "[0].global_batch_size=6 ",
-        "[0].global_batch_size=4 or 8",
+        "[0].global_batch_size=4 or 8, or train.micro_batch_size=2",
     ),
     (
         [(8, 99), (10, 999)],
@@ -152,9 +152,16 @@ UNEVEN = [
         ["train.micro_batch_size=4"],
         2,
         "[1].global_batch_size=10 ",
-        "[1].global_batch_size=16",
+        "[1].global_batch_size=16, or train.micro_batch_size=1",
     ),
-    ([(2, 99), (4, 999)], 16, ["train.micro_batch_size=4"], 1, "[0].global_batch_size=2 ", " without [0]"),
+    (
+        [(2, 99), (4, 999)],
+        16,
+        ["train.micro_batch_size=4"],
+        1,
+        "[0].global_batch_size=2 ",
+        " without [0], or train.micro_batch_size=2",
+    ),
     ([(3, 99)], 8, ["train.micro_batch_size=1", *PIPELINE], 2, "[0].global_batch_size=3 ", "[0].global_batch_size=4"),
 ]
 

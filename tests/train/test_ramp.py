@@ -111,3 +111,15 @@ def test_a_run_that_goes_on_from_any_step_is_the_same_to_the_bit(
         [[e[key] for key in kept] for e in events(run, "train")] for run in (tmp_path / "run", straight / "run")
     )
     assert again == before[step:]
+
+
+def test_going_back_to_a_stage_that_does_not_fit_is_refused(straight: Path, byte_dataset: str, tmp_path: Path) -> None:
+    """Though the batch fits where the newest checkpoint stands; and nothing is undone."""
+    folder, names = tmp_path / "run/checkpoints", ["step_00000001", "step_00000006"]
+    for name in names:
+        shutil.copytree(straight / "run/checkpoints" / name, folder / name)
+    words = ["train.micro_batch_size=12", f"checkpoint.resume={folder / names[0]}"]
+    ((code, said),) = pretrain(1, arguments(byte_dataset, tmp_path / "run", *RAMP, *words))
+    assert code == 2
+    assert "train.batch_ramp[0].global_batch_size=4 is not a number of micro-batches" in said
+    assert sorted(path.name for path in folder.iterdir()) == names

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.attention.flex_attention
 from torch import Tensor
 
 import megallama.model.llama
 import megallama.train.pipeline
 from megallama.layout.names import parse_layout
+from megallama.model.attention import AttentionCore, FusedAttention, flex_attention
 from megallama.verify.shrink import shrink
 from megallama.verify.verify import Plant, verify
 from tests.verify.test_parity import assert_all_equal, debug_config
@@ -24,7 +28,7 @@ def check(layouts: str, dtype: str = "fp32", *overrides: str, resume: bool = Fal
 
 
 def test_a_run_within_documents_gives_the_answer_of_one_process() -> None:
-    check("tp2-dp2-zero3-full pp2-zbvzerobubble")
+    check("pp2-zbvzerobubble")
 
 
 @pytest.mark.layouts
@@ -46,6 +50,24 @@ def test_every_layout_of_a_run_within_documents_gives_the_answer_of_one_process(
 @pytest.mark.layouts
 def test_a_masked_run_within_documents_gives_the_answer_of_one_process() -> None:
     check("tp2 pp2-dualpipev dp2-zero3-full", "fp32", "train.objective=masked")
+
+
+def compiled_attention() -> None:
+    """As on a GPU, forward and backward, by torch's own definition of its kernels."""
+    compiled = torch.compile(flex_attention, backend="aot_eager")
+
+    def within(self: FusedAttention, documents: Tensor, head_dim: int) -> AttentionCore:
+        return partial(compiled, block_mask=self.block_mask(documents))
+
+    FusedAttention.within = within  # type: ignore[method-assign]
+    torch.nn.attention.flex_attention._validate_device = lambda *_: None  # which refuses a backward on a CPU
+
+
+@pytest.mark.layouts
+@pytest.mark.parametrize("layouts", ["pp2-dualpipev", "pp2-zbvzerobubble-full pp2 tp2-selective full"])
+def test_compiled_attention_goes_through_every_kind_of_backward(layouts: str) -> None:
+    parsed = [parse_layout(name) for name in layouts.split()]
+    assert_all_equal(verify(debug_config(WITHIN), parsed, resume=False, plant=compiled_attention))
 
 
 def test_the_shrunk_run_keeps_the_mask() -> None:
@@ -75,7 +97,11 @@ def layers_that_see_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "plant"), [("pp2", documents_for_the_first_stage_alone), ("full", layers_that_see_all)]
+    ("layout", "plant"),
+    [
+        ("pp2", documents_for_the_first_stage_alone),
+        pytest.param("full", layers_that_see_all, marks=pytest.mark.layouts),
+    ],
 )
 def test_a_planted_bug_is_reported(layout: str, plant: Plant) -> None:
     report = verify(debug_config(WITHIN), [parse_layout(layout)], plant=plant)

@@ -37,6 +37,7 @@ from megallama.checkpoint.tensors import Stored, is_weight
 from megallama.config.schema import ModelConfig, Objective, RunConfig
 from megallama.errors import SharedError, UserError, alike
 from megallama.formats.folder import program_of
+from megallama.layout.check import check_batching
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh
 from megallama.parallel.plain import from_first, of_all
@@ -229,8 +230,8 @@ def confirm(start: Start, config: RunConfig, identify: Identify, mesh: ParallelM
     """Where the run begins after all that it reads was looked at, and what is passed over and why.
 
     Every byte is held against its hash, and what the files say against what they promise. Ranks share the reading, and
-    rename nothing. UserError if there were checkpoints and none is sound, or the first sound one is of something else.
-    Every rank must call it.
+    rename nothing. UserError if there were checkpoints and none is sound, or the first sound one is of something else,
+    or in a stage of train.batch_ramp that does not fit the ranks. Every rank must call it.
     """
     if start.resume is None:
         return start, {}
@@ -241,6 +242,8 @@ def confirm(start: Start, config: RunConfig, identify: Identify, mesh: ParallelM
         reasons = _damage(path, mesh)
         if not reasons:
             _check_same_run(path, config, identify)
+            # What was checked before is how the newest goes on, and this one may be older.
+            check_batching(config, mesh.world.size, read_saved(path).state_at(config.data.sequence_length).seen)
             return replace(start, resume=path), damaged
         damaged[path] = "; ".join(reasons)
     if start.back:
