@@ -145,6 +145,7 @@ def test_a_limit_of_epochs_is_said_before_anything_is_written(folder: Path, tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.layouts
 def test_nodes_may_keep_their_copies_elsewhere_but_must_agree_on_weights(
     whole: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -160,6 +161,7 @@ def test_nodes_may_keep_their_copies_elsewhere_but_must_agree_on_weights(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.layouts
 @pytest.mark.parametrize(
     "objective", [["train.objective=masked", "model.vocab_size=258"], ["data.pack=one", "data.document_mask=true"]]
 )
