@@ -157,8 +157,10 @@ def _wrong_key_in_list(missing: bool, key: str) -> str:
     """The sentence about a key that an element of a list of sections lacks, or does not have."""
     parent, _, leaf = key.rpartition(".")
     legal = LISTS[key.partition("[")[0]]
-    if not missing and (close := difflib.get_close_matches(leaf, legal, n=1)):
+    if leaf not in legal and (close := difflib.get_close_matches(leaf, legal, n=1)):
         return f"unknown key {_cut(key)}; did you mean {close[0]}?"
+    if not missing and leaf in legal:
+        return f"{parent} is one of several sources or stages, and {leaf} is no key of those; give all the same keys"
     what = f"{key} is missing" if missing else f"unknown key {_cut(key)}"
     return f"{what}; legal in {parent}: {', '.join(legal)}"
 
@@ -201,7 +203,9 @@ def _expectation(detail: ErrorDetails) -> str:
     # Of "missing" this is an element of a list; a missing key has its own sentence.
     if kind in ("tuple_type", "too_long", "too_short", "missing"):
         key = _key_of(detail)
-        return _LISTS[MIXTURE] if key.startswith(MIXTURE) else _LISTS.get(key, detail["msg"])
+        if key.startswith(MIXTURE):
+            return "text" if isinstance(detail["input"], str) and "[" in key else _LISTS[MIXTURE]
+        return _LISTS.get(key, detail["msg"])
     if kind in ("string_type", "string_pattern_mismatch", "string_too_short"):
         return _TEXTS.get(_key_of(detail), "text")
     return _KINDS.get(kind, detail["msg"])

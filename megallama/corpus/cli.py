@@ -191,7 +191,7 @@ def data_plan_command(config_path: Config, overrides: Overrides = None, as_json:
     mixture = open_train(config, seen)
     plan = plan_data(config, mixture, seen)
     typer.echo(json.dumps(plan.facts) if as_json else "\n".join(map(printable, table(plan))))
-    check_epochs(mixture, config.data, plan.samples)
+    check_epochs(mixture, config, seen)
 
 
 @data_app.command("trace")

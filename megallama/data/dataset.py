@@ -142,9 +142,12 @@ def check_lengths(config: DataConfig, splits: Mapping[Split, DocumentSplit]) -> 
     name, num_tokens = min(((name, len(split.tokens)) for name, split in splits.items()), key=lambda item: item[1])
     if num_tokens <= config.sequence_length and config.pack == "all":
         fix = f"largest legal: {num_tokens - 1}" if num_tokens > 1 else "none is legal, add documents"
+        tail = name == "validation" and config.validation_path is None
+        longer = "set data.validation_path or a larger data.validation_fraction, or a shorter length, " if tail else ""
         raise UserError(
             f"data.sequence_length={config.sequence_length} is longer than the data: the {name} split of "
-            f"{splits[name].dataset.prefix} has {num_tokens} tokens and a sample takes sequence_length + 1; {fix}"
+            f"{splits[name].dataset.prefix} has {num_tokens} tokens and a sample takes sequence_length + 1; "
+            f"{longer}{fix}"
         )
     if num_tokens == 0:
         raise UserError(

@@ -21,7 +21,7 @@ from megallama.data.masking import Masking, masking_of
 from megallama.data.mixture import Mixture, check_epochs, open_mixture
 from megallama.data.sampler import micro_batch_indices
 from megallama.data.source import Source, open_set, open_source
-from megallama.layout.budget import NOTHING_SEEN, Seen, batch_at, run_samples
+from megallama.layout.budget import NOTHING_SEEN, Seen, batch_at
 from megallama.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -179,7 +179,7 @@ def open_data(config: RunConfig, dp_rank: int, dp_size: int, seen: Seen = NOTHIN
     }
     if data.mixture is not None:
         opened = open_mixture(config, seen)
-        check_epochs(opened.train, data, run_samples(config, seen))
+        check_epochs(opened.train, config, seen)
         held_out = {f"validation/{name}": loader(source) for name, source in opened.held_out.items()}
         validation = None if opened.validation is None else loader(opened.validation)
         return RunData(loader(opened.train), validation, tokenizer, held_out | sets)

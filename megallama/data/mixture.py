@@ -15,7 +15,7 @@ from megallama.data.blend import Blend, stage_of
 from megallama.data.dataset import SCANNED_TOKENS, DocumentSplit, Split, split_documents
 from megallama.data.source import LeftOut, Place, Source, Windows, open_source, open_whole, samples_of
 from megallama.errors import UserError
-from megallama.layout.budget import NOTHING_SEEN, Seen, stage_samples
+from megallama.layout.budget import NOTHING_SEEN, Seen, run_samples, stage_samples
 from megallama.text.tokenizer import load_tokenizer
 
 
@@ -158,45 +158,26 @@ def weights(sources: Sequence[MixtureSource]) -> dict[str, float]:
     return {source.called: source.weight for source in sources}
 
 
-def check_epochs(mixture: Mixture, data: DataConfig, samples: int) -> None:
-    """UserError where a run of so many samples would read a source for more epochs than it may."""
+def check_epochs(mixture: Mixture, config: RunConfig, seen: Seen = NOTHING_SEEN) -> None:
+    """UserError where a run that is as far as `seen` would read a source for more epochs than it may."""
+    samples = run_samples(config, seen)
     read = mixture.epochs(samples)
-    for name, source in sources_of(data).items():
+    for name, source in sources_of(config.data).items():
         (_, epochs), limit = read[name], source.epochs
         if limit is not None and epochs > limit:
             most = limit * mixture.parts[mixture.blend.names.index(name)].samples_per_epoch
             raise UserError(
                 f"data.mixture reads {name} for {epochs:.2f} epochs in this run, more than its epochs={limit:g}; use "
-                f"{_fitting_weights(mixture, data, name, most, samples)}epochs={math.ceil(100 * epochs) / 100:g}"
+                f"{_less(config.data, seen, name, math.floor(most) / samples)}epochs={math.ceil(100 * epochs) / 100:g}"
             )
 
 
-def _fitting_weights(mixture: Mixture, data: DataConfig, name: str, most: float, samples: int) -> str:
-    """`weight=W from step S, ... at most, or `: with which `name` has at most `most` of so many samples.
-
-    Nothing where it is alone in a stage: there is nothing else to be read in its place.
-    """
-    blend, source = mixture.blend, mixture.blend.names.index(name)
-    scale = most / blend.read(samples)[source]
-    if any(stage.names == (name,) for stage in blend.stages):
+def _less(data: DataConfig, seen: Seen, name: str, share: float) -> str:
+    """`weight=W at most, or `, with which `name` has this share; a number only where the run has yet to choose one."""
+    if len(data.stages) > 1 or seen.step:
+        return "less weight for it in stages that have not begun, or "
+    given = weights(data.stages[0].sources)
+    others = sum(given.values()) - given[name]
+    if others == 0 or share < 0.001:  # nothing is read in its place, or the share is near to what a period can meet
         return ""
-    while True:
-        stages, found = list(blend.stages), dict[int, float]()
-        for number, stage in enumerate(blend.stages):
-            if name in stage.names:
-                given = weights(data.stages[number].sources)
-                share, others = scale * float(stage.shares[name]), sum(given.values()) - given[name]
-                found[number] = _rounded_down(share * others / (1 - share))
-                stages[number] = stage_of(stage.first_sample, given | {name: found[number]})
-        if Blend(stages).read(samples)[source] <= most:
-            break
-        scale *= 0.999
-    several = len(stages) > 1
-    said = [f"weight={w:g}" + (f" from step {mixture.steps[n]}" if several else "") for n, w in found.items()]
-    return f"{', '.join(said)} at most, or "
-
-
-def _rounded_down(weight: float) -> float:
-    """To three digits."""
-    unit = 10.0 ** (math.floor(math.log10(weight)) - 2)
-    return float(f"{math.floor(weight / unit) * unit:.3g}")
+    return f"weight={0.995 * share * others / (1 - share):.3g} at most, or "  # less, as the digits may be rounded up

@@ -68,9 +68,9 @@ def plan_data(config: RunConfig, mixture: Mixture, seen: Seen = NOTHING_SEEN) ->
     steps, samples, length = total_steps(config, seen), run_samples(config, seen), config.data.sequence_length
     limits = {name: source.epochs for name, source in sources_of(config.data).items()}
     read, sources = mixture.epochs(samples), list[SourcePlan]()
+    opened = dict(zip(mixture.blend.names, zip(mixture.parts, mixture.repeats, strict=True), strict=True))
     for name in limits or mixture.blend.names:
-        source = mixture.blend.names.index(name)
-        part, repeat, (count, epochs) = mixture.parts[source], mixture.repeats[source], read[name]
+        (part, repeat), (count, epochs) = opened[name], read[name]
         at_step = None if repeat is None or repeat >= samples else step_of(config, repeat, seen)
         sources.append(
             SourcePlan(

@@ -53,6 +53,12 @@ def trace(
     micro_batch_size, last = config.train.micro_batch_size, total_steps(config, seen)
     if steps[1] > last:
         raise UserError(f"--steps {steps[0]}:{steps[1]} goes beyond the run; its last step is {last}")
+    if steps[0] <= seen.step and seen.samples != samples_at_step(config, seen.step):
+        raise UserError(
+            f"the first {seen.step} steps of the run read {seen.samples} sequences, not the "
+            f"{samples_at_step(config, seen.step)} of this config; use --steps {seen.step + 1} or later, or the config "
+            "of that time with checkpoint.resume=never"
+        )
     for step in range(steps[0], steps[1] + 1):
         begin = samples_at_step(config, step - 1, seen if step > seen.step else NOTHING_SEEN)
         batch = batch_at(config, begin)

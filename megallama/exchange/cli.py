@@ -42,4 +42,5 @@ def import_command(
 
     made = import_folder(folder, out, overrides or [], vocab_size, program)
     typer.echo(f"imported {made.parameters:,} parameters, stored in {' and '.join(made.types)}, from {folder} to {out}")
-    typer.echo(f"train them with launch/pretrain.py --config {made.config} data.path=PREFIX")
+    told = any(override.startswith(("data.path=", "data.mixture=")) for override in overrides or ())
+    typer.echo(f"train them with launch/pretrain.py --config {made.config}{'' if told else ' data.path=PREFIX'}")

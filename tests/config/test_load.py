@@ -200,6 +200,10 @@ BAD_OVERRIDES = [
     ("data.path=null", "data.path is missing; write it in the file or give data.path=VALUE, or several datasets as "
      "data.mixture", "data.path=corpus"),
     ("data.mixture=[{path: a, weight: 1}]", "data.path=", "data.mixture=null"),
+    ("data.mixture=[{path: a, weight: 1}, {from_step: 3, sources: []}]", "data.mixture[1] is one of several sources or "
+     "stages, and from_step is no key of those", "data.mixture=null"),
+    ("data.mixture=[{path: a, weight: 1, name: ''}]", "data.mixture[0].name= is not legal; expected text",
+     "data.mixture=null"),
     ("data.path=a: b: c", "data.path=a: b: c, line 1, column 5: ", "data.path=corpus"),
     ("run.dir=&a [*a]", "the alias *a is not read here; write the value out", "run.dir=a"),
     ("train={seed: 1, seed: 2}", "the key seed is given twice; keep one", "train={seed: 1}"),

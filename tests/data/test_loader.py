@@ -151,7 +151,9 @@ def test_validation_keeps_the_order_of_the_file(prefix: str) -> None:
 
 
 def test_a_sequence_longer_than_the_data_is_refused_with_the_largest_legal_one(prefix: str) -> None:
-    with pytest.raises(UserError, match=r"validation split .* has 100 tokens") as refused:
+    with pytest.raises(
+        UserError, match=r"validation split .* 100 tokens .* a larger data\.validation_fraction"
+    ) as refused:
         split_documents(config(prefix, sequence_length=100))
     assert re.search(r"largest legal: (\d+)$", str(refused.value)).group(1) == "99"  # type: ignore[union-attr]
     assert split_documents(config(prefix, sequence_length=99))

@@ -27,7 +27,7 @@ from megallama.data.sampler import Sampler
 from megallama.data.source import open_source
 from megallama.data.trace import parse_steps, trace
 from megallama.errors import UserError
-from megallama.layout.budget import Seen, stage_samples
+from megallama.layout.budget import NOTHING_SEEN, Seen, stage_samples
 from tests.launching import ROOT
 
 Write = Callable[..., str]
@@ -195,9 +195,9 @@ def test_unfit_sources_are_refused_in_a_sentence(paths: dict[str, str], write_da
 
 
 def test_a_limit_of_epochs_is_refused_with_the_largest_weight_that_fits(paths: dict[str, str]) -> None:
-    def opened(weight: float, epochs: float | None, steps: int = 30) -> None:
+    def opened(weight: float, epochs: float | None, seen: Seen = NOTHING_SEEN) -> None:
         limited = {"path": paths["code"], "weight": weight, "epochs": epochs}
-        open_data(config_of([*sources(paths, web=0.6, books=0.4), limited], steps), 0, 1)
+        open_data(config_of([*sources(paths, web=0.6, books=0.4), limited], 30), 0, 1, seen)
 
     with pytest.raises(UserError) as refused:  # 8 documents of 10 tokens: 8 windows of 9
         opened(1.0, 2)
@@ -208,6 +208,10 @@ def test_a_limit_of_epochs_is_refused_with_the_largest_weight_that_fits(paths: d
     assert fitting == pytest.approx(16 / 104, rel=0.01)
     opened(1.0, 7.5)
     opened(1.0, None)
+    with pytest.raises(UserError, match=r"more than its epochs=1e-06; use epochs=7\.5"):
+        opened(1.0, 1e-6)
+    with pytest.raises(UserError, match="use less weight for it in stages that have not begun, or epochs="):
+        opened(1.0, 2, seen=Seen(1, 4, 4, (0,)))  # its weight is that of samples that were read
     with pytest.raises(UserError, match=r"more than its epochs=1; use epochs=1\.36"):  # alone: no weight would do
         open_data(config_of([{"path": paths["web"], "weight": 1, "epochs": 1}], 18), 0, 1)
 
@@ -250,27 +254,34 @@ def test_a_trace_is_what_the_ranks_read(paths: dict[str, str]) -> None:
         next(trace(config, mixture, (20, 21)))
     with pytest.raises(UserError, match="is no multiple of"):
         next(trace(config, mixture, (1, 1), 3))
+    smaller = Seen(6, 24, 4, (0,))  # six steps of 4 samples, before the config had 8
+    assert next(trace(config, mixture, (7, 7), seen=smaller)).sample == 24
+    with pytest.raises(UserError, match="read 24 sequences, not the 48 of this config; use --steps 7 or later"):
+        next(trace(config, mixture, (6, 6), seen=smaller))
 
 
 def test_commands_plan_and_trace_without_torch(paths: dict[str, str], tmp_path: Path) -> None:
     words = [f"data.mixture={json.dumps(sources(paths))}", "data.path=null", "data.sequence_length=9"]
     words += ["data.validation_fraction=0.2", "train.steps=9", f"run.dir={tmp_path / 'run'}"]
     code = (
-        "import sys; from megallama.cli import app\n"
-        "try: app(sys.argv[1:])\n"
-        "except SystemExit as end: assert not end.code\n"
+        "import json, sys; from megallama.cli import app\n"
+        "for command in json.loads(sys.argv[1]):\n"
+        "    try: app(command)\n"
+        "    except SystemExit as end: assert not end.code\n"
         "sys.exit('torch' in sys.modules)"
     )
-
-    def said(*command: str) -> list[dict[str, Any]]:
-        call = [sys.executable, "-c", code, "data", *command, "configs/debug.yaml", *words, "--json"]
-        out = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        return [json.loads(line) for line in out.splitlines()]
-
-    (plan,) = said("plan")
+    asked = [
+        ["plan"],
+        ["trace", "--steps", "2:3", "--dp", "2"],
+        ["trace", "--steps", "2:3", "--dp", "2", "--dp-rank=1"],
+    ]
+    commands = [["data", *each, "configs/debug.yaml", *words, "--json"] for each in asked]
+    call = [sys.executable, "-c", code, json.dumps(commands)]
+    out = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    plan, *lines = map(json.loads, out.splitlines())
     assert [source["name"] for source in plan["sources"]] == [*WEIGHTS]
-    lines = said("trace", "--steps", "2:3", "--dp", "2")
-    assert said("trace", "--steps", "2:3", "--dp", "2", "--dp-rank", "1") == [e for e in lines if e["rank"] == 1]
+    both, second = lines[:16], lines[16:]
+    assert second == [each for each in both if each["rank"] == 1] != []
     assert not (tmp_path / "run").exists()
 
 

@@ -21,6 +21,7 @@ def test_every_epoch_visits_every_window_once(size: int) -> None:
         assert sorted(sampler.window(epoch * size + i) for i in range(size)) == list(range(size))
 
 
+@pytest.mark.layouts
 def test_every_size_up_to_10000_is_permuted() -> None:
     """Of a domain of 4^h the images are walked in arrays, which is what `permuted` does one by one."""
     for half in range(1, 8):

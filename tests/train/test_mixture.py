@@ -121,15 +121,19 @@ def test_a_run_whose_past_was_written_anew_is_refused(whole: Path, folder: Path)
     before = tree(whole)
     run = [*words(folder, whole), "train.steps=9"]
     for changed, sentence in (
-        (stages(folder, (0, {"web": 0.5, "code": 0.5}), LATER), "data.mixture (web 0.7, code 0.3; "),
         (
-            stages(folder, FIRST, (2, LATER[1])),
-            "maths 0.5 from step 2) in the run; leave it as it was and change a stage",
+            [stages(folder, FIRST, (3, {"web": 0.5, "maths": 0.5}))],
+            "data.mixture (code 0, web 0.5 from step 3) in the run; leave it as it was and change a stage from_step=6",
         ),
-        (stages(folder, FIRST), "(web 0.7, code 0.3) in the run; leave it as it was and change a stage from_step=6 or"),
-        ("data.validation_fraction=0.3", "the data of the run (the sources of data.mixture, data.pack, "),
+        ([stages(folder, FIRST, (2, LATER[1]))], "(code 0.5, maths 0.5 from step 2) in the run"),
+        ([stages(folder, FIRST)], "no stage from_step=3 in the run"),
+        (["data.mixture=null", f"data.path={folder / 'web'}"], "data.path in the run"),
+        (
+            [stages(folder, (0, {"web": 7, "code": 3}), LATER), "data.validation_fraction=0.3"],
+            "the data of the run (the sources of data.mixture, data.pack, ",
+        ),
     ):
-        ((code, said),) = pretrain(1, [*run, changed])
+        ((code, said),) = pretrain(1, [*run, *changed])
         assert (code, sentence in said) == (2, True), said
     assert tree(whole) == before
 
@@ -137,10 +141,11 @@ def test_a_run_whose_past_was_written_anew_is_refused(whole: Path, folder: Path)
 def test_a_limit_of_epochs_is_said_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
     limited = stages(folder, FIRST).replace('"weight": 0.3', '"weight": 0.3, "epochs": 0.1')
     ((code, said),) = pretrain(1, [*words(folder, tmp_path / "run"), limited])
-    assert (code, "more than its epochs=0.1; use weight=0.0" in said) == (2, True), said
+    assert (code, "more than its epochs=0.1; use weight=0.0303 at most" in said) == (2, True), said
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.layouts
 def test_nodes_may_keep_their_copies_elsewhere_but_must_agree_on_weights(
     whole: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -156,6 +161,7 @@ def test_nodes_may_keep_their_copies_elsewhere_but_must_agree_on_weights(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.layouts
 @pytest.mark.parametrize(
     "objective", [["train.objective=masked", "model.vocab_size=258"], ["data.pack=one", "data.document_mask=true"]]
 )

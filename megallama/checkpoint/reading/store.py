@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -32,7 +33,7 @@ from megallama.checkpoint.reading.foreign import check_foreign, fill, fitting, w
 from megallama.checkpoint.reading.inspect import inspect, promised, wrong_numbers
 from megallama.checkpoint.reading.rollback import asked_step, find, last_return
 from megallama.checkpoint.reading.storage import ShardReader
-from megallama.checkpoint.state import DataIdentity, TrainState, read_saved
+from megallama.checkpoint.state import DataIdentity, StageWeights, TrainState, read_saved
 from megallama.checkpoint.tensors import Stored, is_weight
 from megallama.config.schema import ModelConfig, Objective, RunConfig
 from megallama.errors import SharedError, UserError, alike
@@ -343,13 +344,14 @@ def _check_same_data(path: Path, config: RunConfig, identify: Identify) -> None:
             f"train.seed={data.seed} differs from {saved.seed} in the checkpoint {path}, so its position in the data "
             f"would point elsewhere; use train.seed={saved.seed}, or another run.dir with checkpoint.init_from={path}"
         )
-    if saved.fingerprint != data.fingerprint and saved.mixture != data.mixture:
-        raise UserError(
-            f"what was read until step {state.step} is {_mixture_words(saved)} in the checkpoint {path}, and "
-            f"{_mixture_words(data)} in the run; leave it as it was and change a stage from_step={state.step} or "
-            f"later, or use another run.dir with checkpoint.init_from={path}"
-        )
     if saved.fingerprint != data.fingerprint:
+        if differ := next((pair for pair in zip_longest(saved.mixture, data.mixture) if _differ(*pair)), None):
+            before, after = _stage_words(*differ), _stage_words(*differ[::-1])
+            raise UserError(
+                f"what was read until step {state.step} is {before} in the checkpoint {path}, and {after} in the run; "
+                f"leave it as it was and change a stage from_step={state.step} or later, or use another run.dir with "
+                f"checkpoint.init_from={path}"
+            )
         length = "" if saved.sequence_length else ", or data.sequence_length"
         source = "the sources of data.mixture" if data.mixture else "data.path"
         keys = f"{source}, data.pack, data.document_mask, data.truncate, data.pad"
@@ -359,13 +361,27 @@ def _check_same_data(path: Path, config: RunConfig, identify: Identify) -> None:
         )
 
 
-def _mixture_words(data: DataIdentity) -> str:
-    """`data.mixture (web 0.6, books 0.4; web 1 from step 500)`: three sources of each of the last three stages."""
-    if not data.mixture:
-        return "data.path"
-    said = []
-    for stage in data.mixture[-3:]:
-        weights = [f"{name} {weight:g}" for name, weight in stage.weights.items()]
-        more = [f"{len(weights) - 3} more"] if len(weights) > 3 else []
-        said.append(", ".join([*weights[:3], *more]) + (f" from step {stage.from_step}" if stage.from_step else ""))
-    return f"data.mixture ({'; '.join(said)})"
+def _parts(stage: StageWeights | None) -> dict[str, float]:
+    """Of each source of a stage, its part of the samples, however the weights are written."""
+    return {name: weight / sum(stage.weights.values()) for name, weight in stage.weights.items()} if stage else {}
+
+
+def _differ(one: StageWeights | None, other: StageWeights | None) -> set[str]:
+    """The sources that have not the same part in both; all where the stages begin at different steps."""
+    parts, others = _parts(one), _parts(other)
+    apart = one is None or other is None or one.from_step != other.from_step
+    return {
+        name
+        for name in parts | others
+        if apart or not math.isclose(parts.get(name, 0), others.get(name, 0), rel_tol=1e-9)
+    }
+
+
+def _stage_words(stage: StageWeights | None, other: StageWeights | None) -> str:
+    """`data.mixture (web 0.6, books 0.4 from step 500)`: three of the sources that are not alike in `other`."""
+    if stage is None:
+        return f"no stage from_step={other.from_step}" if other and other.from_step else "data.path"
+    found = sorted(_differ(stage, other))
+    said = [f"{name} {stage.weights.get(name, 0):g}" for name in found[:3]]
+    more = [f"{len(found) - 3} more"] if len(found) > 3 else []
+    return f"data.mixture ({', '.join(said + more)} from step {stage.from_step})"
