@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+_PIECE = 1 << 20
+
 
 def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
     """`path`, open to read bytes; OSError if it cannot be, or is a FIFO, a device or anything else but a file.
@@ -28,8 +30,11 @@ def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
 
 def read_regular(path: Path, most: int, *, follow: bool = True) -> bytes:
     """The content of `path`; OSError as `open_regular`, or if it has more than `most` bytes."""
+    content = bytearray()
     with open_regular(path, follow=follow) as file:
-        content = file.read(most + 1)
+        # Piece by piece: Python takes the memory of all that it is asked for, also where the file has less.
+        while len(content) <= most and (piece := file.read(min(most + 1 - len(content), _PIECE))):
+            content += piece
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it has more than {most:,} bytes")
-    return content
+    return bytes(content)

@@ -51,8 +51,8 @@ def test_the_shrunk_run_keeps_the_objective() -> None:
 def masks_of_its_own_on_each_rank() -> None:
     original = megallama.data.loader.Loader.__init__
 
-    def forget(self: megallama.data.loader.Loader, *given: object) -> None:
-        original(self, *given)  # type: ignore[arg-type]
+    def forget(self: megallama.data.loader.Loader, *given: object, **named: object) -> None:
+        original(self, *given, **named)  # type: ignore[arg-type]
         assert isinstance(self._masking, Masking)
         self._masking = dataclasses.replace(self._masking, seed=self._dp_rank)
 
