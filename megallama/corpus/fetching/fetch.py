@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from megallama.corpus.fetching.download import Digest, Told, Wanted, download
+from megallama.corpus.fetching.download import Digest, Told, Wanted, download, hash_of
 from megallama.corpus.fetching.fetch_progress import FetchProgress
 from megallama.corpus.fetching.public import PUBLIC_CORPORA, PublicCorpus
 from megallama.corpus.reading.corpora import SUFFIXES
@@ -24,6 +24,7 @@ from megallama.system.lock import output_lock
 from megallama.system.whole_file import put, remove_leftovers
 
 RECORD = "fetched.json"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def wanted_files(name: str, files: Sequence[str], shards: int | None, sha256: st
     for file in found:
         if not file.name.isprintable() or ".." in PurePosixPath(file.name).parts or file.name.startswith("/"):
             raise UserError(f"{name} names a file {file.name!r}, which leads out of the output folder; leave it out")
+        if file.name in (RECORD, LOCK):
+            raise UserError(f"{name} names a file {file.name}, which a fetch keeps for itself; leave it out")
     return found
 
 
@@ -83,7 +86,7 @@ def fetch(wanted: Sequence[Wanted], folder: Path, progress: FetchProgress, *, fo
     """
     check_printable("--output", str(folder))
     try:
-        with output_lock(folder / ".lock", f"--output {folder}", "--output"):
+        with output_lock(folder / LOCK, f"--output {folder}", "--output"):
             remove_leftovers(folder / RECORD)
             record = _read_record(folder)
             missing = [file for file in wanted if not _is_there(file, folder, record, force)]
@@ -133,7 +136,7 @@ def _name_in(url: str) -> str:
     except ValueError as error:
         raise UserError(f"{url} is no address ({error})") from None
     name = PurePosixPath(unquote(parts.path)).name
-    if not parts.hostname or not name or name == RECORD:
+    if not parts.hostname or not name:
         raise UserError(f"{url} names no file; give an address as https://HOST/PATH/FILE")
     return name
 
@@ -148,7 +151,7 @@ def _is_there(file: Wanted, folder: Path, record: dict[str, Fetched], force: boo
     if known is not None and untouched and known.url == file.url and file.digest is None:
         return True
     if file.digest is not None:
-        mine = known.sha256 if known and untouched and file.digest.kind == "sha256" else file.digest.of(path)
+        mine = known.sha256 if known and untouched and file.digest.kind == "sha256" else hash_of(path, file.digest.kind)
         if mine == file.digest.value:
             record[file.name] = _complete(file, path, None, mine if file.digest.kind == "sha256" else None)
             return True
@@ -172,15 +175,12 @@ def _check_space(missing: Sequence[Wanted], folder: Path) -> None:
 
 def _bring(file: Wanted, path: Path, told: Told) -> Fetched:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if file.cached is not None and _is_right(file, file.cached):
+    if file.cached is not None and (file.digest is None or file.digest.is_of(file.cached)):
         _link(file.cached.resolve(), path)
         told(path.stat().st_size, file.size)
         return _complete(file, path, None)
-    return _complete(file, path, download(file, path, told).etag)
-
-
-def _is_right(file: Wanted, path: Path) -> bool:
-    return file.digest is None or file.digest.of(path) == file.digest.value
+    arrived = download(file, path, told)
+    return _complete(file, path, arrived.etag, arrived.sha256)
 
 
 def _link(cached: Path, path: Path) -> None:
@@ -200,7 +200,7 @@ def _complete(file: Wanted, path: Path, etag: str | None, sha256: str | None = N
     if sha256 is None and file.digest is not None and file.digest.kind == "sha256":
         sha256 = file.digest.value
     state = path.stat()
-    return Fetched(file.url, state.st_size, sha256 or Digest("sha256", "").of(path), state.st_mtime_ns, etag)
+    return Fetched(file.url, state.st_size, sha256 or hash_of(path, "sha256"), state.st_mtime_ns, etag)
 
 
 def _read_record(folder: Path) -> dict[str, Fetched]:
@@ -209,7 +209,7 @@ def _read_record(folder: Path) -> dict[str, Fetched]:
         return {name: Fetched(**value) for name, value in content.items()}
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{folder / RECORD} is damaged; remove it, what is there is then checked by its hash") from None
 
 
