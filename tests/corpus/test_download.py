@@ -185,9 +185,10 @@ def test_a_file_has_its_name_after_its_hash(tmp_path: Path, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     with serving(Served(CONTENT)) as served:
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(module, "hash_of", interrupted)
-            fetched(served, tmp_path)
+            with pytest.raises(KeyboardInterrupt):
+                fetched(served, tmp_path)
         assert fetched(served, tmp_path).new == 1  # and not refused, as another file under that name
         assert len(served.requests) == 1
     assert is_whole(tmp_path)

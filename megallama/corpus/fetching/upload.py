@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 
-from megallama.data.node_cache import cache_folder
+from megallama.data.node_cache import CACHE, cache_folder
 from megallama.errors import UserError
 from megallama.system.lock import output_lock
 from megallama.system.remote import is_url, remote_exists, remove_remote, upload
@@ -28,7 +28,8 @@ def local_output(output: str, *, force: bool) -> Iterator[str]:
     prefix = folder / PurePosixPath(output).name
     try:
         _check_free(output, force)
-        with output_lock(folder / ".lock", f"--output {output}", "--output"):
+        made_in, other = f"--output {output}, built in {folder},", f"--output, or set {CACHE} to another folder"
+        with output_lock(folder / ".lock", made_in, other):
             yield str(prefix)
             _check_free(output, force)  # another node may have been faster
             remove_remote(f"{output}.idx")  # the index vouches for the two other files: it goes first, comes last
