@@ -60,7 +60,7 @@ def test_without_a_hash_or_a_state_no_part_is_continued(tmp_path: Path) -> None:
     with serving(Served(other, etag=None, cuts=[100_000], changes=[(CONTENT, "")])) as served:
         fetched(served, tmp_path)
     assert is_whole(tmp_path)
-    assert served.requests == ["", ""]
+    assert served.requests == ["", "bytes=100000-", ""]
 
 
 @pytest.mark.parametrize("etag", ['"two"', 'W/"two"'])
@@ -181,12 +181,12 @@ def test_a_proxy_that_answers_with_all_of_it_is_believed(tmp_path: Path) -> None
 
 
 def test_a_file_has_its_name_after_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(path: Path, kind: str) -> str:
+    def interrupted(path: Path, digest: Digest | None) -> str:
         raise KeyboardInterrupt
 
     with serving(Served(CONTENT)) as served:
         with monkeypatch.context() as patch:
-            patch.setattr(module, "hash_of", interrupted)
+            patch.setattr(module, "checked", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 fetched(served, tmp_path)
         assert fetched(served, tmp_path).new == 1  # and not refused, as another file under that name

@@ -88,6 +88,9 @@ def test_a_copy_that_lost_a_file_is_mended(bucket: Bucket, byte_dataset: str, tm
     for damage in (Path.unlink, lambda path: os.truncate(path, 100)):  # by a purge of old files, by a disk
         damage(copied)
         assert np.array_equal(TokenDataset(url).indexed.tokens, TokenDataset(byte_dataset).indexed.tokens)
+    bucket.put("i/corpus.bin", b"of another dataset")
+    with pytest.raises(UserError, match=rf"{url}, in its copy on this node: .* has 18 bytes and its index promises"):
+        TokenDataset(url)
 
 
 def test_without_a_home_the_folder_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,10 +45,6 @@ class Digest:
     """`sha256`, or `git`: the SHA-1 of a git blob, which the hub has of small files."""
     value: str
 
-    def is_of(self, path: Path) -> bool:
-        """Whether a file has it."""
-        return hash_of(path, self.kind) == self.value
-
 
 @dataclass(frozen=True)
 class Wanted:
@@ -74,19 +70,6 @@ class Version:
     etag: str | None
     modified: str | None
 
-    @property
-    def known(self) -> bool:
-        """Whether another content would have told itself."""
-        return self.etag is not None or self.modified is not None
-
-
-@dataclass(frozen=True)
-class Arrived:
-    """A file that is there."""
-
-    sha256: str
-    etag: str | None
-
 
 class _CutError(Exception):
     """A try that ended before the file did, for a reason that may pass."""
@@ -100,19 +83,20 @@ Told = Callable[[int, int | None], None]
 """Called with the bytes that are there and those of the whole file, None where the server does not say."""
 
 
-def hash_of(path: Path, kind: str) -> str:
-    """The hash of a file, of a kind as in `Digest`."""
+def checked(path: Path, digest: Digest | None) -> str | None:
+    """The SHA-256 of a file; None if it has not the digest."""
+    sha256 = hashlib.sha256()
+    git = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    hashes = [sha256, git] if digest and digest.kind == "git" else [sha256]
     with path.open("rb") as file:
-        if kind == "sha256":
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        begun = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
         while chunk := file.read(_CHUNK):
-            begun.update(chunk)
-        return begun.hexdigest()
+            for each in hashes:
+                each.update(chunk)
+    return sha256.hexdigest() if digest is None or hashes[-1].hexdigest() == digest.value else None
 
 
-def download(wanted: Wanted, target: Path, told: Told) -> Arrived:
-    """Bring a file to `target`.
+def download(wanted: Wanted, target: Path, told: Told) -> str:
+    """Bring a file to `target`; returns its SHA-256.
 
     UserError if the server refuses, cannot be reached TRIES times in a row, or sends another content than it, or
     `wanted`, promises; OSError if the disk refuses. What has arrived stays for the next try.
@@ -129,16 +113,17 @@ def download(wanted: Wanted, target: Path, told: Told) -> Arrived:
             if in_vain == TRIES:
                 raise UserError(_given_up(wanted, part, cut)) from None
             time.sleep(max(cut.wait, FIRST_WAIT * 2**in_vain if in_vain else 0.0))
-    sha256, digest = hash_of(part.path, "sha256"), wanted.digest
-    if digest and digest.value != sha256 and not (digest.kind == "git" and digest.is_of(part.path)):
-        part.drop()
-        if began_at:  # what an earlier command left may have been of another file
-            return download(wanted, target, told)
-        raise UserError(
-            f"{wanted.url} arrived with another {digest.kind} hash than {digest.value}: it is damaged or "
-            "not the file that is meant; it was removed, repeat the command or check the hash"
-        )
-    return Arrived(sha256, part.finish().etag)
+    if sha256 := checked(part.path, wanted.digest):
+        part.finish()
+        return sha256
+    part.drop()
+    if began_at:  # what an earlier command left may have been of another file
+        return download(wanted, target, told)
+    assert wanted.digest is not None
+    raise UserError(
+        f"{wanted.url} arrived with another {wanted.digest.kind} hash than {wanted.digest.value}: it is damaged or not "
+        "the file that is meant; it was removed, repeat the command or check the hash"
+    )
 
 
 class _Part:
@@ -168,41 +153,34 @@ class _Part:
         self._note.unlink(missing_ok=True)
         self._version, self.whole = None, False
 
-    def finish(self) -> Version:
+    def finish(self) -> None:
         """Give the file its name."""
-        assert self._version is not None
         with self.path.open("rb+") as file:
             os.fsync(file.fileno())
         self.path.replace(self._target)
         self._note.unlink(missing_ok=True)
-        return self._version
 
     def receive(self, told: Told) -> None:
         """One request for what is missing; sets `whole`, or raises _CutError."""
         headers = {"Accept-Encoding": "identity", "User-Agent": "megallama"}
-        offset = self.offset if self._continues() else 0
-        if offset:
+        if self._version and (offset := self.offset):
             headers["Range"] = f"bytes={offset}-"
         with self._answer(headers) as answer:
             version = _version(self._wanted.url, answer)
             self._check(version, answer.headers)
             if answer.status != 206:
                 self._begin(version)
-            elif not (self._is_rest(version) and _first_byte(answer.headers) == offset):
+            elif not (self._is_rest(version) and _first_byte(answer.headers) == self.offset):
                 self.drop()
                 raise _CutError("the file changed at its source")
             self._read(answer, told)
 
-    def _continues(self) -> bool:
-        """Whether a part can be told from that of another content: by the server, or by the hash at the end."""
-        return self._version is not None and (self._version.known or self._wanted.digest is not None)
-
     def _is_rest(self, version: Version) -> bool:
-        """Whether an answer is of the state of which the part is."""
+        """Whether an answer is of the state of which the part is, by the server, or by the hash at the end."""
         # Mirrors and caches name the same state in many ways; a hash does not depend on them.
-        if self._wanted.digest is not None:
+        if self._version is not None and self._wanted.digest is not None:
             return version.size == self.size
-        return version == self._version
+        return version == self._version and (version.etag or version.modified) is not None
 
     def _answer(self, headers: dict[str, str]) -> Any:
         request = urllib.request.Request(self._wanted.url, headers=headers)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from megallama.corpus.fetching.download import Digest, Told, Wanted, download, hash_of
+from megallama.corpus.fetching.download import Digest, Told, Wanted, checked, download
 from megallama.corpus.fetching.fetch_progress import FetchProgress
 from megallama.corpus.fetching.public import PUBLIC_CORPORA, PublicCorpus
 from megallama.corpus.reading.corpora import SUFFIXES
@@ -36,7 +36,6 @@ class Fetched:
     sha256: str
     modified_ns: int
     """When it was written here: a file of this size and time is not read again."""
-    etag: str | None = None
 
 
 @dataclass(frozen=True)
@@ -148,13 +147,11 @@ def _is_there(file: Wanted, folder: Path, record: dict[str, Fetched], force: boo
         return False
     known, state = record.get(file.name), path.stat()
     untouched = known is not None and (known.size, known.modified_ns) == (state.st_size, state.st_mtime_ns)
-    if known is not None and untouched and known.url == file.url and file.digest is None:
+    if known and untouched and (known.sha256 == file.digest.value if file.digest else known.url == file.url):
         return True
-    if file.digest is not None:
-        mine = known.sha256 if known and untouched and file.digest.kind == "sha256" else hash_of(path, file.digest.kind)
-        if mine == file.digest.value:
-            record[file.name] = _complete(file, path, None, mine if file.digest.kind == "sha256" else None)
-            return True
+    if file.digest is not None and (sha256 := checked(path, file.digest)):
+        record[file.name] = _complete(file, path, sha256)
+        return True
     if not force:
         raise UserError(
             f"{path} exists, and is not the file of {file.url}; add --force to replace it, or choose another --output"
@@ -175,12 +172,11 @@ def _check_space(missing: Sequence[Wanted], folder: Path) -> None:
 
 def _bring(file: Wanted, path: Path, told: Told) -> Fetched:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if file.cached is not None and (file.digest is None or file.digest.is_of(file.cached)):
+    if file.cached is not None and (sha256 := checked(file.cached, file.digest)):
         _link(file.cached.resolve(), path)
         told(path.stat().st_size, file.size)
-        return _complete(file, path, None)
-    arrived = download(file, path, told)
-    return _complete(file, path, arrived.etag, arrived.sha256)
+        return _complete(file, path, sha256)
+    return _complete(file, path, download(file, path, told))
 
 
 def _link(cached: Path, path: Path) -> None:
@@ -195,12 +191,9 @@ def _link(cached: Path, path: Path) -> None:
     path.with_name(f"{path.name}.part.json").unlink(missing_ok=True)
 
 
-def _complete(file: Wanted, path: Path, etag: str | None, sha256: str | None = None) -> Fetched:
-    """What is recorded of a file; the hash of what was asked for by SHA-256 is known, as it was checked."""
-    if sha256 is None and file.digest is not None and file.digest.kind == "sha256":
-        sha256 = file.digest.value
+def _complete(file: Wanted, path: Path, sha256: str) -> Fetched:
     state = path.stat()
-    return Fetched(file.url, state.st_size, sha256 or hash_of(path, "sha256"), state.st_mtime_ns, etag)
+    return Fetched(file.url, state.st_size, sha256, state.st_mtime_ns)
 
 
 def _read_record(folder: Path) -> dict[str, Fetched]:
