@@ -130,6 +130,8 @@ def test_a_run_directory_too_deep_for_what_a_run_writes(tmp_path: Path, monkeypa
     while len(str(Path.cwd())) < 3500:
         Path("w" * 250).mkdir()
         monkeypatch.chdir("w" * 250)
+    with pytest.raises(UserError, match=r"is a URL, and a run is saved on a disk"):
+        check_run_dir(Path("s3://bucket/run"), 0)
     with pytest.raises(UserError, match=r"cannot be made \(File name too long\); use another run.dir"):
         check_run_dir(Path("r" * 250, "r" * 250), 1)
 

@@ -17,6 +17,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from megallama.corpus.reading.corpora import describe_source, iterate_documents
 from megallama.errors import UserError, check_printable
 from megallama.system.lock import output_lock
+from megallama.system.remote import is_url
 from megallama.system.whole_file import put, remove_leftovers
 from megallama.text.byte_level import STAND_INS
 from megallama.text.tokenizer import (
@@ -43,6 +44,8 @@ def train_tokenizer(
     if not folder:
         raise UserError("--output '' names no folder; use for example --output tokenizer")
     check_printable("--output", folder)
+    if is_url(folder):
+        raise UserError(f"--output {folder} is a URL, and a tokenizer is saved on a disk; name a folder there")
     if vocab_size < 257:
         raise UserError(f"--vocab-size {vocab_size} is less than the 256 bytes and the end of document; least: 257")
     origin = _origin(sources, vocab_size, text_field)

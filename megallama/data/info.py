@@ -66,7 +66,14 @@ def open_described(prefix: str) -> tuple[IndexedDataset, DatasetInfo | None]:
 
     A dataset behind a URL is first copied to this node.
     """
-    prefix = on_this_node(prefix)
+    local = on_this_node(prefix)
+    try:
+        return _open_described(local)
+    except UserError as error:
+        raise error if local == prefix else UserError(f"{prefix}, in its copy on this node: {error}") from None
+
+
+def _open_described(prefix: str) -> tuple[IndexedDataset, DatasetInfo | None]:
     indexed, info = open_indexed(prefix), read_info(prefix)
     if info is None:
         return indexed, None

@@ -1,7 +1,7 @@
 """Datasets behind URLs: one copy on each node, which its ranks then map into memory as any other dataset.
 
 A copy is in the cache folder under a name that depends on the URL and on the state of the files behind it, so a dataset
-that was replaced is another copy. PREFIX.idx appears last: where it is, all is.
+that was replaced is another copy. A file has its name once it is whole.
 """
 
 from __future__ import annotations
@@ -24,10 +24,16 @@ _AT_A_TIME = 8
 
 
 def cache_folder() -> Path:
-    """Where a node keeps what it has copied: MEGALLAMA_CACHE, or `megallama` in the user's cache folder."""
+    """Where a node keeps what it has copied: MEGALLAMA_CACHE, or `megallama` in the user's cache folder.
+
+    UserError if the user has none.
+    """
     if named := os.environ.get(CACHE):
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megallama"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megallama"
+    except RuntimeError:  # a user of a container need not be one of its system
+        raise UserError(f"no folder for what is copied to this node: HOME is not set; set {CACHE} to one") from None
 
 
 def on_this_node(prefix: str) -> str:
@@ -44,10 +50,12 @@ def on_this_node(prefix: str) -> str:
         raise _unreadable(prefix, error) from None
     key = hashlib.sha256("\n".join(f"{file.url}\0{file.size}\0{file.state}" for file in files).encode()).hexdigest()
     folder = cache_folder() / "datasets" / key[:32]
-    index = folder / files[-1].name
-    if not index.exists():
-        _copy_all(prefix, files, folder)
-    return str(index.with_suffix(""))
+    try:
+        if _missing(files, folder):
+            _copy_all(prefix, files, folder)
+    except OSError as error:
+        raise _unreadable(prefix, error) from None
+    return str((folder / files[-1].name).with_suffix(""))
 
 
 def is_remote_dataset(prefix: str) -> bool:
@@ -75,15 +83,17 @@ def _remote_files(prefix: str) -> list[RemoteFile]:
 
 def _copy_all(prefix: str, files: list[RemoteFile], folder: Path) -> None:
     place = Place(f"the copy of {prefix} in {folder}", "wait until it has ended", f"set {CACHE} to another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with Lock(folder / "lock", place, handover_seconds=math.inf):
-            missing = [file for file in files if not (folder / file.name).exists()]
-            _check_space(prefix, missing, folder)
-            for file in missing:
-                _copy(file, folder / file.name)
-    except OSError as error:
-        raise _unreadable(prefix, error) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    with Lock(folder / "lock", place, handover_seconds=math.inf):
+        missing = _missing(files, folder)
+        _check_space(prefix, missing, folder)
+        for file in missing:
+            _copy(file, folder / file.name)
+
+
+def _missing(files: list[RemoteFile], folder: Path) -> list[RemoteFile]:
+    """Those that are not there whole: a purge of old files, or a disk, may have taken some."""
+    return [file for file in files if not (there := folder / file.name).exists() or there.stat().st_size != file.size]
 
 
 def _check_space(prefix: str, missing: list[RemoteFile], folder: Path) -> None:

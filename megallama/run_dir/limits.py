@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -22,6 +23,8 @@ LEAST_FILE = 1 << 20
 
 def check_run_dir(folder: Path, needed: int) -> None:
     """UserError where the run directory cannot be made or written to, or has no room for a checkpoint of that size."""
+    if re.match(r"[A-Za-z][\w+.-]*:/", str(folder)):
+        raise UserError(f"run.dir={folder} is a URL, and a run is saved on a disk; name a folder there")
     try:
         there = _nearest(folder.absolute())
     except OSError as error:

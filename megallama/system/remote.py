@@ -128,7 +128,7 @@ def remote_files(url: str, suffixes: tuple[str, ...]) -> list[RemoteFile]:
             found = {path: system.info(path)}
         else:
             found = system.find(path, detail=True)
-    files = [_described(system, info) for info in found.values() if info["type"] == "file"]
+        files = [_described(system, info) for info in found.values() if info["type"] == "file"]
     return sorted((file for file in files if file.name.endswith(suffixes)), key=lambda file: file.url)
 
 
@@ -195,6 +195,8 @@ def _file_system(url: str) -> tuple[AbstractFileSystem, str]:
         raise UserError(
             f"{url} cannot be read ({_first_line(error)}); known are s3://, gs://, hf://, file://"
         ) from None
+    except Exception as error:  # some connect at once, some need more than a URL
+        raise OSError(errno.EIO, _first_line(error)) from error
     return system, path
 
 

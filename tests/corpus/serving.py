@@ -22,6 +22,7 @@ class Served:
     promised: int | None = None
     """The size that is told in the place of the true one."""
     status: int = 200
+    kind: str = "application/octet-stream"
     changes: list[tuple[bytes, str]] = field(default_factory=list)
     """Content and ETag after the next answers."""
     requests: list[str] = field(default_factory=list)
@@ -69,7 +70,7 @@ def answer(handler: BaseHTTPRequestHandler, served: Served) -> None:
         handler.send_header("Content-Length", "0")
         handler.end_headers()
         return
-    if served.status != 200:
+    if served.status >= 300:
         handler.send_error(served.status)
         return
     begin = _begin(handler, served, asked)
@@ -80,7 +81,8 @@ def answer(handler: BaseHTTPRequestHandler, served: Served) -> None:
         handler.send_header("Content-Length", "0")
         handler.end_headers()
         return
-    handler.send_response(200 if begin is None else 206)
+    handler.send_response(served.status if begin is None else 206)
+    handler.send_header("Content-Type", served.kind)
     if begin is not None:
         handler.send_header("Content-Range", f"bytes {begin}-{promised - 1}/{promised}")
     if served.etag:

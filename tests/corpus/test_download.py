@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import random
 import threading
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -57,7 +60,7 @@ def test_without_a_hash_or_a_state_no_part_is_continued(tmp_path: Path) -> None:
     with serving(Served(other, etag=None, cuts=[100_000], changes=[(CONTENT, "")])) as served:
         fetched(served, tmp_path)
     assert is_whole(tmp_path)
-    assert served.requests == ["", ""]
+    assert served.requests == ["", "bytes=100000-", ""]
 
 
 @pytest.mark.parametrize("etag", ['"two"', 'W/"two"'])
@@ -148,6 +151,68 @@ def test_a_server_that_is_not_there_is_tried_again_and_named(tmp_path: Path) -> 
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("served", "words"),
+    [
+        (Served(CONTENT, kind="text/html; charset=utf-8"), "answers with a web page"),
+        (Served(CONTENT, promised=10**4000), "comes without its size"),
+        (Served(CONTENT, promised=10**15), "the disk of --output .* is full"),
+        (Served(b"", redirect="ftp://127.0.0.1/a"), "it leads to ftp://127.0.0.1/a, by ftp"),
+        (Served(b"", redirect="/again"), "infinite loop"),
+    ],
+)
+def test_what_is_not_the_file_is_said_at_once(tmp_path: Path, served: Served, words: str) -> None:
+    with serving(served), pytest.raises(UserError, match=words) as refused:
+        fetched(served, tmp_path / "new")
+    assert "\\n" not in str(refused.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_redirection_does_not_give_https_up() -> None:
+    request = urllib.request.Request("https://host/a")
+    with pytest.raises(urllib.error.HTTPError, match="by http"):
+        module._Redirects().redirect_request(request, None, 302, "Found", Message(), "http://host/a")
+
+
+def test_a_proxy_that_answers_with_all_of_it_is_believed(tmp_path: Path) -> None:
+    with serving(Served(CONTENT, status=203, ranges=False, cuts=[100])) as served:
+        fetched(served, tmp_path)
+    assert is_whole(tmp_path)
+
+
+def test_a_file_has_its_name_after_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(path: Path, digest: Digest | None) -> str:
+        raise KeyboardInterrupt
+
+    with serving(Served(CONTENT)) as served:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "checked", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                fetched(served, tmp_path)
+        assert fetched(served, tmp_path).new == 1  # and not refused, as another file under that name
+        assert len(served.requests) == 1
+    assert is_whole(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "note", ['{"url": "URL", "size": "x", "etag": 1, "modified": []}', '{"url": "URL"}', "[" * 100_000]
+)
+def test_a_damaged_note_costs_a_new_start(tmp_path: Path, note: str) -> None:
+    with serving(Served(CONTENT)) as served:
+        (tmp_path / "text.jsonl.part").write_bytes(b"part")
+        (tmp_path / "text.jsonl.part.json").write_text(note.replace("URL", f"{served.url}/text.jsonl?key=1"))
+        fetched(served, tmp_path)
+    assert is_whole(tmp_path)
+    assert served.requests == [""]
+
+
+@pytest.mark.parametrize("record", ["", "[]", '{"a": 1}', "[" * 100_000])
+def test_a_damaged_record_is_named(tmp_path: Path, record: str) -> None:
+    (tmp_path / "fetched.json").write_text(record)
+    with pytest.raises(UserError, match=r"fetched\.json is damaged; remove it"):
+        fetch([], tmp_path, FetchProgress(Console(quiet=True)))
+
+
 def test_a_busy_server_is_asked_again(tmp_path: Path) -> None:
     with serving(Served(CONTENT, status=503)) as served, pytest.raises(UserError, match="HTTP 503"):
         fetched(served, tmp_path)
@@ -178,6 +243,9 @@ def test_a_fetched_file_is_kept_and_another_is_not_replaced(tmp_path: Path) -> N
 def test_a_name_that_leads_out_of_the_folder_is_refused() -> None:
     for url in ("https://host/", "https://host", "https:///a.txt", "https://host/%2e%2e"):
         with pytest.raises(UserError, match=r"names no file|leads out of the output folder"):
+            wanted_files(url, (), None, None)
+    for url in ("https://host/.lock", "https://host/%66etched.json"):
+        with pytest.raises(UserError, match=r"which a fetch keeps for itself"):
             wanted_files(url, (), None, None)
 
 

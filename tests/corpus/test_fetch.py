@@ -14,9 +14,14 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from huggingface_hub import constants
+from rich.console import Console
 
+from megallama.corpus.fetching.fetch import fetch, wanted_files
+from megallama.corpus.fetching.fetch_progress import FetchProgress
+from megallama.errors import UserError
 from tests.corpus.hub_serving import Hub, serving_hub
-from tests.corpus.serving import Served
+from tests.corpus.serving import Served, serving
 
 pytestmark = pytest.mark.peers
 
@@ -111,43 +116,53 @@ def test_a_build_reads_the_hub_as_it_reads_a_disk(pile: Hub, tmp_path: Path) -> 
     assert pile.resolved[:2] == [*SHARDS]
 
 
-def test_paths_of_the_hub_and_patterns(pile: Hub, tmp_path: Path) -> None:
+def test_paths_of_the_hub_and_patterns(pile: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", pile.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{pile.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
     base = "hf://datasets/monology/pile-uncopyrighted"
     wanted = {
         (base,): {*SHARDS, "val.jsonl"},
         (f"{base}@main/train",): {*SHARDS},
         (f"{base}/train/*1.jsonl.zst",): {"train/01.jsonl.zst"},
         (f"{base}/val.jsonl",): {"val.jsonl"},
-        ("pile-uncopyrighted", "--files", "*.md", "--files", "val*"): {"README.md", "val.jsonl"},
+        ("pile-uncopyrighted", "*.md", "val*"): {"README.md", "val.jsonl"},
     }
-    for number, (words, names) in enumerate(wanted.items()):
+    for number, ((name, *files), names) in enumerate(wanted.items()):
         folder = tmp_path / str(number)
-        said(command(pile, tmp_path, "fetch", *words, "--output", str(folder)))
+        fetch(wanted_files(name, files, None, None), folder, FetchProgress(Console(quiet=True)))
         assert set(json.loads((folder / "fetched.json").read_text())) == names
         assert all((folder / name).read_bytes() == {**SHARDS, **OTHERS}[name] for name in names)
 
 
-def test_what_the_hub_refuses_is_one_sentence(pile: Hub, tmp_path: Path) -> None:
+def test_what_the_hub_refuses_is_one_sentence(pile: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", pile.url)
     base = "hf://datasets/monology/pile-uncopyrighted"
     refused = {
         "tinystories": "knows no dataset roneneldan/TinyStories",
         f"{base}@v9": "has no revision v9",
         f"{base}/nothing": "holds no nothing",
-        f"{base}/nothing/*.txt": "has no nothing/*.txt",
+        f"{base}/nothing/*.txt": "has no nothing/",
         "hf://datasets/one": "names no dataset",
         "pile": "is no corpus that is known: tinystories, pile-uncopyrighted",
     }
     for name, words in refused.items():
-        assert words in _one_sentence(command(pile, tmp_path, "fetch", name, "--output", str(tmp_path / "out")))
+        _refuses(name, words)
     pile.token, pile.gated = "mine", True
-    assert "accepted its terms" in _one_sentence(command(pile, tmp_path, "fetch", "pile-uncopyrighted"))
-    words = ("fetch", "pile-uncopyrighted", "--output", str(tmp_path / "mine"))
-    said(command(pile, tmp_path, *words, HF_TOKEN="mine"))
-    away = command(pile, tmp_path, *words, HF_ENDPOINT="http://127.0.0.1:9")
-    assert "http://127.0.0.1:9 cannot be reached" in _one_sentence(away)
+    _refuses("pile-uncopyrighted", "accepted its terms")
+    monkeypatch.setenv("HF_TOKEN", "mine")
+    assert len(wanted_files("pile-uncopyrighted", (), None, None)) == 2
+    monkeypatch.setenv("HF_TOKEN", "\N{LATIN SMALL LETTER E WITH ACUTE}")
+    _refuses("pile-uncopyrighted", "HF_TOKEN are mistyped")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_TOKEN")
+    _refuses("pile-uncopyrighted", "http://127.0.0.1:9 cannot be reached")
+    with serving(Served(b"<html>Log in first", kind="text/html")) as portal:
+        monkeypatch.setattr(constants, "ENDPOINT", portal.url)
+        _refuses("pile-uncopyrighted", "does not answer as the hub does .*: a proxy or a login")
 
 
-def _one_sentence(process: subprocess.Popen[str]) -> str:
-    errors = said(process, 2)
-    assert errors.startswith("megallama: ") and errors.count("\n") == 1, errors
-    return errors
+def _refuses(name: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        wanted_files(name, (), None, None)

@@ -6,8 +6,6 @@ import gzip
 import io
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -158,6 +156,15 @@ def test_a_dataset_is_put_into_a_bucket_whole_and_once(
     assert len(bucket.content()["made/corpus.bin"]) == 2 * (200 * 12 + 1)
 
 
+def test_a_dataset_that_came_meanwhile_is_not_replaced(bucket: Bucket) -> None:
+    late = local_output(f"s3://{bucket.name}/late/corpus", force=False)
+    late.__enter__()
+    bucket.put("late/corpus.idx", b"of another node")
+    with pytest.raises(UserError, match=r"late/corpus\.idx exists"):
+        late.__exit__(None, None, None)
+    assert bucket.content()["late/corpus.idx"] == b"of another node"
+
+
 def test_a_bucket_that_refuses_leaves_what_was_built(bucket: Bucket, tmp_path: Path) -> None:
     url = "s3://there-is-no-such-bucket/corpus"
     with (
@@ -176,8 +183,7 @@ def test_parts_are_not_made_in_a_bucket(words: list[str]) -> None:
 
 def test_the_command_reads_from_and_writes_to_a_bucket(bucket: Bucket, tmp_path: Path) -> None:
     base = f"s3://{bucket.name}"
-    build = [sys.executable, "-m", "megallama", "data", "build", f"{base}/text", "--output", f"{base}/by/corpus"]
-    said = subprocess.run([*build, "--workers", "2"], capture_output=True, text=True, check=True).stdout
-    assert said.startswith(f"{base}/by/corpus: 8,001 documents, ")
-    info = [sys.executable, "-m", "megallama", "data", "info", f"{base}/by/corpus", "--json"]
-    assert json.loads(subprocess.run(info, capture_output=True, check=True).stdout)["documents"] == 8001
+    build = ["data", "build", f"{base}/text", "--output", f"{base}/by/corpus", "--workers", "2"]
+    assert CliRunner().invoke(app, build).stdout.startswith(f"{base}/by/corpus: 8,001 documents, ")
+    info = CliRunner().invoke(app, ["data", "info", f"{base}/by/corpus", "--json"]).stdout
+    assert json.loads(info)["documents"] == 8001

@@ -106,6 +106,8 @@ def test_a_folder_that_cannot_be_made_is_refused(corpus: str, tmp_path: Path, ou
 
 def test_no_folder_is_not_the_current_one(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"s3://bucket/tok is a URL, and a tokenizer is saved on a disk"):
+        train_tokenizer([corpus], "s3://bucket/tok", 300)
     with pytest.raises(UserError, match=r"--output '' .* --output tokenizer"):
         train_tokenizer([corpus], "", 300)
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]

@@ -7,10 +7,12 @@ of it again. RFC 9110, sections 13 and 14.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import json
 import os
+import shutil
 import ssl
 import time
 import urllib.error
@@ -43,16 +45,6 @@ class Digest:
     """`sha256`, or `git`: the SHA-1 of a git blob, which the hub has of small files."""
     value: str
 
-    def of(self, path: Path) -> str:
-        """The hash of this kind of a file."""
-        with path.open("rb") as file:
-            if self.kind == "sha256":
-                return hashlib.file_digest(file, "sha256").hexdigest()
-            begun = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-            while chunk := file.read(_CHUNK):
-                begun.update(chunk)
-            return begun.hexdigest()
-
 
 @dataclass(frozen=True)
 class Wanted:
@@ -78,18 +70,6 @@ class Version:
     etag: str | None
     modified: str | None
 
-    @property
-    def known(self) -> bool:
-        """Whether another content would have told itself."""
-        return self.etag is not None or self.modified is not None
-
-    @property
-    def condition(self) -> dict[str, str]:
-        """The header that asks for the rest of this state only; a weak ETag is not allowed in it."""
-        if self.etag and not self.etag.startswith("W/"):
-            return {"If-Range": self.etag}
-        return {"If-Range": self.modified} if self.modified and not self.etag else {}
-
 
 class _CutError(Exception):
     """A try that ended before the file did, for a reason that may pass."""
@@ -103,8 +83,20 @@ Told = Callable[[int, int | None], None]
 """Called with the bytes that are there and those of the whole file, None where the server does not say."""
 
 
-def download(wanted: Wanted, target: Path, told: Told) -> Version:
-    """Bring a file to `target`; returns what the server said of it.
+def checked(path: Path, digest: Digest | None) -> str | None:
+    """The SHA-256 of a file; None if it has not the digest."""
+    sha256 = hashlib.sha256()
+    git = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    hashes = [sha256, git] if digest and digest.kind == "git" else [sha256]
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            for each in hashes:
+                each.update(chunk)
+    return sha256.hexdigest() if digest is None or hashes[-1].hexdigest() == digest.value else None
+
+
+def download(wanted: Wanted, target: Path, told: Told) -> str:
+    """Bring a file to `target`; returns its SHA-256.
 
     UserError if the server refuses, cannot be reached TRIES times in a row, or sends another content than it, or
     `wanted`, promises; OSError if the disk refuses. What has arrived stays for the next try.
@@ -121,16 +113,17 @@ def download(wanted: Wanted, target: Path, told: Told) -> Version:
             if in_vain == TRIES:
                 raise UserError(_given_up(wanted, part, cut)) from None
             time.sleep(max(cut.wait, FIRST_WAIT * 2**in_vain if in_vain else 0.0))
-    if not part.right():
-        part.drop()
-        if began_at:  # what an earlier command left may have been of another file
-            return download(wanted, target, told)
-        assert wanted.digest is not None
-        raise UserError(
-            f"{wanted.url} arrived with another {wanted.digest.kind} hash than {wanted.digest.value}: it is damaged "
-            "or not the file that is meant; it was removed, repeat the command or check the hash"
-        )
-    return part.finish()
+    if sha256 := checked(part.path, wanted.digest):
+        part.finish()
+        return sha256
+    part.drop()
+    if began_at:  # what an earlier command left may have been of another file
+        return download(wanted, target, told)
+    assert wanted.digest is not None
+    raise UserError(
+        f"{wanted.url} arrived with another {wanted.digest.kind} hash than {wanted.digest.value}: it is damaged or not "
+        "the file that is meant; it was removed, repeat the command or check the hash"
+    )
 
 
 class _Part:
@@ -138,7 +131,7 @@ class _Part:
 
     def __init__(self, target: Path, wanted: Wanted) -> None:
         self._target, self._wanted = target, wanted
-        self._path = target.with_name(f"{target.name}.part")
+        self.path = target.with_name(f"{target.name}.part")
         self._note = target.with_name(f"{target.name}.part.json")
         self._opener = urllib.request.build_opener(_Redirects)
         self._version = self._noted()
@@ -147,60 +140,47 @@ class _Part:
     @property
     def offset(self) -> int:
         """Bytes that are there."""
-        return self._path.stat().st_size if self._path.exists() else 0
+        return self.path.stat().st_size if self.path.exists() else 0
 
     @property
     def size(self) -> int | None:
         """Bytes of the whole file."""
         return self._version.size if self._version else self._wanted.size
 
-    def right(self) -> bool:
-        """Whether the hash is the one that was asked for, if one was."""
-        digest = self._wanted.digest
-        return digest is None or digest.of(self._path) == digest.value
-
     def drop(self) -> None:
         """Begin anew."""
-        self._path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
         self._note.unlink(missing_ok=True)
         self._version, self.whole = None, False
 
-    def finish(self) -> Version:
+    def finish(self) -> None:
         """Give the file its name."""
-        assert self._version is not None
-        with self._path.open("rb+") as file:
+        with self.path.open("rb+") as file:
             os.fsync(file.fileno())
-        self._path.replace(self._target)
+        self.path.replace(self._target)
         self._note.unlink(missing_ok=True)
-        return self._version
 
     def receive(self, told: Told) -> None:
         """One request for what is missing; sets `whole`, or raises _CutError."""
         headers = {"Accept-Encoding": "identity", "User-Agent": "megallama"}
-        offset = self.offset if self._continues() else 0
-        if offset and self._version:
+        if self._version and (offset := self.offset):
             headers["Range"] = f"bytes={offset}-"
-            # Mirrors and caches name the same state in many ways; a hash does not depend on them.
-            headers |= {} if self._wanted.digest else self._version.condition
         with self._answer(headers) as answer:
             version = _version(self._wanted.url, answer)
-            self._check_size(version)
-            if answer.status == 206 and not (self._is_rest(version) and _first_byte(answer.headers) == offset):
+            self._check(version, answer.headers)
+            if answer.status != 206:
+                self._begin(version)
+            elif not (self._is_rest(version) and _first_byte(answer.headers) == self.offset):
                 self.drop()
                 raise _CutError("the file changed at its source")
-            if answer.status == 200:
-                self._begin(version)
             self._read(answer, told)
 
-    def _continues(self) -> bool:
-        """Whether a part can be told from that of another content: by the server, or by the hash at the end."""
-        return self._version is not None and (self._version.known or self._wanted.digest is not None)
-
     def _is_rest(self, version: Version) -> bool:
-        """Whether an answer is of the state of which the part is."""
-        if self._wanted.digest is not None:
+        """Whether an answer is of the state of which the part is, by the server, or by the hash at the end."""
+        # Mirrors and caches name the same state in many ways; a hash does not depend on them.
+        if self._version is not None and self._wanted.digest is not None:
             return version.size == self.size
-        return version == self._version
+        return version == self._version and (version.etag or version.modified) is not None
 
     def _answer(self, headers: dict[str, str]) -> Any:
         request = urllib.request.Request(self._wanted.url, headers=headers)
@@ -228,9 +208,15 @@ class _Part:
             asked = error.headers.get("Retry-After", "")
             wait = float(asked) if asked.isdecimal() else 0.0
             return _CutError(f"HTTP {error.code} {error.reason}", min(wait, _LONGEST_WAIT))
-        return UserError(_refusal(self._wanted.url, error.code, str(error.reason)))
+        return UserError(_refusal(self._wanted.url, error.code, str(error.reason).partition("\n")[0]))
 
-    def _check_size(self, version: Version) -> None:
+    def _check(self, version: Version, headers: Message) -> None:
+        page = headers.get_content_type() == "text/html" and not self._target.name.endswith((".html", ".htm"))
+        if page and self._wanted.digest is None:
+            raise UserError(
+                f"{self._wanted.url} answers with a web page, as a login or a proxy does; give the address of the file "
+                "itself, or its hash: --sha256"
+            )
         if version.size is None and self._wanted.digest is None:
             raise UserError(
                 f"{self._wanted.url} comes without its size, so nobody can tell whether it is whole; give its hash: "
@@ -244,13 +230,15 @@ class _Part:
 
     def _begin(self, version: Version) -> None:
         """Start a part from its first byte. It is empty before its note changes: no part has another's note."""
-        self._path.write_bytes(b"")
+        if version.size is not None and version.size > shutil.disk_usage(self.path.parent).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.path.write_bytes(b"")
         put(self._note, json.dumps(asdict(version)).encode())
         self._version = version
 
     def _read(self, answer: Any, told: Told) -> None:
         size = self.size
-        with self._path.open("ab") as file:
+        with self.path.open("ab") as file:
             told(file.tell(), size)
             while chunk := _chunk(answer):
                 file.write(chunk)
@@ -263,22 +251,26 @@ class _Part:
         """The state of which the part is, None if there is no part that can be continued."""
         try:
             version = Version(**json.loads(self._note.read_bytes()))
-        except (OSError, ValueError, TypeError):  # a note that a crash of the machine damaged costs a new start
+        except (OSError, ValueError, TypeError, RecursionError):  # a crash of the machine may have damaged it
             return None
-        if self.offset == 0 or version.url != self._wanted.url or version.size is None or self.offset > version.size:
+        size = version.size
+        if version.url != self._wanted.url or not isinstance(size, int) or not 0 < self.offset <= size:
             return None
         return version
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Redirections, with what authorizes the request where they stay on its host."""
+    """Redirections, with what authorizes the request where they stay on its host; none that gives HTTPS up."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Message, newurl: str
     ) -> urllib.request.Request | None:
+        here, there = urlsplit(req.full_url), urlsplit(newurl)
+        if there.scheme not in (here.scheme, "https"):
+            raise urllib.error.HTTPError(newurl, code, f"it leads to {newurl}, by {there.scheme}", headers, fp)
         new = super().redirect_request(req, fp, code, msg, headers, newurl)  # type: ignore[arg-type]
         token = req.unredirected_hdrs.get("Authorization")
-        if new is not None and token and urlsplit(newurl)[:2] == urlsplit(req.full_url)[:2]:
+        if new is not None and token and there[:2] == here[:2]:
             new.add_unredirected_header("Authorization", token)
         return new
 
@@ -295,13 +287,16 @@ def _version(url: str, answer: Any) -> Version:
     told = answer.headers.get("Content-Length")
     if answer.status == 206:
         told = answer.headers.get("Content-Range", "").rpartition("/")[2]
-    size = int(told) if told and told.isdecimal() else None
-    return Version(url, size, answer.headers.get("ETag"), answer.headers.get("Last-Modified"))
+    return Version(url, _number(told), answer.headers.get("ETag"), answer.headers.get("Last-Modified"))
 
 
-def _first_byte(headers: Message) -> int:
-    begin = headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
-    return int(begin) if begin.isdecimal() else -1
+def _first_byte(headers: Message) -> int | None:
+    return _number(headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0])
+
+
+def _number(text: str | None) -> int | None:
+    """None for what is no number of bytes that a disk may have."""
+    return int(text) if text and text.isdecimal() and len(text) < 20 else None
 
 
 def _reason(error: Exception) -> str:

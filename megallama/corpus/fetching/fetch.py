@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from megallama.corpus.fetching.download import Digest, Told, Wanted, download
+from megallama.corpus.fetching.download import Digest, Told, Wanted, checked, download
 from megallama.corpus.fetching.fetch_progress import FetchProgress
 from megallama.corpus.fetching.public import PUBLIC_CORPORA, PublicCorpus
 from megallama.corpus.reading.corpora import SUFFIXES
@@ -24,6 +24,7 @@ from megallama.system.lock import output_lock
 from megallama.system.whole_file import put, remove_leftovers
 
 RECORD = "fetched.json"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,6 @@ class Fetched:
     sha256: str
     modified_ns: int
     """When it was written here: a file of this size and time is not read again."""
-    etag: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ def wanted_files(name: str, files: Sequence[str], shards: int | None, sha256: st
     for file in found:
         if not file.name.isprintable() or ".." in PurePosixPath(file.name).parts or file.name.startswith("/"):
             raise UserError(f"{name} names a file {file.name!r}, which leads out of the output folder; leave it out")
+        if file.name in (RECORD, LOCK):
+            raise UserError(f"{name} names a file {file.name}, which a fetch keeps for itself; leave it out")
     return found
 
 
@@ -83,7 +85,7 @@ def fetch(wanted: Sequence[Wanted], folder: Path, progress: FetchProgress, *, fo
     """
     check_printable("--output", str(folder))
     try:
-        with output_lock(folder / ".lock", f"--output {folder}", "--output"):
+        with output_lock(folder / LOCK, f"--output {folder}", "--output"):
             remove_leftovers(folder / RECORD)
             record = _read_record(folder)
             missing = [file for file in wanted if not _is_there(file, folder, record, force)]
@@ -133,7 +135,7 @@ def _name_in(url: str) -> str:
     except ValueError as error:
         raise UserError(f"{url} is no address ({error})") from None
     name = PurePosixPath(unquote(parts.path)).name
-    if not parts.hostname or not name or name == RECORD:
+    if not parts.hostname or not name:
         raise UserError(f"{url} names no file; give an address as https://HOST/PATH/FILE")
     return name
 
@@ -145,13 +147,11 @@ def _is_there(file: Wanted, folder: Path, record: dict[str, Fetched], force: boo
         return False
     known, state = record.get(file.name), path.stat()
     untouched = known is not None and (known.size, known.modified_ns) == (state.st_size, state.st_mtime_ns)
-    if known is not None and untouched and known.url == file.url and file.digest is None:
+    if known and untouched and (known.sha256 == file.digest.value if file.digest else known.url == file.url):
         return True
-    if file.digest is not None:
-        mine = known.sha256 if known and untouched and file.digest.kind == "sha256" else file.digest.of(path)
-        if mine == file.digest.value:
-            record[file.name] = _complete(file, path, None, mine if file.digest.kind == "sha256" else None)
-            return True
+    if file.digest is not None and (sha256 := checked(path, file.digest)):
+        record[file.name] = _complete(file, path, sha256)
+        return True
     if not force:
         raise UserError(
             f"{path} exists, and is not the file of {file.url}; add --force to replace it, or choose another --output"
@@ -172,15 +172,11 @@ def _check_space(missing: Sequence[Wanted], folder: Path) -> None:
 
 def _bring(file: Wanted, path: Path, told: Told) -> Fetched:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if file.cached is not None and _is_right(file, file.cached):
+    if file.cached is not None and (sha256 := checked(file.cached, file.digest)):
         _link(file.cached.resolve(), path)
         told(path.stat().st_size, file.size)
-        return _complete(file, path, None)
-    return _complete(file, path, download(file, path, told).etag)
-
-
-def _is_right(file: Wanted, path: Path) -> bool:
-    return file.digest is None or file.digest.of(path) == file.digest.value
+        return _complete(file, path, sha256)
+    return _complete(file, path, download(file, path, told))
 
 
 def _link(cached: Path, path: Path) -> None:
@@ -195,12 +191,9 @@ def _link(cached: Path, path: Path) -> None:
     path.with_name(f"{path.name}.part.json").unlink(missing_ok=True)
 
 
-def _complete(file: Wanted, path: Path, etag: str | None, sha256: str | None = None) -> Fetched:
-    """What is recorded of a file; the hash of what was asked for by SHA-256 is known, as it was checked."""
-    if sha256 is None and file.digest is not None and file.digest.kind == "sha256":
-        sha256 = file.digest.value
+def _complete(file: Wanted, path: Path, sha256: str) -> Fetched:
     state = path.stat()
-    return Fetched(file.url, state.st_size, sha256 or Digest("sha256", "").of(path), state.st_mtime_ns, etag)
+    return Fetched(file.url, state.st_size, sha256, state.st_mtime_ns)
 
 
 def _read_record(folder: Path) -> dict[str, Fetched]:
@@ -209,7 +202,7 @@ def _read_record(folder: Path) -> dict[str, Fetched]:
         return {name: Fetched(**value) for name, value in content.items()}
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{folder / RECORD} is damaged; remove it, what is there is then checked by its hash") from None
 
 

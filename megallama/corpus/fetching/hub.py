@@ -170,6 +170,11 @@ def _sentences(place: HubPath) -> Iterator[None]:
         raise UserError(
             f"{hub} refuses to list the dataset {name} ({_short(error)}); try again later, or check HF_TOKEN"
         ) from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{hub} does not answer as the hub does ({_short(error)}): a proxy or a login may answer in its place, or "
+            "HF_ENDPOINT or HF_TOKEN are mistyped; mend that and repeat the command"
+        ) from None
     except HTTPError as error:
         raise UserError(
             f"{hub} cannot be reached ({_short(error)}); fetch where there is a network and copy the folder, or set "

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 
-from megallama.data.node_cache import cache_folder
+from megallama.data.node_cache import CACHE, cache_folder
 from megallama.errors import UserError
 from megallama.system.lock import output_lock
 from megallama.system.remote import is_url, remote_exists, remove_remote, upload
@@ -27,10 +27,11 @@ def local_output(output: str, *, force: bool) -> Iterator[str]:
     folder = cache_folder() / "builds" / hashlib.sha256(output.encode()).hexdigest()[:32]
     prefix = folder / PurePosixPath(output).name
     try:
-        if not force and remote_exists(f"{output}.idx"):
-            raise UserError(f"{output}.idx exists; add --force to replace that dataset or choose another --output")
-        with output_lock(folder / ".lock", f"--output {output}", "--output"):
+        _check_free(output, force)
+        made_in, other = f"--output {output}, built in {folder},", f"--output, or set {CACHE} to another folder"
+        with output_lock(folder / ".lock", made_in, other):
             yield str(prefix)
+            _check_free(output, force)  # another node may have been faster
             remove_remote(f"{output}.idx")  # the index vouches for the two other files: it goes first, comes last
             for suffix in (".bin", ".json", ".idx"):
                 upload(prefix.with_name(prefix.name + suffix), output + suffix)
@@ -40,6 +41,11 @@ def local_output(output: str, *, force: bool) -> Iterator[str]:
             f"the dataset cannot be uploaded to --output {output} ({error.strerror}); it is in {folder}, mend that and "
             "repeat the command, or choose another --output"
         ) from None
+
+
+def _check_free(output: str, force: bool) -> None:
+    if not force and remote_exists(f"{output}.idx"):
+        raise UserError(f"{output}.idx exists; add --force to replace that dataset or choose another --output")
 
 
 def check_on_disk(option: str, output: str) -> None:
