@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -30,7 +31,7 @@ from megallama.corpus.reading.blocks import Reading
 from megallama.data.indexed import open_indexed
 from megallama.data.info import DatasetInfo, read_info
 from megallama.errors import UserError
-from megallama.text.tokenizer import load_tokenizer
+from megallama.text.tokenizer import Tokenizer, load_tokenizer, rank_lines
 
 
 @pytest.fixture
@@ -179,6 +180,24 @@ def test_a_killed_worker_is_explained_and_the_same_command_continues(tmp_path: P
     assert (info.documents, reused) == (100, False)
     assert info.tokens == 100 * 400_001 == len(open_indexed(prefix).tokens)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl.zst", "d.bin", "d.idx", "d.json"]
+
+
+def test_workers_tokenise_as_the_build_does_whatever_becomes_of_the_file(
+    formats: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = tmp_path / "ranks"
+    ranks.write_bytes(rank_lines({bytes([255 - i]): i for i in range(256)} | {b"th": 256}))
+    build_dataset([formats["txt"]], str(tmp_path / "one"), str(ranks), workers=1)
+
+    def make_recipe(*arguments: Any, **rules: bool) -> tuple[recipe.Recipe, Tokenizer]:
+        found = recipe.make_recipe(*arguments, **rules)
+        ranks.write_bytes(rank_lines({bytes([i]): i for i in range(256)} | {b"th": 256}))
+        return found
+
+    monkeypatch.setattr(build, "make_recipe", make_recipe)
+    monkeypatch.setattr(recipe, "UNIT_BYTES", 200)
+    build_dataset([formats["txt"]], str(tmp_path / "two"), str(ranks), workers=2)
+    assert content(str(tmp_path / "two")) == content(str(tmp_path / "one"))
 
 
 def test_sources_without_text_are_refused_and_leave_no_dataset(tmp_path: Path) -> None:

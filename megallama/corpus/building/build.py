@@ -164,8 +164,8 @@ def stopped_builds_explained(prefix: str, workers: int) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise UserError(
-            f"the build of --output {prefix} was stopped ({error.strerror}); mend that and repeat the command, "
-            "or choose another --output"
+            f"the build of --output {prefix} was stopped ({error.strerror or error}); mend that and repeat the "
+            "command, or choose another --output"
         ) from None
 
 
@@ -204,7 +204,7 @@ class _Building:
     @property
     def _job(self) -> Job:
         recipe = self._recipe
-        return Job(self._shards.folder, recipe.tokenizer, recipe.reading, recipe.dtype, recipe.deduplicate)
+        return Job(self._shards.folder, recipe.reading, recipe.dtype, recipe.deduplicate)
 
     def __enter__(self) -> _Building:
         self._shards.folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,8 @@ class _Building:
         tasks = list(self._tasks())
         workers = min(self._workers, sum(task.share is not None for task in tasks))
         self._progress.__enter__()
-        self._team = Workers(tasks, self._job, workers) if workers > 1 else Here(tasks, self._job, self._tokenizer)
+        team = (tasks, self._job, self._tokenizer)
+        self._team = Workers(*team, workers) if workers > 1 else Here(*team)
         return self
 
     def __exit__(
