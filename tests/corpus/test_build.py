@@ -106,7 +106,10 @@ def test_equal_inputs_are_reused_and_others_refused(formats: dict[str, str], tmp
     first, reused = build_dataset([formats["jsonl"]], prefix, "bytes", workers=1)
     assert not reused
     stamp = Path(prefix + ".bin").stat().st_mtime_ns
+    (tmp_path / "d.parts").mkdir()  # of another build, which was killed
+    (tmp_path / "d.bin.01234567.tmp").touch()
     assert build_dataset([formats["jsonl"]], prefix, "bytes", workers=2) == (first, True)
+    assert {path.name for path in tmp_path.glob("d.*")} == {"d.bin", "d.idx", "d.json"}
     assert Path(prefix + ".bin").stat().st_mtime_ns == stamp
     with pytest.raises(UserError, match="--force"):
         build_dataset([formats["txt"]], prefix, "bytes", workers=1)

@@ -11,6 +11,7 @@ import errno
 import itertools
 import json
 import os
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from types import TracebackType
 
 from rich.console import Console
 
-from megallama.corpus.building.join import join
+from megallama.corpus.building.join import join, remove_unfinished
 from megallama.corpus.building.progress import Progress
 from megallama.corpus.building.recipe import Recipe, Share, make_recipe, recipe_from_json
 from megallama.corpus.building.shard import Counts, Shard
@@ -63,6 +64,7 @@ def build_dataset(
         if not force and (found := standing_dataset(prefix, recipe)) and not shards.folder.exists():
             return found, True
         with output_lock(beside(Path(prefix)), f"--output {prefix}", "--output") as lock:
+            remove_unfinished(prefix)
             if not force and (found := standing_dataset(prefix, recipe)):
                 shards.remove()  # the build that made it was killed before it could
                 return found, True
@@ -101,10 +103,10 @@ def build_part(
     with stopped_builds_explained(str(folder), workers), output_lock(beside(folder), f"part {folder}", "--output"):
         if not force and (found := _standing_part(done, recipe)):
             return *found, True
-        done.unlink(missing_ok=True)
-        with _Building(
-            Shards(folder, recipe), recipe, loaded, part, workers, console or Console(stderr=True)
-        ) as building:
+        if done.exists():
+            remove_part(folder)
+        shards = Shards(folder, recipe)
+        with _Building(shards, recipe, loaded, part, workers, console or Console(stderr=True)) as building:
             documents, tokens = building.finish()
         content = {"part": part, "documents": documents, "tokens": tokens, "recipe": asdict(recipe)}
         put(done, json.dumps(content).encode())
@@ -122,6 +124,14 @@ def parse_part(part: str) -> Share:
 def part_folder(prefix: str, part: Share) -> Path:
     """Where a part is; (0, 4) is the first of four."""
     return Path(f"{prefix}.part-{part[0] + 1}-of-{part[1]}")
+
+
+def remove_part(folder: Path) -> None:
+    """The file that says a part is whole goes last: until then a command that was killed here is repeated."""
+    for path in folder.iterdir():
+        if path.name != PART_NAME:
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 def check_prefix(prefix: str) -> None:

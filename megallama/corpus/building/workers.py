@@ -29,6 +29,7 @@ from megallama.corpus.building.recipe import Share, Unit
 from megallama.corpus.building.shard import Counts, write_shard
 from megallama.corpus.building.shards import shard_path
 from megallama.corpus.reading.blocks import Block, Reading, read_blocks
+from megallama.corpus.reading.lines import refusals_named
 from megallama.errors import UserError
 from megallama.system.remote import SourcePath, open_source_file
 from megallama.system.signals import interrupt_later
@@ -118,14 +119,11 @@ def _documents_of_all(unit: Unit, job: Job, left_out: Counter[str]) -> Iterator[
 
 
 def _sha256(path: SourcePath) -> str:
-    try:
-        with open_source_file(path) as file:
-            digest = hashlib.sha256()
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-            return digest.hexdigest()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); mend that or name another source") from None
+    with refusals_named(path), open_source_file(path) as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
 
 
 class Team(Protocol):

@@ -6,7 +6,7 @@ first text in every STRETCH of the content, and for that reads lines that are no
 
 from __future__ import annotations
 
-from megallama.corpus.reading.document_error import DocumentError
+from megallama.corpus.reading.blocks import DocumentError
 from megallama.corpus.reading.lines import LARGEST_GAP, Lines
 from megallama.errors import UserError
 

@@ -6,9 +6,8 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 
-from megallama.corpus.reading.blocks import BLOCK_BYTES, Reading
+from megallama.corpus.reading.blocks import BLOCK_BYTES, DocumentError, Reading
 from megallama.corpus.reading.bombs import LONGEST_GAP, BombWatch
-from megallama.corpus.reading.document_error import DocumentError
 from megallama.corpus.reading.lines import BOM, Lines
 from megallama.system.remote import SourcePath
 from megallama.text.surrogates import without_surrogates
