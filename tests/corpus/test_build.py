@@ -155,6 +155,7 @@ def test_a_damaged_block_of_a_stopped_build_is_made_again(
         with pytest.raises(pytest.fail.Exception):
             build_dataset(*command, workers=1)
     (shard,) = tmp_path.glob("d.parts/*.shard")
+    (tmp_path / "d.parts" / f"{shard.stem} (copy).shard").touch()
     shard.write_bytes(damage(shard.read_bytes()))
     build_dataset(*command, workers=1)
     assert content(prefix) == content(str(tmp_path / "whole"))
