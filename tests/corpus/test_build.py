@@ -174,8 +174,11 @@ def test_a_killed_worker_is_explained_and_the_same_command_continues(tmp_path: P
         while not list(tmp_path.glob("d.parts/*.shard*")):
             assert not building.done(), building.result()
             time.sleep(0.001)
-        worker = multiprocessing.active_children()[0]
+        workers = multiprocessing.active_children()
+        worker = workers[0]
         assert worker.pid is not None
+        threads = [len(os.listdir(f"/proc/{each.pid}/task")) for each in workers]
+        assert max(threads) == 2, "one works, one waits for the end of the parent"
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(UserError, match=r"worker process .* killed.*memory.* continues.*--workers 1"):
             building.result()

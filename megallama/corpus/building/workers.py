@@ -177,7 +177,7 @@ class Workers:
         try:
             for _ in range(count):
                 # A terminal sends a Ctrl-C to all: a worker heeds it once it can be silent.
-                with interrupt_later(), _without_main():
+                with interrupt_later(), _lean():
                     ours, theirs = context.Pipe()
                     process = context.Process(target=_serve, args=(theirs, job), daemon=True)
                     process.start()
@@ -223,14 +223,16 @@ class Workers:
 
 
 @contextmanager
-def _without_main() -> Iterator[None]:
-    """Spare processes that are started the import of the script that this one began with: it is the command line."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
+def _lean() -> Iterator[None]:
+    """Start processes without the script that this one began with, and each with no thread of BLAS for every CPU."""
+    main, threads = sys.modules["__main__"], os.environ.get("OMP_NUM_THREADS")
+    sys.modules["__main__"], os.environ["OMP_NUM_THREADS"] = ModuleType("__main__"), "1"
     try:
         yield
     finally:
         sys.modules["__main__"] = main
+        del os.environ["OMP_NUM_THREADS"]
+        os.environ |= {} if threads is None else {"OMP_NUM_THREADS": threads}
 
 
 @contextmanager
