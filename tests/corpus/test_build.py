@@ -254,6 +254,19 @@ def test_a_broken_source_loses_nothing_else(
     assert not (tmp_path / "d.parts").exists()
 
 
+def test_a_command_that_fails_at_once_leaves_what_another_has_tokenised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "UNIT_BYTES", 0)
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": 5}\n')
+    command = ([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], str(tmp_path / "d"), "bytes")
+    for field, refusal in (("text", r"b\.jsonl:1 has a number"), ("tetx", r"a\.jsonl:1 has no text in field 'tetx'")):
+        with pytest.raises(UserError, match=refusal):
+            build_dataset(*command, workers=1, reading=Reading(field))
+        assert len(list(tmp_path.glob("d.parts/*.shard"))) == 1
+
+
 def test_a_block_with_skipped_documents_is_not_taken_where_errors_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

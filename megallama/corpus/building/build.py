@@ -231,8 +231,8 @@ class _Building:
     ) -> None:
         self._progress.__exit__(kind, error, trace)
         self._team.close()
-        if kind and not self._progress.documents:
-            self._shards.remove()  # nothing in it is worth another command
+        if kind and not self._progress.documents and self._shards.standing().keys() <= self._units.keys():
+            self._shards.remove()  # nothing in it is worth another command, be it by other rules
 
     def _tasks(self) -> Iterator[Task]:
         """What is left to do."""
