@@ -58,6 +58,10 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(library.get_vocab(with_added_tokens=True).values()) + 1
         self._falls_back = '"ByteFallback"' in library.to_str()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Not by the library's own pickle, which forgets that special tokens in a text are plain text."""
+        return _from_files, (self._files, self._end)
+
     @cached_property
     def unused_ids(self) -> frozenset[int]:
         return frozenset(range(self.vocab_size)).difference(self._library.get_vocab(with_added_tokens=True).values())
@@ -154,6 +158,10 @@ def _put_all(folder: Path, files: Mapping[str, bytes]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         put(folder / name, content)
+
+
+def _from_files(files: Mapping[str, bytes], end: str) -> HuggingFaceTokenizer:
+    return HuggingFaceTokenizer(files, _library(files[TOKENIZER_NAME], Path(TOKENIZER_NAME)), end)
 
 
 def _library(content: bytes, file: Path) -> Library:

@@ -124,6 +124,12 @@ class TiktokenTokenizer:
         self.vocab_size = encoding.n_vocab
         self.eod_id = encoding._special_tokens[end]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By value: tiktoken would load a named encoding again."""
+        encoding = self._encoding
+        ranks, special = encoding._mergeable_ranks, encoding._special_tokens
+        return _build_tokenizer, (encoding.name, ranks, encoding._pat_str, special, self._end)
+
     @cached_property
     def fingerprint(self) -> str:
         return _fingerprint(self._rules(), self._rank_lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -96,6 +96,21 @@ def test_shares_are_the_whole_whatever_the_lines_hold(tmp_path: Path) -> None:
             assert sum(block[2].get("damaged stream", 0) for block in found) <= 1
         assert read(tmp_path / "a.jsonl.gz") == read(tmp_path / "a.jsonl.zst")
     assert kinds - {"long window"} == {"empty", "not JSON", "not UTF-8", "too long", "damaged stream", "bomb"}
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("packed", [bytes, zstandard.compress], ids=["jsonl", "jsonl.zst"])
+def test_what_is_refused_does_not_depend_on_the_share(tmp_path: Path, packed: Callable[[bytes], bytes]) -> None:
+    """Ten lines in a row without text in one block are; not six at its end and six in the next."""
+    path = tmp_path / ("a.jsonl" if packed is bytes else "a.jsonl.zst")
+    first, last = b'{"text": "a"}'.ljust(BLOCK - 7) + b"\n", b'{"text": "b"}\n'
+    path.write_bytes(packed(first + b"\n" * 12 + last))
+    whole = read(path, on_error="stop")
+    assert whole == [(0, ["a"], {}), (1, ["b"], {})] == [read(path, (i, 2), on_error="stop")[0] for i in range(2)]
+    path.write_bytes(packed(first + b"\n" * 16 + last))
+    for share in ((0, 1), (1, 2)):
+        with pytest.raises(UserError, match=r"has 10 lines in a row without text before it: refused as a bomb"):
+            read(path, share, on_error="stop")
 
 
 @pytest.mark.usefixtures("small")

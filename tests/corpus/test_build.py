@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -30,7 +31,7 @@ from megallama.corpus.reading.blocks import Reading
 from megallama.data.indexed import open_indexed
 from megallama.data.info import DatasetInfo, read_info
 from megallama.errors import UserError
-from megallama.text.tokenizer import load_tokenizer
+from megallama.text.tokenizer import Tokenizer, load_tokenizer, rank_lines
 
 
 @pytest.fixture
@@ -105,7 +106,10 @@ def test_equal_inputs_are_reused_and_others_refused(formats: dict[str, str], tmp
     first, reused = build_dataset([formats["jsonl"]], prefix, "bytes", workers=1)
     assert not reused
     stamp = Path(prefix + ".bin").stat().st_mtime_ns
+    (tmp_path / "d.parts").mkdir()  # of another build, which was killed
+    (tmp_path / "d.bin.01234567.tmp").touch()
     assert build_dataset([formats["jsonl"]], prefix, "bytes", workers=2) == (first, True)
+    assert {path.name for path in tmp_path.glob("d.*")} == {"d.bin", "d.idx", "d.json"}
     assert Path(prefix + ".bin").stat().st_mtime_ns == stamp
     with pytest.raises(UserError, match="--force"):
         build_dataset([formats["txt"]], prefix, "bytes", workers=1)
@@ -151,6 +155,7 @@ def test_a_damaged_block_of_a_stopped_build_is_made_again(
         with pytest.raises(pytest.fail.Exception):
             build_dataset(*command, workers=1)
     (shard,) = tmp_path.glob("d.parts/*.shard")
+    (tmp_path / "d.parts" / f"{shard.stem} (copy).shard").touch()
     shard.write_bytes(damage(shard.read_bytes()))
     build_dataset(*command, workers=1)
     assert content(prefix) == content(str(tmp_path / "whole"))
@@ -169,8 +174,11 @@ def test_a_killed_worker_is_explained_and_the_same_command_continues(tmp_path: P
         while not list(tmp_path.glob("d.parts/*.shard*")):
             assert not building.done(), building.result()
             time.sleep(0.001)
-        worker = multiprocessing.active_children()[0]
+        workers = multiprocessing.active_children()
+        worker = workers[0]
         assert worker.pid is not None
+        threads = [len(os.listdir(f"/proc/{each.pid}/task")) for each in workers]
+        assert max(threads) == 2, "one works, one waits for the end of the parent"
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(UserError, match=r"worker process .* killed.*memory.* continues.*--workers 1"):
             building.result()
@@ -179,6 +187,24 @@ def test_a_killed_worker_is_explained_and_the_same_command_continues(tmp_path: P
     assert (info.documents, reused) == (100, False)
     assert info.tokens == 100 * 400_001 == len(open_indexed(prefix).tokens)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl.zst", "d.bin", "d.idx", "d.json"]
+
+
+def test_workers_tokenise_as_the_build_does_whatever_becomes_of_the_file(
+    formats: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = tmp_path / "ranks"
+    ranks.write_bytes(rank_lines({bytes([255 - i]): i for i in range(256)} | {b"th": 256}))
+    build_dataset([formats["txt"]], str(tmp_path / "one"), str(ranks), workers=1)
+
+    def make_recipe(*arguments: Any, **rules: bool) -> tuple[recipe.Recipe, Tokenizer]:
+        found = recipe.make_recipe(*arguments, **rules)
+        ranks.write_bytes(rank_lines({bytes([i]): i for i in range(256)} | {b"th": 256}))
+        return found
+
+    monkeypatch.setattr(build, "make_recipe", make_recipe)
+    monkeypatch.setattr(recipe, "UNIT_BYTES", 200)
+    build_dataset([formats["txt"]], str(tmp_path / "two"), str(ranks), workers=2)
+    assert content(str(tmp_path / "two")) == content(str(tmp_path / "one"))
 
 
 def test_sources_without_text_are_refused_and_leave_no_dataset(tmp_path: Path) -> None:
@@ -226,6 +252,19 @@ def test_a_broken_source_loses_nothing_else(
         "g" if workers == 1 else chr(open_indexed(prefix).document(0)[0])
     )
     assert not (tmp_path / "d.parts").exists()
+
+
+def test_a_command_that_fails_at_once_leaves_what_another_has_tokenised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "UNIT_BYTES", 0)
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": 5}\n')
+    command = ([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], str(tmp_path / "d"), "bytes")
+    for field, refusal in (("text", r"b\.jsonl:1 has a number"), ("tetx", r"a\.jsonl:1 has no text in field 'tetx'")):
+        with pytest.raises(UserError, match=refusal):
+            build_dataset(*command, workers=1, reading=Reading(field))
+        assert len(list(tmp_path.glob("d.parts/*.shard"))) == 1
 
 
 def test_a_block_with_skipped_documents_is_not_taken_where_errors_stop(

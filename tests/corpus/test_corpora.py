@@ -13,6 +13,7 @@ import pytest
 import zstandard
 
 from megallama.corpus.reading import bombs
+from megallama.corpus.reading import json_lines as reader
 from megallama.corpus.reading.corpora import describe_source, iterate_documents, source_files
 from megallama.errors import UserError
 
@@ -133,20 +134,19 @@ def packed(suffix: str, content: bytes) -> bytes:
 FORMATS = pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
 
 
-@FORMATS
 @pytest.mark.parametrize(
-    ("unit", "times"),
-    [(b"\n", 60_000), (b'{"text": ""}\n', 60_000), (b" " * 999 + b"\n", 6000)],
-    ids=["newlines", "empty documents", "blanks"],
+    ("suffix", "unit", "times"),
+    [(suffix, unit, 60_000) for suffix in ("jsonl", "jsonl.gz", "jsonl.zst") for unit in (b"\n", b'{"text": ""}\n')]
+    + [(suffix, b" " * 999 + b"\n", 6000) for suffix in ("jsonl.gz", "jsonl.zst")],
 )
 def test_a_bomb_is_refused_in_every_compression(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, unit: bytes, times: int
 ) -> None:
-    monkeypatch.setattr(bombs, "LARGEST_GAP", 5_000_000)
-    monkeypatch.setattr(bombs, "LONGEST_GAP", 50_000)
+    monkeypatch.setattr(bombs, "STRETCH", 2_000_000)
+    monkeypatch.setattr(reader, "LONGEST_GAP", 50_000)
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(packed(suffix, b'{"text": "a"}\n' + unit * times))
-    with pytest.raises(UserError, match=rf"a\.{suffix} has .* in a row without text after line 1: refused as a bomb"):
+    with pytest.raises(UserError, match=rf"a\.{suffix}.* refused as a bomb"):
         list(iterate_documents([str(path)]))
 
 
@@ -155,7 +155,7 @@ def test_a_bomb_of_newlines_is_read_for_a_moment_only(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b"\n" * (100 << 20), 1))
     begin = time.process_time()
-    with pytest.raises(UserError, match="1,000,001 lines of 1,000,001 bytes in a row without text after line 0"):
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz:1000002 has 1,000,001 lines in a row without text"):
         list(iterate_documents([str(path)]))
     assert time.process_time() - begin < 5
 

@@ -41,7 +41,7 @@ from tests.corpus.mutating import (
     json_changed,
 )
 
-EXAMPLES = 250
+EXAMPLES = 80
 """Of each of the two kinds."""
 hostile = settings(
     max_examples=EXAMPLES,

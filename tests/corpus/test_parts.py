@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,6 @@ from megallama.corpus.building.workers import Here
 from megallama.corpus.reading import json_lines
 from megallama.corpus.reading.blocks import Reading
 from megallama.errors import UserError
-from megallama.text.tokenizer import ByteTokenizer
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_workers_share_the_blocks_of_a_part(
 ) -> None:
     """One after the other in this process, where the blocks are small."""
     build_dataset(sources, str(tmp_path / "whole"), "bytes", workers=1)
-    monkeypatch.setattr(build, "Workers", lambda tasks, job, count: Here(tasks, job, ByteTokenizer()))
+    monkeypatch.setattr(build, "Workers", lambda *team: Here(*team[:3]))
     for part in range(2):
         build_part(sources, str(tmp_path / "d"), "bytes", (part, 2), workers=3)
     merge_parts(str(tmp_path / "d"))
@@ -92,6 +92,17 @@ def test_a_finished_part_is_kept(sources: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"d\.part-1-of-2 was made .* other rules; add --force"):
         build_part(*arguments, workers=1, reading=Reading(least_characters=7))
     assert build_part(*arguments, workers=1, reading=Reading(least_characters=7), force=True)[2] is False
+
+
+def test_a_part_that_is_forced_is_read_anew(tmp_path: Path) -> None:
+    """Size and time of the file may be those that it had."""
+    source, arguments = tmp_path / "a.jsonl", ([str(tmp_path / "a.jsonl")], str(tmp_path / "d"), "bytes", (0, 1))
+    for text in ("old", "new"):
+        source.write_text(json.dumps({"text": text}))
+        os.utime(source, ns=(1, 1))
+        build_part(*arguments, workers=1, force=text == "new")
+    merge_parts(str(tmp_path / "d"))
+    assert (tmp_path / "d.bin").read_bytes()[::2] == b"new\0"
 
 
 def cut_a_shard(tmp_path: Path) -> None:

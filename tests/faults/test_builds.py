@@ -104,6 +104,29 @@ def test_killed_at_random_moments_and_repeated(corpus: Path, tmp_path: Path) -> 
     print(f"{hits} kills in {rounds} rounds")
 
 
+def test_a_ctrl_c_while_workers_start_is_told_once(corpus: Path, tmp_path: Path) -> None:
+    """A terminal sends it to all of them, so to workers that cannot be silent yet."""
+    (command,) = commands(corpus, tmp_path / "d", parts=1)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=clean_environment(tmp_path), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not any(map(is_interruptible_worker, children.read_text().split())):
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "megallama: ended by Ctrl-C; the same command starts again\n"
+    assert process.returncode == 130
+
+
+def is_interruptible_worker(pid: str) -> bool:
+    """Whether its Python has begun, which makes a traceback of a Ctrl-C."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        facts = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        is_worker = "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
+        return is_worker and bool(int(facts["SigCgt"], 16) >> signal.SIGINT - 1 & 1)
+    return False
+
+
 EVERY_OPERATION = """
 import os, shutil, signal, sys
 from pathlib import Path

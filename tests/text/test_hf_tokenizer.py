@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from megallama.generation.load import load_model
 from megallama.generation.sampling import Sampling
 from megallama.generation.text import TextStream
 from megallama.text.hf_tokenizer import save_hugging_face
-from megallama.text.tokenizer import load_tokenizer, tokenizer_from_ranks
+from megallama.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_ranks
 from tests.launching import arguments, pretrain
 
 TEXTS = ["", "plain", "naïve 日本語 🙂 \u0000\r\n\t", "<|endoftext|> </s> <s>", " \n  \n x", "é" * 100, "in the  end"]
@@ -85,8 +86,11 @@ def test_a_byte_level_file_gives_the_ids_of_its_ranks(byte_level: Path, tmp_path
         assert [found.decode(found.encode(text)) for text in TEXTS] == TEXTS
 
 
-def test_nothing_is_added_cut_or_filled_and_special_tokens_in_text_are_text(metaspace: Path) -> None:
-    found = load_tokenizer(f"hf:{metaspace}")
+@pytest.mark.parametrize("copy", [lambda found: found, lambda found: pickle.loads(pickle.dumps(found))])
+def test_nothing_is_added_cut_or_filled_and_special_tokens_in_text_are_text(
+    metaspace: Path, copy: Callable[[Tokenizer], Tokenizer]
+) -> None:
+    found = copy(load_tokenizer(f"hf:{metaspace}"))
     assert (found.vocab_size, found.eod_id) == (293, 2)
     assert [found.decode([i]) for i in found.encode("the the")] == ["the", "the"]
     for text in TEXTS[1:]:

@@ -11,6 +11,7 @@ import errno
 import itertools
 import json
 import os
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from types import TracebackType
 
 from rich.console import Console
 
-from megallama.corpus.building.join import join
+from megallama.corpus.building.join import join, remove_unfinished
 from megallama.corpus.building.progress import Progress
 from megallama.corpus.building.recipe import Recipe, Share, make_recipe, recipe_from_json
 from megallama.corpus.building.shard import Counts, Shard
@@ -63,6 +64,7 @@ def build_dataset(
         if not force and (found := standing_dataset(prefix, recipe)) and not shards.folder.exists():
             return found, True
         with output_lock(beside(Path(prefix)), f"--output {prefix}", "--output") as lock:
+            remove_unfinished(prefix)
             if not force and (found := standing_dataset(prefix, recipe)):
                 shards.remove()  # the build that made it was killed before it could
                 return found, True
@@ -101,10 +103,10 @@ def build_part(
     with stopped_builds_explained(str(folder), workers), output_lock(beside(folder), f"part {folder}", "--output"):
         if not force and (found := _standing_part(done, recipe)):
             return *found, True
-        done.unlink(missing_ok=True)
-        with _Building(
-            Shards(folder, recipe), recipe, loaded, part, workers, console or Console(stderr=True)
-        ) as building:
+        if done.exists():
+            remove_part(folder)
+        shards = Shards(folder, recipe)
+        with _Building(shards, recipe, loaded, part, workers, console or Console(stderr=True)) as building:
             documents, tokens = building.finish()
         content = {"part": part, "documents": documents, "tokens": tokens, "recipe": asdict(recipe)}
         put(done, json.dumps(content).encode())
@@ -122,6 +124,14 @@ def parse_part(part: str) -> Share:
 def part_folder(prefix: str, part: Share) -> Path:
     """Where a part is; (0, 4) is the first of four."""
     return Path(f"{prefix}.part-{part[0] + 1}-of-{part[1]}")
+
+
+def remove_part(folder: Path) -> None:
+    """The file that says a part is whole goes last: until then a command that was killed here is repeated."""
+    for path in folder.iterdir():
+        if path.name != PART_NAME:
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 def check_prefix(prefix: str) -> None:
@@ -164,8 +174,8 @@ def stopped_builds_explained(prefix: str, workers: int) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise UserError(
-            f"the build of --output {prefix} was stopped ({error.strerror}); mend that and repeat the command, "
-            "or choose another --output"
+            f"the build of --output {prefix} was stopped ({error.strerror or error}); mend that and repeat the "
+            "command, or choose another --output"
         ) from None
 
 
@@ -204,7 +214,7 @@ class _Building:
     @property
     def _job(self) -> Job:
         recipe = self._recipe
-        return Job(self._shards.folder, recipe.tokenizer, recipe.reading, recipe.dtype, recipe.deduplicate)
+        return Job(self._shards.folder, recipe.reading, recipe.dtype, recipe.deduplicate)
 
     def __enter__(self) -> _Building:
         self._shards.folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +222,8 @@ class _Building:
         tasks = list(self._tasks())
         workers = min(self._workers, sum(task.share is not None for task in tasks))
         self._progress.__enter__()
-        self._team = Workers(tasks, self._job, workers) if workers > 1 else Here(tasks, self._job, self._tokenizer)
+        team = (tasks, self._job, self._tokenizer)
+        self._team = Workers(*team, workers) if workers > 1 else Here(*team)
         return self
 
     def __exit__(
@@ -220,8 +231,8 @@ class _Building:
     ) -> None:
         self._progress.__exit__(kind, error, trace)
         self._team.close()
-        if kind and not self._progress.documents:
-            self._shards.remove()  # nothing in it is worth another command
+        if kind and not self._progress.documents and self._shards.standing().keys() <= self._units.keys():
+            self._shards.remove()  # nothing in it is worth another command, be it by other rules
 
     def _tasks(self) -> Iterator[Task]:
         """What is left to do."""

@@ -28,6 +28,12 @@ Keep = npt.NDArray[np.bool_] | None
 """Which documents of a shard stay; None for all."""
 
 
+def remove_unfinished(prefix: str) -> None:
+    """Remove what a command that was killed had written of PREFIX; its lock is held."""
+    for path in (bin_path(prefix), idx_path(prefix), info_path(prefix)):
+        remove_leftovers(path)
+
+
 def join(
     shards: Callable[[], Iterable[Shard]],
     recipe: Recipe,
@@ -41,8 +47,6 @@ def join(
     `hashes`, asked when the shards are there, gives the SHA-256 of the files of each unit; `folder` takes temporary
     files. UserError if there is no document, or if `lock` was removed.
     """
-    for path in (bin_path(prefix), idx_path(prefix), info_path(prefix)):
-        remove_leftovers(path)
     kept = _all(shards()) if not recipe.deduplicate else _first_ones(shards, folder)
     writer = IndexedWriter(prefix, recipe.dtype)
     documents, tokens, left_out = 0, 0, Counter[str]()

@@ -6,7 +6,6 @@ import glob
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,10 +15,11 @@ from megallama.corpus.building.build import (
     PART_NAME,
     check_prefix,
     part_folder,
+    remove_part,
     standing_dataset,
     stopped_builds_explained,
 )
-from megallama.corpus.building.join import join
+from megallama.corpus.building.join import join, remove_unfinished
 from megallama.corpus.building.recipe import Recipe, Unit, recipe_from_json
 from megallama.corpus.building.shard import Shard
 from megallama.corpus.building.shards import Shards
@@ -40,6 +40,7 @@ def merge_parts(prefix: str, *, force: bool = False) -> tuple[DatasetInfo, bool]
     check_prefix(prefix)
     with stopped_builds_explained(prefix, 1), ExitStack() as locks:
         lock = locks.enter_context(output_lock(beside(Path(prefix)), f"PREFIX {prefix}", "PREFIX"))
+        remove_unfinished(prefix)
         found = _folders(prefix)
         folders = [folder for folder in found if any(folder.iterdir())]
         if not folders and idx_path(prefix).exists() and (info := open_described(prefix)[1]):
@@ -103,12 +104,8 @@ def _all_parts(folders: Sequence[Path], prefix: str) -> list[Path]:
 
 
 def _remove(folders: Iterable[Path]) -> None:
-    """The file that says a part is whole goes last, so that a merge that is killed meanwhile can be repeated."""
     for folder in folders:
-        for path in folder.iterdir():
-            if path.name != PART_NAME:
-                path.unlink()
-        shutil.rmtree(folder)
+        remove_part(folder)
 
 
 class _Merging:

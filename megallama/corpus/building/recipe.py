@@ -19,6 +19,7 @@ import numpy as np
 
 from megallama.corpus.reading.blocks import BLOCK_BYTES, Reading
 from megallama.corpus.reading.corpora import source_files
+from megallama.corpus.reading.lines import refusals_named
 from megallama.data.indexed import token_dtype
 from megallama.errors import UserError
 from megallama.system.remote import RemoteFile, SourcePath, is_url, source_state
@@ -175,10 +176,14 @@ def recipe_from_json(content: Mapping[str, Any]) -> Recipe:
 
 
 def _files(source: str) -> tuple[SourceFile, ...]:
-    try:
-        return tuple(SourceFile(str(file), *source_state(file)) for file in source_files(source))
-    except OSError as error:
-        raise UserError(f"{source} cannot be read ({error.strerror}); mend that or name another source") from None
+    with refusals_named(source):
+        files = source_files(source)
+    return tuple(map(_source_file, files))
+
+
+def _source_file(path: SourcePath) -> SourceFile:
+    with refusals_named(path):
+        return SourceFile(str(path), *source_state(path))
 
 
 def _hash(content: Any) -> str:

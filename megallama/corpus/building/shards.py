@@ -45,8 +45,9 @@ class Shards:
         """Numbers of the blocks for which there is a file, by the key of their unit."""
         found: defaultdict[str, set[int]] = defaultdict(set)
         for path in self.folder.glob("*.shard"):
-            key, number = path.stem.split("-")
-            found[key].add(int(number))
+            key, _, number = path.stem.rpartition("-")
+            if number.isdecimal():  # and not a copy that somebody made
+                found[key].add(int(number))
         return found
 
     def note(self, unit: Unit, name: str, fact: Any) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import pickle
 import signal
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
@@ -16,7 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from multiprocessing.resource_tracker import ensure_running
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -25,10 +29,11 @@ from megallama.corpus.building.recipe import Share, Unit
 from megallama.corpus.building.shard import Counts, write_shard
 from megallama.corpus.building.shards import shard_path
 from megallama.corpus.reading.blocks import Block, Reading, read_blocks
+from megallama.corpus.reading.lines import refusals_named
 from megallama.errors import UserError
 from megallama.system.remote import SourcePath, open_source_file
 from megallama.system.signals import interrupt_later
-from megallama.text.tokenizer import Tokenizer, load_tokenizer
+from megallama.text.tokenizer import Tokenizer
 
 
 class Task(NamedTuple):
@@ -72,10 +77,9 @@ class WorkerLostError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What every task of a build has in common."""
+    """What every task of a build has in common but its tokenizer."""
 
     folder: Path
-    tokenizer: str
     reading: Reading
     dtype: np.dtype[Any]
     hashed: bool
@@ -115,14 +119,11 @@ def _documents_of_all(unit: Unit, job: Job, left_out: Counter[str]) -> Iterator[
 
 
 def _sha256(path: SourcePath) -> str:
-    try:
-        with open_source_file(path) as file:
-            digest = hashlib.sha256()
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-            return digest.hexdigest()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); mend that or name another source") from None
+    with refusals_named(path), open_source_file(path) as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
 
 
 class Team(Protocol):
@@ -159,23 +160,30 @@ class Here:
 
 
 class Workers:
-    """Processes of their own."""
+    """Processes of their own.
 
-    def __init__(self, tasks: Sequence[Task], job: Job, count: int) -> None:
+    Each says that it has started by sending None, and gets the tokenizer of the build itself: what that was loaded from
+    may be another one by now.
+    """
+
+    def __init__(self, tasks: Sequence[Task], job: Job, tokenizer: Tokenizer, count: int) -> None:
         self._tasks = deque(tasks)
+        self._tokenizer = pickle.dumps(tokenizer)
         self._busy: set[Connection] = set()
         self._processes: dict[Connection, SpawnProcess] = {}
         # Not fork: a copy of a process in which torch has started threads can hang.
         context = multiprocessing.get_context("spawn")
+        ensure_running()  # which lets a Ctrl-C through again: not while a worker starts, which inherits that
         try:
             for _ in range(count):
-                with interrupt_later():  # a terminal sends it to all: a worker heeds it once it can be silent
+                # A terminal sends a Ctrl-C to all: a worker heeds it once it can be silent.
+                with interrupt_later(), _lean():
                     ours, theirs = context.Pipe()
                     process = context.Process(target=_serve, args=(theirs, job), daemon=True)
                     process.start()
                     theirs.close()
                     self._processes[ours] = process
-                self._hand_out(ours)
+                self._busy.add(ours)
         except BaseException:
             self.close()
             raise
@@ -186,7 +194,8 @@ class Workers:
         found: list[Message] = []
         for connection in wait(list(self._processes), None if block else 0):
             assert isinstance(connection, Connection)
-            found.append(self._received(connection))
+            with _lost_workers_told():
+                found += self._received(connection)
         return found
 
     def close(self) -> None:
@@ -196,21 +205,34 @@ class Workers:
             process.join()
             connection.close()
 
-    def _received(self, connection: Connection) -> Message:
-        with _lost_workers_told():
-            message: Message | _Failure = connection.recv()
+    def _received(self, connection: Connection) -> list[Message]:
+        message: Message | _Failure | None = connection.recv()
         if isinstance(message, UserError | OSError | MemoryError):
             raise message
-        if isinstance(message, Ended):
-            self._busy.remove(connection)
+        if message is None:
+            connection.send_bytes(self._tokenizer)
+        if not isinstance(message, Made):
             self._hand_out(connection)
-        return message
+        return [] if message is None else [message]
 
     def _hand_out(self, connection: Connection) -> None:
         if self._tasks:
-            with _lost_workers_told():
-                connection.send(self._tasks.popleft())
-            self._busy.add(connection)
+            connection.send(self._tasks.popleft())
+        else:
+            self._busy.remove(connection)
+
+
+@contextmanager
+def _lean() -> Iterator[None]:
+    """Start processes without the script that this one began with, and each with no thread of BLAS for every CPU."""
+    main, threads = sys.modules["__main__"], os.environ.get("OMP_NUM_THREADS")
+    sys.modules["__main__"], os.environ["OMP_NUM_THREADS"] = ModuleType("__main__"), "1"
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+        del os.environ["OMP_NUM_THREADS"]
+        os.environ |= {} if threads is None else {"OMP_NUM_THREADS": threads}
 
 
 @contextmanager
@@ -225,7 +247,8 @@ def _serve(connection: Connection, job: Job) -> None:
     """What a worker process does."""
     _stand_alone()
     try:
-        tokenizer = load_tokenizer(job.tokenizer)
+        connection.send(None)
+        tokenizer: Tokenizer = connection.recv()
         while True:
             for message in perform(connection.recv(), job, tokenizer):
                 connection.send(message)

@@ -19,6 +19,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
+from megallama.errors import UserError
 from megallama.system.remote import SourcePath
 
 BLOCK_BYTES = 16 << 20
@@ -35,6 +36,14 @@ class Reading:
     """Documents with fewer are left out, and counted as "short", or "empty" where they have none."""
     on_error: Literal["stop", "skip"] = "stop"
     """What is no document raises UserError, or is left out and counted by kind."""
+
+
+class DocumentError(UserError):
+    """What is wrong with one document, or with the rest of a file, of a kind that is counted while others are read."""
+
+    def __init__(self, sentence: str, kind: str = "") -> None:
+        super().__init__(sentence)
+        self.kind = kind
 
 
 class Block(NamedTuple):

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import zstandard
 
-from megallama.corpus.reading.document_error import DocumentError
+from megallama.corpus.reading.blocks import DocumentError
 from megallama.system.remote import SourcePath
 
 CHUNK = 1 << 20

@@ -6,9 +6,8 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 
-from megallama.corpus.reading.blocks import BLOCK_BYTES, Reading
+from megallama.corpus.reading.blocks import BLOCK_BYTES, DocumentError, Reading
 from megallama.corpus.reading.bombs import LONGEST_GAP, BombWatch
-from megallama.corpus.reading.document_error import DocumentError
 from megallama.corpus.reading.lines import BOM, Lines
 from megallama.system.remote import SourcePath
 from megallama.text.surrogates import without_surrogates
@@ -21,7 +20,7 @@ class JsonLines:
         self._lines = Lines(path)
         self._field = Field(reading.text_field)
         self._stops = reading.on_error == "stop"
-        self._bombs = BombWatch(self._lines, stops=self._stops)
+        self._bombs = BombWatch(self._lines)
         self._number = 0
 
     def close(self) -> None:
@@ -38,7 +37,6 @@ class JsonLines:
             limit = min(start, self._bombs.limit())
             if lines.position < limit:
                 lines.skip_to(limit)
-                self._bombs.passed_over()
             else:
                 self._read(Counter())
         self._check_damage()
@@ -52,9 +50,8 @@ class JsonLines:
                 yield text
             gap = 0 if text else gap + 1
             if gap > LONGEST_GAP:  # the rest of the block is not worth the time
-                left_out["bomb"] += 1
+                self._leave_out(self._gap(gap), left_out)
                 self._lines.skip_to(end)
-                self._bombs.passed_over()
         self._check_damage()
         if self._lines.damage and self._is_damaged_here():
             left_out[self._lines.damage.kind] += 1
@@ -69,11 +66,21 @@ class JsonLines:
                 return None
             text = self._text(line, number, begin)
         except DocumentError as error:
-            if self._stops:
-                raise
-            left_out[error.kind] += 1
+            self._leave_out(error, left_out)
         self._bombs.read(begin, bool(text))
         return text
+
+    def _gap(self, lines: int) -> DocumentError:
+        return DocumentError(
+            f"{self._lines.place} has {lines:,} lines in a row without text before it: refused as a bomb; take them "
+            "out",
+            "bomb",
+        )
+
+    def _leave_out(self, error: DocumentError, left_out: Counter[str]) -> None:
+        if self._stops:
+            raise error
+        left_out[error.kind] += 1
 
     def _check_damage(self) -> None:
         if self._lines.damage and self._stops:

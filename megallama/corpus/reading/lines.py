@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
+from megallama.corpus.reading.blocks import DocumentError
 from megallama.corpus.reading.decompress import CHUNK, gzip_chunks, zstd_chunks
-from megallama.corpus.reading.document_error import DocumentError
 from megallama.errors import UserError
 from megallama.system.remote import SourcePath, open_source_file
 

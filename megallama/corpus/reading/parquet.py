@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megallama.corpus.reading.blocks import Reading
-from megallama.corpus.reading.document_error import DocumentError
+from megallama.corpus.reading.blocks import DocumentError, Reading
 from megallama.corpus.reading.lines import LARGEST_RECORD, refusals_named
 from megallama.errors import UserError
 from megallama.system.remote import SourcePath, open_source_file, source_state

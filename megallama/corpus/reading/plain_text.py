@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from megallama.corpus.reading.blocks import BLOCK_BYTES, Reading
-from megallama.corpus.reading.document_error import DocumentError
+from megallama.corpus.reading.blocks import BLOCK_BYTES, DocumentError, Reading
 from megallama.corpus.reading.lines import BOM, LARGEST_RECORD, Lines
 from megallama.system.remote import SourcePath
 
