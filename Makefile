@@ -26,7 +26,7 @@ test-benchmarks: .venv/installed-dev
 	$(BIN)/python -m pytest -m benchmarks
 
 test-peers: .venv/installed-dev
-	$(BIN)/python -m pytest -m peers
+	$(BIN)/python -m pytest -m peers $(TWO_FILES)
 
 test-faults: .venv/installed-dev
 	$(BIN)/python -m pytest -m faults
