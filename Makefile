@@ -29,7 +29,7 @@ test-peers: .venv/installed-dev
 	$(BIN)/python -m pytest -m peers $(TWO_FILES)
 
 test-faults: .venv/installed-dev
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest -m faults $(TWO_FILES)
 
 test-slurm: .venv/installed-dev .venv/slurm/installed
 	$(BIN)/python -m pytest -m slurm

@@ -84,23 +84,25 @@ def end_in_order() -> Iterator[None]:
 
 
 @contextmanager
-def interrupt_later() -> Iterator[None]:
-    """Let a Ctrl-C wait until the end of the block, and be `deaf` to it. Other threads than the main one get none."""
-    pressed: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
+def signals_later() -> Iterator[None]:
+    """Let a Ctrl-C and a SIGTERM wait until the end of the block, and be `deaf` to them; in the main thread alone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    if before is not signal.SIG_IGN:
-        # Threads of libraries hear what this one is deaf to.
-        signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            # Threads of libraries hear what this one is deaf to.
+            signal.signal(number, lambda number, _: came.append(number))
     try:
-        with deaf((signal.SIGINT,)):
+        with deaf(before):
             yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        signal.raise_signal(signal.SIGINT)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for one in came:
+        signal.raise_signal(one)
 
 
 class Signals:

@@ -32,7 +32,7 @@ from megallama.corpus.reading.blocks import Block, Reading, read_blocks
 from megallama.corpus.reading.lines import refusals_named
 from megallama.errors import UserError
 from megallama.system.remote import SourcePath, open_source_file
-from megallama.system.signals import deaf, interrupt_later
+from megallama.system.signals import signals_later
 from megallama.text.tokenizer import Tokenizer
 
 
@@ -176,9 +176,9 @@ class Workers:
         ensure_running()  # which lets a Ctrl-C through again: not while a worker starts, which inherits that
         try:
             for _ in range(count):
-                # A terminal sends a Ctrl-C to all: a worker heeds it once it can be silent. One whose parent ends before
-                # it has told it what to do would print a traceback.
-                with interrupt_later(), deaf((signal.SIGTERM,)), _lean():
+                # A terminal sends a Ctrl-C to all: a worker heeds it once it can be silent. And one whose parent ends
+                # before it has said what is to be done prints a traceback.
+                with signals_later(), _lean():
                     ours, theirs = context.Pipe()
                     process = context.Process(target=_serve, args=(theirs, job), daemon=True)
                     process.start()
