@@ -9,7 +9,6 @@ fingerprint.
 
 from __future__ import annotations
 
-import base64
 import binascii
 import difflib
 import hashlib
@@ -241,7 +240,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             continue
         try:
             encoded, rank = line.split()
-            token = base64.b64decode(encoded, validate=True)
+            token = binascii.a2b_base64(encoded, strict_mode=True)
             if ranks.setdefault(token, int(rank)) != int(rank):
                 raise ValueError("a second rank of one token")
         except (ValueError, binascii.Error):
@@ -256,7 +255,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 def rank_lines(ranks: dict[bytes, int]) -> bytes:
     """The content of a tiktoken rank file, in order of rank."""
     ordered = sorted(ranks.items(), key=lambda item: item[1])
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ordered)
+    return b"".join(binascii.b2a_base64(token, newline=False) + b" %d\n" % rank for token, rank in ordered)
 
 
 def tokenizer_from_ranks(ranks: dict[bytes, int]) -> TiktokenTokenizer:
