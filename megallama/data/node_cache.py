@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -87,6 +88,9 @@ def _copy_all(prefix: str, files: list[RemoteFile], folder: Path) -> None:
     with Lock(folder / "lock", place, handover_seconds=math.inf):
         missing = _missing(files, folder)
         _check_space(prefix, missing, folder)
+        if missing:
+            size = sum(file.size for file in missing) / 1e9
+            print(f"megallama: copying {prefix}, {size:,.2f} GB, to {folder}", file=sys.stderr, flush=True)
         for file in missing:
             _copy(file, folder / file.name)
 

@@ -192,8 +192,11 @@ def test_without_the_extra_the_command_says_what_to_install(bucket: Bucket) -> N
 def test_a_run_on_a_bucket_has_the_losses_of_the_disk(bucket: Bucket, byte_dataset: str, tmp_path: Path) -> None:
     url = bucket.put_dataset(byte_dataset, "g/corpus")
     plant = partial(_set, settings(bucket, tmp_path))
-    for name, path in (("bucket", url), ("disk", byte_dataset)):
-        assert pretrain(1, arguments(path, tmp_path / name), plant=plant) == [(0, "")]
+    ((code, said),) = pretrain(1, arguments(url, tmp_path / "bucket"), plant=plant)
+    assert code == 0
+    assert said.startswith(f"megallama: copying {url}, 0.00 GB, to {tmp_path}")
+    assert said.count("\n") == 1
+    assert pretrain(1, arguments(byte_dataset, tmp_path / "disk"), plant=plant) == [(0, "")]
     assert losses(tmp_path / "bucket") == losses(tmp_path / "disk")
     assert len(losses(tmp_path / "disk")) == 4
     more = ["train.steps=6", "checkpoint.resume=auto"]
