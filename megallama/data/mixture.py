@@ -72,12 +72,17 @@ class Mixture:
         return self._hash([part.content_hash for part in self.parts], max(self.steps) + 1)
 
     def _hash(self, parts: Sequence[str], step: int) -> str:
-        """Over the stages that have begun when `step` steps are done, the first at the least."""
+        """Over the stages that have begun when `step` steps are done, the first at the least.
+
+        One source alone is what data.path names: such a run goes on with stages that are still to come.
+        """
         digest, by_name = hashlib.sha256(b"mixture"), dict(zip(self.blend.names, parts, strict=True))
-        for number, begins in enumerate(self.steps):
-            if begins == 0 or begins < step:
-                for name, share in self.blend.stages[number].shares.items():
-                    digest.update(f"/{begins}/{name}/{share}/{by_name[name]}".encode())
+        begun = [number for number, begins in enumerate(self.steps) if begins == 0 or begins < step]
+        if len(begun) == 1 and len(self.blend.stages[0].names) == 1:
+            return by_name[self.blend.stages[0].names[0]]
+        for number in begun:
+            for name, share in self.blend.stages[number].shares.items():
+                digest.update(f"/{self.steps[number]}/{name}/{share}/{by_name[name]}".encode())
         return digest.hexdigest()
 
     def begun_at(self, firsts: Sequence[int]) -> Mixture:
@@ -115,7 +120,8 @@ def open_mixture(config: RunConfig, seen: Seen = NOTHING_SEEN) -> Opened:
             if name not in splits:
                 splits[name] = split_documents(alone, wanted[name].path)
             found = splits[name][split]
-            return samples_of(found, data, config.model.vocab_size, tokenizer, seed, name, scanned)
+            order = "" if blend.stages[0].names == (name,) else name  # alone at first: in the order of data.path
+            return samples_of(found, data, config.model.vocab_size, tokenizer, seed, order, scanned)
         except UserError as error:
             raise UserError(f"data.mixture, source {name}: {error}") from None
 

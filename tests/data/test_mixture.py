@@ -96,8 +96,8 @@ def test_sources_go_on_in_the_next_stage(paths: dict[str, str]) -> None:
     places = [mixture.trace(number) for number in range(40)]
     assert Counter(name for name, _ in places[:20]) == {"web": 10, "books": 10}
     assert Counter(name for name, _ in places[20:]) == {"web": 10, "code": 10}
-    alone = open_mixture(config_of(sources(paths, web=1))).train
-    assert [place for name, place in places if name == "web"] == [alone.trace(number)[1] for number in range(20)]
+    web = mixture.parts[mixture.blend.names.index("web")]
+    assert [place for name, place in places if name == "web"] == [web.trace(number) for number in range(20)]
 
 
 def test_stages_that_have_begun_stay_where_they_began_and_others_follow_the_batches(paths: dict[str, str]) -> None:

@@ -101,6 +101,15 @@ def test_a_run_goes_on_inside_a_stage_with_other_ranks_and_another_future(
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-5)
 
 
+def test_a_run_of_one_dataset_goes_on_with_others(folder: Path, tmp_path: Path) -> None:
+    begun, sources = words(folder, tmp_path / "begun"), stages(folder, (0, {"web": 1.0}), LATER)
+    alone = ["data.mixture=null", f"data.path={folder / 'web'}", "train.stop_after=3"]
+    assert pretrain(1, [*begun, *alone]) == [(0, "")]
+    assert pretrain(1, [*begun, sources]) == [(0, "")]
+    assert pretrain(1, [*words(folder, tmp_path / "planned"), sources]) == [(0, "")]
+    assert losses(tmp_path / "begun") == losses(tmp_path / "planned")
+
+
 def test_a_stage_begins_at_its_step_whatever_the_batches_were(folder: Path, tmp_path: Path) -> None:
     run = words(folder, tmp_path / "run", "checkpoint.keep=9")
     assert pretrain(1, [*run, "train.global_batch_size=4", "train.stop_after=2"]) == [(0, "")]
