@@ -34,6 +34,10 @@ class SourcePlan:
     """Epochs that it may come to."""
     repeats_at_step: int | None
     """The first step that reads a sample of it again."""
+    left_out_tokens: int
+    """Those that no sample of an epoch holds: behind the last window, or beyond the length of a sample."""
+    cut_documents: int
+    """Of which there are such tokens."""
     verdict: str
 
 
@@ -72,6 +76,7 @@ def plan_data(config: RunConfig, mixture: Mixture, seen: Seen = NOTHING_SEEN) ->
     for name in limits or mixture.blend.names:
         (part, repeat), (count, epochs) = opened[name], read[name]
         at_step = None if repeat is None or repeat >= samples else step_of(config, repeat, seen)
+        left_out = part.left_out
         sources.append(
             SourcePlan(
                 name,
@@ -84,6 +89,8 @@ def plan_data(config: RunConfig, mixture: Mixture, seen: Seen = NOTHING_SEEN) ->
                 epochs,
                 limits.get(name),
                 at_step,
+                left_out.tokens,
+                left_out.documents,
                 _verdict(epochs, limits.get(name)),
             )
         )
@@ -133,6 +140,10 @@ def table(plan: DataPlan) -> Iterator[str]:
     for row in rows:
         cells = [text.rjust(width) for text, width in zip(row, widths, strict=True)]
         yield "  ".join([row[0].ljust(widths[0]), *cells[1:-1], row[-1]])
+    for source in plan.sources:
+        if source.left_out_tokens * plan.samples >= plan.tokens:  # a sample or more
+            cut = f"{source.left_out_tokens:,} tokens; documents cut: {source.cut_documents:,}"
+            yield f"{source.name}: no sample of an epoch holds {cut}"
 
 
 def _percent(share: str) -> str:

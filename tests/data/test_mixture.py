@@ -22,7 +22,7 @@ from megallama.data.indexed import bin_path
 from megallama.data.loader import open_data
 from megallama.data.mapped import mapped
 from megallama.data.mixture import Mixture, open_mixture, open_train
-from megallama.data.plan import plan_data, step_of
+from megallama.data.plan import plan_data, step_of, table
 from megallama.data.sampler import Sampler
 from megallama.data.source import open_source
 from megallama.data.trace import parse_steps, trace
@@ -230,9 +230,13 @@ def test_a_plan_counts_what_the_run_will_read(paths: dict[str, str]) -> None:
         assert source.read_samples == len(own)
         again = [number for number in own if places[number][1].epoch == 1]
         assert source.repeats_at_step == (again[0] // 4 + 1 if again else None)
+        assert source.left_out_tokens == source.tokens - 1 - source.samples * config.data.sequence_length
     assert [source.name for source in plan.sources] == [*WEIGHTS]
     assert [source.verdict.partition(",")[0] for source in plan.sources] == ["repeats", "all new", "over 4 epochs"]
     assert plan.stages[1].shares == {"code": "7/10", "web": "3/10"}
+    one = config_of(stages, steps=40, pack="one", sequence_length=4)
+    said = list(table(plan_data(one, open_train(one))))
+    assert "web: no sample of an epoch holds 288 tokens; documents cut: 48" in said
 
 
 def test_a_trace_is_what_the_ranks_read(paths: dict[str, str]) -> None:
