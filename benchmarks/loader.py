@@ -25,7 +25,7 @@ import numpy as np
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.data.blend import Pattern, period_counts
-from megallama.data.indexed import bin_path, idx_path, index_bytes, token_dtype
+from megallama.data.indexed import IndexedWriter, token_dtype
 from megallama.data.loader import open_data
 from megallama.data.sampler import Sampler
 
@@ -35,10 +35,11 @@ OPEN_FILES = 256
 
 
 def write_dataset(prefix: Path, documents: int, draw: np.random.Generator) -> None:
-    """Documents of 200 to 500 random bytes; not brought to the disk one by one, unlike a build's."""
+    """Documents of 200 to 500 random bytes."""
     dtype, sizes = token_dtype(257), draw.integers(200, 500, documents).astype("<i4")
-    bin_path(str(prefix)).write_bytes(draw.integers(0, 256, sizes.sum()).astype(dtype).tobytes())
-    idx_path(str(prefix)).write_bytes(index_bytes(sizes, dtype))
+    writer = IndexedWriter(str(prefix), dtype)
+    writer.add(draw.integers(0, 256, sizes.sum()).astype(dtype), sizes)
+    writer.close()
 
 
 def mixture_of(config: RunConfig, weights: dict[Path, float]) -> RunConfig:
