@@ -36,6 +36,7 @@ from megallama.model.stages import ModelStages
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ParallelMesh, build_mesh
 from megallama.parallel.spawn import run_ranks
+from megallama.train.pipeline import Pipeline
 
 Way = Literal["fp32", "hand-over", "hand-over at the end", "grad_dtype"]
 WAYS: tuple[Way, ...] = ("hand-over", "hand-over at the end", "grad_dtype")
@@ -85,7 +86,8 @@ def measure(launch: Launch, config: RunConfig, way: Way) -> Found:
         if way == "hand-over":
             engine._take_gradients(parameters)
 
-    for stage in engine._passes._schedule(count)._stages:  # type: ignore[attr-defined]
+    assert isinstance(engine._passes, Pipeline)
+    for stage in engine._passes._schedule(count)._stages:
         stage._take = take
     engine.forward_backward(micro_batches(config, count, mesh), torch.ones(()))
     return Found(sums(engine, model, way), max(*most, bytes_held(engine, model)))

@@ -28,6 +28,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from io import TextIOWrapper
 from pathlib import Path
 from statistics import median
@@ -57,7 +58,9 @@ MOST_MEMORY = 300
 def write_corpus(folder: Path, megabytes: int) -> None:
     """Files 0.jsonl.zst, 1.jsonl.zst, ... that hold `megabytes` of text together, less if there is less."""
     left = megabytes * 1_000_000
-    with zstd_writers(folder) as files:
+    with ExitStack() as stack:
+        names = [folder / f"{number}.jsonl.zst" for number in range(FILES)]
+        files = [stack.enter_context(zstandard.open(name, "wb")) for name in names]
         for path, file in zip(python_files(), itertools.cycle(files)):
             try:
                 text = path.read_text(encoding="utf-8")
@@ -72,20 +75,6 @@ def write_corpus(folder: Path, megabytes: int) -> None:
 def python_files() -> Iterator[Path]:
     paths = sysconfig.get_paths()
     return itertools.chain(*(sorted(Path(paths[name]).rglob("*.py")) for name in ("stdlib", "purelib")))
-
-
-class zstd_writers(list[Any]):  # noqa: N801
-    """FILES compressed files, open to be written."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(zstandard.open(folder / f"{number}.jsonl.zst", "wb") for number in range(FILES))
-
-    def __enter__(self) -> zstd_writers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self:
-            file.close()
 
 
 Moment = tuple[float, float]
