@@ -20,8 +20,9 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from email.message import Message
+from http.client import HTTPMessage
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 from megallama.errors import UserError
@@ -263,12 +264,12 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     """Redirections, with what authorizes the request where they stay on its host; none that gives HTTPS up."""
 
     def redirect_request(
-        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Message, newurl: str
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
         here, there = urlsplit(req.full_url), urlsplit(newurl)
         if there.scheme not in (here.scheme, "https"):
             raise urllib.error.HTTPError(newurl, code, f"it leads to {newurl}, by {there.scheme}", headers, fp)
-        new = super().redirect_request(req, fp, code, msg, headers, newurl)  # type: ignore[arg-type]
+        new = super().redirect_request(req, fp, code, msg, headers, newurl)
         token = req.unredirected_hdrs.get("Authorization")
         if new is not None and token and there[:2] == here[:2]:
             new.add_unredirected_header("Authorization", token)
