@@ -12,7 +12,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -32,6 +31,7 @@ from megallama.data.indexed import open_indexed
 from megallama.data.info import DatasetInfo, read_info
 from megallama.errors import UserError
 from megallama.text.tokenizer import Tokenizer, load_tokenizer, rank_lines
+from tests.faults.runs import wait_for
 
 
 @pytest.fixture
@@ -171,9 +171,8 @@ def test_a_killed_worker_is_explained_and_the_same_command_continues(tmp_path: P
     source, prefix = three_blocks(tmp_path), str(tmp_path / "d")
     with ThreadPoolExecutor(1) as pool:
         building = pool.submit(build_dataset, [source], prefix, "bytes", workers=2)
-        while not list(tmp_path.glob("d.parts/*.shard*")):
-            assert not building.done(), building.result()
-            time.sleep(0.001)
+        wait_for(lambda: list(tmp_path.glob("d.parts/*.shard*")) or building.done())
+        assert not building.done(), building.result()
         workers = multiprocessing.active_children()
         worker = workers[0]
         assert worker.pid is not None

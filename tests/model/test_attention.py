@@ -81,8 +81,9 @@ def gradients(recompute: Recompute) -> dict[str, Tensor]:
 
 def test_recomputation_stays_within_documents() -> None:
     plain = gradients("none")
-    for mode in ("selective", "full"):
-        found = gradients(mode)  # type: ignore[arg-type]
+    modes: tuple[Recompute, ...] = ("selective", "full")
+    for mode in modes:
+        found = gradients(mode)
         assert [name for name, gradient in plain.items() if not torch.equal(found[name], gradient)] == []
 
 

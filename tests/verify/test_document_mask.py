@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def compiled_attention() -> None:
     def within(self: FusedAttention, documents: Tensor, head_dim: int) -> AttentionCore:
         return partial(compiled, block_mask=self.block_mask(documents))
 
-    FusedAttention.within = within  # type: ignore[method-assign]
+    patch.object(FusedAttention, "within", within).start()
     torch.nn.attention.flex_attention._validate_device = lambda *_: None  # which refuses a backward on a CPU
 
 
@@ -82,7 +83,7 @@ def documents_for_the_first_stage_alone() -> None:
         arguments, named = original(self, batches)
         return arguments, named if arguments else {key: each for key, each in named.items() if key != "documents"}
 
-    megallama.train.pipeline.Pipeline._inputs = forget  # type: ignore[method-assign]
+    patch.object(megallama.train.pipeline.Pipeline, "_inputs", forget).start()
 
 
 def layers_that_see_all() -> None:
@@ -93,7 +94,7 @@ def layers_that_see_all() -> None:
     ) -> Tensor:
         return original(self, x, cos, sin)
 
-    megallama.model.llama.DecoderLayer.forward = forget  # type: ignore[method-assign]
+    patch.object(megallama.model.llama.DecoderLayer, "forward", forget).start()
 
 
 @pytest.mark.parametrize(

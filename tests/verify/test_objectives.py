@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -51,12 +53,12 @@ def test_the_shrunk_run_keeps_the_objective() -> None:
 def masks_of_its_own_on_each_rank() -> None:
     original = megallama.data.loader.Loader.__init__
 
-    def forget(self: megallama.data.loader.Loader, *given: object, **named: object) -> None:
-        original(self, *given, **named)  # type: ignore[arg-type]
+    def forget(self: megallama.data.loader.Loader, *given: Any, **named: Any) -> None:
+        original(self, *given, **named)
         assert isinstance(self._masking, Masking)
         self._masking = dataclasses.replace(self._masking, seed=self._dp_rank)
 
-    megallama.data.loader.Loader.__init__ = forget  # type: ignore[method-assign]
+    patch.object(megallama.data.loader.Loader, "__init__", forget).start()
 
 
 def causal_attention_after_all() -> None:
