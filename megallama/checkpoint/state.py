@@ -19,7 +19,8 @@ from megallama.checkpoint.format import (
     malformed,
     read_manifest,
 )
-from megallama.config.schema import MOST_SEQUENCES, ModelConfig, Name, Objective, Patterns
+from megallama.config.schema import ModelConfig, Objective
+from megallama.config.values import MOST_SEQUENCES, Name, Patterns
 from megallama.errors import UserError
 from megallama.layout.budget import NOTHING_SEEN, Seen
 from megallama.layout.check import check_trained

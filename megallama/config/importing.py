@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from megallama.config.keys import as_typed
-from megallama.config.schema import MOST_WIDTH
+from megallama.config.values import MOST_WIDTH
 from megallama.errors import UserError
 
 Tree = dict[str, Any]

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from megallama.config import schema as classes
+from megallama.config import data_keys
+from megallama.config import schema as other_keys
 from megallama.config.schema import RunConfig
 
 
@@ -31,9 +32,10 @@ def json_schema() -> dict[str, Any]:
 def _field_docstrings() -> Iterator[tuple[str, str, str]]:
     """(class, field, the string below the field) for every one.
 
-    Pydantic's `use_attribute_docstrings` parses the file once for each class, in every process: a tenth of a plan.
+    Pydantic's `use_attribute_docstrings` parses a file once for each class, in every process: a tenth of a plan.
     """
-    for node in ast.parse(inspect.getsource(classes)).body:
+    nodes = (node for module in (data_keys, other_keys) for node in ast.parse(inspect.getsource(module)).body)
+    for node in nodes:
         if not isinstance(node, ast.ClassDef):
             continue
         for field, below in pairwise(node.body):

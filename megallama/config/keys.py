@@ -9,7 +9,8 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from megallama.config.schema import MixtureSource, MixtureStage, RunConfig
+from megallama.config.data_keys import MixtureSource, MixtureStage
+from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 
 

@@ -1,131 +1,48 @@
 """The schema of a run: every key a YAML file may hold, what it means, and what it defaults to.
 
 Pure: imports neither torch nor deepspeed, opens no file. Checks that need one section only live here; checks across
-sections or against a world size live in `config.check`.
+sections or against a world size live in `layout.check`.
 """
 
 from __future__ import annotations
 
-import re
-from decimal import Decimal
 from itertools import pairwise
 from math import gcd, prod
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
-    Discriminator,
     Field,
-    Tag,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+
+from megallama.config.data_keys import DataConfig
+from megallama.config.values import (
+    MOST_LAYERS,
+    MOST_PIPELINE,
+    MOST_RAMP_STAGES,
+    MOST_RANKS,
+    MOST_SEQUENCES,
+    MOST_STEPS,
+    MOST_WIDTH,
+    CheckpointPath,
+    Decay,
+    LayersPerStage,
+    Name,
+    Patterns,
+    Real,
+    Section,
+    Sets,
+    Tokens,
+    refused,
+    tuple_from_list,
+)
 
 IGNORE_INDEX = -100
 """Label of a position that is left out of the loss, as in torch."""
 
 
-class Section(BaseModel):
-    """A frozen mapping with no unknown keys; the sentence under each field is its documentation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-def _number_from_text(value: object) -> object:
-    """`3e-4` in YAML 1.1 is text, since it has no point; take it for the number that it is."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-_MOST_TOKENS = 10**18
-
-
-def _tokens_from_text(value: object) -> object:
-    """`3T`, `1.5e9`, `20_000_000` and 3.0e12 as the whole number that each is, without rounding."""
-    if not isinstance(value, str | float):
-        return value
-    text = str(value).strip().upper()
-    unit = _SUFFIXES.get(text[-1:], 1)
-    try:
-        number = Decimal(text[:-1] if unit > 1 else text) * unit
-    except ArithmeticError:
-        number = Decimal("nan")
-    if not number.is_finite() or abs(number) > _MOST_TOKENS:
-        raise PydanticCustomError("tokens", "a whole number of tokens up to 1e18, such as 300B, 1.5e9 or 3T")
-    whole = max(1, int(number))
-    if number != whole:
-        raise PydanticCustomError("tokens", "a whole number of tokens, at least 1; write {whole}", {"whole": whole})
-    return whole
-
-
-MOST_LAYERS, MOST_WIDTH, MOST_SEQUENCES, MOST_RANKS, MOST_STEPS = 2_000, 10**7, 10**9, 10**6, 10**12
-"""Far beyond any run: a number above them is a slip of the hand, and would keep a plan busy for hours."""
-MOST_PIPELINE, MOST_STAGES = 128, 512
-"""A plan lays every action of every rank out in time."""
-MOST_PATTERNS, MOST_SOURCES, MOST_RAMP_STAGES = 256, 10_000, 64
-MOST_NAME_BYTES, MOST_PATH_BYTES = 255, 1000
-"""Linux's limit on a component of a path, and sbatch's on a path, less what stands before and behind it."""
-
-
-def _name(value: str) -> str:
-    """A name or a path: it goes to files, logs, job files and terminals, some of which a line end would split."""
-    if not value.isprintable():
-        raise PydanticCustomError("name", "text without line ends, control characters and others that do not print")
-    encoded = value.encode()
-    if max(map(len, encoded.split(b"/"))) > MOST_NAME_BYTES or len(encoded) > MOST_PATH_BYTES:
-        raise PydanticCustomError("name", f"names of at most {MOST_NAME_BYTES} bytes, {MOST_PATH_BYTES} in a path")
-    return value
-
-
-Name = Annotated[str, AfterValidator(_name)]
-Real = Annotated[float, BeforeValidator(_number_from_text)]
-Tokens = Annotated[
-    int,
-    Field(ge=1, le=_MOST_TOKENS),
-    BeforeValidator(
-        _tokens_from_text,
-        json_schema_input_type=Annotated[int, Field(ge=1)]
-        | Annotated[str, Field(pattern=r"^[0-9][0-9_.]*([eE][+-]?[0-9]+)?[kKmMbBtT]?$")],
-    ),
-]
-Decay = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number_from_text)]
-
-
-LayersPerStage = Annotated[tuple[Annotated[int, Field(ge=1, le=MOST_LAYERS)], ...], Field(max_length=MOST_LAYERS)]
-
-
-def _tuple_from_list(value: object) -> object:
-    """Behind a validator of the section before it a list is not taken for a tuple any more."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-Patterns = Annotated[tuple[Name, ...], Field(max_length=MOST_PATTERNS), BeforeValidator(_tuple_from_list)]
-SET_NAME = "[A-Za-z0-9_-]{1,64}"
-
-
-def _check_set_names(sets: dict[str, str]) -> dict[str, str]:
-    for name in sets:
-        if not re.fullmatch(SET_NAME, name) or name in ("train", "validation"):
-            rule = "names of 1 to 64 letters, digits, _ and -, and neither train nor validation, unlike {name}"
-            raise PydanticCustomError("set_name", rule, {"name": repr(name[:60])})
-    return sets
-
-
-Sets = Annotated[
-    dict[str, Name],
-    AfterValidator(_check_set_names),
-    Field(json_schema_extra={"propertyNames": {"pattern": f"^{SET_NAME}$"}}),
-]
-CheckpointPath = Annotated[Name, Field(pattern="/|^step_")]
-"""Told from a word by its slash, or by the name of its folder."""
 Schedule = Literal["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"]
 Objective = Literal["causal", "masked"]
 
@@ -202,133 +119,6 @@ class RunSection(Section):
     """Run directory, for config, metrics, checkpoints and tokenizer."""
 
 
-class MixtureSource(Section):
-    """One dataset of a mixture."""
-
-    path: Name = Field(min_length=1)
-    """Prefix of an indexed dataset, as data.path."""
-    weight: Real = Field(gt=0)
-    """Its part of the samples; weights need not sum to 1."""
-    name: Annotated[Name, Field(min_length=1)] | None = None
-    """What the run calls it; null means the last part of `path`. Its order of samples is drawn from it."""
-    epochs: Annotated[Real, Field(gt=0)] | None = None
-    """How often the run may read it; a run that would read more is refused at its start. null for no limit."""
-
-    @property
-    def called(self) -> str:
-        """Its name, resolved."""
-        return self.name or self.path.rstrip("/").rpartition("/")[2] or self.path
-
-
-MixtureSources = Annotated[tuple[MixtureSource, ...], Field(min_length=1, max_length=MOST_SOURCES)]
-
-
-class MixtureStage(Section):
-    """The sources of a mixture from a step on."""
-
-    from_step: int = Field(ge=0, le=MOST_STEPS)
-    """Steps done when it begins; that of the first stage is 0."""
-    sources: MixtureSources
-    """What is read from there on; a source of an earlier stage goes on where it was."""
-
-
-def _form_of_mixture(value: object) -> str:
-    """Whether a mixture is written as one list of sources or as stages."""
-    first = value[0] if isinstance(value, list | tuple) and value else value
-    staged = {"from_step", "sources"} & first.keys() if isinstance(first, dict) else isinstance(first, MixtureStage)
-    return "stages" if staged else "sources"
-
-
-Mixture = Annotated[
-    Annotated[MixtureSources, Tag("sources")]
-    | Annotated[tuple[MixtureStage, ...], Field(max_length=MOST_SOURCES), Tag("stages")],
-    Discriminator(_form_of_mixture),
-]
-
-
-class DataConfig(Section):
-    """Datasets and tokenizer."""
-
-    path: Name | None = None
-    """Prefix of an indexed dataset, PATH.bin and PATH.idx, written by `megallama data build` or Megatron-LM."""
-    mixture: Mixture | None = None
-    """In place of `path`: several datasets by weight, as a list of sources, or as stages that begin at given steps."""
-    tokenizer: Name = "bytes"
-    """`bytes`, a tiktoken encoding (r50k_base), a tiktoken rank file, a folder from `tokenizer train`, or hf:FILE."""
-    sequence_length: int = Field(default=2048, ge=1, le=MOST_SEQUENCES)
-    """Predicted tokens per sample."""
-    validation_path: Name | None = None
-    """Prefix of a separate validation dataset; null uses the tail of `path`, or of each source of the mixture."""
-    validation_fraction: Real = Field(default=0.01, ge=0, lt=1)
-    """Share of the documents, at the end of each dataset, that is held out if validation_path is null."""
-    pack: Literal["all", "one"] = "all"
-    """all: samples are cut from all documents in a row; one: each is one document, cut off or filled up."""
-    document_mask: bool = False
-    """Attention and positions stay within documents: tokens see those of their own, and each begins at position 0."""
-    truncate: Literal["first", "last"] = "first"
-    """pack=one: which tokens are kept of a document that is longer than sequence_length."""
-    pad: Literal["right", "left"] = "right"
-    """pack=one: where a sample is filled up whose document is shorter; no label counts there, and no token sees it."""
-    eod_mask_loss: bool = False
-    """Exclude the prediction of end-of-document tokens from the loss."""
-
-    @property
-    def documents_apart(self) -> bool:
-        """Whether attention has to know documents; what fills up a sample at its end is seen by none anyway."""
-        return self.document_mask or self.pad == "left"
-
-    @property
-    def stages(self) -> tuple[MixtureStage, ...]:
-        """The stages of the mixture, the one list of sources being the only stage; none with `path`."""
-        stages: list[MixtureStage] = []
-        sources: list[MixtureSource] = []
-        for each in self.mixture or ():
-            if isinstance(each, MixtureStage):
-                stages.append(each)
-            else:
-                sources.append(each)
-        return tuple(stages) or ((MixtureStage(from_step=0, sources=tuple(sources)),) if sources else ())
-
-    @model_validator(mode="after")
-    def _one_source_of_data(self) -> Self:
-        if (self.path is None) == (self.mixture is None):
-            raise PydanticCustomError("sentence", _SOURCE_SAID[self.path is None], {"path": self.path})
-        if wrong := _wrong_mixture(self.stages):
-            raise PydanticCustomError("sentence", "data.mixture: {wrong}", {"wrong": wrong})
-        return self
-
-
-_SOURCE_SAID = {
-    False: "data.path={path} and data.mixture both say what the run reads; leave one of them out, or set one to null: "
-    "data.path=null or data.mixture=null",
-    True: "data.path is missing; write it in the file or give data.path=VALUE, or several datasets as data.mixture",
-}
-
-
-def _wrong_mixture(stages: tuple[MixtureStage, ...]) -> str | None:
-    """What is wrong between the stages of a mixture or their sources, and how to mend it."""
-    if stages and stages[0].from_step:
-        return f"the first stage is from_step={stages[0].from_step}; let it begin with the run, from_step=0"
-    for one, other in pairwise(stages):
-        if other.from_step <= one.from_step:
-            return (
-                f"the stage from_step={other.from_step} follows from_step={one.from_step}; use from_step="
-                f"{one.from_step + 1} or more"
-            )
-    paths: dict[str, str] = {}
-    names: dict[str, str] = {}
-    for stage in stages:
-        seen: set[str] = set()
-        for source in stage.sources:
-            name, path = source.called, source.path
-            if name in seen or paths.setdefault(name, path) != path:
-                return f"two sources have the name {name}; give one of them another name"
-            if names.setdefault(path, name) != name:
-                return f"{path} has two names, {names[path]} and {name}; use one source, with the sum of the weights"
-            seen.add(name)
-    return None
-
-
 class ParallelConfig(Section):
     """Layout of one copy of the model. The data-parallel size follows from the world size."""
 
@@ -386,7 +176,7 @@ class RampStage(Section):
 def _check_ramp(ramp: tuple[RampStage, ...]) -> tuple[RampStage, ...]:
     for number, (one, after) in enumerate(pairwise(ramp), 1):
         if after.until <= one.until:
-            raise _refused(
+            raise refused(
                 f"train.batch_ramp[{number}].until={after.until} is not more than the {one.until} of the stage before; "
                 f"nearest legal: train.batch_ramp[{number}].until={one.until + 1}"
             )
@@ -397,12 +187,8 @@ Ramp = Annotated[
     tuple[RampStage, ...],
     Field(max_length=MOST_RAMP_STAGES),
     AfterValidator(_check_ramp),
-    BeforeValidator(_tuple_from_list),
+    BeforeValidator(tuple_from_list),
 ]
-
-
-def _refused(sentence: str) -> PydanticCustomError:
-    return PydanticCustomError("sentence", "{sentence}", {"sentence": sentence})
 
 
 _LENGTH_SAID = {
@@ -470,7 +256,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.steps is None) == (self.tokens is None):
-            raise _refused(_LENGTH_SAID[self.tokens is None].format(steps=self.steps, tokens=self.tokens))
+            raise refused(_LENGTH_SAID[self.tokens is None].format(steps=self.steps, tokens=self.tokens))
         return self
 
     @model_validator(mode="after")
@@ -481,7 +267,7 @@ class TrainConfig(Section):
                 last = number + 1 == len(self.batch_ramp)
                 then = "train.global_batch_size" if last else f"train.batch_ramp[{number + 1}].global_batch_size"
                 legal = f"nearest legal: {then}={batch + 1}"
-                raise _refused(f"{key} is not less than {then}={after}, which follows; {legal}")
+                raise refused(f"{key} is not less than {then}={after}, which follows; {legal}")
         return self
 
 
@@ -520,7 +306,7 @@ class EvaluationConfig(Section):
     """Steps between evaluations; 0 evaluates only at the beginning and the end."""
     samples: int = Field(default=64, ge=1, le=MOST_SEQUENCES)
     """Sequences per split and set, rounded up to whole micro-batches over all ranks."""
-    sets: Sets = {}
+    sets: Sets = Field(default={})
     """More validation sets by name, as prefixes of datasets: {web: data/web, code: data/code}."""
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megallama.config.schema import DataConfig
+from megallama.config.data_keys import DataConfig
 from megallama.data.indexed import Tokens, idx_path
 from megallama.data.info import open_described
 from megallama.data.offsets import Offsets

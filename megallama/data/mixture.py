@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megallama.config.schema import DataConfig, MixtureSource, RunConfig
+from megallama.config.data_keys import DataConfig, MixtureSource
+from megallama.config.schema import RunConfig
 from megallama.data.blend import Blend, stage_of
 from megallama.data.dataset import SCANNED_TOKENS, DocumentSplit, Split, split_documents
 from megallama.data.source import LeftOut, Place, Source, Windows, open_source, open_whole, samples_of

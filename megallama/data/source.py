@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megallama.config.schema import IGNORE_INDEX, DataConfig
+from megallama.config.data_keys import DataConfig
+from megallama.config.schema import IGNORE_INDEX
 from megallama.data.dataset import SCANNED_TOKENS, DocumentSplit, Split, check_lengths, sampled_ids, split_documents
 from megallama.data.indexed import Tokens
 from megallama.data.sampler import Sampler, num_windows

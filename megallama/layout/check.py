@@ -9,8 +9,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megallama.config.data_keys import DataConfig
 from megallama.config.keys import as_typed
-from megallama.config.schema import MOST_STAGES, DataConfig, ModelConfig, RunConfig
+from megallama.config.schema import ModelConfig, RunConfig
+from megallama.config.values import MOST_STAGES
 from megallama.errors import UserError
 from megallama.layout.budget import NOTHING_SEEN, Seen, schedule_batch, schedule_steps, total_steps
 from megallama.layout.frozen import frozen_shapes

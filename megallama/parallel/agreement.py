@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 
 import megallama
+from megallama.config.data_keys import MixtureStage
 from megallama.config.keys import MIXTURE, NAMED
-from megallama.config.schema import MixtureStage, RunConfig
+from megallama.config.schema import RunConfig
 from megallama.errors import SharedError
 
 PACKAGES = ("torch", "deepspeed", "numpy")

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from megallama.cli import app
-from megallama.config.schema import DataConfig
+from megallama.config.data_keys import DataConfig
 from megallama.corpus.building.build import build_dataset
 from megallama.data.dataset import TokenDataset
 from megallama.data.indexed import open_indexed

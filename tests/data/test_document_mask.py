@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from megallama.config.data_keys import DataConfig
 from megallama.config.load import load_config
-from megallama.config.schema import IGNORE_INDEX, DataConfig
+from megallama.config.schema import IGNORE_INDEX
 from megallama.data.loader import Loader, MicroBatch, open_data
 from megallama.data.source import open_source
 from megallama.errors import UserError

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megallama.config.schema import IGNORE_INDEX, DataConfig
+from megallama.config.data_keys import DataConfig
+from megallama.config.schema import IGNORE_INDEX
 from megallama.data.loader import Loader
 from megallama.data.source import open_source
 from megallama.errors import UserError

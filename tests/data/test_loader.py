@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from megallama.config.schema import IGNORE_INDEX, DataConfig
+from megallama.config.data_keys import DataConfig
+from megallama.config.schema import IGNORE_INDEX
 from megallama.corpus.building.build import build_dataset
 from megallama.data.dataset import SCANNED_TOKENS, TokenDataset, split_documents
 from megallama.data.indexed import HEADER, bin_path, finish_index, idx_path

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import megallama.model.llama
-from megallama.config.schema import IGNORE_INDEX, DataConfig, ModelConfig, Objective
+from megallama.config.data_keys import DataConfig
+from megallama.config.schema import IGNORE_INDEX, ModelConfig, Objective
 from megallama.data.loader import Loader, MicroBatch
 from megallama.data.source import open_source
 from megallama.model.attention import ATTENTION, AttentionCore, FusedAttention, flex_attention, lengths, positions

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megallama.config.data_keys import DataConfig
 from megallama.config.load import load_config
-from megallama.config.schema import DataConfig, ParallelConfig, RunConfig, Schedule
+from megallama.config.schema import ParallelConfig, RunConfig, Schedule
 from megallama.hardware.gpus import built_in_hardware
 from megallama.layout.counts import (
     VOCAB_MULTIPLE,

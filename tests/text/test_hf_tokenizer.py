@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer as Library
 from tokenizers import models, normalizers, processors
 
-from megallama.config.schema import DataConfig
+from megallama.config.data_keys import DataConfig
 from megallama.corpus.building.build import build_dataset
 from megallama.data.source import open_source
 from megallama.errors import UserError

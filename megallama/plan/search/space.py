@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
-from megallama.config.schema import MOST_PIPELINE, RunConfig, Schedule
+from megallama.config.schema import RunConfig, Schedule
+from megallama.config.values import MOST_PIPELINE
 from megallama.errors import UserError
 from megallama.hardware.gpus import Gpu
 from megallama.layout.check import check_config, divisors, dp_size, legal_tensors
