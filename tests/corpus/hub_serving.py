@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.corpus.serving import Served, answer
+from tests.corpus.serving import Quiet, Served, answer, listening
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -45,9 +44,7 @@ class Hub:
 def serving_hub(hub: Hub) -> Iterator[Hub]:
     """Serve it; its `url` is what HF_ENDPOINT must be."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Serving(Quiet, BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             _get(self, hub)
 
@@ -58,17 +55,8 @@ def serving_hub(hub: Hub) -> Iterator[Hub]:
             asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
             _json(self, [entry for path in asked for entry in _at(hub, path)])
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with listening(Serving) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def _get(handler: BaseHTTPRequestHandler, hub: Hub) -> None:

@@ -35,27 +35,37 @@ class Served:
     url: str = ""
 
 
+class Quiet:
+    """What a handler that says nothing of its requests has."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The URL of a server that answers by `handler`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 @contextmanager
 def serving(served: Served) -> Iterator[Served]:
     """Serve it; its `url` is that of the server."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Serving(Quiet, BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             answer(self, served)
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    served.url = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with listening(Serving) as served.url:
         yield served
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def answer(handler: BaseHTTPRequestHandler, served: Served) -> None:
