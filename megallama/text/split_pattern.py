@@ -1,4 +1,4 @@
-"""Whether a split pattern that a file names can be trusted with text.
+"""The split patterns of the published tokenizers, and whether one that a file names can be trusted with text.
 
 tiktoken gives the pattern to a regular-expression engine in Rust, which panics at some patterns, backtracks without end
 at others, and passes over text that none of its matches covers. So a pattern that is not one of ours is tried first, in
@@ -17,12 +17,37 @@ from megallama.errors import UserError
 
 R50K_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
+_BLANKS = r"|\s+(?!\S)|\s+"
+
 # Llama 3 publishes its ranks as `tokenizer.model`; pattern and special tokens stand in its code only
 # (llama-models, models/llama3/tokenizer.py).
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+CL100K_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+O200K_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# tiktoken's engine gives what looks neither ahead nor back to an automaton, and steps through the rest itself, branch
+# by branch. With all such branches in one group, whose matches are the same, nearly every match is one run of the
+# automaton: 1.3 to 2 times the text per second. `x++` and `x+` match the same where nothing follows in their branch.
+_AUTOMATON_FIRST = {
+    R50K_PATTERN: r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s",
+    LLAMA3_PATTERN: f"(?:{LLAMA3_PATTERN.removesuffix(_BLANKS)}){_BLANKS}",
+    CL100K_PATTERN: (
+        r"(?:'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+$|\s*[\r\n])"
+        r"|\s+(?!\S)|\s"
+    ),
+    O200K_PATTERN: f"(?:{O200K_PATTERN.removesuffix(_BLANKS)}){_BLANKS}",
+}
 
 LONGEST_PATTERN = 10_000
 TRIAL_SECONDS = 10.0
@@ -57,9 +82,14 @@ for text in texts:
 """
 
 
+def automaton_first(pattern: str) -> str:
+    """What splits any text as `pattern` does, in less time where that is a published pattern."""
+    return _AUTOMATON_FIRST.get(pattern, pattern)
+
+
 def check_pattern(pattern: str) -> None:
     """UserError, as a clause, if `pattern` is illegal, slow, or does not cover all text."""
-    if pattern not in (R50K_PATTERN, LLAMA3_PATTERN) and (fault := _fault(pattern)):
+    if pattern not in _AUTOMATON_FIRST and (fault := _fault(pattern)):
         raise UserError(f"the pattern {pattern[:60]!r} {fault}")
 
 

@@ -30,7 +30,7 @@ from megallama.errors import UserError
 from megallama.system.whole_file import put
 from megallama.text.byte_level import byte_level_files
 from megallama.text.hf_tokenizer import HF_FORMAT, load_hugging_face, load_saved
-from megallama.text.split_pattern import LLAMA3_PATTERN, R50K_PATTERN, check_pattern
+from megallama.text.split_pattern import LLAMA3_PATTERN, R50K_PATTERN, automaton_first, check_pattern
 from megallama.text.surrogates import without_surrogates
 from megallama.text.tokenizer_files import LARGEST_ID, SIDECAR_NAME, read_content, read_sidecar, write_sidecar
 
@@ -117,17 +117,20 @@ class ByteTokenizer:
 class TiktokenTokenizer:
     """A tiktoken encoding whose document end is the special token `end`."""
 
-    def __init__(self, encoding: tiktoken.Encoding, end: str) -> None:
-        self._encoding = encoding
+    def __init__(
+        self, name: str, ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int], end: str
+    ) -> None:
+        self.ranks, self.pattern, self.special_tokens = ranks, pattern, special_tokens
         self._end = end
-        self.vocab_size = encoding.n_vocab
-        self.eod_id = encoding._special_tokens[end]
+        self._encoding = tiktoken.Encoding(
+            name, pat_str=automaton_first(pattern), mergeable_ranks=ranks, special_tokens=special_tokens
+        )
+        self.vocab_size = self._encoding.n_vocab
+        self.eod_id = special_tokens[end]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """By value: tiktoken would load a named encoding again."""
-        encoding = self._encoding
-        ranks, special = encoding._mergeable_ranks, encoding._special_tokens
-        return _build_tokenizer, (encoding.name, ranks, encoding._pat_str, special, self._end)
+        return TiktokenTokenizer, (self._encoding.name, self.ranks, self.pattern, self.special_tokens, self._end)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -135,19 +138,15 @@ class TiktokenTokenizer:
 
     @cached_property
     def unused_ids(self) -> frozenset[int]:
-        used = {*self._encoding._mergeable_ranks.values(), *self._encoding._special_tokens.values()}
+        used = {*self.ranks.values(), *self.special_tokens.values()}
         return frozenset(range(self.vocab_size)) - used
 
     @cached_property
     def _rank_lines(self) -> bytes:
-        return rank_lines(self._encoding._mergeable_ranks)
+        return rank_lines(self.ranks)
 
     def _rules(self) -> dict[str, Any]:
-        return {
-            "pattern": self._encoding._pat_str,
-            "special_tokens": self._encoding._special_tokens,
-            "end_of_document": self._end,
-        }
+        return {"pattern": self.pattern, "special_tokens": self.special_tokens, "end_of_document": self._end}
 
     def encode(self, text: str) -> list[int]:
         if len(text) <= LONGEST_RUN:
@@ -193,8 +192,7 @@ class TiktokenTokenizer:
         write_sidecar(folder, {"format": "tiktoken", "fingerprint": self.fingerprint, **self._rules()})
 
     def hugging_face_files(self) -> dict[str, bytes]:
-        encoding = self._encoding
-        return byte_level_files(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens, self._end)
+        return byte_level_files(self.ranks, self.pattern, self.special_tokens, self._end)
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
@@ -205,7 +203,9 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if spec == "bytes":
         return ByteTokenizer()
     if spec in tiktoken.list_encoding_names():
-        return TiktokenTokenizer(_download_encoding(spec), END_OF_TEXT)
+        found = _download_encoding(spec)
+        ranks, special_tokens = found._mergeable_ranks, found._special_tokens
+        return TiktokenTokenizer(spec, ranks, found._pat_str, special_tokens, END_OF_TEXT)
     if spec.startswith(HF_PREFIX):
         return load_hugging_face(Path(spec.removeprefix(HF_PREFIX)))
     path = Path(spec)
@@ -260,7 +260,7 @@ def rank_lines(ranks: dict[bytes, int]) -> bytes:
 
 def tokenizer_from_ranks(ranks: dict[bytes, int]) -> TiktokenTokenizer:
     """GPT-2's split pattern over `ranks`, and one special token after the last rank that ends documents."""
-    return _build_tokenizer("ranks", ranks, R50K_PATTERN, {END_OF_TEXT: len(ranks)}, END_OF_TEXT)
+    return TiktokenTokenizer("ranks", ranks, R50K_PATTERN, {END_OF_TEXT: len(ranks)}, END_OF_TEXT)
 
 
 def safe_pieces(text: str) -> Iterator[str]:
@@ -301,13 +301,6 @@ def _cut_long_runs(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _build_tokenizer(
-    name: str, ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int], end: str
-) -> TiktokenTokenizer:
-    encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
-    return TiktokenTokenizer(encoding, end)
-
-
 def _load_rank_file(path: Path) -> Tokenizer:
     ranks = read_rank_file(path)
     if len(ranks) != LLAMA3_NUM_RANKS:
@@ -315,7 +308,7 @@ def _load_rank_file(path: Path) -> Tokenizer:
     named = LLAMA3_NAMED.split()
     named += [f"reserved_special_token_{2 + i}" for i in range(LLAMA3_NUM_SPECIAL - len(named))]
     special_tokens = {f"<|{name}|>": LLAMA3_NUM_RANKS + i for i, name in enumerate(named)}
-    return _build_tokenizer("llama3", ranks, LLAMA3_PATTERN, special_tokens, LLAMA3_END)
+    return TiktokenTokenizer("llama3", ranks, LLAMA3_PATTERN, special_tokens, LLAMA3_END)
 
 
 def _load_folder(folder: Path) -> Tokenizer:
@@ -347,7 +340,7 @@ def _load_folder(folder: Path) -> Tokenizer:
         check_pattern(pattern)
     except UserError as error:
         raise UserError(f"tokenizer folder {folder} is damaged: {error}; save or train it again") from None
-    return _build_tokenizer(folder.name, ranks, pattern, special_tokens, end)
+    return TiktokenTokenizer(folder.name, ranks, pattern, special_tokens, end)
 
 
 def _check_ids(ranks: dict[bytes, int], special_tokens: Any, end: Any) -> None:

@@ -7,24 +7,18 @@ import time
 from pathlib import Path
 
 import pytest
-import tiktoken
 
 from megallama.errors import UserError
 from megallama.text.byte_level import merges_of, oniguruma
 from megallama.text.hf_tokenizer import save_hugging_face
-from megallama.text.split_pattern import LLAMA3_PATTERN, R50K_PATTERN
+from megallama.text.split_pattern import CL100K_PATTERN, LLAMA3_PATTERN, R50K_PATTERN
 from megallama.text.tokenizer import ByteTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer, tokenizer_from_ranks
 
 BYTES = {bytes([i]): i for i in range(256)}
-CL100K_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
-    r"|\s+(?!\S)|\s"
-)
 
 
 def of_pattern(pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> Tokenizer:
-    encoding = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
-    return TiktokenTokenizer(encoding, next(iter(special_tokens)))
+    return TiktokenTokenizer("x", ranks, pattern, special_tokens, next(iter(special_tokens)))
 
 
 def reread(tokenizer: Tokenizer, folder: Path) -> Tokenizer:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
-import tiktoken
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
@@ -52,8 +51,7 @@ def named(ranks: dict[bytes, int], name: str, monkeypatch: pytest.MonkeyPatch) -
     """The named encoding of tiktoken, with its own pattern and special tokens, over ranks that need no network."""
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks)
     found = getattr(openai_public, name)()
-    found.pop("explicit_n_vocab", None)
-    return TiktokenTokenizer(tiktoken.Encoding(**found), "<|endoftext|>")
+    return TiktokenTokenizer(name, ranks, found["pat_str"], found["special_tokens"], "<|endoftext|>")
 
 
 def llama3(ranks: dict[bytes, int], folder: Path) -> Tokenizer:
@@ -71,10 +69,8 @@ def trained(ranks: dict[bytes, int], folder: Path) -> Tokenizer:
 def with_gaps(ranks: dict[bytes, int]) -> Tokenizer:
     """Ranks that are missing, and a special token among them."""
     some = {token: rank for token, rank in ranks.items() if rank not in (500, 501, 2000)}
-    encoding = tiktoken.Encoding(
-        "gaps", pat_str=LLAMA3_PATTERN, mergeable_ranks=some, special_tokens={"<|end|>": 501, "<|begin_of_text|>": 3005}
-    )
-    return TiktokenTokenizer(encoding, "<|end|>")
+    special_tokens = {"<|end|>": 501, "<|begin_of_text|>": 3005}
+    return TiktokenTokenizer("gaps", some, LLAMA3_PATTERN, special_tokens, "<|end|>")
 
 
 KINDS = [
