@@ -3,11 +3,12 @@
 The text is the source code of this Python's library and of its packages, one document per file, in eight .jsonl.zst
 files. Contenders take turns for `--rounds` rounds, each in a process of its own that is timed from behind its imports:
 
-    bare        tiktoken over documents in memory, in a loop in one process
+    bare        tiktoken, with the pattern that was published for the tokenizer, over documents in memory, in a loop in
+                one process
     reading     `read_blocks` alone, in one process
     megallama   `data build`, on each number of workers
     megatron    megatron-core's builder of indexed datasets behind a pool of processes, as its tools/preprocess_data.py
-                has it: the main process reads, and writes what it is sent; the same tokenizer object as megallama's
+                has it: the main process reads, and writes what it is sent; tiktoken as in the bare loop
     datatrove   its local executor, from its JSON reader to its writer for Megatron, with the same tokenizer as a
                 tokenizer.json, one thread in each process
 
@@ -34,6 +35,7 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
+import tiktoken
 import typer
 import zstandard
 from rich.console import Console
@@ -92,9 +94,19 @@ def read_all(corpus: Path) -> Iterator[str]:
             yield from block.documents
 
 
+def published(tokenizer: TiktokenTokenizer) -> tiktoken.Encoding:
+    """tiktoken with the pattern that was published for the tokenizer."""
+    return tiktoken.Encoding(
+        "published",
+        pat_str=tokenizer.pattern,
+        mergeable_ranks=tokenizer.ranks,
+        special_tokens=tokenizer.special_tokens,
+    )
+
+
 def bare(corpus: Path, tokenizer: TiktokenTokenizer, output: Path, workers: int) -> tuple[Moment, int]:
     documents, tokens = list(read_all(corpus)), 0
-    encode = tokenizer._encoding.encode_ordinary
+    encode = published(tokenizer).encode_ordinary
     began = now()
     for document in documents:
         tokens += len(encode(document)) + 1
@@ -116,18 +128,20 @@ def megallama(corpus: Path, tokenizer: Path, output: Path, workers: int) -> tupl
 class Encoder:
     """As in Megatron-LM's tools/preprocess_data.py."""
 
-    tokenizer: Tokenizer
+    tokenizer: tiktoken.Encoding
+    end: int
 
     def __init__(self, spec: str) -> None:
         self.spec = spec
 
     def initializer(self) -> None:
-        Encoder.tokenizer = load_tokenizer(self.spec)
+        loaded: Any = load_tokenizer(self.spec)
+        Encoder.tokenizer, Encoder.end = published(loaded), loaded.eod_id
 
     def encode(self, line: str) -> tuple[list[int], list[int], int]:
         text = json.loads(line)["text"]
-        ids = Encoder.tokenizer.encode(text)
-        ids.append(Encoder.tokenizer.eod_id)
+        ids = Encoder.tokenizer.encode_ordinary(text)
+        ids.append(Encoder.end)
         return ids, [len(ids)], len(line)
 
 
