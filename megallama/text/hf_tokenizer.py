@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -79,6 +79,9 @@ class HuggingFaceTokenizer:
             if not _of_library(error):
                 raise
             raise UserError(f"this tokenizer cannot encode {text[:40]!r} ({error}); use another") from None
+
+    def parts(self, text: str) -> Iterable[str]:
+        return (text,)
 
     def pieces(self, text: str) -> Iterator[npt.NDArray[np.integer[Any]]]:
         yield np.array(self.encode(text), np.int32)

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -53,16 +53,23 @@ DOWNLOAD_SECONDS = 60.0
 HF_PREFIX = "hf:"
 
 
-class Tokenizer(Protocol):
+class Encoder(Protocol):
+    """What a build needs of a tokenizer."""
+
+    @property
+    def eod_id(self) -> int:
+        """Id appended to every document."""
+
+    def pieces(self, text: str) -> Iterator[npt.NDArray[np.integer[Any]]]:
+        """The ids of `text`, in arrays one behind the other: a long text takes little memory so."""
+
+
+class Tokenizer(Encoder, Protocol):
     """What the rest of megallama knows of a tokenizer."""
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included: every id is below it."""
-
-    @property
-    def eod_id(self) -> int:
-        """Id appended to every document."""
 
     @property
     def unused_ids(self) -> frozenset[int]:
@@ -75,8 +82,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; special tokens written in the text are plain text. Lone surrogates become U+FFFD."""
 
-    def pieces(self, text: str) -> Iterator[npt.NDArray[np.integer[Any]]]:
-        """The ids of `encode(text)`, in arrays one behind the other: a long text takes little memory so."""
+    def parts(self, text: str) -> Iterable[str]:
+        """`text` in one or more parts: their ids, one behind the other, are those of `encode(text)`."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; broken UTF-8 and ids without a token become U+FFFD."""
@@ -98,6 +105,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return list(without_surrogates(text).encode())
+
+    def parts(self, text: str) -> Iterable[str]:
+        return (text,)
 
     def pieces(self, text: str) -> Iterator[npt.NDArray[np.integer[Any]]]:
         yield np.frombuffer(without_surrogates(text).encode(), np.uint8)
@@ -151,10 +161,13 @@ class TiktokenTokenizer:
     def encode(self, text: str) -> list[int]:
         if len(text) <= LONGEST_RUN:
             return self._ids(text)
-        return [i for piece in safe_pieces(text) for i in self._ids(piece)]
+        return [i for part in safe_pieces(text) for i in self._ids(part)]
+
+    def parts(self, text: str) -> Iterable[str]:
+        return (text,) if len(text) <= LONGEST_RUN else safe_pieces(text)
 
     def pieces(self, text: str) -> Iterator[npt.NDArray[np.integer[Any]]]:
-        for piece in (text,) if len(text) <= LONGEST_RUN else safe_pieces(text):
+        for piece in self.parts(text):
             with self._panics_told(piece):
                 try:
                     ids = self._encoding.encode_to_numpy(piece, disallowed_special=())

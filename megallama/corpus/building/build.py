@@ -33,6 +33,7 @@ from megallama.data.info import DatasetInfo, open_described
 from megallama.errors import UserError, check_printable
 from megallama.system.lock import beside, output_lock
 from megallama.system.whole_file import put
+from megallama.text.checked import checked_encoder
 from megallama.text.tokenizer import Tokenizer
 
 PART_NAME = "part.json"
@@ -209,7 +210,7 @@ class _Building:
         self._hashes: dict[str, list[str]] = {}
         self._units = {unit.key: unit for unit, _ in self._work}
         self._progress = Progress(console, sum(unit.bytes // count for unit, (_, count) in self._work))
-        self._team: Team = Here((), self._job, tokenizer)
+        self._team: Team = Here((), self._job, tokenizer)  # until it is known what is to be done
 
     @property
     def _job(self) -> Job:
@@ -222,7 +223,7 @@ class _Building:
         tasks = list(self._tasks())
         workers = min(self._workers, sum(task.share is not None for task in tasks))
         self._progress.__enter__()
-        team = (tasks, self._job, self._tokenizer)
+        team = (tasks, self._job, checked_encoder(self._tokenizer) if workers else self._tokenizer)
         self._team = Workers(*team, workers) if workers > 1 else Here(*team)
         return self
 

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from megallama.system.whole_file import temporary
 from megallama.text.surrogates import without_surrogates
-from megallama.text.tokenizer import Tokenizer
+from megallama.text.tokenizer import Encoder
 
 MAGIC = b"MLSHARD1"
 END = struct.Struct("<Q8s")
@@ -71,7 +71,7 @@ def write_shard(
     path: Path,
     documents: Iterable[str],
     left_out: Counter[str],
-    tokenizer: Tokenizer,
+    encoder: Encoder,
     dtype: np.dtype[Any],
     *,
     hashed: bool,
@@ -81,13 +81,13 @@ def write_shard(
     `left_out` is read when the documents have been.
     """
     sizes, hashes, text_bytes = array("i"), bytearray(), 0
-    end = np.array([tokenizer.eod_id], dtype).tobytes()
+    end = np.array([encoder.eod_id], dtype).tobytes()
     written = temporary(path)
     try:
         with written.open("xb") as file:
             for document in documents:
                 tokens = 1
-                for piece in tokenizer.pieces(document):
+                for piece in encoder.pieces(document):
                     tokens += len(piece)
                     file.write(piece.astype(dtype, copy=False).data)
                 file.write(end)

@@ -33,7 +33,7 @@ from megallama.corpus.reading.lines import refusals_named
 from megallama.errors import UserError
 from megallama.system.remote import SourcePath, open_source_file
 from megallama.system.signals import signals_later
-from megallama.text.tokenizer import Tokenizer
+from megallama.text.tokenizer import Encoder
 
 
 class Task(NamedTuple):
@@ -77,7 +77,7 @@ class WorkerLostError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What every task of a build has in common but its tokenizer."""
+    """What every task of a build has in common but its encoder."""
 
     folder: Path
     reading: Reading
@@ -85,7 +85,7 @@ class Job:
     hashed: bool
 
 
-def perform(task: Task, job: Job, tokenizer: Tokenizer) -> Iterator[Message]:
+def perform(task: Task, job: Job, encoder: Encoder) -> Iterator[Message]:
     """Do a task here. UserError for a source that cannot be read, OSError for a folder that cannot be written."""
     if task.share is None:
         yield Ended(task.unit.key, None, 0, tuple(_sha256(file.source) for file in task.unit.files), 0)
@@ -93,7 +93,7 @@ def perform(task: Task, job: Job, tokenizer: Tokenizer) -> Iterator[Message]:
     blocks, told = max(task.skip, default=-1) + 1, 0
     for block in _blocks(task, job):
         path = shard_path(job.folder, task.unit, block.number)
-        counts = write_shard(path, block.documents, block.left_out, tokenizer, job.dtype, hashed=job.hashed)
+        counts = write_shard(path, block.documents, block.left_out, encoder, job.dtype, hashed=job.hashed)
         blocks = max(blocks, block.number + 1)
         read = block.file_bytes // task.share[1]
         yield Made(task.unit.key, block.number, counts, read - told)
@@ -142,8 +142,8 @@ class Team(Protocol):
 class Here:
     """This process alone."""
 
-    def __init__(self, tasks: Sequence[Task], job: Job, tokenizer: Tokenizer) -> None:
-        self._messages = self._perform(tasks, job, tokenizer)
+    def __init__(self, tasks: Sequence[Task], job: Job, encoder: Encoder) -> None:
+        self._messages = self._perform(tasks, job, encoder)
 
     def messages(self, *, block: bool) -> list[Message] | None:
         if not block:
@@ -151,9 +151,9 @@ class Here:
         message = next(self._messages, None)
         return None if message is None else [message]
 
-    def _perform(self, tasks: Sequence[Task], job: Job, tokenizer: Tokenizer) -> Generator[Message]:
+    def _perform(self, tasks: Sequence[Task], job: Job, encoder: Encoder) -> Generator[Message]:
         for task in tasks:
-            yield from perform(task, job, tokenizer)
+            yield from perform(task, job, encoder)
 
     def close(self) -> None:
         self._messages.close()
@@ -162,13 +162,13 @@ class Here:
 class Workers:
     """Processes of their own.
 
-    Each says that it has started by sending None, and gets the tokenizer of the build itself: what that was loaded from
+    Each says that it has started by sending None, and gets the encoder of the build itself: what that was loaded from
     may be another one by now.
     """
 
-    def __init__(self, tasks: Sequence[Task], job: Job, tokenizer: Tokenizer, count: int) -> None:
+    def __init__(self, tasks: Sequence[Task], job: Job, encoder: Encoder, count: int) -> None:
         self._tasks = deque(tasks)
-        self._tokenizer = pickle.dumps(tokenizer)
+        self._encoder = pickle.dumps(encoder)
         self._busy: set[Connection] = set()
         self._processes: dict[Connection, SpawnProcess] = {}
         # Not fork: a copy of a process in which torch has started threads can hang.
@@ -211,7 +211,7 @@ class Workers:
         if isinstance(message, UserError | OSError | MemoryError):
             raise message
         if message is None:
-            connection.send_bytes(self._tokenizer)
+            connection.send_bytes(self._encoder)
         if not isinstance(message, Made):
             self._hand_out(connection)
         return [] if message is None else [message]
@@ -249,9 +249,9 @@ def _serve(connection: Connection, job: Job) -> None:
     _stand_alone()
     try:
         connection.send(None)
-        tokenizer: Tokenizer = connection.recv()
+        encoder: Encoder = connection.recv()
         while True:
-            for message in perform(connection.recv(), job, tokenizer):
+            for message in perform(connection.recv(), job, encoder):
                 connection.send(message)
     except (EOFError, BrokenPipeError):  # the parent needs no more
         return
