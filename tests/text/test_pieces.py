@@ -11,8 +11,9 @@ import pytest
 
 from megallama.corpus.train_tokenizer import learn_ranks
 from megallama.text import tokenizer as tokenizers
+from megallama.text.checked import CheckedEncoder, checked_encoder
 from megallama.text.hf_tokenizer import save_hugging_face
-from megallama.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_ranks
+from megallama.text.tokenizer import Encoder, load_tokenizer, tokenizer_from_ranks
 
 RANGES = [(0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xD800, 0xDFFF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
 
@@ -51,11 +52,15 @@ KINDS: dict[str, Callable[[Path, Path], str]] = {
 def test_pieces_are_the_ids_of_the_whole(kind: str, trained: Path, tmp_path: Path) -> None:
     save_hugging_face(load_tokenizer(str(trained)), tmp_path)
     tokenizer = load_tokenizer(KINDS[kind](trained, tmp_path))
+    fast = checked_encoder(tokenizer)
+    assert isinstance(fast, CheckedEncoder) == (kind != "bytes")
     for text in texts():
-        assert_equal(tokenizer, text)
+        expected = tokenizer.encode(text)
+        assert_gives(tokenizer, text, expected)
+        assert_gives(fast, text, expected)
 
 
-def assert_equal(tokenizer: Tokenizer, text: str) -> None:
-    pieces = list(tokenizer.pieces(text))
-    assert [int(number) for piece in pieces for number in piece] == tokenizer.encode(text), text[:40]
+def assert_gives(encoder: Encoder, text: str, expected: list[int]) -> None:
+    pieces = list(encoder.pieces(text))
+    assert [int(number) for piece in pieces for number in piece] == expected, text[:40]
     assert all(isinstance(piece, np.ndarray) for piece in pieces)

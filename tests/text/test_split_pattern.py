@@ -1,8 +1,10 @@
-"""What splits text faster splits it as the published pattern does."""
+"""What splits text faster, in tiktoken and in gigatoken, splits it as the published pattern does."""
 
 from __future__ import annotations
 
+import functools
 import itertools
+from typing import TypeAlias
 
 import pytest
 import tiktoken
@@ -10,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
+from megallama.text.checked import checked_encoder
 from megallama.text.split_pattern import CL100K_PATTERN, LLAMA3_PATTERN, O200K_PATTERN, R50K_PATTERN, automaton_first
-from megallama.text.tokenizer import TiktokenTokenizer
+from megallama.text.tokenizer import Encoder, TiktokenTokenizer
 
 PUBLISHED = {"r50k": R50K_PATTERN, "llama3": LLAMA3_PATTERN, "cl100k": CL100K_PATTERN, "o200k": O200K_PATTERN}
 
@@ -26,11 +29,13 @@ SHORT = [
     for letters in itertools.product(alphabet, repeat=length)
 ]
 
+Both: TypeAlias = tuple[tiktoken.Encoding, TiktokenTokenizer]
+
 LONG = st.text(alphabet=st.one_of(st.sampled_from(EVERY_BRANCH + ODD), st.characters()), max_size=60)
 
 
 @pytest.fixture(scope="module", params=PUBLISHED)
-def both(request: pytest.FixtureRequest) -> tuple[tiktoken.Encoding, TiktokenTokenizer]:
+def both(request: pytest.FixtureRequest) -> Both:
     """The published pattern, and ours, over tokens that tell each split of a short text from any other."""
     pattern = PUBLISHED[request.param]
     tokens = dict.fromkeys([bytes([i]) for i in range(256)] + [text.encode() for text in SHORT])
@@ -39,17 +44,40 @@ def both(request: pytest.FixtureRequest) -> tuple[tiktoken.Encoding, TiktokenTok
     return theirs, TiktokenTokenizer("ours", ranks, pattern, {"<end>": len(ranks)}, "<end>")
 
 
-def test_every_short_text_is_split_as_published(both: tuple[tiktoken.Encoding, TiktokenTokenizer]) -> None:
+def test_every_short_text_is_split_as_published(both: Both) -> None:
     theirs, ours = both
-    assert [text for text in SHORT if theirs.encode_ordinary(text) != ours.encode(text)] == []
+    fast = fast_encoder(ours)
+    for text in SHORT:
+        expected = theirs.encode_ordinary(text)
+        assert ours.encode(text) == ids(fast, text) == expected, text
 
 
 @settings(max_examples=1000, deadline=None)
 @given(text=LONG)
-def test_any_text_is_split_as_published(both: tuple[tiktoken.Encoding, TiktokenTokenizer], text: str) -> None:
+def test_any_text_is_split_as_published(both: Both, text: str) -> None:
     theirs, ours = both
-    assert theirs.encode(text, disallowed_special=()) == ours.encode(text)
-    assert [int(i) for piece in ours.pieces(text) for i in piece] == ours.encode(text)
+    expected = theirs.encode(text, disallowed_special=())
+    assert ours.encode(text) == ids(ours, text) == ids(fast_encoder(ours), text) == expected
+
+
+@pytest.mark.parametrize("both", ["llama3", "o200k"], indirect=True)
+def test_every_character_is_of_the_same_class(both: Both) -> None:
+    """Of those that only one of the libraries knows, too."""
+    theirs, ours = both
+    fast = fast_encoder(ours)
+    for first in range(0x80, 0x110000, 64):
+        characters = [chr(code) for code in range(first, first + 64) if not 0xD800 <= code < 0xE000]
+        text = "".join(f"aA{some}aA!{some}!1{some}1\n" for some in characters)
+        assert ids(fast, text) == theirs.encode_ordinary(text), hex(first)
+
+
+def ids(encoder: Encoder, text: str) -> list[int]:
+    return [int(number) for piece in encoder.pieces(text) for number in piece]
+
+
+@functools.cache
+def fast_encoder(tokenizer: TiktokenTokenizer) -> Encoder:
+    return checked_encoder(tokenizer)
 
 
 @pytest.mark.parametrize("name", ["r50k", "cl100k", "o200k"])

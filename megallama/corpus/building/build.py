@@ -33,7 +33,7 @@ from megallama.data.info import DatasetInfo, open_described
 from megallama.errors import UserError, check_printable
 from megallama.system.lock import beside, output_lock
 from megallama.system.whole_file import put
-from megallama.text.checked import checked_encoder
+from megallama.text.checked import EncodersDifferError, checked_encoder
 from megallama.text.tokenizer import Tokenizer
 
 PART_NAME = "part.json"
@@ -232,6 +232,8 @@ class _Building:
     ) -> None:
         self._progress.__exit__(kind, error, trace)
         self._team.close()
+        if isinstance(error, EncodersDifferError):
+            self._shards.remove()
         if kind and not self._progress.documents and self._shards.standing().keys() <= self._units.keys():
             self._shards.remove()  # nothing in it is worth another command, be it by other rules
 
