@@ -1,0 +1,128 @@
+"""Who is asked about a mutant: types, layer tests and verify. Each is a command in a mutated copy of the tree."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import cache_from_source
+from pathlib import Path
+from typing import Literal
+
+from tests.launching import ROOT, clean_environment, kill_all
+from tests.mutants.mutant import Mutant
+
+Answer = Literal["caught", "hangs", "missed", "not there"]
+JUDGES = ("types", "layers", "verify")
+CAUGHT: tuple[Answer, ...] = ("caught", "hangs")
+CONFIG = "configs/debug.yaml"
+SECONDS = 240
+"""After which a command hangs. What does not takes 40 on two cores that nobody else uses."""
+
+LAYER_TESTS = [
+    "tests/layout/test_topology.py",
+    "tests/data/test_sampler.py::test_ranks_and_micro_batches_cover_a_step_exactly_once",
+    "tests/data/test_loader.py::test_batches_over_all_ranks_equal_those_of_one",
+    "tests/data/test_loader.py::test_evaluation_labels_do_not_depend_on_the_layout",
+    "tests/data/test_loader.py::test_shapes_types_and_labels_are_the_next_tokens",
+    "tests/model/test_recompute.py",
+    "tests/model/test_attention.py",
+    "tests/model/test_against_transformers.py::test_logits_loss_and_every_gradient_equal_those_of_transformers",
+    "tests/model/test_layers.py",
+    "tests/parallel/test_mesh.py",
+    "tests/train/test_gradients.py",
+]
+TYPED: list[list[str]] = [["parallel.tensor=2"], ["parallel.tensor=2", "parallel.sequence=false"]]
+"""Overrides of the configs whose collectives are typed."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy of what is judged, in a folder of its own."""
+
+    root: Path
+
+    @contextmanager
+    def mutated(self, mutant: Mutant) -> Iterator[None]:
+        """Inside, the mutant's file is as it says."""
+        path = self.root / "megallama" / mutant.path
+        text, changed = path.read_text(), mutant.applied(self.root / "megallama")
+        try:
+            _write(path, changed)
+            yield
+        finally:
+            _write(path, text)
+
+    def run(self, command: Sequence[str]) -> tuple[int | None, str]:
+        """Exit code, None after SECONDS, and all that was printed; no process of it is left."""
+        home = self.root / "home"
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir()
+        environment = clean_environment(home, PYTHONPATH=str(self.root), OMP_NUM_THREADS="1")
+        with (home / "log").open("w") as log:
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=self.root,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            try:
+                code = process.wait(SECONDS)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                kill_all(home)  # every process that has this home, in whichever group
+                process.wait()
+        return code, (home / "log").read_text(errors="replace")
+
+
+@contextmanager
+def copied() -> Iterator[Copy]:
+    """A copy of the package and its tests for as long as it is needed."""
+    with tempfile.TemporaryDirectory(prefix="megallama-mutants-") as name:
+        for part in ("megallama", "tests", "configs", "launch"):
+            shutil.copytree(ROOT / part, Path(name) / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", name)
+        yield Copy(Path(name))
+
+
+def ask(judge: str, copy: Copy, mutant: Mutant | None) -> tuple[Answer, str]:
+    """What a judge says of `copy`, which holds `mutant`, and what it printed.
+
+    RuntimeError where it says neither that all is well nor that something is wrong.
+    """
+    for command in commands(judge, mutant):
+        code, printed = copy.run(command)
+        if code is None:
+            return "hangs", printed
+        if code == 2 and "No such option: --types" in printed:
+            return "not there", printed
+        if code not in (0, 1):
+            raise RuntimeError(f"{judge} ended with {code}, which is no verdict:\n{printed}")
+        if code == 1:
+            return "caught", printed
+    return "missed", ""
+
+
+def commands(judge: str, mutant: Mutant | None) -> list[list[str]]:
+    """What a judge runs: exit code 1 from any of these catches, 0 from all does not."""
+    verify = ["-m", "megallama", "verify", CONFIG]
+    if judge == "types":
+        return [[*verify, *overrides, "--types"] for overrides in TYPED]
+    if judge == "layers":
+        return [["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *LAYER_TESTS]]
+    if mutant is None:
+        return [[*verify, "--steps", "1", "--layouts", "tp2,tp2-nosp,dp2,pp2"]]
+    return [[*verify, *mutant.words, "--steps", "1", "--layouts", mutant.layout]]
+
+
+def _write(path: Path, text: str) -> None:
+    """And forget what was compiled: it may be of another text of the same length and second."""
+    path.write_text(text)
+    Path(cache_from_source(str(path))).unlink(missing_ok=True)
