@@ -41,10 +41,11 @@ def row(verdict: Verdict) -> str:
 
 
 def write_rows(page: Path, verdicts: Sequence[Verdict]) -> None:
-    """Put the rows between the marks of the page, in the order of the list; rows of other mutants stay."""
+    """Put the rows between the marks of the page, in the order of the list; what was not asked stays as it was."""
     before, _, rest = page.read_text().partition(BEGIN)
     table, _, after = rest.partition(END)
-    rows = {line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines() if line.startswith("| ")}
-    rows |= {verdict.mutant.name: row(verdict) for verdict in verdicts}
-    kept = [rows[mutant.name] for mutant in MUTANTS if mutant.name in rows]
-    page.write_text("\n".join([before + BEGIN, heading(), *kept, END + after]))
+    cells = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    known = {name: dict(zip(JUDGES, answers[-len(JUDGES) :], strict=True)) for name, *answers in cells[2:]}
+    known |= {v.mutant.name: {**known.get(v.mutant.name, {}), **v.answers} for v in verdicts}
+    rows = [row(Verdict(mutant, known[mutant.name])) for mutant in MUTANTS if mutant.name in known]
+    page.write_text("\n".join([before + BEGIN, heading(), *rows, END + after]))

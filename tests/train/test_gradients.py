@@ -1,0 +1,124 @@
+"""A step's gradient, norm and losses against autograd on one device without DeepSpeed, at a few layouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megallama.config.load import load_config
+from megallama.config.schema import IGNORE_INDEX, RunConfig
+from megallama.data.loader import open_data
+from megallama.layout.check import check_config
+from megallama.layout.topology import Topology
+from megallama.model.init import initialise
+from megallama.model.llama import Llama
+from megallama.parallel.launch import Launch
+from megallama.parallel.mesh import build_mesh, sum_losses
+from megallama.parallel.shards import boxes
+from megallama.parallel.spawn import run_ranks
+
+BATCH, EVALUATED = 8, 6
+"""Sequences; those of an evaluation fill no two micro-batches of every rank."""
+PP2 = ["parallel.pipeline=2", "train.micro_batch_size=1"]
+LAYOUTS = {
+    "dp2": (2, []),
+    "tp2": (2, ["parallel.tensor=2"]),
+    "pp2": (2, [*PP2, "parallel.schedule=1f1b"]),
+    "pp2-dualpipev-bf16": (2, [*PP2, "parallel.schedule=dualpipev", "train.dtype=bf16"]),
+    "tp2-pp2-zbvzerobubble-tied": (
+        4,
+        [*PP2, "parallel.tensor=2", "parallel.schedule=zbvzerobubble", "model.tie_word_embeddings=true"],
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """Of one device, or of one rank: then its part of the gradient, by logical name and place."""
+
+    loss: float
+    evaluation: float
+    norm: float
+    gradients: list[tuple[str, tuple[int, ...], Tensor]]
+    """Before the clip."""
+
+
+def config(dataset: str, *overrides: str) -> RunConfig:
+    words = [f"data.path={dataset}", "data.sequence_length=16", "data.eod_mask_loss=true", "model.num_hidden_layers=4"]
+    words += [f"train.global_batch_size={BATCH}", "train.device=cpu", "optimizer.clip=0.1"]
+    return load_config("configs/debug.yaml", [*words, *overrides])
+
+
+def step(launch: Launch, config: RunConfig) -> Step:
+    """One rank's."""
+    launch.prepare(torch.device("cpu"))
+    from megallama.train.evaluate import evaluate
+    from megallama.train.loop import train_step
+    from megallama.train.run import build_model, draw_weights
+
+    topology = Topology(dp=check_config(config, launch.world_size).dp_size, **config.parallel.sizes)
+    mesh = build_mesh(topology, launch, torch.device("cpu"))
+    data = open_data(config, mesh.data.rank, mesh.data.size)
+    model, engine = build_model(config, mesh)
+    draw_weights(config, model, engine)
+    evaluation = evaluate(engine, data.train, EVALUATED, mesh)
+    run: Any = SimpleNamespace(mesh=mesh, engine=engine)
+    loss, result = train_step(run, data.train.step(0), 0.0)
+    (total,) = sum_losses([float(loss)], mesh)
+    # Adam's first moment is (1 - beta1) of the gradient, which was clipped.
+    scale = max(result.grad_norm / config.optimizer.clip, 1) / (1 - config.optimizer.betas[0])
+    parts = [
+        (
+            piece.name,
+            tuple(offset),
+            (scale * f.moments["exp_avg"][first - f.start :][: size.numel()].view(size)).clone(),
+        )
+        for f in engine.fragments()
+        for piece in model.shard_slices[f.parameter]
+        for offset, size, first in boxes(piece, f.start, f.start + f.master.numel())
+    ]
+    return Step(total / mesh.data.size, evaluation, result.grad_norm, parts)
+
+
+def alone(config: RunConfig) -> Step:
+    """The same by plain autograd, in fp32 from weights in the type of training."""
+    model = Llama(config.model)
+    held, layers = model.shard_slices, config.model.num_hidden_layers
+    initialise(model, held, seed=config.train.seed, num_layers=layers, std=config.model.initializer_range)
+    if config.train.dtype == "bf16":
+        for parameter in model.parameters():
+            parameter.data.copy_(parameter.data.bfloat16())
+    batches = open_data(config, 0, 1).train.step(0)
+    tokens, labels = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens", "labels"))
+    counts = (labels != IGNORE_INDEX).sum(dim=1)
+    assert len(set(counts.tolist())) > 1, "a mean of means would be right"
+    loss = model(tokens, labels) / counts.sum()
+    loss.backward()
+    whole = {piece.name: piece.of(model.get_parameter(name).grad) for name, each in held.items() for piece in each}  # type: ignore[arg-type]
+    norm = float(torch.stack([gradient.norm() for gradient in whole.values()]).norm())
+    with torch.no_grad():
+        first = model(tokens[:EVALUATED], labels[:EVALUATED]) / counts[:EVALUATED].sum()
+    parts = [(name, (0,) * gradient.dim(), gradient) for name, gradient in whole.items()]
+    return Step(float(loss.detach()), float(first), norm, parts)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_is_that_of_one_device(layout: str, byte_dataset: str) -> None:
+    ranks, overrides = LAYOUTS[layout]
+    run = config(byte_dataset, *overrides)
+    expected, found = alone(run), run_ranks(step, ranks, run)
+    few, many = (5e-3, 3e-2) if run.train.dtype == "bf16" else (1e-5, 1e-5)
+    gradients = {name: torch.full_like(gradient, torch.nan) for name, _, gradient in expected.gradients}
+    for rank in found:
+        assert rank.loss == pytest.approx(expected.loss, rel=few)
+        assert rank.evaluation == pytest.approx(expected.evaluation, rel=few)
+        assert rank.norm == pytest.approx(expected.norm, rel=few)
+        for name, offset, part in rank.gradients:
+            gradients[name][tuple(slice(a, a + n) for a, n in zip(offset, part.shape, strict=True))] = part
+    apart = {name: float((gradients[name] - whole).norm() / whole.norm()) for name, _, whole in expected.gradients}
+    assert {name: distance for name, distance in apart.items() if not distance < many} == {}
