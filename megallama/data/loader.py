@@ -22,6 +22,7 @@ from megallama.data.mixture import Mixture, check_epochs, open_mixture
 from megallama.data.sampler import micro_batch_indices
 from megallama.data.source import Source, open_set, open_source
 from megallama.layout.budget import NOTHING_SEEN, Seen, batch_at
+from megallama.layout.topology import Topology
 from megallama.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -158,11 +159,12 @@ class RunData:
         return replace(self, train=self.train.of(source.begun_at(stages))) if isinstance(source, Mixture) else self
 
 
-def open_data(config: RunConfig, dp_rank: int, dp_size: int, seen: Seen = NOTHING_SEEN) -> RunData:
+def open_data(config: RunConfig, topology: Topology, rank: int, seen: Seen = NOTHING_SEEN) -> RunData:
     """A rank's data of a run that is as far as `seen`. UserError where they cannot be read, or do not suit it."""
     data, train = config.data, config.train
     tokenizer = load_tokenizer(data.tokenizer)
     masking = masking_of(config, tokenizer)
+    data_place = topology.coordinate(rank, "dp"), topology.dp
 
     def loader(source: Source) -> Loader:
         if masking is not None:  # here, before a run directory is written; what lies further on is met when it is read
@@ -170,7 +172,7 @@ def open_data(config: RunConfig, dp_rank: int, dp_size: int, seen: Seen = NOTHIN
                 scanned = part.split.tokens[: SCANNED_TOKENS // len(source.parts)]
                 masking.check_ids(scanned, f"the data of {part.split.dataset.prefix}")
         size, batch = train.micro_batch_size, partial(batch_at, config)
-        return Loader(source, size, batch, dp_rank, dp_size, masking, document_mask=data.documents_apart)
+        return Loader(source, size, batch, *data_place, masking, document_mask=data.documents_apart)
 
     # Sorted: the file of another node may name them in another order.
     sets = {

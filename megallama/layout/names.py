@@ -11,6 +11,7 @@ from typing import Any, cast
 from megallama.config.schema import ModelConfig, ParallelConfig, Schedule
 from megallama.errors import UserError
 from megallama.layout.schedules import SCHEDULES, legal_micro_batches, stage_ranks
+from megallama.layout.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,14 @@ class Layout:
     recompute: str = "none"
 
     @property
+    def topology(self) -> Topology:
+        """The mesh."""
+        return Topology(pp=self.pp, dp=self.dp, tp=self.tp)
+
+    @property
     def world_size(self) -> int:
         """Processes it takes."""
-        return self.tp * self.pp * self.dp
+        return self.topology.world_size
 
     @property
     def name(self) -> str:

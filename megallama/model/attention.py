@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megallama.config.schema import Objective
+from megallama.config.schema import RunConfig
+from megallama.layout.topology import AxisName
+from megallama.parallel.mesh import Axis
 
 AttentionCore = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries [batch, heads, sequence, head_dim], keys and values of as many heads or fewer, to the like of queries.
@@ -36,6 +38,10 @@ class FusedAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=q.shape[1] != k.shape[1])
+
+    def places(self, length: int, device: torch.device) -> Tensor:
+        """Where in their sequence the `length` positions of this rank stand."""
+        return torch.arange(length, device=device)
 
     def within(self, documents: Tensor, head_dim: int) -> AttentionCore:
         """The same inside each document, for tensors of one forward with that `head_dim`.
@@ -66,8 +72,11 @@ class FusedAttention:
 
 
 causal_attention = FusedAttention(causal=True)
-ATTENTION: Mapping[Objective, FusedAttention] = {"causal": causal_attention, "masked": FusedAttention(causal=False)}
-"""What trains towards each objective."""
+
+
+def attention_of(config: RunConfig, axes: Mapping[AxisName, Axis]) -> FusedAttention:
+    """What trains towards the objective of a run, on a rank with these axes."""
+    return FusedAttention(causal=config.train.objective == "causal")
 
 
 def beginnings(documents: Tensor) -> Tensor:

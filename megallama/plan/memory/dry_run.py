@@ -27,8 +27,8 @@ from torch.utils._pytree import tree_leaves
 from megallama.config.schema import RunConfig
 from megallama.layout.check import check_config, check_trained
 from megallama.layout.stages import Stage, stages
-from megallama.layout.topology import Topology
-from megallama.model.attention import ATTENTION
+from megallama.layout.topology import AXES, AxisName, Topology
+from megallama.model.attention import attention_of
 from megallama.model.llama import Llama, TensorParallelContext
 from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import Axis
@@ -115,8 +115,9 @@ def check_rank(config: RunConfig, world_size: int, rank: int) -> list[Comparison
     planned = rank_parameters(config)[place].total
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     with _world_of(world_size, rank), FakeTensorMode(), torch.device("cpu"), _norms_of(config), _default(dtype):
-        axis, attention = _tensor_axis(topology, rank), ATTENTION[config.train.objective]
-        tp_context = TensorParallelContext(axis, parallel.sequence_parallel, attention=attention)
+        axes: dict[AxisName, Axis] = {name: _axis(topology, rank, name) for name in AXES if name != "dp"}
+        attention = attention_of(config, axes)
+        tp_context = TensorParallelContext(axes["tp"], parallel.sequence_parallel, attention=attention)
         chunks = ModelStages(config.model, every, place, tp_context, recompute=config.train.recompute)
         weights = list(chunks.parameters())
         found = [
@@ -205,7 +206,7 @@ def _world_of(world_size: int, rank: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _tensor_axis(topology: Topology, rank: int) -> Axis:
-    """This rank's tensor-parallel group; the others' are not needed, since nobody answers."""
-    mine = topology.peers(rank, ["tp"])
+def _axis(topology: Topology, rank: int, name: AxisName) -> Axis:
+    """This rank's group along an axis; the others' are not needed, since nobody answers."""
+    mine = topology.peers(rank, [name])
     return Axis(dist.new_group(mine) if len(mine) > 1 else None, mine.index(rank), len(mine))
