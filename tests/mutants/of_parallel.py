@@ -232,8 +232,8 @@ OF_PARALLEL = [
     Mutant(
         "tp-group-of-copies",
         MESH,
-        'tp=axis("tp")',
-        'tp=axis("dp")',
+        "{name: axis(name) for name in AXES",
+        '{name: axis("dp" if name == "tp" else name) for name in AXES',
         "other",
         "the ranks of a matmul are of different copies",
         "tp2-dp2",

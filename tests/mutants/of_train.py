@@ -288,9 +288,9 @@ OF_TRAIN = [
     ),
     Mutant(
         "data-of-the-first-copy",
-        "train/start.py",
-        'open_data(config, topology.coordinate(launch.rank, "dp"), topology.dp, seen)',
-        "open_data(config, 0, topology.dp, seen)",
+        LOADER,
+        'data_place = topology.coordinate(rank, "dp"), topology.dp',
+        "data_place = 0, topology.dp",
         "other",
         "all copies read the same samples",
         "dp2",

@@ -63,7 +63,7 @@ def step(launch: Launch, config: RunConfig) -> Step:
 
     topology = Topology(dp=check_config(config, launch.world_size).dp_size, **config.parallel.sizes)
     mesh = build_mesh(topology, launch, torch.device("cpu"))
-    data = open_data(config, mesh.data.rank, mesh.data.size)
+    data = open_data(config, topology, launch.rank)
     model, engine = build_model(config, mesh)
     draw_weights(config, model, engine)
     evaluation = evaluate(engine, data.train, EVALUATED, mesh)
@@ -93,7 +93,7 @@ def alone(config: RunConfig) -> Step:
     if config.train.dtype == "bf16":
         for parameter in model.parameters():
             parameter.data.copy_(parameter.data.bfloat16())
-    batches = open_data(config, 0, 1).train.step(0)
+    batches = open_data(config, Topology(), 0).train.step(0)
     tokens, labels = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens", "labels"))
     counts = (labels != IGNORE_INDEX).sum(dim=1)
     assert len(set(counts.tolist())) > 1, "a mean of means would be right"
