@@ -6,7 +6,7 @@ RUN := runs/quickstart
 # At a time: one waits for its processes to start while the other computes. What is timed runs alone.
 TWO_FILES := --numprocesses 2 --dist loadfile
 
-.PHONY: quickstart test test-layouts test-benchmarks test-peers test-faults test-slurm check format clean
+.PHONY: quickstart test test-layouts test-benchmarks test-peers test-faults test-slurm test-mutants check format clean
 
 quickstart: .venv/installed
 	$(BIN)/megallama tokenizer train stdlib --output data/quickstart/tokenizer --vocab-size 4096
@@ -33,6 +33,9 @@ test-faults: .venv/installed-dev
 
 test-slurm: .venv/installed-dev .venv/slurm/installed
 	$(BIN)/python -m pytest -m slurm
+
+test-mutants: .venv/installed-dev
+	$(BIN)/python -m tests.mutants
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

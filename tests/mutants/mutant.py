@@ -23,7 +23,7 @@ class Mutant:
     kind: Kind
     breaks: str
     layout: str = "tp2"
-    """The layout, of those that `megallama verify` takes by default, at which it is asked."""
+    """At which `megallama verify` is asked."""
     words: tuple[str, ...] = ()
     """What it is told besides: options, and overrides of the config."""
     reason: str = ""

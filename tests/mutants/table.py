@@ -29,7 +29,7 @@ class Verdict:
 
 def heading() -> str:
     """Of the table."""
-    return f"| mutant | what it breaks | kind | {' | '.join(JUDGES)} |\n|{' --- |' * (3 + len(JUDGES))}"
+    return f"| mutant | what it breaks | kind | at | {' | '.join(JUDGES)} |\n|{' --- |' * (4 + len(JUDGES))}"
 
 
 def row(verdict: Verdict) -> str:
@@ -37,7 +37,7 @@ def row(verdict: Verdict) -> str:
     mutant = verdict.mutant
     breaks = f"{mutant.breaks}; {mutant.reason}" if mutant.reason else mutant.breaks
     answers = [verdict.answers.get(name, "-") for name in JUDGES]
-    return f"| {mutant.name} | {breaks} | {mutant.kind} | {' | '.join(answers)} |"
+    return f"| {mutant.name} | {breaks} | {mutant.kind} | {mutant.layout} | {' | '.join(answers)} |"
 
 
 def write_rows(page: Path, verdicts: Sequence[Verdict]) -> None:

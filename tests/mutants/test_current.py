@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import megallama
-from megallama.layout.names import DEFAULT_LAYOUTS
+from megallama.layout.names import parse_layout
 from tests.mutants.every import MUTANTS
 from tests.mutants.mutant import Mutant
 
@@ -21,12 +21,10 @@ def test_a_mutant_replaces_what_stands_there_once_by_other_python(mutant: Mutant
     compile(mutated, mutant.path, "exec")
 
 
-def test_verify_is_asked_at_layouts_that_it_takes_by_itself() -> None:
-    assert {mutant.layout for mutant in MUTANTS} <= set(DEFAULT_LAYOUTS)
-
-
 def test_there_are_forty_mutants_at_least_and_no_two_of_one_name() -> None:
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 40
+    for mutant in MUTANTS:
+        parse_layout(mutant.layout)
 
 
 def test_text_that_is_gone_or_stands_twice_is_refused(tmp_path: Path) -> None:
