@@ -38,9 +38,11 @@ def main(
     with copied() as copy:
         asked = there(copy, judges.split(","))
         print(heading())
-        verdicts = [judge(copy, mutant, asked) for mutant in chosen]
-    if write:
-        write_rows(PAGE, verdicts)
+        verdicts = []
+        for mutant in chosen:
+            verdicts.append(judge(copy, mutant, asked))
+            if write:  # at once: the next may be ended
+                write_rows(PAGE, verdicts)
     survivors = [verdict.mutant.name for verdict in verdicts if not verdict.enough]
     print(f"{len(verdicts)} mutants, {len(survivors)} caught by too few: {', '.join(survivors) or 'none'}", flush=True)
     sys.exit(bool(survivors))
@@ -64,7 +66,7 @@ def judge(copy: Copy, mutant: Mutant, judges: list[str]) -> Verdict:
     with copy.mutated(mutant):
         for name in judges:
             answers[name], printed = ask(name, copy, mutant)
-            print(f"  {name}: {' / '.join(printed.strip().splitlines()[-2:])}", file=sys.stderr, flush=True)
+            print(f"  {name}: {' / '.join(printed.strip().splitlines()[-3:])}", file=sys.stderr, flush=True)
     verdict = Verdict(mutant, answers)
     print(row(verdict), flush=True)
     print(f"  {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ from typing import Literal
 
 from tests.launching import ROOT, clean_environment, kill_all
 from tests.mutants.mutant import Mutant
+from tests.mutants.of_model import ONE_KEY_HEAD
 
 Answer = Literal["caught", "hangs", "missed", "not there"]
 JUDGES = ("types", "layers", "verify")
@@ -37,8 +38,11 @@ LAYER_TESTS = [
     "tests/parallel/test_mesh.py",
     "tests/train/test_gradients.py",
 ]
-TYPED: list[list[str]] = [["parallel.tensor=2"], ["parallel.tensor=2", "parallel.sequence=false"]]
-"""Overrides of the configs whose collectives are typed."""
+TYPED = [
+    ["parallel.tensor=2", "--gpus", "4"],
+    ["parallel.tensor=2", "parallel.sequence=false", "parallel.pipeline=2", "--gpus", "8", *ONE_KEY_HEAD],
+]
+"""Overrides of the configs whose collectives are typed, and their ranks."""
 
 
 @dataclass(frozen=True)
