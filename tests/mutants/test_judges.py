@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import tests.mutants.judges
-from tests.launching import processes_of
+from tests.launching import outliving
 from tests.mutants.judges import Copy, ask
 from tests.mutants.mutant import Mutant
 
@@ -41,4 +41,4 @@ def test_a_command_that_hangs_is_ended_with_what_it_started(copy: Copy, monkeypa
     monkeypatch.setattr(tests.mutants.judges, "commands", lambda judge, mutant: [["-c", hang]])
     monkeypatch.setattr(tests.mutants.judges, "SECONDS", 1)
     assert ask("verify", copy, MUTANT)[0] == "hangs"
-    assert processes_of(copy.root / "home") == []
+    assert outliving(copy.root / "home") == []
