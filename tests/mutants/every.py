@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from tests.mutants.of_context import OF_CONTEXT
 from tests.mutants.of_model import OF_MODEL
 from tests.mutants.of_parallel import OF_PARALLEL
 from tests.mutants.of_train import OF_TRAIN
 
-MUTANTS = [*OF_PARALLEL, *OF_MODEL, *OF_TRAIN]
+MUTANTS = [*OF_PARALLEL, *OF_MODEL, *OF_CONTEXT, *OF_TRAIN]

@@ -28,6 +28,8 @@ PP2 = ["parallel.pipeline=2", "train.micro_batch_size=1"]
 LAYOUTS = {
     "dp2": (2, []),
     "tp2": (2, ["parallel.tensor=2"]),
+    "cp2": (2, ["parallel.context=2"]),
+    "cp2-ulysses": (2, ["parallel.context=2", "parallel.context_mode=ulysses"]),
     "pp2": (2, [*PP2, "parallel.schedule=1f1b"]),
     "pp2-dualpipev-bf16": (2, [*PP2, "parallel.schedule=dualpipev", "train.dtype=bf16"]),
     "tp2-pp2-zbvzerobubble-tied": (
