@@ -1,0 +1,214 @@
+"""`megallama verify --types`: each stage of a run at its whole mesh, run forward on tensors without values.
+
+A checker (spmd_types) follows along each axis whether a tensor is replicated, invariant, varying or partial, and
+refuses an operation whose gradient would be wrong, as where a `copy_to` is missing. What each collective does to the
+types stands beside it; here stands what a whole stage is given and must return.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import spmd_types
+import torch
+from spmd_types import I, MeshAxis, R, SpmdTypeError, V
+from spmd_types.checker import typecheck
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, handle_torch_function
+
+import megallama
+from megallama.config.schema import RunConfig
+from megallama.layout.check import check_training
+from megallama.layout.frozen import frozen_weights
+from megallama.layout.stages import Stage, stages
+from megallama.layout.topology import AXES, AxisName, Topology
+from megallama.model.attention import attention_of
+from megallama.model.llama import Llama, TensorParallelContext
+from megallama.model.stages import ModelStages
+from megallama.parallel.fake_world import fake_axis, fake_world
+from megallama.parallel.mesh import Axis
+
+Types = dict[AxisName, Any]
+"""The type of a tensor along each axis of the mesh."""
+
+TYPED: tuple[AxisName, ...] = tuple(name for name in AXES if name != "pp")
+"""Over pp nothing is computed: stages hand hidden states on, whose types must be the same on both sides."""
+
+
+class TypeFaultError(Exception):
+    """A type that does not fit: the stage, the checker's sentence, and the lines of ours that led there."""
+
+    def __init__(self, stage: Stage, error: SpmdTypeError) -> None:
+        super().__init__(str(error))
+        self.stage, self.lines = stage, _own_lines(error)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was checked of one stage."""
+
+    stage: Stage
+    parameters: int
+    """Tensors, not their elements."""
+    operations: int
+    """That were given types."""
+    crossings: Mapping[AxisName, Mapping[str, int]]
+    """By axis, the functions with a gradient that communicate over it, and their number."""
+
+
+def check_types(
+    config: RunConfig,
+    world_size: int,
+    *,
+    device: str = "meta",
+    documents: Tensor | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Checked]:
+    """Check every stage of a run on `world_size` ranks, in the order of the ranks that hold them.
+
+    On a `device` other than meta the parameters and tokens have memory, and `documents` [batch, sequence] may say what
+    the documents are; on meta each row is one.
+
+    TypeFaultError for the first type that does not fit; UserError for a run that is not legal on so many ranks.
+    """
+    topology = Topology(dp=check_training(config, world_size).dp_size, **config.parallel.sizes)
+    every, found = stages(config), []
+    with fake_world(world_size, 0), spmd_types.traceback_filtering("off"):
+        axes = {name: fake_axis(topology, 0, name) for name in TYPED}
+        with spmd_types.set_current_mesh(_mesh(axes)):
+            for place in range(topology.pp):
+                chunks = _build(config, every, place, axes, torch.device(device))
+                for index, model in zip(chunks.indices, chunks.models, strict=True):
+                    progress(f"stage {index} of {len(every)}")
+                    stage = every[index]
+                    try:
+                        found.append(check_stage(config, stage, len(every), model, documents))
+                    except SpmdTypeError as error:
+                        raise TypeFaultError(stage, error) from error
+    return found
+
+
+def check_stage(
+    config: RunConfig, stage: Stage, count: int, model: Llama, documents: Tensor | None = None
+) -> Checked:
+    """Give types to all that one of `count` stages is given, run it, and hold what it returns against them.
+
+    SpmdTypeError where a type does not fit. The mesh must be set.
+    """
+    device, dtype = model.frequencies.device, next(model.parameters()).dtype
+    batch, length = config.train.micro_batch_size, config.data.sequence_length
+    for parameter in model.parameters():
+        spmd_types.assert_type(parameter, parameter_types(parameter))
+    spmd_types.assert_type(model.frequencies, _types(R))
+    own = length // config.parallel.context
+    tokens = torch.zeros(batch, own, dtype=torch.int64, device=device)
+    spmd_types.assert_type(tokens, TOKENS)
+    if config.data.document_mask:
+        documents = torch.zeros(batch, length, dtype=torch.int64, device=device) if documents is None else documents
+        spmd_types.assert_type(documents, DOCUMENTS)
+    first, last = stage.index == 0, stage.index == count - 1
+    between = hidden_types(config)
+    cut = config.parallel.tensor if config.parallel.sequence_parallel else 1
+    shape = batch, own // cut, config.model.hidden_size
+    hidden = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
+    spmd_types.assert_type(hidden, between)
+    with _without_lengths(device), typecheck(local=True), _Crossings() as crossings:
+        output = model(tokens if first else hidden, tokens if last else None, documents)
+    _expect(output, LOSS if last else between, "the loss" if last else "the hidden states for the next stage")
+    return Checked(stage, len(list(model.parameters())), crossings.operations, crossings.found)
+
+
+def _types(of_all: Any, **others: Any) -> Types:
+    return {name: others.get(name, of_all) for name in TYPED}
+
+
+TOKENS = _types(V, tp=R)
+"""Tokens and labels."""
+DOCUMENTS = _types(V, tp=R, cp=R)
+"""Keys of the whole sequence ask for them."""
+LOSS = _types(V, tp=I)
+"""Its sum over the copies and the parts of sequences is what is differentiated: ZeRO sums the gradients."""
+
+
+def parameter_types(parameter: nn.Parameter) -> Types:
+    """Over dp and cp a share of the gradient, which ZeRO sums. Over tp nobody sums it after backward."""
+    return _types(R, tp=V if getattr(parameter, "tensor_model_parallel", False) else I)
+
+
+def hidden_types(config: RunConfig) -> Types:
+    """Of hidden states between layers and between stages."""
+    return _types(V, tp=V if config.parallel.sequence_parallel else I)
+
+
+def _build(
+    config: RunConfig, every: list[Stage], place: int, axes: Mapping[AxisName, Axis], device: torch.device
+) -> ModelStages:
+    """The stages of one place of the pipeline, as the run builds them."""
+    attention, parallel = attention_of(config, axes), config.parallel
+    tp_context = TensorParallelContext(axes["tp"], parallel.sequence_parallel, attention=attention)
+    with torch.device(device):
+        chunks = ModelStages(config.model, every, place, tp_context, recompute=config.train.recompute)
+    chunks.freeze(frozen_weights(config.model, config.train.freeze))
+    return chunks.to(device, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
+
+
+def _mesh(axes: Mapping[AxisName, Axis]) -> dict[str, MeshAxis]:
+    return {name: MeshAxis.of(1, 1) if axis.group is None else MeshAxis.of(axis.group) for name, axis in axes.items()}
+
+
+def _expect(x: Tensor, types: Types, words: str) -> None:
+    found = spmd_types.get_local_type(x)  # not assert_type, which would give types to what has none
+    wrong = [
+        f"{found.get(axis)} over {name} and not {types[name]}"
+        for name, axis in (spmd_types.current_mesh_names() or {}).items()
+        if found.get(axis) is not types[name]
+    ]
+    if wrong:
+        raise SpmdTypeError(f"{words}: {', '.join(wrong)}")
+
+
+@contextmanager
+def _without_lengths(device: torch.device) -> Iterator[None]:
+    """Without values nobody can say how long the documents are: each row is one."""
+    if device.type != "meta":
+        yield
+        return
+    with patch("megallama.model.attention.lengths", lambda documents: [documents.shape[1]] * documents.shape[0]):
+        yield
+
+
+@dataclass
+class _Crossings(TorchFunctionMode):
+    """Counts what passes on to the checker."""
+
+    operations: int = 0
+    found: dict[AxisName, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in TYPED})
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        function = getattr(func, "__self__", None)
+        if not (isinstance(function, type) and issubclass(function, torch.autograd.Function)):
+            return func(*args, **(kwargs or {}))
+        for axis in args:
+            if isinstance(axis, Axis) and axis.group is not None:
+                self.found[axis.group.group_desc][function.__name__.removeprefix("_")] += 1
+        # What is called here is past the checker: it is asked by name.
+        return handle_torch_function(func, [x for x in args if isinstance(x, Tensor)], *args)
+
+
+def _own_lines(error: BaseException) -> list[str]:
+    """Those of the model that were being run, the innermost last: `model/layers.py:72: return F.linear(...)`."""
+    root = Path(megallama.__file__).parent
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if root in Path(frame.filename).parents]
+    places = [(Path(frame.filename).relative_to(root), frame) for frame in frames]
+    return [f"megallama/{path}:{frame.lineno}: {frame.line}" for path, frame in places if path.parts[0] == "model"]
