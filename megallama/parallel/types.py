@@ -18,8 +18,6 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-from torch import Tensor
-
 from megallama.parallel.mesh import Axis
 
 Typed: TypeAlias = Any

@@ -20,7 +20,7 @@ import spmd_types
 import torch
 from spmd_types import I, MeshAxis, R, SpmdTypeError, V
 from spmd_types.checker import typecheck
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function
 
 import megallama
@@ -42,12 +42,15 @@ TYPED: tuple[AxisName, ...] = tuple(name for name in AXES if name != "pp")
 """Over pp nothing is computed: stages hand hidden states on, whose types must be the same on both sides."""
 
 
-class TypeFaultError(Exception):
-    """A type that does not fit: the stage, the checker's sentence, and the lines of ours that led there."""
+@dataclass(frozen=True)
+class Fault:
+    """A type that does not fit."""
 
-    def __init__(self, stage: Stage, error: SpmdTypeError) -> None:
-        super().__init__(str(error))
-        self.stage, self.lines = stage, _own_lines(error)
+    stage: Stage
+    sentence: str
+    """The checker's, with the operation and the types it was given."""
+    lines: list[str]
+    """Of the model, the innermost last: `megallama/model/layers.py:72: return F.linear(...)`."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,21 @@ class Checked:
     """What was checked of one stage."""
 
     stage: Stage
-    parameters: int
+    weights: int
     """Tensors, not their elements."""
     operations: int
     """That were given types."""
     crossings: Mapping[AxisName, Mapping[str, int]]
     """By axis, the functions with a gradient that communicate over it, and their number."""
+
+
+@dataclass(frozen=True)
+class TypeReport:
+    """All stages of a run, or those up to the first fault."""
+
+    topology: Topology
+    stages: list[Checked]
+    fault: Fault | None = None
 
 
 def check_types(
@@ -70,16 +82,16 @@ def check_types(
     device: str = "meta",
     documents: Tensor | None = None,
     progress: Callable[[str], None] = lambda _: None,
-) -> list[Checked]:
-    """Check every stage of a run on `world_size` ranks, in the order of the ranks that hold them.
+) -> TypeReport:
+    """Check every stage of a run on `world_size` ranks, in the order of the ranks that hold them, to the first fault.
 
-    On a `device` other than meta the parameters and tokens have memory, and `documents` [batch, sequence] may say what
-    the documents are; on meta each row is one.
+    On a `device` other than meta parameters and tokens have memory, and `documents` [batch, sequence] may say what the
+    documents are; on meta each row is one.
 
-    TypeFaultError for the first type that does not fit; UserError for a run that is not legal on so many ranks.
+    UserError for a run that is not legal on so many ranks.
     """
     topology = Topology(dp=check_training(config, world_size).dp_size, **config.parallel.sizes)
-    every, found = stages(config), []
+    every, found = stages(config), list[Checked]()
     with fake_world(world_size, 0), spmd_types.traceback_filtering("off"):
         axes = {name: fake_axis(topology, 0, name) for name in TYPED}
         with spmd_types.set_current_mesh(_mesh(axes)):
@@ -87,16 +99,20 @@ def check_types(
                 chunks = _build(config, every, place, axes, torch.device(device))
                 for index, model in zip(chunks.indices, chunks.models, strict=True):
                     progress(f"stage {index} of {len(every)}")
-                    stage = every[index]
                     try:
-                        found.append(check_stage(config, stage, len(every), model, documents))
+                        found.append(_check_stage(config, every[index], len(every), model, axes, documents))
                     except SpmdTypeError as error:
-                        raise TypeFaultError(stage, error) from error
-    return found
+                        return TypeReport(topology, found, Fault(every[index], str(error), _own_lines(error)))
+    return TypeReport(topology, found)
 
 
-def check_stage(
-    config: RunConfig, stage: Stage, count: int, model: Llama, documents: Tensor | None = None
+def _check_stage(
+    config: RunConfig,
+    stage: Stage,
+    count: int,
+    model: Llama,
+    axes: Mapping[AxisName, Axis],
+    documents: Tensor | None,
 ) -> Checked:
     """Give types to all that one of `count` stages is given, run it, and hold what it returns against them.
 
@@ -105,7 +121,7 @@ def check_stage(
     device, dtype = model.frequencies.device, next(model.parameters()).dtype
     batch, length = config.train.micro_batch_size, config.data.sequence_length
     for parameter in model.parameters():
-        spmd_types.assert_type(parameter, parameter_types(parameter))
+        spmd_types.assert_type(parameter, weight_types(cut=hasattr(parameter, "tensor_model_parallel")))
     spmd_types.assert_type(model.frequencies, _types(R))
     own = length // config.parallel.context
     tokens = torch.zeros(batch, own, dtype=torch.int64, device=device)
@@ -119,7 +135,7 @@ def check_stage(
     shape = batch, own // cut, config.model.hidden_size
     hidden = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
     spmd_types.assert_type(hidden, between)
-    with _without_lengths(device), typecheck(local=True), _Crossings() as crossings:
+    with _without_lengths(device), typecheck(local=True), _Crossings(axes) as crossings:
         output = model(tokens if first else hidden, tokens if last else None, documents)
     _expect(output, LOSS if last else between, "the loss" if last else "the hidden states for the next stage")
     return Checked(stage, len(list(model.parameters())), crossings.operations, crossings.found)
@@ -137,9 +153,9 @@ LOSS = _types(V, tp=I)
 """Its sum over the copies and the parts of sequences is what is differentiated: ZeRO sums the gradients."""
 
 
-def parameter_types(parameter: nn.Parameter) -> Types:
+def weight_types(*, cut: bool) -> Types:
     """Over dp and cp a share of the gradient, which ZeRO sums. Over tp nobody sums it after backward."""
-    return _types(R, tp=V if getattr(parameter, "tensor_model_parallel", False) else I)
+    return _types(R, tp=V if cut else I)
 
 
 def hidden_types(config: RunConfig) -> Types:
@@ -164,12 +180,10 @@ def _mesh(axes: Mapping[AxisName, Axis]) -> dict[str, MeshAxis]:
 
 
 def _expect(x: Tensor, types: Types, words: str) -> None:
-    found = spmd_types.get_local_type(x)  # not assert_type, which would give types to what has none
-    wrong = [
-        f"{found.get(axis)} over {name} and not {types[name]}"
-        for name, axis in (spmd_types.current_mesh_names() or {}).items()
-        if found.get(axis) is not types[name]
-    ]
+    """SpmdTypeError where `x` has other types, or none: assert_type would give them to it."""
+    axes = spmd_types.current_mesh_all_names()
+    found = {name: spmd_types.maybe_get_axis_local_type(x, axes[name]) for name in TYPED if axes[name].size() > 1}
+    wrong = [f"{found[name]} over {name} and not {types[name]}" for name in found if found[name] is not types[name]]
     if wrong:
         raise SpmdTypeError(f"{words}: {', '.join(wrong)}")
 
@@ -188,6 +202,7 @@ def _without_lengths(device: torch.device) -> Iterator[None]:
 class _Crossings(TorchFunctionMode):
     """Counts what passes on to the checker."""
 
+    axes: Mapping[AxisName, Axis]
     operations: int = 0
     found: dict[AxisName, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in TYPED})
 
@@ -200,14 +215,15 @@ class _Crossings(TorchFunctionMode):
         if not (isinstance(function, type) and issubclass(function, torch.autograd.Function)):
             return func(*args, **(kwargs or {}))
         for axis in args:
-            if isinstance(axis, Axis) and axis.group is not None:
-                self.found[axis.group.group_desc][function.__name__.removeprefix("_")] += 1
+            if isinstance(axis, Axis) and axis.size > 1:
+                (name,) = (name for name in TYPED if self.axes[name] is axis)
+                self.found[name][function.__name__.removeprefix("_")] += 1
         # What is called here is past the checker: it is asked by name.
         return handle_torch_function(func, [x for x in args if isinstance(x, Tensor)], *args)
 
 
 def _own_lines(error: BaseException) -> list[str]:
-    """Those of the model that were being run, the innermost last: `model/layers.py:72: return F.linear(...)`."""
+    """The lines of the model that led to the error."""
     root = Path(megallama.__file__).parent
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if root in Path(frame.filename).parents]
     places = [(Path(frame.filename).relative_to(root), frame) for frame in frames]
