@@ -19,6 +19,7 @@ from unittest.mock import patch
 import spmd_types
 import torch
 from spmd_types import I, MeshAxis, R, SpmdTypeError, V
+from spmd_types._mesh_axis import _reset as forget_names
 from spmd_types.checker import typecheck
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function
@@ -93,6 +94,7 @@ def check_types(
     topology = Topology(dp=check_training(config, world_size).dp_size, **config.parallel.sizes)
     every, found = stages(config), list[Checked]()
     with fake_world(world_size, 0), spmd_types.traceback_filtering("off"):
+        forget_names()  # of the axes of an earlier mesh in this process
         axes = {name: fake_axis(topology, 0, name) for name in TYPED}
         with spmd_types.set_current_mesh(_mesh(axes)):
             for place in range(topology.pp):

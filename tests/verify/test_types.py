@@ -1,0 +1,136 @@
+"""Every layout has types that fit, and what is left out of a layer is found at its line, without a second process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megallama.config.load import load_config
+from megallama.model.layers import RowParallelLinear
+from megallama.parallel import types
+from megallama.parallel.collectives import all_gather
+from megallama.parallel.mesh import Axis
+from megallama.verify.types import TypeReport, check_types
+
+CONFIG = "configs/debug.yaml"
+TP = "parallel.tensor=2"
+
+
+def check(*overrides: str, gpus: int = 4, **others: Any) -> TypeReport:
+    return check_types(load_config(CONFIG, overrides), gpus, **others)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [TP],
+        [TP, "parallel.sequence=false"],
+        ["parallel.tensor=4", "model.num_key_value_heads=2"],
+        ["parallel.tensor=4", "model.num_key_value_heads=2", "parallel.sequence=false"],
+        [TP, "model.tie_word_embeddings=true"],
+        [TP, "model.tie_word_embeddings=true", "parallel.pipeline=2", "parallel.schedule=zbvzerobubble"],
+        [TP, "train.recompute=full"],
+        [TP, "train.recompute=selective", "parallel.sequence=false"],
+        [TP, "data.document_mask=true"],
+        [TP, "data.document_mask=true", "parallel.sequence=false", "parallel.pipeline=2"],
+        [TP, "train.objective=masked"],
+        [TP, "train.freeze=[model.embed_tokens.weight, model.layers.0.*]"],
+        [TP, "parallel.pipeline=2", "parallel.schedule=interleaved1f1b"],
+        ["parallel.pipeline=2"],
+    ],
+    ids=" ".join,
+)
+def test_every_layout_fits(overrides: list[str]) -> None:
+    stages = {"parallel.pipeline=2": 2, "parallel.schedule=zbvzerobubble": 4, "parallel.schedule=interleaved1f1b": 4}
+    split = ["model.num_hidden_layers=4", "train.global_batch_size=32"]
+    report = check(*split, *overrides)
+    assert report.fault is None
+    assert len(report.stages) == max([1, *(stages[word] for word in overrides if word in stages)])
+
+
+def test_documents_of_any_length_fit() -> None:
+    """On tensors with values, since where a document ends is one."""
+    config = load_config(CONFIG, [TP, "data.document_mask=true"])
+    documents = torch.arange(config.data.sequence_length).div(10, rounding_mode="floor")
+    documents = documents.expand(config.train.micro_batch_size, -1).contiguous()
+    assert check_types(config, 4, device="cpu", documents=documents).fault is None
+
+
+def test_every_collective_of_a_layer_is_seen() -> None:
+    (stage,) = check(TP).stages
+    assert stage.crossings["tp"] == {
+        "CopyTo": 5,  # of the weights of norms
+        "GatherLinear": 4,
+        "ReduceScatter": 5,  # one of them behind the embedding
+        "Gather": 1,
+        "LinearCrossEntropy": 1,
+    }
+    (stage,) = check(TP, "parallel.sequence=false").stages
+    assert stage.crossings["tp"] == {"ReduceFrom": 5, "CopyTo": 5, "LinearCrossEntropy": 1}
+
+
+def left_out(x: Tensor, *_: object) -> Tensor:
+    return x
+
+
+def not_summed(layer: RowParallelLinear, x: Tensor) -> Tensor:
+    return layer.matmul(x)
+
+
+class CutBack(torch.autograd.Function):
+    """A gather whose gradient is cut and not summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
+        ctx.dim, ctx.axis = dim, axis
+        return all_gather(x, dim, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].chunk(ctx.axis.size, ctx.dim)[ctx.axis.rank], None, None
+
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, dim: int, axis: Axis) -> types.Typed:
+        from spmd_types import I, MeshAxis, S, rules
+
+        return rules.all_gather(x, MeshAxis.of(axis.group), src=S(dim), dst=I)
+
+
+def cut_back(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    return CutBack.apply(x, dim, axis)
+
+
+NO_SEQUENCE = (TP, "parallel.sequence=false")
+FEW_HEADS = ("parallel.tensor=4", "model.num_key_value_heads=2", "parallel.sequence=false")
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "overrides", "line"),
+    [
+        ("layers.copy_to", left_out, NO_SEQUENCE, "return F.linear(copy_to(x, self.tp), self.weight)"),
+        ("llama.copy_to", left_out, NO_SEQUENCE, "return linear_cross_entropy("),
+        ("layers.copy_to", left_out, (TP,), "return F.rms_norm(x, (self.hidden_size,), weight, self.eps)"),
+        ("layers.reduce_from", left_out, NO_SEQUENCE, "return F.rms_norm(x, (self.hidden_size,), weight, self.eps)"),
+        ("layers.RowParallelLinear.forward", not_summed, NO_SEQUENCE, "x = x + self.self_attn("),
+        ("llama.gather", cut_back, (TP,), "return linear_cross_entropy("),
+        ("llama.gather", cut_back, FEW_HEADS, "return F.scaled_dot_product_attention("),
+    ],
+    ids=["column", "head", "norm", "embedding", "row", "gathered hidden states", "gathered keys"],
+)
+def test_a_planted_fault_is_found_at_its_line(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    broken: Callable[..., Tensor],
+    overrides: tuple[str, ...],
+    line: str,
+) -> None:
+    assert check(*overrides).fault is None
+    monkeypatch.setattr(f"megallama.model.{name}", broken)
+    fault = check(*overrides).fault
+    assert fault is not None and fault.stage.index == 0
+    assert line in fault.lines[-1]
+    assert "axis tp" in fault.sentence
