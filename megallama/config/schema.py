@@ -127,7 +127,9 @@ class ParallelConfig(Section):
     pipeline: int = Field(default=1, ge=1, le=MOST_PIPELINE)
     """pp: ranks that share the layers."""
     context: int = Field(default=1, ge=1, le=MOST_RANKS)
-    """cp: ranks that share each sequence."""
+    """cp: ranks that share each sequence, each with a slice of its head and one of its tail."""
+    context_mode: Literal["gather", "ulysses"] = "gather"
+    """Attention gathers keys and values (arXiv 2407.21783, 3.3.2), or exchanges sequence for heads (2309.14509)."""
     sequence: bool | None = None
     """Sequence parallelism between the tensor-parallel regions (arXiv 2205.05198); null means on if tensor > 1."""
     schedule: Schedule = "1f1b"
