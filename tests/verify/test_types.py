@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
+from megallama.cli import app
 from megallama.config.load import load_config
+from megallama.errors import UserError
 from megallama.model.layers import RowParallelLinear
 from megallama.parallel import types
 from megallama.parallel.collectives import all_gather
@@ -134,3 +140,41 @@ def test_a_planted_fault_is_found_at_its_line(
     assert fault is not None and fault.stage.index == 0
     assert line in fault.lines[-1]
     assert "axis tp" in fault.sentence
+
+
+def test_the_command_exits_with_1_and_says_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["verify", CONFIG, "--types", "--gpus", "4", *NO_SEQUENCE]
+    right = CliRunner().invoke(app, arguments)
+    assert right.exit_code == 0 and "every type fits" in right.stdout
+    assert json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)["mesh"]["dp"] == 2
+    monkeypatch.setattr("megallama.model.layers.copy_to", left_out)
+    wrong = CliRunner().invoke(app, arguments)
+    assert wrong.exit_code == 1
+    assert "megallama/model/layers.py" in wrong.stdout and "Invariant type on axis tp" in wrong.stdout
+    assert not json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)["passed"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--types", "--layouts", "tp2"], "--layouts does not go with --types, which trains nothing"),
+        (["--types", "--steps", "5"], "--steps does not go with --types, which trains nothing"),
+        (["--gpus", "4"], "--gpus needs --types"),
+        (["--types", "--gpus", "3", TP], "a world size of 3 is not a multiple of"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(words: list[str], sentence: str) -> None:
+    refused = CliRunner().invoke(app, ["verify", CONFIG, *words]).exception
+    assert isinstance(refused, UserError) and str(refused).startswith(sentence)
+
+
+def test_without_the_package_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "megallama.verify.types")
+    monkeypatch.setitem(sys.modules, "spmd_types", None)  # importing it raises ModuleNotFoundError
+    refused = CliRunner().invoke(app, ["verify", CONFIG, "--types"]).exception
+    assert str(refused) == "--types needs the package spmd_types; pip install 'megallama[types]'"
+
+
+def test_training_imports_nothing_of_the_checker() -> None:
+    code = "import sys, megallama.model.stages, megallama.verify.verify; sys.exit('spmd_types' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
