@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import spmd_types
 import torch
-from spmd_types import I, MeshAxis, R, SpmdTypeError, V
+from spmd_types import I, MeshAxis, P, R, SpmdTypeError, V
 from spmd_types._mesh_axis import _reset as forget_names
 from spmd_types.checker import typecheck
 from torch import Tensor
@@ -39,6 +39,7 @@ from megallama.parallel.mesh import Axis
 Types = dict[AxisName, Any]
 """The type of a tensor along each axis of the mesh."""
 
+WORDS = {R: "replicate", I: "invariant", V: "varying", P: "partial"}
 TYPED: tuple[AxisName, ...] = tuple(name for name in AXES if name != "pp")
 """Over pp nothing is computed: stages hand hidden states on, whose types must be the same on both sides."""
 
@@ -120,23 +121,20 @@ def _check_stage(
 
     SpmdTypeError where a type does not fit. The mesh must be set.
     """
+    train, parallel, typed = config.train, config.parallel, spmd_types.assert_type
     device, dtype = model.frequencies.device, next(model.parameters()).dtype
-    batch, length = config.train.micro_batch_size, config.data.sequence_length
     for parameter in model.parameters():
-        spmd_types.assert_type(parameter, weight_types(cut=hasattr(parameter, "tensor_model_parallel")))
-    spmd_types.assert_type(model.frequencies, _types(R))
-    own = length // config.parallel.context
-    tokens = torch.zeros(batch, own, dtype=torch.int64, device=device)
-    spmd_types.assert_type(tokens, TOKENS)
+        typed(parameter, weight_types(cut=hasattr(parameter, "tensor_model_parallel")))
+    typed(model.frequencies, _types(R))
+    batch, length = train.micro_batch_size, config.data.sequence_length
+    own = length // parallel.context
+    tokens = typed(torch.zeros(batch, own, dtype=torch.int64, device=device), TOKENS)
     if config.data.document_mask:
         documents = torch.zeros(batch, length, dtype=torch.int64, device=device) if documents is None else documents
-        spmd_types.assert_type(documents, DOCUMENTS)
-    first, last = stage.index == 0, stage.index == count - 1
-    between = hidden_types(config)
-    cut = config.parallel.tensor if config.parallel.sequence_parallel else 1
-    shape = batch, own // cut, config.model.hidden_size
-    hidden = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
-    spmd_types.assert_type(hidden, between)
+        typed(documents, DOCUMENTS)
+    first, last, between = stage.index == 0, stage.index == count - 1, hidden_types(config)
+    shape = batch, own // (parallel.tensor if parallel.sequence_parallel else 1), config.model.hidden_size
+    hidden = typed(torch.zeros(shape, dtype=dtype, device=device, requires_grad=True), between)
     with _without_lengths(device), typecheck(local=True), _Crossings(axes) as crossings:
         output = model(tokens if first else hidden, tokens if last else None, documents)
     _expect(output, LOSS if last else between, "the loss" if last else "the hidden states for the next stage")
@@ -185,9 +183,10 @@ def _expect(x: Tensor, types: Types, words: str) -> None:
     """SpmdTypeError where `x` has other types, or none: assert_type would give them to it."""
     axes = spmd_types.current_mesh_all_names()
     found = {name: spmd_types.maybe_get_axis_local_type(x, axes[name]) for name in TYPED if axes[name].size() > 1}
-    wrong = [f"{found[name]} over {name} and not {types[name]}" for name in found if found[name] is not types[name]]
+    wrong = [name for name in found if found[name] is not types[name]]
     if wrong:
-        raise SpmdTypeError(f"{words}: {', '.join(wrong)}")
+        parts = (f"{WORDS.get(found[name], 'untyped')} over {name} and not {WORDS[types[name]]}" for name in wrong)
+        raise SpmdTypeError(f"{words}: {', '.join(parts)}")
 
 
 @contextmanager

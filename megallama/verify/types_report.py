@@ -10,9 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megallama.config.schema import RunConfig
-from megallama.verify.types import LOSS, TOKENS, TYPED, TypeReport, hidden_types, weight_types
-
-WORDS = {"R": "replicate", "I": "invariant", "V": "varying"}
+from megallama.verify.types import LOSS, TOKENS, TYPED, WORDS, TypeReport, hidden_types, weight_types
 
 
 def print_types(report: TypeReport, config: RunConfig, console: Console) -> None:
@@ -23,7 +21,7 @@ def print_types(report: TypeReport, config: RunConfig, console: Console) -> None
         axes.add_column(column, justify="right" if column == "ranks" else "left", no_wrap=True)
     given = TOKENS, weight_types(cut=True), weight_types(cut=False), hidden_types(config), LOSS
     for name in wide:
-        axes.add_row(name, str(getattr(report.topology, name)), *[WORDS[types[name].value] for types in given])
+        axes.add_row(name, str(getattr(report.topology, name)), *[WORDS[types[name]] for types in given])
     console.print(axes)
     stages = Table(title="what was checked, and the collectives with a gradient in it", title_justify="left")
     for column in ("stage", "layers", "weights", "operations", *(f"over {name}" for name in wide)):

@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from megallama.cli import app
 from megallama.config.load import load_config
 from megallama.errors import UserError
-from megallama.model.layers import RowParallelLinear
+from megallama.model.layers import RowParallelLinear, _GatherLinear
+from megallama.model.llama import DecoderLayer
 from megallama.parallel import types
-from megallama.parallel.collectives import all_gather
+from megallama.parallel.collectives import all_gather, copy_to
 from megallama.parallel.mesh import Axis
 from megallama.verify.types import TypeReport, check_types
 
@@ -83,6 +84,14 @@ def left_out(x: Tensor, *_: object) -> Tensor:
     return x
 
 
+def twice(x: Tensor, axis: Axis) -> Tensor:
+    return copy_to(copy_to(x, axis), axis)
+
+
+def unmarked(rows: int, columns: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(rows, columns))
+
+
 def not_summed(layer: RowParallelLinear, x: Tensor) -> Tensor:
     return layer.matmul(x)
 
@@ -119,13 +128,25 @@ FEW_HEADS = ("parallel.tensor=4", "model.num_key_value_heads=2", "parallel.seque
     [
         ("layers.copy_to", left_out, NO_SEQUENCE, "return F.linear(copy_to(x, self.tp), self.weight)"),
         ("llama.copy_to", left_out, NO_SEQUENCE, "return linear_cross_entropy("),
+        ("layers.copy_to", twice, NO_SEQUENCE, "return F.linear(copy_to(x, self.tp), self.weight)"),
+        ("layers._weight", unmarked, NO_SEQUENCE, "return reduce_from(partial, self.tp)"),
         ("layers.copy_to", left_out, (TP,), "return F.rms_norm(x, (self.hidden_size,), weight, self.eps)"),
         ("layers.reduce_from", left_out, NO_SEQUENCE, "return F.rms_norm(x, (self.hidden_size,), weight, self.eps)"),
         ("layers.RowParallelLinear.forward", not_summed, NO_SEQUENCE, "x = x + self.self_attn("),
         ("llama.gather", cut_back, (TP,), "return linear_cross_entropy("),
         ("llama.gather", cut_back, FEW_HEADS, "return F.scaled_dot_product_attention("),
     ],
-    ids=["column", "head", "norm", "embedding", "row", "gathered hidden states", "gathered keys"],
+    ids=[
+        "column",
+        "head",
+        "column twice",
+        "unmarked",
+        "norm",
+        "embedding",
+        "row",
+        "gathered hidden states",
+        "gathered keys",
+    ],
 )
 def test_a_planted_fault_is_found_at_its_line(
     monkeypatch: pytest.MonkeyPatch,
@@ -140,6 +161,22 @@ def test_a_planted_fault_is_found_at_its_line(
     assert fault is not None and fault.stage.index == 0
     assert line in fault.lines[-1]
     assert "axis tp" in fault.sentence
+
+
+def test_a_stage_that_hands_on_another_type_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def layer(self: DecoderLayer, x: Tensor, *_: object) -> Tensor:
+        return copy_to(x, self.mlp.gate_up_proj.tp)
+
+    monkeypatch.setattr(DecoderLayer, "forward", layer)
+    fault = check(*NO_SEQUENCE, "parallel.pipeline=2").fault
+    assert fault is not None and fault.lines == []
+    assert fault.sentence == "the hidden states for the next stage: replicate over tp and not invariant"
+
+
+def test_a_function_without_types_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(_GatherLinear, "spmd_typecheck")
+    fault = check(TP).fault
+    assert fault is not None and "_GatherLinear" in fault.sentence
 
 
 def test_the_command_exits_with_1_and_says_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
