@@ -125,6 +125,10 @@ class _AllToAll(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         return exchange(grads[0], ctx.joined, ctx.cut, ctx.axis), None, None, None
 
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, cut: int, joined: int, axis: Axis) -> types.Typed:
+        return types.exchange_varying(x, cut, joined, axis)
+
 
 def copy_to(x: Tensor, axis: Axis) -> Tensor:
     """Identity; its gradient is the sum over the axis."""

@@ -59,6 +59,13 @@ def sum_to_varying(x: Typed, dim: int, axis: Axis) -> Typed:
     return rules.reduce_scatter(x, _mesh_axis(axis), src=V, dst=S(dim))
 
 
+def exchange_varying(x: Typed, cut: int, joined: int, axis: Axis) -> Typed:
+    """Parts along `joined` for parts along `cut`; the gradient goes back as it came."""
+    from spmd_types import S, rules
+
+    return rules.all_to_all(x, _mesh_axis(axis), src=S(joined), dst=S(cut))
+
+
 def einsum(equation: str, *operands: Typed) -> Typed:
     """What a multiplication within each rank makes of the types of its operands."""
     from spmd_types import rules

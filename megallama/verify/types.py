@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from megallama.layout.check import check_training
 from megallama.layout.frozen import frozen_weights
 from megallama.layout.stages import Stage, stages
 from megallama.layout.topology import AXES, AxisName, Topology
-from megallama.model.attention import attention_of
+from megallama.model.attention import FusedAttention, attention_of
 from megallama.model.llama import Llama, TensorParallelContext
 from megallama.model.stages import ModelStages
 from megallama.parallel.fake_world import fake_axis, fake_world
@@ -135,7 +135,8 @@ def _check_stage(
     first, last, between = stage.index == 0, stage.index == count - 1, hidden_types(config)
     shape = batch, own // (parallel.tensor if parallel.sequence_parallel else 1), config.model.hidden_size
     hidden = typed(torch.zeros(shape, dtype=dtype, device=device, requires_grad=True), between)
-    with _without_lengths(device), typecheck(local=True), _Crossings(axes) as crossings:
+    values = _WITHOUT_VALUES if device.type == "meta" else nullcontext()
+    with values, typecheck(local=True), _Crossings(axes) as crossings:
         output = model(tokens if first else hidden, tokens if last else None, documents)
     _expect(output, LOSS if last else between, "the loss" if last else "the hidden states for the next stage")
     return Checked(stage, len(list(model.parameters())), crossings.operations, crossings.found)
@@ -189,14 +190,13 @@ def _expect(x: Tensor, types: Types, words: str) -> None:
         raise SpmdTypeError(f"{words}: {', '.join(parts)}")
 
 
-@contextmanager
-def _without_lengths(device: torch.device) -> Iterator[None]:
-    """Without values nobody can say how long the documents are: each row is one."""
-    if device.type != "meta":
-        yield
-        return
-    with patch("megallama.model.attention.lengths", lambda documents: [documents.shape[1]] * documents.shape[0]):
-        yield
+def _one_document_a_row(attention: FusedAttention, documents: Tensor) -> list[tuple[int, slice]]:
+    return _STRETCHES(attention, torch.zeros(documents.shape, device="cpu"))
+
+
+_STRETCHES = FusedAttention.stretches
+_WITHOUT_VALUES = patch.object(FusedAttention, "stretches", _one_document_a_row)
+"""Without values nobody can say where documents end."""
 
 
 @dataclass

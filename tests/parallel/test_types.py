@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed._local_tensor import LocalTensorMode
 
 from megallama.model.layers import GradientFilter, _GatherLinear
-from megallama.parallel.collectives import copy_to, gather, reduce_from, reduce_scatter
+from megallama.parallel.collectives import all_to_all, copy_to, exchange, gather, reduce_from, reduce_scatter
 from megallama.parallel.cross_entropy import _LinearCrossEntropy
 from megallama.parallel.fake_world import fake_world
 from megallama.parallel.mesh import Axis
@@ -39,6 +39,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], list[tuple[Any, tuple[int, ...
     "gather dim 0": (lambda x, axis: gather(x, 0, axis), [(V, (2, 6))]),
     "gather dim 1": (lambda x, axis: gather(x, 1, axis), [(V, (2, 6))]),
     "reduce_scatter": (lambda x, axis: reduce_scatter(x, 1, axis), [(V, (2, 6))]),
+    "all_to_all": (lambda x, axis: all_to_all(x, 1, 2, axis), [(V, (2, 6, 3))]),
     "gather_linear": (gather_linear, [(V, (2, 6, 4)), (V, (5, 4))]),
 }
 
@@ -91,6 +92,11 @@ def own_part(x: Tensor, dim: int, axis: Axis) -> Tensor:
     return x.chunk(axis.size, dim)[axis.rank]
 
 
+def swapped(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    """Of the right shape, and of the wrong ranks."""
+    return exchange(grad, ctx.joined, ctx.cut, ctx.axis).flip(ctx.cut), None, None, None
+
+
 @pytest.mark.parametrize(
     ("name", "place", "broken"),
     [
@@ -98,6 +104,7 @@ def own_part(x: Tensor, dim: int, axis: Axis) -> Tensor:
         ("reduce_from", "parallel.collectives._ReduceFrom.backward", staticmethod(lambda ctx, grad: (grad / 3, None))),
         ("gather dim 1", "parallel.collectives.sum_scatter", own_part),
         ("reduce_scatter", "parallel.collectives.all_gather", lambda x, dim, axis: torch.cat([x] * axis.size, dim)),
+        ("all_to_all", "parallel.collectives._AllToAll.backward", staticmethod(swapped)),
         ("gather_linear", "model.layers.sum_scatter", own_part),
     ],
     ids=lambda value: value if isinstance(value, str) and "." not in value else "",
