@@ -25,9 +25,11 @@ from megallama.verify.types import TypeReport, check_types
 
 CONFIG = "configs/debug.yaml"
 TP = "parallel.tensor=2"
+CP = "parallel.context=2"
+ULYSSES = ("parallel.context_mode=ulysses", "model.num_key_value_heads=4")
 
 
-def check(*overrides: str, gpus: int = 4, **others: Any) -> TypeReport:
+def check(*overrides: str, gpus: int = 8, **others: Any) -> TypeReport:
     return check_types(load_config(CONFIG, overrides), gpus, **others)
 
 
@@ -48,6 +50,14 @@ def check(*overrides: str, gpus: int = 4, **others: Any) -> TypeReport:
         [TP, "train.freeze=[model.embed_tokens.weight, model.layers.0.*]"],
         [TP, "parallel.pipeline=2", "parallel.schedule=interleaved1f1b"],
         ["parallel.pipeline=2"],
+        [CP],
+        [CP, *ULYSSES],
+        [CP, TP],
+        [CP, TP, *ULYSSES, "parallel.sequence=false"],
+        [CP, "parallel.tensor=4", "model.num_key_value_heads=2"],
+        [CP, TP, "data.document_mask=true", "train.recompute=full"],
+        [CP, TP, *ULYSSES, "data.document_mask=true"],
+        [CP, "train.objective=masked", "parallel.pipeline=2"],
     ],
     ids=" ".join,
 )
@@ -59,12 +69,13 @@ def test_every_layout_fits(overrides: list[str]) -> None:
     assert len(report.stages) == max([1, *(stages[word] for word in overrides if word in stages)])
 
 
-def test_documents_of_any_length_fit() -> None:
+@pytest.mark.parametrize("overrides", [[TP], [TP, CP], [TP, CP, *ULYSSES]], ids=" ".join)
+def test_documents_of_any_length_fit(overrides: list[str]) -> None:
     """On tensors with values, since where a document ends is one."""
-    config = load_config(CONFIG, [TP, "data.document_mask=true"])
+    config = load_config(CONFIG, [*overrides, "data.document_mask=true"])
     documents = torch.arange(config.data.sequence_length).div(10, rounding_mode="floor")
     documents = documents.expand(config.train.micro_batch_size, -1).contiguous()
-    assert check_types(config, 4, device="cpu", documents=documents).fault is None
+    assert check_types(config, 8, device="cpu", documents=documents).fault is None
 
 
 def test_every_collective_of_a_layer_is_seen() -> None:
@@ -78,6 +89,10 @@ def test_every_collective_of_a_layer_is_seen() -> None:
     }
     (stage,) = check(TP, "parallel.sequence=false").stages
     assert stage.crossings["tp"] == {"ReduceFrom": 5, "CopyTo": 5, "LinearCrossEntropy": 1}
+    (stage,) = check(CP).stages
+    assert stage.crossings["cp"] == {"Gather": 2}
+    (stage,) = check(CP, *ULYSSES).stages
+    assert stage.crossings["cp"] == {"AllToAll": 6}
 
 
 def left_out(x: Tensor, *_: object) -> Tensor:
@@ -135,6 +150,7 @@ FEW_HEADS = ("parallel.tensor=4", "model.num_key_value_heads=2", "parallel.seque
         ("layers.RowParallelLinear.forward", not_summed, NO_SEQUENCE, "x = x + self.self_attn("),
         ("llama.gather", cut_back, (TP,), "return linear_cross_entropy("),
         ("llama.gather", cut_back, FEW_HEADS, "return F.scaled_dot_product_attention("),
+        ("attention.gather", cut_back, (CP, TP), "return F.scaled_dot_product_attention("),
     ],
     ids=[
         "column",
@@ -146,6 +162,7 @@ FEW_HEADS = ("parallel.tensor=4", "model.num_key_value_heads=2", "parallel.seque
         "row",
         "gathered hidden states",
         "gathered keys",
+        "keys over cp",
     ],
 )
 def test_a_planted_fault_is_found_at_its_line(
@@ -160,7 +177,7 @@ def test_a_planted_fault_is_found_at_its_line(
     fault = check(*overrides).fault
     assert fault is not None and fault.stage.index == 0
     assert line in fault.lines[-1]
-    assert "axis tp" in fault.sentence
+    assert "axis cp" in fault.sentence if name.startswith("attention") else "axis tp" in fault.sentence
 
 
 def test_a_stage_that_hands_on_another_type_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
