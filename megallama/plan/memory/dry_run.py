@@ -7,7 +7,6 @@ torch.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,11 +15,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,6 +28,7 @@ from megallama.layout.topology import AXES, AxisName, Topology
 from megallama.model.attention import attention_of
 from megallama.model.llama import Llama, TensorParallelContext
 from megallama.model.stages import ModelStages
+from megallama.parallel.fake_world import fake_axis, fake_world
 from megallama.parallel.mesh import Axis
 from megallama.plan.memory.activations import stage_bytes, tensors
 from megallama.plan.memory.state import rank_parameters
@@ -114,8 +112,8 @@ def check_rank(config: RunConfig, world_size: int, rank: int) -> list[Comparison
     mine = [stage for stage in every if stage.rank == place]
     planned = rank_parameters(config)[place].total
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    with _world_of(world_size, rank), FakeTensorMode(), torch.device("cpu"), _norms_of(config), _default(dtype):
-        axes: dict[AxisName, Axis] = {name: _axis(topology, rank, name) for name in AXES if name != "dp"}
+    with fake_world(world_size, rank), FakeTensorMode(), torch.device("cpu"), _norms_of(config), _default(dtype):
+        axes: dict[AxisName, Axis] = {name: fake_axis(topology, rank, name) for name in AXES if name != "dp"}
         attention = attention_of(config, axes)
         tp_context = TensorParallelContext(axes["tp"], parallel.sequence_parallel, attention=attention)
         chunks = ModelStages(config.model, every, place, tp_context, recompute=config.train.recompute)
@@ -190,23 +188,3 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-@contextmanager
-def _world_of(world_size: int, rank: int) -> Iterator[None]:
-    """As `rank` of a world whose other ranks are not there."""
-    assert not dist.is_initialized()
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    try:
-        with warnings.catch_warnings():
-            # torch 2.13 renames the collectives that torch 2.11 has under these names alone.
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        dist.destroy_process_group()
-
-
-def _axis(topology: Topology, rank: int, name: AxisName) -> Axis:
-    """This rank's group along an axis; the others' are not needed, since nobody answers."""
-    mine = topology.peers(rank, [name])
-    return Axis(dist.new_group(mine) if len(mine) > 1 else None, mine.index(rank), len(mine))
