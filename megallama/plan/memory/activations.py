@@ -24,7 +24,11 @@ class Tensors:
     positions: int
     """The positions of one micro-batch on this rank, before sequence parallelism."""
     sequence: int
-    """The positions of one sequence."""
+    """The positions of one sequence, on all ranks that share it."""
+    context: int
+    """Ranks that share a sequence."""
+    exchanges: bool
+    """They have some heads of the whole of it in attention, and not all keys and values (`ulysses`)."""
     between: int
     """Positions between tensor-parallel regions."""
     hidden: int
@@ -52,6 +56,11 @@ class Tensors:
         return self.fused_norm or self.element == 4
 
     @property
+    def keys(self) -> int:
+        """Elements of the keys that attention reads on this rank; as many of the values."""
+        return self.positions * self.key * (1 if self.exchanges else self.context)
+
+    @property
     def state(self) -> int:
         """Bytes of the hidden state between tensor-parallel regions."""
         return self.element * self.between * self.hidden
@@ -66,15 +75,16 @@ def tensors(config: RunConfig) -> Tensors:
     """The sizes of a run's tensors on each rank; the CPU's norm only where the run asks for a CPU."""
     model, parallel = config.model, config.parallel
     tp, size = parallel.tensor, model.head_size
-    sequence = config.data.sequence_length // parallel.context
-    positions = config.train.micro_batch_size * sequence
+    positions = config.train.micro_batch_size * config.data.sequence_length // parallel.context
     gathers = model.kv_heads % tp != 0
     heads = model.num_attention_heads // tp
     query, key_values = heads * size, model.kv_heads * size // tp
     return Tensors(
         element=2 if config.train.dtype == "bf16" else 4,
         positions=positions,
-        sequence=sequence,
+        sequence=config.data.sequence_length,
+        context=parallel.context,
+        exchanges=parallel.context_mode == "ulysses",
         between=positions // tp if parallel.sequence_parallel else positions,
         hidden=model.hidden_size,
         query=query,
@@ -110,11 +120,20 @@ def layer_bytes(of: Tensors, recompute: str) -> int:
     """
     if recompute == "full":
         return of.state
-    linear_inputs = 2 * of.state
-    values = of.key if of.gathers_heads else of.qkv
-    attention = of.element * (values + 2 * of.query + of.key) + 4 * of.heads
     mlp = of.element * of.up * (1 if recompute == "selective" else 2)
-    return 2 * norm_bytes(of) + linear_inputs + of.positions * (attention + mlp)
+    return 2 * norm_bytes(of) + 2 * of.state + attention_bytes(of) + of.positions * mlp
+
+
+def attention_bytes(of: Tensors) -> int:
+    """What attention keeps between its projections.
+
+    Context-parallel ranks keep the keys and values that came from all of them, in the order of the sequence, and none
+    of their own; and o_proj's input beside attention's output, since that is put together of two slices, or sent back.
+    """
+    if of.context > 1:
+        return of.positions * (3 * of.element * of.query + 4 * of.heads) + 2 * of.element * of.keys
+    values = of.key if of.gathers_heads else of.qkv
+    return of.positions * (of.element * (values + 2 * of.query + of.key) + 4 * of.heads)
 
 
 def waiting_layer_bytes(of: Tensors) -> int:
@@ -164,7 +183,7 @@ def stage_bytes(config: RunConfig, of: Tensors, stage: Stage, count: int) -> Sta
     copied = not of.norm_keeps_input and recompute != "full"
     return StageBytes(
         layers=len(stage.layers) * layer_bytes(of, recompute),
-        rotations=2 * 4 * of.sequence * config.model.head_size,
+        rotations=2 * 4 * of.sequence // of.context * config.model.head_size,
         embedding=of.positions * (8 if config.parallel.tensor == 1 else 9) if first else 0,
         norm=norm_bytes(of) if last else 0,
         loss=of.whole_state + 4 * table if last else 0,

@@ -53,10 +53,11 @@ class Candidate:
         """As `tp8 pp4 dp16 zero1 interleaved1f1b x2 micro-batch 2 selective`."""
         parallel, train = self.config.parallel, self.config.train
         dp = self.world_size // parallel.model_ranks
+        cp = f"cp{parallel.context} " if parallel.context > 1 else ""
         chunks = f" x{parallel.chunks}" if schedule_of(parallel).stages_per_rank is None else ""
         schedule = f" {parallel.schedule}{chunks}" if parallel.pipeline > 1 else ""
         return (
-            f"tp{parallel.tensor} pp{parallel.pipeline} dp{dp} zero{self.config.zero.stage}{schedule} "
+            f"tp{parallel.tensor} {cp}pp{parallel.pipeline} dp{dp} zero{self.config.zero.stage}{schedule} "
             f"micro-batch {train.micro_batch_size} {train.recompute}"
         )
 
