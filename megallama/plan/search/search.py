@@ -1,7 +1,7 @@
 """Every legal layout of a run on a number of GPUs, the fastest first; and why the others are none. Pure.
 
-A layout is tensor- x pipeline- x data-parallel size, ZeRO stage, schedule, micro-batch size and recomputation. Model,
-data and global batch stay as the run has them.
+A layout is tensor- x context- x pipeline- x data-parallel size, ZeRO stage, schedule, micro-batch size and
+recomputation. Model, data and global batch stay as the run has them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from megallama.plan.search.space import (
     MOST_MICRO_BATCH,
     RECOMPUTE,
     choices,
+    contexts,
     pipeline_sizes,
     refusal,
     tensor_sizes,
@@ -63,10 +64,10 @@ class Candidate:
 
     @property
     def complexity(self) -> tuple[int, ...]:
-        """What there is to understand: pipeline, tensor parallelism, schedule, recomputation, ZeRO."""
+        """What there is to understand: pipeline, tensor and context parallelism, schedule, recomputation, ZeRO."""
         parallel, train = self.config.parallel, self.config.train
         schedule = list(SCHEDULES).index(parallel.schedule) if parallel.pipeline > 1 else 0
-        axes = (parallel.pipeline > 1) + (parallel.tensor > 1)
+        axes = sum(size > 1 for size in parallel.sizes.values())
         return axes, schedule, RECOMPUTE.index(train.recompute), self.config.zero.stage, parallel.pipeline
 
 
@@ -104,9 +105,14 @@ def search(config: RunConfig, world_size: int, on: Machine) -> Search:
         raise UserError(
             f"--gpus={world_size} is no whole number of nodes of {node} {gpu.key}; whole nodes: {low} or {low + node}"
         )
-    for tp in tensor_sizes(config, world_size, gpu, result.reject):
-        for pp in pipeline_sizes(config, world_size // tp, tp, result.reject):
-            _search_sizes(config, tp, pp, world_size, on, result, sizes)
+    for one in contexts(config, world_size):
+        cp, reject = one.parallel.context, result.reject if one.parallel.context == 1 else Search().reject
+        for tp in tensor_sizes(one, world_size // cp, gpu, reject):
+            for pp in pipeline_sizes(one, world_size // (tp * cp), tp, reject):
+                # Sequences are cut further only where a batch has too few of them, or something did not fit.
+                wider = cp // 2 * tp * pp
+                if cp == 1 or world_size // wider > one.train.common_batch or _where(tp, pp, cp // 2) in sizes:
+                    _search_sizes(one, tp, pp, world_size, on, result, sizes)
     if not result.found:
         raise UserError(
             f"no layout of {world_size} {gpu.key} is legal and fits; {_lacking(result, sizes, gpu)}"
@@ -128,10 +134,11 @@ def _search_sizes(
     config: RunConfig, tp: int, pp: int, world_size: int, on: Machine, result: Search, sizes: dict[str, int]
 ) -> None:
     """Add what fits at these sizes, and what does not to the rejected; of the latter the least bytes to `sizes`."""
-    where, limit = f"tp {tp} pp {pp}", on.gpu.usable_bytes
+    cp, limit = config.parallel.context, on.gpu.usable_bytes
+    where = _where(tp, pp, cp)
     too_large: dict[tuple[Any, ...], int] = {}
     why = f"more than {limit / GIB:.1f} GiB"
-    for choice in choices(config, pp, world_size // (tp * pp)):
+    for choice in choices(config, pp, world_size // (tp * pp * cp)):
         group = choice["schedule"], choice["chunks"], choice["zero"]
         if choice["micro_batch_size"] >= too_large.get(group, MOST_MICRO_BATCH + 1):
             result.reject(why, where, 1)  # it keeps more than one that did not fit
@@ -148,6 +155,10 @@ def _search_sizes(
             continue
         seconds = step_time(candidate, world_size, on, simulated=False).total
         result.found.append(Candidate(candidate, world_size, seconds, size))
+
+
+def _where(tp: int, pp: int, cp: int) -> str:
+    return f"tp {tp} pp {pp}" + (f" cp {cp}" if cp > 1 else "")
 
 
 def _rank(one: Candidate) -> tuple[float, int, int]:
@@ -185,11 +196,13 @@ def _smallest(config: RunConfig, world_size: int, gpu: Gpu) -> Iterator[RunConfi
     node, silent = int(gpu.gpus_per_node or 1), Search()
     if world_size > node and world_size % node:
         return
-    for tp in tensor_sizes(config, world_size, gpu, silent.reject):
-        for pp in pipeline_sizes(config, world_size // tp, tp, silent.reject):
-            for choice in choices(config, pp, world_size // (tp * pp)):
-                if choice["recompute"] != "full" or choice["micro_batch_size"] > 1:
-                    continue
-                candidate = with_layout(config, tp, pp, choice)
-                if refusal(candidate, world_size) is None:
-                    yield candidate
+    for one in contexts(config, world_size):
+        ranks = world_size // one.parallel.context
+        for tp in tensor_sizes(one, ranks, gpu, silent.reject):
+            for pp in pipeline_sizes(one, ranks // tp, tp, silent.reject):
+                for choice in choices(one, pp, ranks // (tp * pp)):
+                    if choice["recompute"] != "full" or choice["micro_batch_size"] > 1:
+                        continue
+                    candidate = with_layout(one, tp, pp, choice)
+                    if refusal(candidate, world_size) is None:
+                        yield candidate
