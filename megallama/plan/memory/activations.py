@@ -29,6 +29,8 @@ class Tensors:
     """Ranks that share a sequence."""
     exchanges: bool
     """They have some heads of the whole of it in attention, and not all keys and values (`ulysses`)."""
+    outputs: int
+    """Copies of attention's output: o_proj reads another where it is put together of slices, or was sent back."""
     between: int
     """Positions between tensor-parallel regions."""
     hidden: int
@@ -76,7 +78,8 @@ def tensors(config: RunConfig) -> Tensors:
     model, parallel = config.model, config.parallel
     tp, size = parallel.tensor, model.head_size
     positions = config.train.micro_batch_size * config.data.sequence_length // parallel.context
-    gathers = model.kv_heads % tp != 0
+    gathers, exchanges = model.kv_heads % tp != 0, parallel.context_mode == "ulysses"
+    copied = parallel.context > 1 and (exchanges or config.train.objective == "causal")
     heads = model.num_attention_heads // tp
     query, key_values = heads * size, model.kv_heads * size // tp
     return Tensors(
@@ -84,7 +87,8 @@ def tensors(config: RunConfig) -> Tensors:
         positions=positions,
         sequence=config.data.sequence_length,
         context=parallel.context,
-        exchanges=parallel.context_mode == "ulysses",
+        exchanges=exchanges,
+        outputs=2 if copied else 1,
         between=positions // tp if parallel.sequence_parallel else positions,
         hidden=model.hidden_size,
         query=query,
@@ -128,12 +132,12 @@ def attention_bytes(of: Tensors) -> int:
     """What attention keeps between its projections.
 
     Context-parallel ranks keep the keys and values that came from all of them, in the order of the sequence, and none
-    of their own; and o_proj's input beside attention's output, since that is put together of two slices, or sent back.
+    of their own.
     """
+    read = of.positions * (of.element * (1 + of.outputs) * of.query + 4 * of.heads)
     if of.context > 1:
-        return of.positions * (3 * of.element * of.query + 4 * of.heads) + 2 * of.element * of.keys
-    values = of.key if of.gathers_heads else of.qkv
-    return of.positions * (of.element * (values + 2 * of.query + of.key) + 4 * of.heads)
+        return read + 2 * of.element * of.keys
+    return read + of.positions * of.element * (of.key + (of.key if of.gathers_heads else of.qkv))
 
 
 def waiting_layer_bytes(of: Tensors) -> int:
@@ -230,12 +234,16 @@ def layer_backward_bytes(of: Tensors, recompute: str) -> int:
 
     The gradient of the layer's output, what is computed again, and the fullest of: the gradients of the product and of
     the down projection's weight; those of the product and its two factors, when the product is gone; that of the gate
-    and up projection's weight, when all of the MLP is gone but its gradient.
+    and up projection's weight, when all of the MLP is gone but its gradient; of gathered keys and values five tensors
+    that are as large as either, while slices' gradients are added, ordered and scattered.
     """
     gathered = of.whole_state if of.between < of.positions else 0
     product, weight = of.element * of.positions * of.width, of.element * of.hidden * of.width
     gates, gate_weights = of.element * of.positions * of.up, of.element * of.hidden * of.up
-    moments = (gathered + product + weight, gates, gathered + of.state + gate_weights - gates)
+    moments = [gathered + product + weight, gates, gathered + of.state + gate_weights - gates]
+    if of.context > 1 and not of.exchanges:
+        kept = 2 * gates + norm_bytes(of) + of.state
+        moments.append(5 * of.element * of.keys + 2 * of.element * of.positions * of.query - kept)
     return recomputed_bytes(of, recompute) + of.state + max(moments)
 
 

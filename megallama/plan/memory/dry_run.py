@@ -34,12 +34,13 @@ from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import Axis
 from megallama.plan.memory.activations import stage_bytes, tensors
 from megallama.plan.memory.state import rank_parameters
-from megallama.plan.memory.traffic import stage_traffic
+from megallama.plan.memory.traffic import context_traffic, stage_traffic
 
 COLLECTIVES = {
     "c10d.allreduce_.default": "all_reduce",
     "c10d._allgather_base_.default": "all_gather",
     "c10d._reduce_scatter_base_.default": "reduce_scatter",
+    "c10d.alltoall_base_.default": "all_to_all",
 }
 """torch's names of those that a model issues."""
 
@@ -102,7 +103,7 @@ class Comparison:
 def check_rank(config: RunConfig, world_size: int, rank: int) -> list[Comparison]:
     """Everything that can be counted on `rank` of `world_size`.
 
-    Parameters, bytes kept for backward, tensor-parallel collectives, messages between stages.
+    Parameters, bytes kept for backward, collectives of the layers, messages between stages.
 
     UserError if the run is not legal on that many ranks.
     """
@@ -114,7 +115,7 @@ def check_rank(config: RunConfig, world_size: int, rank: int) -> list[Comparison
     mine = [stage for stage in every if stage.rank == place]
     planned = rank_parameters(config)[place].total
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    with _world_of(world_size, rank), FakeTensorMode(), torch.device("cpu"), _norms_of(config), _default(dtype):
+    with _world_of(world_size, rank), FakeTensorMode(), torch.device("cpu"), _kernels_of(config), _default(dtype):
         axes: dict[AxisName, Axis] = {name: _axis(topology, rank, name) for name in AXES if name != "dp"}
         attention = attention_of(config, axes)
         tp_context = TensorParallelContext(axes["tp"], parallel.sequence_parallel, attention=attention)
@@ -131,7 +132,7 @@ def check_rank(config: RunConfig, world_size: int, rank: int) -> list[Comparison
 
 def _run_stage(config: RunConfig, stage: Stage, count: int, model: Llama) -> list[Comparison]:
     """One micro-batch through one stage, there and back."""
-    batch, length = config.train.micro_batch_size, config.data.sequence_length
+    batch, length = config.train.micro_batch_size, config.data.sequence_length // config.parallel.context
     tokens = torch.zeros(batch, length, dtype=torch.int64)
     cut = config.parallel.tensor if config.parallel.sequence_parallel else 1
     hidden = torch.zeros(batch, length // cut, config.model.hidden_size, requires_grad=True)
@@ -143,7 +144,7 @@ def _run_stage(config: RunConfig, stage: Stage, count: int, model: Llama) -> lis
         output.backward(torch.ones_like(output))
     words = f"stage {stage.index}:"
     planned = stage_bytes(config, tensors(config), stage, count).saved
-    traffic = stage_traffic(config, stage, count)
+    traffic = stage_traffic(config, stage, count) + context_traffic(config, len(stage.layers))
     found = [Comparison(f"{words} bytes kept for backward", planned, kept.size)]
     state = tensors(config).state
     if not last:
@@ -177,9 +178,35 @@ def fused_norm(x: Tensor, shape: object, weight: Tensor, eps: float) -> Tensor:
     return result
 
 
-def _norms_of(config: RunConfig) -> AbstractContextManager[object]:
-    """The norms of the device that is planned for."""
-    return nullcontext() if config.train.device == "cpu" else patch.object(F, "rms_norm", fused_norm)
+class FusedSlice(torch.autograd.Function):
+    """What a GPU's attention keeps of a slice of the queries, without its arithmetic; a CPU's has a mask as well."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
+    """In place of `torch.nn.functional.scaled_dot_product_attention`."""
+    result: Tensor = FusedSlice.apply(q, k, v)  # type: ignore[no-untyped-call]
+    return result
+
+
+def gpu_kernels() -> AbstractContextManager[object]:
+    """Norms and attention keep what a GPU's keep."""
+    return patch.multiple(F, rms_norm=fused_norm, scaled_dot_product_attention=fused_attention)
+
+
+def _kernels_of(config: RunConfig) -> AbstractContextManager[object]:
+    """Those of the device that is planned for."""
+    return nullcontext() if config.train.device == "cpu" else gpu_kernels()
 
 
 @contextmanager

@@ -51,19 +51,19 @@ def stage_traffic(config: RunConfig, stage: Stage, count: int, backwards: int = 
 def context_traffic(config: RunConfig, layers: int, backwards: int = 1) -> Traffic:
     """The context-parallel collectives of so many layers.
 
-    Keys and values are gathered and their gradients scattered; or queries, keys and values go from sequence to heads,
-    what attention makes of them back, and their gradients likewise. Full recomputation runs a forward again.
+    Keys and values are gathered together and their gradients scattered; or they go from sequence to heads, as queries
+    do, and what attention makes of them back, and their gradients likewise. Full recomputation runs a forward again.
     """
     found, of = Traffic(), tensors(config)
     if of.context == 1:
         return found
     again = backwards * layers if config.train.recompute == "full" else 0
     if of.exchanges:
-        for width in (of.query, of.key, of.key, of.query):
+        for width in (2 * of.key, of.query, of.query):
             found.add("all_to_all", of.element * of.positions * width, 2 * layers + again)
         return found
-    found.add("all_gather", of.element * of.keys, 2 * (layers + again))
-    found.add("reduce_scatter", of.element * of.keys, 2 * layers)
+    found.add("all_gather", 2 * of.element * of.keys, layers + again)
+    found.add("reduce_scatter", 2 * of.element * of.keys, layers)
     return found
 
 
