@@ -30,7 +30,7 @@ class Tensors:
     exchanges: bool
     """They have some heads of the whole of it in attention, and not all keys and values (`ulysses`)."""
     outputs: int
-    """Copies of attention's output: o_proj reads another where it is put together of slices, or was sent back."""
+    """Copies of attention's output: o_proj reads another where it is put together of slices or documents, or sent."""
     between: int
     """Positions between tensor-parallel regions."""
     hidden: int
@@ -79,7 +79,10 @@ def tensors(config: RunConfig) -> Tensors:
     tp, size = parallel.tensor, model.head_size
     positions = config.train.micro_batch_size * config.data.sequence_length // parallel.context
     gathers, exchanges = model.kv_heads % tp != 0, parallel.context_mode == "ulysses"
-    copied = parallel.context > 1 and (exchanges or config.train.objective == "causal")
+    apart = config.data.documents_apart
+    copied = apart and config.train.device == "cpu"  # a GPU has one kernel for all documents and slices
+    if parallel.context > 1:
+        copied |= exchanges or (config.train.objective == "causal" and not apart)
     heads = model.num_attention_heads // tp
     query, key_values = heads * size, model.kv_heads * size // tp
     return Tensors(
@@ -155,7 +158,7 @@ class StageBytes:
 
     layers: int
     rotations: int
-    """cos and sin of every position of a sequence, fp32, made in each forward."""
+    """cos and sin of every position, of a sequence or of all, fp32, made in each forward."""
     embedding: int
     norm: int
     """The last norm."""
@@ -185,9 +188,11 @@ def stage_bytes(config: RunConfig, of: Tensors, stage: Stage, count: int) -> Sta
     first, last = stage.index == 0, stage.index == count - 1
     table = of.rows * of.hidden
     copied = not of.norm_keeps_input and recompute != "full"
+    # Positions in documents differ from sequence to sequence.
+    rotated = of.positions if config.data.documents_apart else of.sequence // of.context
     return StageBytes(
         layers=len(stage.layers) * layer_bytes(of, recompute),
-        rotations=2 * 4 * of.sequence // of.context * config.model.head_size,
+        rotations=2 * 4 * rotated * config.model.head_size,
         embedding=of.positions * (8 if config.parallel.tensor == 1 else 9) if first else 0,
         norm=norm_bytes(of) if last else 0,
         loss=of.whole_state + 4 * table if last else 0,
