@@ -239,7 +239,7 @@ def layer_backward_bytes(of: Tensors, recompute: str) -> int:
 
     The gradient of the layer's output, what is computed again, and the fullest of: the gradients of the product and of
     the down projection's weight; those of the product and its two factors, when the product is gone; that of the gate
-    and up projection's weight, when all of the MLP is gone but its gradient; of gathered keys and values five tensors
+    and up projection's weight, when all of the MLP is gone but its gradient; of gathered keys and values four tensors
     that are as large as either, while slices' gradients are added, ordered and scattered.
     """
     gathered = of.whole_state if of.between < of.positions else 0
@@ -248,7 +248,7 @@ def layer_backward_bytes(of: Tensors, recompute: str) -> int:
     moments = [gathered + product + weight, gates, gathered + of.state + gate_weights - gates]
     if of.context > 1 and not of.exchanges:
         kept = 2 * gates + norm_bytes(of) + of.state
-        moments.append(5 * of.element * of.keys + 2 * of.element * of.positions * of.query - kept)
+        moments.append(4 * of.element * of.keys + 2 * of.element * of.positions * of.query - kept)
     return recomputed_bytes(of, recompute) + of.state + max(moments)
 
 
