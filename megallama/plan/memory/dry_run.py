@@ -158,55 +158,38 @@ def _run_stage(config: RunConfig, stage: Stage, count: int, model: Llama) -> lis
     return found
 
 
-class FusedNorm(torch.autograd.Function):
-    """What a GPU's RMSNorm keeps for its backward (torch's `_fused_rms_norm`), without its arithmetic."""
+class GpuKernel(torch.autograd.Function):
+    """What a GPU's kernel keeps for its backward, without its arithmetic: what it reads, and a number for each row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
-        return x.clone()
+    def forward(ctx: Any, keeps_output: bool, *read: Tensor) -> Tensor:
+        output = torch.zeros_like(read[0])
+        row = read[0].new_empty(read[0].shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(*read, row, *([output] if keeps_output else []))
+        return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        _, weight, _ = ctx.saved_tensors
-        return grads[0].clone(), torch.zeros_like(weight)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        read = ctx.saved_tensors[: len(ctx.needs_input_grad) - 1]
+        return (None, *(torch.zeros_like(each) for each in read))
 
 
 def fused_norm(x: Tensor, shape: object, weight: Tensor, eps: float) -> Tensor:
-    """In place of `torch.nn.functional.rms_norm`."""
-    result: Tensor = FusedNorm.apply(x, weight)  # type: ignore[no-untyped-call]
+    """torch's `_fused_rms_norm`, in place of `torch.nn.functional.rms_norm`."""
+    result: Tensor = GpuKernel.apply(False, x, weight)  # type: ignore[no-untyped-call]
     return result
-
-
-class FusedSlice(torch.autograd.Function):
-    """What a GPU's attention keeps of a slice of the queries, without its arithmetic; a CPU's has a mask as well."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, *_ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
-    """In place of `torch.nn.functional.scaled_dot_product_attention`."""
-    result: Tensor = FusedSlice.apply(q, k, v)  # type: ignore[no-untyped-call]
+    """In place of `torch.nn.functional.scaled_dot_product_attention`; a CPU's keeps a mask of each slice as well."""
+    result: Tensor = GpuKernel.apply(True, q, k, v)  # type: ignore[no-untyped-call]
     return result
-
-
-def gpu_kernels() -> AbstractContextManager[object]:
-    """Norms and attention keep what a GPU's keep."""
-    return patch.multiple(F, rms_norm=fused_norm, scaled_dot_product_attention=fused_attention)
 
 
 def _kernels_of(config: RunConfig) -> AbstractContextManager[object]:
     """Those of the device that is planned for."""
-    return nullcontext() if config.train.device == "cpu" else gpu_kernels()
+    gpu = patch.multiple(F, rms_norm=fused_norm, scaled_dot_product_attention=fused_attention)
+    return nullcontext() if config.train.device == "cpu" else gpu
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from megallama.plan.memory.state import GIB
 from megallama.plan.search.space import (
     MOST_MICRO_BATCH,
     RECOMPUTE,
+    Reject,
     choices,
     contexts,
     pipeline_sizes,
@@ -105,14 +106,12 @@ def search(config: RunConfig, world_size: int, on: Machine) -> Search:
         raise UserError(
             f"--gpus={world_size} is no whole number of nodes of {node} {gpu.key}; whole nodes: {low} or {low + node}"
         )
-    for one in contexts(config, world_size):
-        cp, reject = one.parallel.context, result.reject if one.parallel.context == 1 else Search().reject
-        for tp in tensor_sizes(one, world_size // cp, gpu, reject):
-            for pp in pipeline_sizes(one, world_size // (tp * cp), tp, reject):
-                # Sequences are cut further only where a batch has too few of them, or something did not fit.
-                wider = cp // 2 * tp * pp
-                if cp == 1 or world_size // wider > one.train.common_batch or _where(tp, pp, cp // 2) in sizes:
-                    _search_sizes(one, tp, pp, world_size, on, result, sizes)
+    for one, tp, pp in _meshes(config, world_size, gpu, result.reject):
+        # Sequences are cut further only where a batch has too few of them, or something did not fit.
+        cp = one.parallel.context
+        few = 2 * world_size // (tp * pp * cp) > one.train.common_batch
+        if cp == 1 or few or _where(tp, pp, cp // 2) in sizes:
+            _search_sizes(one, tp, pp, world_size, on, result, sizes)
     if not result.found:
         raise UserError(
             f"no layout of {world_size} {gpu.key} is legal and fits; {_lacking(result, sizes, gpu)}"
@@ -193,16 +192,23 @@ def other_gpus(config: RunConfig, world_size: int, gpu: Gpu, *, more: bool) -> s
 
 def _smallest(config: RunConfig, world_size: int, gpu: Gpu) -> Iterator[RunConfig]:
     """The legal ones of the layouts that keep the least: all is recomputed, in micro-batches of one sequence."""
-    node, silent = int(gpu.gpus_per_node or 1), Search()
+    node = int(gpu.gpus_per_node or 1)
     if world_size > node and world_size % node:
         return
+    for one, tp, pp in _meshes(config, world_size, gpu, Search().reject):
+        for choice in choices(one, pp, world_size // (tp * pp * one.parallel.context)):
+            if choice["recompute"] != "full" or choice["micro_batch_size"] > 1:
+                continue
+            candidate = with_layout(one, tp, pp, choice)
+            if refusal(candidate, world_size) is None:
+                yield candidate
+
+
+def _meshes(config: RunConfig, world_size: int, gpu: Gpu, reject: Reject) -> Iterator[tuple[RunConfig, int, int]]:
+    """The run at every cp, with every tp and pp there; what is out is rejected where sequences are not cut."""
     for one in contexts(config, world_size):
         ranks = world_size // one.parallel.context
-        for tp in tensor_sizes(one, ranks, gpu, silent.reject):
-            for pp in pipeline_sizes(one, ranks // tp, tp, silent.reject):
-                for choice in choices(one, pp, ranks // (tp * pp)):
-                    if choice["recompute"] != "full" or choice["micro_batch_size"] > 1:
-                        continue
-                    candidate = with_layout(one, tp, pp, choice)
-                    if refusal(candidate, world_size) is None:
-                        yield candidate
+        out = reject if one.parallel.context == 1 else Search().reject
+        for tp in tensor_sizes(one, ranks, gpu, out):
+            for pp in pipeline_sizes(one, ranks // tp, tp, out):
+                yield one, tp, pp
