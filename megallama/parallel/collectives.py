@@ -1,7 +1,8 @@
-"""Collectives with gradients: the seams through which tensor parallelism enters a layer.
+"""Collectives with gradients: the seams through which parallelism enters a layer.
 
 f and g of arXiv 1909.08053 section 3 are `copy_to` and `reduce_from`; their sequence-parallel forms, g and g-bar of
-arXiv 2205.05198 section 4.2, are `gather` and `reduce_scatter`. Over an axis of one rank each returns its input.
+arXiv 2205.05198 section 4.2, are `gather` and `reduce_scatter`. Context parallelism uses `gather`, or the `all_to_all`
+of arXiv 2309.14509. Over an axis of one rank each returns its input.
 """
 
 from __future__ import annotations
@@ -41,6 +42,17 @@ def sum_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
     part = torch.empty_like(parts[0])
     dist.reduce_scatter_tensor(part, parts.flatten(0, 1), group=axis.group)
     return part
+
+
+def exchange(x: Tensor, cut: int, joined: int, axis: Axis) -> Tensor:
+    """Every rank's n-th part along `cut` to rank n: [..., c, ..., j, ...] -> [..., c / size, ..., j * size, ...].
+
+    Along `joined` the parts are side by side in the order of the ranks.
+    """
+    parts = x.unflatten(cut, (axis.size, -1)).movedim(cut, 0).contiguous()
+    found = torch.empty_like(parts)
+    dist.all_to_all_single(found, parts, group=axis.group)
+    return found.movedim(0, joined).flatten(joined, joined + 1)
 
 
 class _CopyTo(torch.autograd.Function):
@@ -86,6 +98,17 @@ class _ReduceScatter(torch.autograd.Function):
         return all_gather(grads[0], ctx.dim, ctx.axis), None, None
 
 
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cut: int, joined: int, axis: Axis) -> Tensor:
+        ctx.cut, ctx.joined, ctx.axis = cut, joined, axis
+        return exchange(x, cut, joined, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return exchange(grads[0], ctx.joined, ctx.cut, ctx.axis), None, None, None
+
+
 def copy_to(x: Tensor, axis: Axis) -> Tensor:
     """Identity; its gradient is the sum over the axis."""
     return x if axis.size == 1 else _apply(_CopyTo, x, axis)
@@ -104,6 +127,11 @@ def gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
 def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """[..., n, ...] -> [..., n / size, ...] of the sum over the axis; its gradient is gathered."""
     return x if axis.size == 1 else _apply(_ReduceScatter, x, dim, axis)
+
+
+def all_to_all(x: Tensor, cut: int, joined: int, axis: Axis) -> Tensor:
+    """[..., c, ..., j, ...] -> [..., c / size, ..., j * size, ...]; its gradient goes the same way back."""
+    return x if axis.size == 1 else _apply(_AllToAll, x, cut, joined, axis)
 
 
 def _apply(function: type[torch.autograd.Function], *arguments: object) -> Tensor:

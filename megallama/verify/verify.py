@@ -238,7 +238,7 @@ def unequal_copies(layout: Layout, hashes: Sequence[dict[str, str]]) -> list[str
     unequal = set()
     for rank, mine in enumerate(hashes):
         for name, value in mine.items():
-            place = (name, -1 if name.startswith("copy ") else layout.topology.coordinate(rank, "tp"))
+            place = (name, -1 if name.startswith("copy ") else layout.coordinate(rank, "tp"))
             if seen.setdefault(place, value) != value:
                 unequal.add(name)
     return [f"{name} differs between ranks" for name in sorted(unequal)]

@@ -17,7 +17,7 @@ from megallama.config.data_keys import DataConfig
 from megallama.config.schema import IGNORE_INDEX, ModelConfig, Objective
 from megallama.data.loader import Loader, MicroBatch
 from megallama.data.source import open_source
-from megallama.model.attention import AttentionCore, FusedAttention, flex_attention, lengths, positions
+from megallama.model.attention import AttentionCore, FusedAttention, flex_attention, positions
 from megallama.model.init import initialise
 from megallama.model.llama import Llama, Recompute, TensorParallelContext
 
@@ -38,8 +38,9 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def test_positions_begin_anew_in_each_document() -> None:
-    assert lengths(DOCUMENTS) == [7, 1, 24, 32, 3, 28, 1]
-    assert positions(DOCUMENTS).flatten().tolist() == [p for n in lengths(DOCUMENTS) for p in range(n)]
+    lengths = [7, 1, 24, 32, 3, 28, 1]
+    assert [size for size, _ in FusedAttention(causal=True).stretches(DOCUMENTS)] == lengths
+    assert positions(DOCUMENTS).flatten().tolist() == [p for n in lengths for p in range(n)]
 
 
 @pytest.mark.parametrize("objective", ["causal", "masked"])
