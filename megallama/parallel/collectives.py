@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megallama.parallel import types
 from megallama.parallel.mesh import Axis
 
 
@@ -65,6 +66,10 @@ class _CopyTo(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return all_reduce(grads[0], ctx.axis), None
 
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, axis: Axis) -> types.Typed:
+        return types.invariant_to_replicate(x, axis)
+
 
 class _ReduceFrom(torch.autograd.Function):
     @staticmethod
@@ -74,6 +79,10 @@ class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
+
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, axis: Axis) -> types.Typed:
+        return types.sum_to_invariant(x, axis)
 
 
 class _Gather(torch.autograd.Function):
@@ -86,6 +95,10 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return sum_scatter(grads[0], ctx.dim, ctx.axis), None, None
 
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, dim: int, axis: Axis) -> types.Typed:
+        return types.gather_to_replicate(x, dim, axis)
+
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
@@ -97,6 +110,10 @@ class _ReduceScatter(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return all_gather(grads[0], ctx.dim, ctx.axis), None, None
 
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, dim: int, axis: Axis) -> types.Typed:
+        return types.sum_to_varying(x, dim, axis)
+
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
@@ -107,6 +124,10 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         return exchange(grads[0], ctx.joined, ctx.cut, ctx.axis), None, None, None
+
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, cut: int, joined: int, axis: Axis) -> types.Typed:
+        return types.exchange_varying(x, cut, joined, axis)
 
 
 def copy_to(x: Tensor, axis: Axis) -> Tensor:

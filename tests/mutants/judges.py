@@ -36,11 +36,14 @@ LAYER_TESTS = [
     "tests/model/test_attention.py::test_a_document_has_the_loss_in_a_packed_sample_that_it_has_alone",
     "tests/model/test_layers.py",
     "tests/parallel/test_mesh.py",
+    "tests/parallel/test_types.py",
     "tests/train/test_gradients.py",
 ]
 TYPED = [
     ["parallel.tensor=2", "--gpus", "4"],
     ["parallel.tensor=2", "parallel.sequence=false", "parallel.pipeline=2", "--gpus", "8", *ONE_KEY_HEAD],
+    ["parallel.context=2", "data.document_mask=true", "--gpus", "4"],
+    ["parallel.context=2", "parallel.context_mode=ulysses"],
 ]
 """Overrides of the configs whose collectives are typed, and their ranks."""
 
