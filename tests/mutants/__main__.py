@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
 import typer
 
 from tests.launching import ROOT
 from tests.mutants.every import MUTANTS
-from tests.mutants.judges import CAUGHT, JUDGES, Answer, Copy, ask, copied
+from tests.mutants.judges import CAUGHT, JUDGES, Copy, ask, copied
 from tests.mutants.mutant import Mutant
 from tests.mutants.table import Verdict, heading, row, write_rows
 
@@ -36,7 +37,7 @@ def main(
     if unknown:
         raise typer.BadParameter(f"no mutant is called {', '.join(unknown)}")
     with copied() as copy:
-        asked = there(copy, judges.split(","))
+        asked = there(copy, chosen, judges.split(","))
         print(heading())
         verdicts = []
         for mutant in chosen:
@@ -48,11 +49,11 @@ def main(
     sys.exit(bool(survivors))
 
 
-def there(copy: Copy, judges: list[str]) -> list[str]:
+def there(copy: Copy, mutants: list[Mutant], judges: list[str]) -> list[str]:
     """The judges that can be asked. RuntimeError where one finds fault with the tree as it is."""
     found = []
     for name in judges:
-        answer, printed = ask(name, copy, None)
+        answer, printed = ask(name, copy, mutants)
         if answer in CAUGHT:
             raise RuntimeError(f"{name} finds fault with what is no mutant:\n{printed}")
         found += [name] if answer == "missed" else []
@@ -60,14 +61,13 @@ def there(copy: Copy, judges: list[str]) -> list[str]:
 
 
 def judge(copy: Copy, mutant: Mutant, judges: list[str]) -> Verdict:
-    """What each judge says; its row is printed at once."""
-    answers: dict[str, Answer] = {}
+    """What each judge says, all at once, since each waits for its processes to start; the row is printed."""
     began = time.monotonic()
-    with copy.mutated(mutant):
-        for name in judges:
-            answers[name], printed = ask(name, copy, mutant)
-            print(f"  {name}: {' / '.join(printed.strip().splitlines()[-3:])}", file=sys.stderr, flush=True)
-    verdict = Verdict(mutant, answers)
+    with copy.mutated(mutant), ThreadPoolExecutor() as pool:
+        said = dict(zip(judges, pool.map(lambda name: ask(name, copy, [mutant]), judges), strict=True))
+    for name, (_, printed) in said.items():
+        print(f"  {name}: {' / '.join(printed.strip().splitlines()[-3:])}", file=sys.stderr, flush=True)
+    verdict = Verdict(mutant, {name: answer for name, (answer, _) in said.items()})
     print(row(verdict), flush=True)
     print(f"  {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return verdict

@@ -65,9 +65,9 @@ class Copy:
         finally:
             _write(path, text)
 
-    def run(self, command: Sequence[str]) -> tuple[int | None, str]:
-        """Exit code, None after SECONDS, and all that was printed; no process of it is left."""
-        home = self.root / "home"
+    def run(self, name: str, command: Sequence[str], seconds: int) -> tuple[int | None, str]:
+        """Exit code, None after so long, and what was printed; no process of it is left. One of a name at a time."""
+        home = self.root / f"home of {name}"
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir()
         environment = clean_environment(home, PYTHONPATH=str(self.root), OMP_NUM_THREADS="1")
@@ -81,7 +81,7 @@ class Copy:
                 stderr=subprocess.STDOUT,
             )
             try:
-                code = process.wait(SECONDS)
+                code = process.wait(seconds)
             except subprocess.TimeoutExpired:
                 code = None
             finally:
@@ -100,13 +100,13 @@ def copied() -> Iterator[Copy]:
         yield Copy(Path(name))
 
 
-def ask(judge: str, copy: Copy, mutant: Mutant | None) -> tuple[Answer, str]:
-    """What a judge says of `copy`, which holds `mutant`, and what it printed.
+def ask(judge: str, copy: Copy, mutants: Sequence[Mutant]) -> tuple[Answer, str]:
+    """What a judge of `mutants` says of `copy`, which holds one of them or none, and what it printed.
 
     RuntimeError where it says neither that all is well nor that something is wrong.
     """
-    for command in commands(judge, mutant):
-        code, printed = copy.run(command)
+    for command in commands(judge, mutants):
+        code, printed = copy.run(judge, command, SECONDS * len(mutants))
         if code is None:
             return "hangs", printed
         if code == 2 and "No such option: --types" in printed:
@@ -118,16 +118,19 @@ def ask(judge: str, copy: Copy, mutant: Mutant | None) -> tuple[Answer, str]:
     return "missed", ""
 
 
-def commands(judge: str, mutant: Mutant | None) -> list[list[str]]:
-    """What a judge runs: exit code 1 from any of these catches, 0 from all does not."""
+def commands(judge: str, mutants: Sequence[Mutant]) -> list[list[str]]:
+    """What a judge of `mutants` runs: exit code 1 from any of these catches, 0 from all does not."""
     verify = ["-m", "megallama", "verify", CONFIG]
     if judge == "types":
         return [[*verify, *overrides, "--types"] for overrides in TYPED]
     if judge == "layers":
         return [["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *LAYER_TESTS]]
-    if mutant is None:
-        return [[*verify, "--steps", "1", "--layouts", "tp2,tp2-nosp,dp2,pp2"]]
-    return [[*verify, *mutant.words, "--steps", "1", "--layouts", mutant.layout]]
+    layouts = {words: list(dict.fromkeys(m.layout for m in mutants if m.words == words)) for words in _words(mutants)}
+    return [[*verify, *words, "--steps", "1", "--layouts", ",".join(names)] for words, names in layouts.items()]
+
+
+def _words(mutants: Sequence[Mutant]) -> list[tuple[str, ...]]:
+    return list(dict.fromkeys(mutant.words for mutant in mutants))
 
 
 def _write(path: Path, text: str) -> None:
