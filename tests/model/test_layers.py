@@ -181,22 +181,28 @@ MODELS = {
 def model_against_one_device(
     launch: Launch, shape: dict[str, object], sequence_parallel: bool, recompute: Recompute
 ) -> tuple[float, dict[str, float]]:
-    """Relative differences from the same model on one device: of the loss, and of each gradient by logical name."""
+    """Relative differences from the same model on one device: of the loss, and of each gradient by logical name.
+
+    The logits are asserted to be the same.
+    """
     tp = join(launch)
     base: dict[str, object] = {"vocab_size": 150, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     config = ModelConfig.model_validate(base | {"num_attention_heads": 8} | shape)
     tokens = torch.randint(0, 150, (2, 17), generator=torch.Generator().manual_seed(2))
 
-    def gradients(model: Llama) -> tuple[Tensor, dict[str, tuple[ShardSlice, Tensor]]]:
+    def results(model: Llama) -> tuple[Tensor, Tensor, dict[str, tuple[ShardSlice, Tensor]]]:
         held = model.shard_slices
         initialise(model, held, seed=3, num_layers=2, std=0.2)
         loss = model(tokens[:, :-1], tokens[:, 1:]) / 32
         loss.backward()
         grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-        return loss.detach(), {p.name: (p, p.of(grads[name])) for name, pieces in held.items() for p in pieces}
+        with torch.no_grad():
+            logits = model(tokens[:, :-1])
+        return logits, loss.detach(), {p.name: (p, p.of(grads[name])) for name, each in held.items() for p in each}
 
-    loss, own = gradients(Llama(config, TensorParallelContext(tp, sequence_parallel), recompute=recompute))
-    dense_loss, dense = gradients(Llama(config))
+    logits, loss, own = results(Llama(config, TensorParallelContext(tp, sequence_parallel), recompute=recompute))
+    dense_logits, dense_loss, dense = results(Llama(config))
+    torch.testing.assert_close(logits, dense_logits, rtol=TOLERANCE, atol=TOLERANCE)
     # The last ranks hold padding alone of this small vocabulary; the first holds a piece of everything.
     assert launch.rank > 0 or own.keys() == dense.keys()
     apart = {}
