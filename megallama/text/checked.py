@@ -101,11 +101,18 @@ def checked_encoder(tokenizer: Tokenizer) -> Encoder:
 
 
 def _rules_of_text(tokenizer: Tokenizer) -> bytes:
-    """The tokenizer.json by which special tokens in a text are text. ValueError if others were added to its model."""
+    """The tokenizer.json by which a text has its ids, without what cuts, frames or marks one.
+
+    ValueError if it is no byte-level BPE, rewrites the text, or adds tokens of the text to its model.
+    """
     rules = json.loads(tokenizer.hugging_face_files()[TOKENIZER_NAME])
-    if not all(token.get("special") for token in rules.get("added_tokens", ())):
+    model, added = rules["model"], rules.get("added_tokens") or ()
+    if model.get("type") != "BPE" or model.get("byte_fallback") or rules.get("normalizer"):
+        raise ValueError("no byte-level BPE of the text as it is")
+    if not all(token.get("special") for token in added):
         raise ValueError("tokens of the text stand among the special ones")
-    return json.dumps({**rules, "added_tokens": []}).encode()
+    kept = {name: rules.get(name) for name in ("version", "normalizer", "pre_tokenizer", "decoder", "model")}
+    return json.dumps(kept | {"added_tokens": [], "post_processor": None}).encode()
 
 
 def _has_newer_characters(text: str) -> bool:

@@ -13,6 +13,7 @@ from megallama.corpus.train_tokenizer import learn_ranks
 from megallama.errors import UserError
 from megallama.text import checked
 from megallama.text.checked import CHECKED, CheckedEncoder, checked_encoder
+from megallama.text.hf_tokenizer import save_hugging_face
 from megallama.text.tokenizer import TiktokenTokenizer, Tokenizer, load_tokenizer, tokenizer_from_ranks
 
 CODE = Path(__file__).read_text()
@@ -92,3 +93,25 @@ def test_what_gigatoken_cannot_encode_is_told(
 def test_a_tokenizer_whose_split_gigatoken_has_not_stays() -> None:
     other = TiktokenTokenizer("other", {bytes([i]): i for i in range(256)}, r"\S+|\s+", {"<e>": 256}, "<e>")
     assert checked_encoder(other) is other
+
+
+def test_a_published_tokenizer_json_frames_no_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """It cuts and fills texts and puts a token before each, as Llama's does; with other rules it stays as it is."""
+    save_hugging_face(tokenizer, tmp_path)
+    file = tmp_path / "tokenizer.json"
+    rules = json.loads(file.read_text())
+    end = {"id": "<|endoftext|>", "ids": [tokenizer.eod_id], "tokens": ["<|endoftext|>"]}
+    template = [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    rules["post_processor"] = {
+        "type": "TemplateProcessing", "single": template, "pair": [], "special_tokens": {"<|endoftext|>": end}
+    }  # fmt: skip
+    rules["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    file.write_text(json.dumps(rules))
+    framed = load_tokenizer(f"hf:{tmp_path}")
+    fast = checked_encoder(framed)
+    assert isinstance(fast, CheckedEncoder)
+    assert [int(i) for piece in fast.pieces(CODE) for i in piece] == framed.encode(CODE) == tokenizer.encode(CODE)
+    for other in ({"normalizer": {"type": "NFC"}}, {"model": rules["model"] | {"byte_fallback": True}}):
+        file.write_text(json.dumps(rules | other))
+        kept = load_tokenizer(f"hf:{tmp_path}")
+        assert checked_encoder(kept) is kept
