@@ -27,13 +27,6 @@ def loader(write_dataset: Callable[..., str]) -> Callable[..., Loader]:
     return of
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_ranks_hold_every_position_once_a_slice_of_the_head_and_its_mirror(size: int) -> None:
-    held = [[p for part in context_slices(LENGTH, r, size) for p in range(LENGTH)[part]] for r in range(size)]
-    assert sorted(sum(held, [])) == list(range(LENGTH))
-    assert {sum(each) for each in held} == {LENGTH * (LENGTH - 1) // 2 // size}, "causal work in proportion to places"
-
-
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_tokens_and_labels_of_a_rank_are_those_of_its_positions(loader: Callable[..., Loader], size: int) -> None:
     (whole, *_), ranks = loader(1).step(0), [loader(1, rank, size).step(0)[0] for rank in range(size)]

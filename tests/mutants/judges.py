@@ -36,6 +36,7 @@ LAYER_TESTS = [
     "tests/model/test_attention.py::test_recomputation_stays_within_documents",
     "tests/model/test_attention.py::test_a_document_has_the_loss_in_a_packed_sample_that_it_has_alone",
     "tests/model/test_layers.py",
+    "tests/model/test_context_parallel.py",
     "tests/parallel/test_mesh.py",
     "tests/parallel/test_types.py",
     "tests/train/test_gradients.py",
