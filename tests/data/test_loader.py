@@ -137,11 +137,13 @@ def test_evaluation_labels_do_not_depend_on_the_layout(
 ) -> None:
     def labels(mbs: int, dp: int) -> list[list[int]]:
         ranks = [list(loader(prefix, mbs, 12, rank, dp, split=split).evaluation(samples)) for rank in range(dp)]
+        assert {len(batches) for batches in ranks} == {-(-count // (mbs * dp))}, "no micro-batch for nothing"
         found = torch.cat([batch.labels for micro in zip(*ranks, strict=True) for batch in micro])
         return [row for row in found.tolist() if row != [IGNORE_INDEX] * 7]
 
+    count = min(samples, loader(prefix, split=split).source.samples_per_epoch)
     one = labels(1, 1)
-    assert len(one) == min(samples, loader(prefix, split=split).source.samples_per_epoch)
+    assert len(one) == count
     assert labels(mbs, dp) == one
 
 

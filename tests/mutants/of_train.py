@@ -250,7 +250,7 @@ OF_TRAIN = [
         "range(-(-samples // (self._micro_batch_size * self._dp_size)))",
         "range(-(-samples // self._micro_batch_size))",
         "other",
-        "copies go on behind the samples of an evaluation",
+        "copies go on behind the samples of an evaluation, with rows that count nothing",
         "dp2",
     ),
     Mutant(
