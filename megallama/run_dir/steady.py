@@ -38,7 +38,7 @@ def steady_seconds(events: list[Event], every: int) -> list[float]:
 
 
 def read_timed(path: Path) -> list[Event]:
-    """Events whose seconds can be counted on: UserError for what no run writes, which could otherwise pass for a measurement."""
+    """All events; UserError for seconds that no run writes, which could otherwise pass for a measurement."""
     events = read_events(path)
     for number, event in enumerate(events, 1):
         seconds: Any = event.get("seconds")
