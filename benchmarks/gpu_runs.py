@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megallama.plan.calibrate import SETTLING
+from megallama.run_dir.steady import SETTLING
 
 TOLERANCE = 1e-3
 """Relative difference of losses after a resume: on a GPU gradients differ in their last bits from run to run."""

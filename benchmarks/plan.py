@@ -26,9 +26,10 @@ from megallama.corpus.building.build import build_dataset
 from megallama.errors import UserError
 from megallama.hardware.gpus import Gpu, load_hardware
 from megallama.layout.counts import count_parameters
-from megallama.plan.calibrate import LEAST_EVENTS, SETTLING, MeasuredRun, calibrate, read_run
+from megallama.plan.calibrate import LEAST_EVENTS, MeasuredRun, calibrate, read_run
 from megallama.plan.time.software import find_software, machine
 from megallama.plan.time.step_time import step_time
+from megallama.run_dir.steady import SETTLING
 
 ROOT = Path(__file__).parents[1]
 MOST = 0.15

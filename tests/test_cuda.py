@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megallama.model.attention import _attend
 from megallama.verify.compare import read_tensors
 from tests.launching import PRETRAIN, arguments, events, execute
 
@@ -83,6 +84,22 @@ def test_losses_within_documents_are_those_of_a_cpu(
     assert cuda == pytest.approx(cpu, rel=tolerance)
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_queries_of_the_last_positions_attend_as_on_a_cpu(kv_heads: int) -> None:
+    """By the kernel that is causal to the lower right, which ranks that share a sequence ask for."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, 64, 32), (2, kv_heads, 192, 32), (2, kv_heads, 192, 32), (2, 4, 64, 32))
+    q, k, v, target = (torch.randn(*shape, generator=generator).to(torch.bfloat16) for shape in shapes)
+
+    def attended(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        tensors = [each.to(device, dtype).requires_grad_() for each in (q, k, v)]
+        out = _attend(*tensors, causal=True)
+        return [out, *torch.autograd.grad((out * target.to(device, dtype)).sum(), tensors)]
+
+    for found, expected in zip(attended("cuda", torch.bfloat16), attended("cpu", torch.float32), strict=True):
+        torch.testing.assert_close(found.cpu().float(), expected, rtol=5e-2, atol=5e-2)
+
+
 @DTYPES
 def test_compiled_layers_have_the_losses_of_eager_ones(
     byte_dataset: str, tmp_path: Path, dtype: str, tolerance: float
@@ -104,12 +121,16 @@ def test_compiled_layers_have_the_losses_of_eager_ones(
         ["parallel.pipeline=2", "parallel.schedule=zbvzerobubble"],
         ["zero.stage=2"],
         ["zero.stage=3"],
+        ["parallel.context=2"],
+        ["parallel.context=2", "parallel.context_mode=ulysses"],
+        ["parallel.context=2", "data.document_mask=true", "model.head_dim=16"],
     ],
     ids=" ".join,
 )
 def test_two_gpus_have_the_losses_of_one(byte_dataset: str, tmp_path: Path, layout: list[str]) -> None:
     more = [*LOSSES, "train.device=cuda", "train.dtype=fp32"]
-    one = train(byte_dataset, tmp_path / "one", tmp_path / "a", *more)
+    alone = [word for word in layout if word.partition(".")[0] in ("data", "model")]
+    one = train(byte_dataset, tmp_path / "one", tmp_path / "a", *more, *alone)
     two = train(byte_dataset, tmp_path / "two", tmp_path / "b", *more, *layout, ranks=2)
     assert len(two) == 8
     assert two == pytest.approx(one, rel=1e-3)

@@ -5,7 +5,6 @@ A CPU's own figures are measured first, on the machine that this runs on; that a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import log, prod
@@ -25,12 +24,11 @@ from megallama.plan.report.time import check_type
 from megallama.plan.time.kernels import SWIGLU_ELEMENTS
 from megallama.plan.time.software import Machine, Software, find_software
 from megallama.plan.time.step_time import step_time
-from megallama.run_dir.events import METRICS, Event, read_events, standing
+from megallama.run_dir.events import METRICS
+from megallama.run_dir.steady import SETTLING, read_timed, steady_seconds
 from megallama.system.lock import beside, output_lock
 from megallama.system.whole_file import put
 
-SETTLING = 3
-"""First steps of a start, in which kernels are compiled and memory is taken."""
 LEAST_EVENTS = 5
 """Fewer say nothing of what is usual."""
 SOFTWARE = "calibrated"
@@ -87,51 +85,13 @@ def read_run(folder: Path) -> MeasuredRun:
         raise UserError(
             f"{folder}/environment.json is not what a run of this version writes ({where}); train again"
         ) from None
-    events = _events(folder / METRICS)
-    seconds = steady_seconds(events, config.logging.every)
+    seconds = steady_seconds(read_timed(folder / METRICS), config.logging.every)
     if len(seconds) < LEAST_EVENTS:
         raise UserError(
             f"--calibrate={folder} has {len(seconds)} train events of steady steps, and {LEAST_EVENTS} are needed; "
             f"train {SETTLING + (LEAST_EVENTS + 1) * config.logging.every} steps, without a save between"
         )
     return MeasuredRun(config, environment, tuple(seconds))
-
-
-def steady_seconds(events: list[Event], every: int) -> list[float]:
-    """Seconds per step of the last start's `train` events, each the mean of the `every` steps up to its own.
-
-    Left out are those with a step in which the run settled, or during which a save was being written. Evaluations are
-    not in these seconds.
-    """
-    starts = [index for index, event in enumerate(events) if event["event"] == "resume"]
-    settled = (events[starts[-1]]["step"] if starts else 0) + SETTLING
-    # Of this start alone, also where it was undone: what stands of others ran somewhere else.
-    last = standing(events[starts[-1] :] if starts else events)
-    found: dict[int, float] = {}
-    saving = False
-    for event in last:
-        if event["event"] == "train":
-            if event["step"] - every >= settled and not saving:
-                found[event["step"]] = event["seconds"]
-            saving = False
-        elif event["event"] in ("checkpoint", "checkpoint_failed"):
-            found = {step: seconds for step, seconds in found.items() if step <= event["step"]}
-            # The step before which it ended is not recorded yet.
-            saving = True
-    return list(found.values())
-
-
-def _events(path: Path) -> list[Event]:
-    """UserError for what no run writes, which could otherwise pass for a measurement."""
-    events = read_events(path)
-    for number, event in enumerate(events, 1):
-        seconds: Any = event.get("seconds")
-        if event["event"] == "train" and (type(seconds) not in (int, float) or not 0 < seconds < math.inf):
-            raise UserError(
-                f"{path}, line {number}, is a train event whose seconds are {seconds}, not a number above 0; "
-                "take the line out, or train again"
-            )
-    return events
 
 
 @dataclass(frozen=True)

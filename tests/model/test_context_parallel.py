@@ -8,10 +8,10 @@ from torch import Tensor
 
 from megallama.layout.topology import Topology, context_slices
 from megallama.model.attention import ExchangedAttention, FusedAttention, by_rank, in_order
+from megallama.parallel.issued import Issued
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import Axis, build_mesh
 from megallama.parallel.spawn import run_ranks
-from megallama.plan.memory.dry_run import Issued
 
 LENGTH, HEADS, KV_HEADS, WIDTH = 48, 8, 4, 16
 DOCUMENTS = torch.tensor([[0] * 7 + [1] + [2] * 40, [0] * 48, [0] * 30 + [1] * 17 + [2]], dtype=torch.int32)

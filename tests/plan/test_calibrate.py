@@ -22,11 +22,11 @@ from megallama.plan.calibrate import (
     calibrate,
     fitted_efficiency,
     read_run,
-    steady_seconds,
 )
 from megallama.plan.cli import plan
 from megallama.plan.time.software import machine
 from megallama.plan.time.step_time import step_time
+from megallama.run_dir.steady import steady_seconds
 from tests.launching import arguments, pretrain
 
 CONFIG = Path(__file__).parents[2] / "configs" / "7b.yaml"

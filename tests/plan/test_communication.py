@@ -15,10 +15,10 @@ from megallama.data.loader import MicroBatch
 from megallama.errors import UserError
 from megallama.hardware.gpus import built_in_hardware
 from megallama.layout.topology import Topology
+from megallama.parallel.issued import Issued
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
-from megallama.plan.memory.dry_run import Issued
 from megallama.plan.memory.state import rank_parameters
 from megallama.plan.memory.traffic import Traffic
 from megallama.plan.time.communication import (

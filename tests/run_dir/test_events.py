@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megallama.errors import UserError
-from megallama.plan.calibrate import steady_seconds
 from megallama.run_dir.events import METRICS, read_events, standing, standing_events
+from megallama.run_dir.steady import steady_seconds
 from megallama.verify.compare import train_losses
 
 Event = dict[str, Any]

@@ -7,7 +7,6 @@ torch.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megallama.config.schema import RunConfig
 from megallama.layout.check import check_config, check_trained
@@ -29,18 +26,11 @@ from megallama.model.attention import attention_of
 from megallama.model.llama import Llama, TensorParallelContext
 from megallama.model.stages import ModelStages
 from megallama.parallel.fake_world import fake_axis, fake_world
+from megallama.parallel.issued import Issued
 from megallama.parallel.mesh import Axis
 from megallama.plan.memory.activations import stage_bytes, tensors
 from megallama.plan.memory.state import rank_parameters
 from megallama.plan.memory.traffic import context_traffic, stage_traffic
-
-COLLECTIVES = {
-    "c10d.allreduce_.default": "all_reduce",
-    "c10d._allgather_base_.default": "all_gather",
-    "c10d._reduce_scatter_base_.default": "reduce_scatter",
-    "c10d.alltoall_base_.default": "all_to_all",
-}
-"""torch's names of those that a model issues."""
 
 
 class KeptForBackward:
@@ -66,22 +56,6 @@ class KeptForBackward:
         storage = tensor.untyped_storage()
         self._kept[storage._cdata] = storage
         return tensor
-
-
-class Issued(TorchDispatchMode):
-    """Collectives by kind: their number, and the bytes of their whole messages."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.number, self.size = Counter[str](), Counter[str]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = COLLECTIVES.get(str(func))
-        if kind is not None:
-            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-            self.number[kind] += 1
-            self.size[kind] += max(tensor.nbytes for tensor in tensors)
-        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
