@@ -20,6 +20,8 @@ Convention = Literal["full", "causal"]
 VOCAB_MULTIPLE = 128
 LOGITS_AT_ONCE = 2**27
 """Elements of logits that the loss forms at once: half a GiB in fp32."""
+GATES_AT_ONCE = 2**27
+"""Elements of gate and up that an MLP in tiles forms at once: a quarter of a GiB in bf16."""
 
 
 @dataclass(frozen=True)
