@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from torch import Tensor
 
 import megallama.model.llama
 import megallama.model.tiled_mlp
+import megallama.train.run
+from megallama.config.deepspeed import deepspeed_config
+from megallama.config.schema import RunConfig
 from megallama.layout.names import parse_layout
 from megallama.model.offload import OffloadedInputs, _Arriving, _Input
 from megallama.verify.verify import verify
@@ -14,7 +19,10 @@ from tests.verify.test_parity import assert_all_equal, debug_config
 
 
 def small_tiles() -> None:
-    """Every forward and backward takes several, the last of them a part of one; inputs leave as copies."""
+    """Every forward and backward takes several, the last of them a part of one; inputs leave as copies.
+
+    ZeRO 3 cuts the weights of layers this small as well: else it would keep them whole on every rank.
+    """
 
     class Away(OffloadedInputs):
         def _out(self, tensor: Tensor) -> Tensor:
@@ -25,6 +33,13 @@ def small_tiles() -> None:
 
     megallama.model.llama.OffloadedInputs = Away  # type: ignore[misc]
     megallama.model.tiled_mlp.GATES_AT_ONCE = 2**12
+
+    def settings(config: RunConfig, dp_size: int) -> dict[str, Any]:
+        made = deepspeed_config(config, dp_size)
+        made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return made
+
+    megallama.train.run.deepspeed_config = settings
 
 
 @pytest.mark.parametrize(
