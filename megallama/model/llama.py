@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megallama.config.schema import ModelConfig
+from megallama.layout.counts import FORWARD_AGAIN
 from megallama.model.attention import AttentionCore, FusedAttention, causal_attention, positions
 from megallama.model.layers import (
     SEQUENCE,
@@ -138,7 +139,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, tp_context: TensorParallelContext, recompute: Recompute) -> None:
         super().__init__()
-        self.recompute = recompute in ("full", "offload")
+        self.recompute = recompute in FORWARD_AGAIN
         self.input_layernorm = _norm("input_layernorm", config, tp_context)
         self.self_attn = Attention(config, tp_context)
         self.post_attention_layernorm = _norm("post_attention_layernorm", config, tp_context)
