@@ -139,7 +139,8 @@ def hardware_flops_per_token(model: ModelConfig, sequence_length: int, recompute
     """What is computed, recomputation included, in the full convention.
 
     `full` and `offload` run each layer's forward again, the output head's not: 8 instead of 6 per layer weight, 16
-    instead of 12 for attention (arXiv 2205.05198, appendix A). `selective` repeats an elementwise product, which no convention counts.
+    instead of 12 for attention (arXiv 2205.05198, appendix A). `selective` repeats an elementwise product, which no
+    convention counts.
     """
     once = flops_per_token(model, sequence_length, "full", frozen)
     if recompute not in FORWARD_AGAIN:

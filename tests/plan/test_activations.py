@@ -146,7 +146,7 @@ def test_a_step_of_tiles_and_offloaded_inputs_peaks_where_the_ledger_says(monkey
     every = [config for config in PIPELINE if config.train.recompute in FORWARD_AGAIN]
     for config, *ranks in zip(every, *run_ranks(tiled_peaks_by_rank, 2, every), strict=True):
         ratios = [plan / peak for plan, peak in zip(planned_peaks(config, 8), ranks, strict=True)]
-        assert all(0.97 <= ratio <= 1.07 for ratio in ratios), f"{config.parallel.schedule} {ratios}"
+        assert all(0.97 <= ratio <= 1.08 for ratio in ratios), f"{config.parallel.schedule} {ratios}"
 
 
 def tiled_peaks_by_rank(launch: Launch, configs: list[RunConfig]) -> list[int]:
