@@ -20,6 +20,7 @@ from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.corpus.building.build import build_dataset
 from megallama.data.loader import open_data
+from megallama.layout.topology import Topology
 from megallama.parallel.agreement import check_same, facts_of
 from megallama.parallel.join import join
 from megallama.parallel.launch import Launch
@@ -31,7 +32,7 @@ MILLISECOND = 1e-3
 def measure(launch: Launch, config: RunConfig, rounds: int) -> dict[str, float]:
     """Milliseconds of each part on this rank: medians, where a part can be repeated."""
     device = torch.device("cpu")
-    data = open_data(config, launch.rank, launch.world_size)
+    data = open_data(config, Topology(dp=launch.world_size), launch.rank)
     began = time.perf_counter()
     join(launch, device)
     met = time.perf_counter() - began

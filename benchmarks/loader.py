@@ -28,6 +28,7 @@ from megallama.data.blend import Pattern, period_counts
 from megallama.data.indexed import IndexedWriter, token_dtype
 from megallama.data.loader import open_data
 from megallama.data.sampler import Sampler
+from megallama.layout.topology import Topology
 
 FIVE = {"web": 0.6, "books": 0.15, "code": 0.1, "wikipedia": 0.1, "academic": 0.05}
 POSITION = 10**9
@@ -55,7 +56,7 @@ def loader_speed(config: RunConfig, folder: Path) -> float:
     draw = np.random.default_rng(0)
     for name in FIVE:
         write_dataset(folder / name, 2000, draw)
-    data = open_data(mixture_of(config, {folder / name: weight for name, weight in FIVE.items()}), 0, 1)
+    data = open_data(mixture_of(config, {folder / name: weight for name, weight in FIVE.items()}), Topology(), 0)
     position, begin = 0, time.perf_counter()
     while time.perf_counter() - begin < 3.0:
         data.train.step(position)
@@ -84,7 +85,7 @@ def far_start(config: RunConfig, folder: Path, sources: int) -> dict[str, float]
     taken, processor = [], []
     for _ in range(3):
         begin, spent = time.perf_counter(), time.process_time()
-        data = open_data(run, 0, 1)
+        data = open_data(run, Topology(), 0)
         data.train.step(POSITION)
         taken.append(time.perf_counter() - begin)
         processor.append(time.process_time() - spent)

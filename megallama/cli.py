@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,11 @@ from megallama.evaluation.cli import evaluate
 from megallama.exchange.cli import export_command, import_command
 from megallama.generation.cli import chat, generate, serve
 from megallama.plan.cli import plan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from megallama.config.schema import RunConfig
 
 _ENDED = {130: "Ctrl-C", 143: "SIGTERM"}
 
@@ -81,6 +86,7 @@ def config(
 
 @app.command()
 def verify(
+    context: typer.Context,
     config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file of a run.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None,
     layouts: Annotated[
@@ -88,6 +94,12 @@ def verify(
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps to train at each layout.", min=1)] = 5,
     dtype: Annotated[str, typer.Option(help="fp32, or bf16 with larger tolerances.")] = "fp32",
+    types: Annotated[
+        bool, typer.Option("--types", help="Train nothing: check the types of the run's collectives at its whole mesh.")
+    ] = False,
+    gpus: Annotated[
+        int | None, typer.Option(help="With --types: number of ranks. Default: one copy of the model.", min=1)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train a small version of a run at many layouts, with real processes on this machine, and compare them.
@@ -98,13 +110,23 @@ def verify(
 
     from megallama.config.load import load_config
     from megallama.layout.names import default_layouts, parse_layout
+
+    others = ("layouts", "steps", "dtype") if types else ("gpus",)
+    for name in others:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UserError(
+                f"--{name} " + ("does not go with --types, which trains nothing" if types else "needs --types")
+            )
+    config = load_config(config_path, overrides or ())
+    # A pipe has no width; the table has.
+    console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 140)
+    if types:
+        raise typer.Exit(0 if _verify_types(config, gpus, console, as_json=as_json) else 1)
     from megallama.verify.report import as_json as report_json
     from megallama.verify.report import print_report
     from megallama.verify.verify import verify as run_verify
 
-    # A pipe has no width; the table has.
-    console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 140)
-    config = load_config(config_path, overrides or ())
     wanted = [parse_layout(name) for name in layouts.split(",")] if layouts else default_layouts(config.model)
     with console.status("one process") as status:
         report = run_verify(config, wanted, steps=steps, dtype=dtype, resume=steps > 1, progress=status.update)
@@ -113,6 +135,25 @@ def verify(
     else:
         print_report(report, console)
     raise typer.Exit(0 if report.passed else 1)
+
+
+def _verify_types(config: RunConfig, gpus: int | None, console: Console, *, as_json: bool) -> bool:
+    """Whether every type fits, after printing it."""
+    try:
+        from megallama.verify.types import check_types
+    except ModuleNotFoundError as error:
+        if error.name != "spmd_types":
+            raise
+        raise UserError("--types needs the package spmd_types; pip install 'megallama[types]'") from None
+    from megallama.verify.types_report import print_types, types_as_json
+
+    with console.status("types") as status:
+        report = check_types(config, gpus or config.parallel.model_ranks, progress=status.update)
+    if as_json:
+        typer.echo(types_as_json(report))
+    else:
+        print_types(report, config, console)
+    return report.fault is None
 
 
 def _names(words: Sequence[str]) -> list[str]:

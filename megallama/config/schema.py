@@ -44,6 +44,7 @@ IGNORE_INDEX = -100
 
 
 Schedule = Literal["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"]
+ContextMode = Literal["gather", "ulysses"]
 Objective = Literal["causal", "masked"]
 
 
@@ -119,6 +120,10 @@ class RunSection(Section):
     """Run directory, for config, metrics, checkpoints and tokenizer."""
 
 
+AXIS_KEYS = {"pp": "pipeline", "cp": "context", "tp": "tensor"}
+"""Keys of the sizes of all axes of the mesh but dp, by the axis."""
+
+
 class ParallelConfig(Section):
     """Layout of one copy of the model. The data-parallel size follows from the world size."""
 
@@ -127,7 +132,9 @@ class ParallelConfig(Section):
     pipeline: int = Field(default=1, ge=1, le=MOST_PIPELINE)
     """pp: ranks that share the layers."""
     context: int = Field(default=1, ge=1, le=MOST_RANKS)
-    """cp: ranks that share each sequence."""
+    """cp: ranks that share each sequence, each with a slice of its head and one of its tail."""
+    context_mode: ContextMode = "gather"
+    """Attention gathers keys and values (arXiv 2407.21783, 3.3.2), or exchanges sequence for heads (2309.14509)."""
     sequence: bool | None = None
     """Sequence parallelism between the tensor-parallel regions (arXiv 2205.05198); null means on if tensor > 1."""
     schedule: Schedule = "1f1b"
@@ -140,7 +147,7 @@ class ParallelConfig(Section):
     @property
     def sizes(self) -> dict[str, int]:
         """Of every axis of the mesh but dp, which is what the world size leaves over."""
-        return {"pp": self.pipeline, "cp": self.context, "tp": self.tensor}
+        return {axis: getattr(self, key) for axis, key in AXIS_KEYS.items()}
 
     @property
     def model_ranks(self) -> int:

@@ -22,19 +22,20 @@ from megallama.data.mixture import Mixture, check_epochs, open_mixture
 from megallama.data.sampler import micro_batch_indices
 from megallama.data.source import Source, open_set, open_source
 from megallama.layout.budget import NOTHING_SEEN, Seen, batch_at
+from megallama.layout.topology import Topology, context_slices
 from megallama.text.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Ids of one forward pass on one data-parallel rank, int64 on the CPU."""
+    """Ids of one forward pass on one rank, int64 on the CPU."""
 
     tokens: torch.Tensor
-    """[micro_batch_size, sequence_length]"""
+    """[micro_batch_size, sequence_length / cp]: of each sequence the positions of this rank."""
     labels: torch.Tensor
-    """[micro_batch_size, sequence_length]: the token after each, or the masked one itself; else IGNORE_INDEX."""
+    """[micro_batch_size, sequence_length / cp]: the token after each, or the masked one itself; else IGNORE_INDEX."""
     documents: torch.Tensor | None = None
-    """[micro_batch_size, sequence_length], int32: the document of each token, where none may see another."""
+    """[micro_batch_size, sequence_length], int32: the document of each token, where none may see another; whole."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """On `device`, which copies while it computes what came before."""
@@ -62,11 +63,14 @@ class Loader:
         dp_size: int = 1,
         masking: Masking | None = None,
         document_mask: bool = False,
+        cp_rank: int = 0,
+        cp_size: int = 1,
     ) -> None:
         self.source, self.batch_at = source, batch_at
         self._micro_batch_size = micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._masking, self._document_mask = masking, document_mask
+        self._cp_rank, self._cp_size = cp_rank, cp_size
 
     def fingerprint(self, sequence_length: int, step: int = 0) -> str:
         """SHA-256 of what a position means besides the seed: the source's, and what is hidden from what."""
@@ -80,7 +84,7 @@ class Loader:
     def of(self, source: Source) -> Loader:
         """The same rank's loader of another source."""
         rank, hidden = (self._dp_rank, self._dp_size), (self._masking, self._document_mask)
-        return Loader(source, self._micro_batch_size, self.batch_at, *rank, *hidden)
+        return Loader(source, self._micro_batch_size, self.batch_at, *rank, *hidden, self._cp_rank, self._cp_size)
 
     def step(self, samples_consumed: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that starts at sample `samples_consumed` of the run."""
@@ -113,14 +117,21 @@ class Loader:
         if self._masking is not None:
             hidden = [self._masking(self.source.sample(sample)[:-1], sample) for sample in samples]
             tokens, predicted = (torch.from_numpy(np.stack(each)) for each in zip(*hidden, strict=True))
-            return MicroBatch(tokens, predicted, seen)
+            return MicroBatch(self._held(tokens), self._held(predicted), seen)
         rows = torch.from_numpy(np.stack([self.source.sample(sample) for sample in samples]))
         labels = rows[:, 1:].clone()  # contiguous() would share memory with the tokens in a batch of one
         if self.source.masked_id is not None:
             labels[labels == self.source.masked_id] = IGNORE_INDEX
         if documents is not None:  # nothing tells the first token of the next one
             labels[documents[:, 1:] != documents[:, :-1]] = IGNORE_INDEX
-        return MicroBatch(rows[:, :-1].clamp(min=0), labels, seen)  # what is read where nothing is counts nothing
+        tokens = rows[:, :-1].clamp(min=0)  # what is read where nothing is counts nothing
+        return MicroBatch(self._held(tokens), self._held(labels), seen)
+
+    def _held(self, ids: torch.Tensor) -> torch.Tensor:
+        """Of whole sequences the positions of this rank."""
+        if self._cp_size == 1:
+            return ids
+        return torch.cat([ids[:, part] for part in context_slices(ids.shape[1], self._cp_rank, self._cp_size)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -158,11 +169,13 @@ class RunData:
         return replace(self, train=self.train.of(source.begun_at(stages))) if isinstance(source, Mixture) else self
 
 
-def open_data(config: RunConfig, dp_rank: int, dp_size: int, seen: Seen = NOTHING_SEEN) -> RunData:
+def open_data(config: RunConfig, topology: Topology, rank: int, seen: Seen = NOTHING_SEEN) -> RunData:
     """A rank's data of a run that is as far as `seen`. UserError where they cannot be read, or do not suit it."""
     data, train = config.data, config.train
     tokenizer = load_tokenizer(data.tokenizer)
     masking = masking_of(config, tokenizer)
+    data_place = topology.coordinate(rank, "dp"), topology.dp
+    context_place = topology.coordinate(rank, "cp"), topology.cp
 
     def loader(source: Source) -> Loader:
         if masking is not None:  # here, before a run directory is written; what lies further on is met when it is read
@@ -170,7 +183,7 @@ def open_data(config: RunConfig, dp_rank: int, dp_size: int, seen: Seen = NOTHIN
                 scanned = part.split.tokens[: SCANNED_TOKENS // len(source.parts)]
                 masking.check_ids(scanned, f"the data of {part.split.dataset.prefix}")
         size, batch = train.micro_batch_size, partial(batch_at, config)
-        return Loader(source, size, batch, dp_rank, dp_size, masking, document_mask=data.documents_apart)
+        return Loader(source, size, batch, *data_place, masking, data.documents_apart, *context_place)
 
     # Sorted: the file of another node may name them in another order.
     sets = {

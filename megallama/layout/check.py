@@ -139,11 +139,11 @@ def _batches_near(config: RunConfig, batch: int, samples: int) -> list[int]:
 
 
 def legal_tensors(config: RunConfig) -> list[int]:
-    """Every parallel.tensor that cuts evenly: heads, KV width, MLP width, and the sequence where it may be cut."""
+    """Every parallel.tensor that cuts evenly: heads, KV width, MLP width, and a rank's part of the sequence if cut."""
     model = config.model
     common = math.gcd(model.num_attention_heads, model.kv_heads * model.head_size, model.intermediate_size)
     if config.parallel.sequence is not False:
-        common = math.gcd(common, config.data.sequence_length)
+        common = math.gcd(common, config.data.sequence_length // config.parallel.context)
     return divisors(common)
 
 
@@ -197,12 +197,14 @@ def check_trained(model: ModelConfig) -> None:
 
 def check_layout(config: RunConfig, world_size: int) -> None:
     """Refuse layouts that this model cannot be cut into, and pairs of parallelism that do not go together."""
+    if config.parallel.context > 1:
+        _check_slices(config)
     _check_tensor(config)
+    if config.parallel.context > 1 and config.parallel.context_mode == "ulysses":
+        _check_heads(config)
     _check_stages(config, world_size)
     if config.parallel.pipeline > 1:
         _check_pipeline(config)
-    if config.parallel.context > 1:
-        raise UserError(f"parallel.context={config.parallel.context} is not available yet; use parallel.context=1")
     if config.zero.stage == 0:
         raise UserError("zero.stage=0 is not offered: at dp 1 stage 1 is the same; use zero.stage=1")
     longest = config.model.max_position_embeddings
@@ -214,6 +216,52 @@ def check_layout(config: RunConfig, world_size: int) -> None:
         )
 
 
+def _check_slices(config: RunConfig) -> None:
+    """Refuse sequences that do not cut into two slices for each context-parallel rank."""
+    length, cp = config.data.sequence_length, config.parallel.context
+    if length % (2 * cp) == 0:
+        return
+    tp = config.parallel.tensor if config.parallel.sequence_parallel else 1
+    lengths = _nearest_multiples(length, cp * math.lcm(2, tp))
+    legal = [n for n in lengths if n <= config.model.max_position_embeddings] or lengths
+    raise UserError(
+        f"data.sequence_length={length} is not a multiple of 2 * parallel.context = 2 * {cp} = {2 * cp}, the slices "
+        f"that context parallelism cuts; nearest legal: data.sequence_length={_or(legal)}, "
+        f"or parallel.context={_or(_nearest(legal_contexts(config), cp))}"
+    )
+
+
+def _check_heads(config: RunConfig) -> None:
+    """Refuse heads that context-parallel ranks cannot share (arXiv 2309.14509, section 3.1)."""
+    cp, tp, local = config.parallel.context, config.parallel.tensor, _local_heads(config)
+    key, count = next(((key, n) for key, n in local.items() if n % cp), (None, 0))
+    if key is None:
+        return
+    words = f"{key} / parallel.tensor = {count * tp} / {tp} = {count}"
+    nearest = _or(_nearest(legal_contexts(config), cp))
+    raise UserError(
+        f"parallel.context={cp} does not divide {words}, the heads of each rank, which parallel.context_mode=ulysses "
+        f"cuts; nearest legal: parallel.context={nearest}, or parallel.context_mode=gather"
+    )
+
+
+def _local_heads(config: RunConfig) -> dict[str, int]:
+    """Heads on each tensor-parallel rank, by key; key and value heads that tp does not divide are one a query head."""
+    model, tp = config.model, config.parallel.tensor
+    local = {"model.num_attention_heads": model.num_attention_heads // tp}
+    return local if model.kv_heads % tp else local | {"model.num_key_value_heads": model.kv_heads // tp}
+
+
+def legal_contexts(config: RunConfig) -> list[int]:
+    """Every parallel.context that cuts evenly: the sequence, what tensor parallelism cuts of it, heads in ulysses."""
+    parallel = config.parallel
+    tp = parallel.tensor if parallel.sequence_parallel else 1
+    length, unit = config.data.sequence_length, math.lcm(2, tp)
+    every = divisors(length // unit) if length % unit == 0 else [1]
+    heads = math.gcd(*_local_heads(config).values()) if parallel.context_mode == "ulysses" else 0
+    return [n for n in every if heads % n == 0]
+
+
 def _check_tensor(config: RunConfig) -> None:
     model, parallel = config.model, config.parallel
     kv_width = model.kv_heads * model.head_size
@@ -223,8 +271,9 @@ def _check_tensor(config: RunConfig) -> None:
         (model.intermediate_size, f"model.intermediate_size={model.intermediate_size}"),
     ]
     if parallel.sequence_parallel:
-        length = config.data.sequence_length
-        cuts.append((length, f"data.sequence_length={length}, which parallel.sequence cuts"))
+        length, cp = config.data.sequence_length, parallel.context
+        words = f"={length}" if cp == 1 else f" / parallel.context = {length} / {cp} = {length // cp}"
+        cuts.append((length // cp, f"data.sequence_length{words}, which parallel.sequence cuts"))
     for size, words in cuts:
         if size % parallel.tensor:
             nearest = _nearest(legal_tensors(config), parallel.tensor)

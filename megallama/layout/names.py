@@ -6,20 +6,19 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any, cast
+from typing import Any, cast, get_args
 
-from megallama.config.schema import ModelConfig, ParallelConfig, Schedule
+from megallama.config.schema import AXIS_KEYS, ContextMode, ModelConfig, ParallelConfig, Schedule
 from megallama.errors import UserError
 from megallama.layout.schedules import SCHEDULES, legal_micro_batches, stage_ranks
+from megallama.layout.topology import AXES, Topology
 
 
 @dataclass(frozen=True)
-class Layout:
-    """One way to spread the same training over processes."""
+class Layout(Topology):
+    """One way to spread the same training over processes: a mesh, and how it is used."""
 
-    tp: int = 1
-    pp: int = 1
-    dp: int = 1
+    context_mode: ContextMode = "gather"
     schedule: Schedule = "1f1b"
     chunks: int = 2
     """Stages of each rank under interleaved1f1b."""
@@ -32,11 +31,6 @@ class Layout:
     recompute: str = "none"
 
     @property
-    def world_size(self) -> int:
-        """Processes it takes."""
-        return self.tp * self.pp * self.dp
-
-    @property
     def name(self) -> str:
         """The name that parses to this layout."""
         words = [f"tp{self.tp}"] if self.tp > 1 else []
@@ -44,7 +38,9 @@ class Layout:
         words += [self.schedule] if self.schedule != "1f1b" else []
         words += [f"chunks{self.chunks}"] if self.chunks > 2 else []
         words += ["split" + "+".join(map(str, self.split))] if self.split else []
-        words += [f"dp{self.dp}"] if self.dp > 1 else []
+        others = {axis: getattr(self, axis) for axis in AXES if axis not in ("tp", "pp")}
+        words += [f"{axis}{size}" for axis, size in others.items() if size > 1]
+        words += [self.context_mode] if self.context_mode != "gather" else []
         words += [f"zero{self.zero}"]
         words += ["nosp"] if self.tp > 1 and not self.sequence else []
         words += [f"acc{self.accumulation}"] if self.accumulation else []
@@ -54,9 +50,10 @@ class Layout:
     @property
     def parallel(self) -> ParallelConfig:
         """The section of the configuration."""
+        sizes: dict[str, Any] = {key: getattr(self, axis) for axis, key in AXIS_KEYS.items()}
         return ParallelConfig(
-            tensor=self.tp,
-            pipeline=self.pp,
+            **sizes,
+            context_mode=self.context_mode,
             sequence=self.sequence,
             schedule=self.schedule,
             chunks=self.chunks,
@@ -84,13 +81,18 @@ class Layout:
 
 ONE_PROCESS = Layout()
 
+
+def _sized(layout: Layout, axis: str, size: int) -> Layout:
+    sizes: dict[str, Any] = {axis: size}
+    return replace(layout, **sizes)
+
+
 _WORDS: dict[str, Callable[[Layout, str], Layout]] = {
-    r"tp([1-9]\d*)": lambda layout, n: replace(layout, tp=int(n)),
-    r"pp([1-9]\d*)": lambda layout, n: replace(layout, pp=int(n)),
+    **{rf"({axis}[1-9]\d*)": lambda layout, word: _sized(layout, word[:2], int(word[2:])) for axis in AXES},
     f"({'|'.join(SCHEDULES)})": lambda layout, word: replace(layout, schedule=cast(Schedule, word)),
     r"chunks([2-9]|[1-9]\d+)": lambda layout, n: replace(layout, chunks=int(n)),
     r"split([1-9]\d*(?:\+[1-9]\d*)*)": lambda layout, n: replace(layout, split=tuple(map(int, n.split("+")))),
-    r"dp([1-9]\d*)": lambda layout, n: replace(layout, dp=int(n)),
+    f"({'|'.join(get_args(ContextMode))})": lambda layout, word: replace(layout, context_mode=cast(ContextMode, word)),
     r"zero([1-3])": lambda layout, n: replace(layout, zero=int(n)),
     r"acc([1-9]\d*)": lambda layout, n: replace(layout, accumulation=int(n)),
     r"(nosp)": lambda layout, _: replace(layout, sequence=False),
@@ -108,9 +110,9 @@ def parse_layout(name: str) -> Layout:
                 break
         else:
             raise UserError(
-                f"unknown word {word!r} in layout {name!r}; a layout is made of tpN, ppN, dpN and accN with N from 1, "
-                "zeroN with N from 1 to 3, interleaved1f1b, dualpipev, zbvzerobubble, chunksN with N from 2, "
-                "splitN+N+..., nosp, selective, full and offload, as tp2-dp2-zero3 or pp2-dualpipev"
+                f"unknown word {word!r} in layout {name!r}; a layout is made of tpN, ppN, dpN, cpN and accN with N "
+                "from 1, zeroN with N from 1 to 3, interleaved1f1b, dualpipev, zbvzerobubble, chunksN with N from 2, "
+                "splitN+N+..., ulysses, nosp, selective, full and offload, as tp2-dp2-zero3 or pp2-dualpipev"
             )
     if "chunks" in name and SCHEDULES[layout.schedule].stages_per_rank is not None:
         raise UserError(
@@ -135,6 +137,8 @@ DEFAULT_LAYOUTS = (
     "dp2",
     "dp2-zero2",
     "dp2-zero3",
+    "cp2",
+    "tp2-cp2",
     "tp2",
     "tp2-nosp",
     "tp2-zero3",

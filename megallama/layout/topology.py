@@ -12,6 +12,18 @@ AxisName = Literal["pp", "dp", "cp", "tp"]
 AXES: tuple[AxisName, ...] = ("pp", "dp", "cp", "tp")
 
 
+def context_slices(length: int, rank: int, size: int) -> list[slice]:
+    """What context-parallel rank `rank` of `size` holds of `length` positions: a slice, and its mirror from the tail.
+
+    Under causal attention a position works in proportion to its place, so that all ranks work as much (arXiv
+    2407.21783, section 3.3.2). One rank has all in one slice.
+    """
+    if size == 1:
+        return [slice(0, length)]
+    width = length // (2 * size)
+    return [slice(i * width, (i + 1) * width) for i in (rank, 2 * size - 1 - rank)]
+
+
 @dataclass(frozen=True)
 class Topology:
     """The mesh pp x dp x cp x tp.

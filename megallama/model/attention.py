@@ -1,4 +1,4 @@
-"""What attends to what: the whole of a sequence, or each of its documents alone.
+"""What attends to what: the whole of a sequence, or each of its documents alone; on one rank, or shared by several.
 
 A document is a run of equal numbers in a row of `documents` [batch, sequence]; the same number further on, or in
 another row, is another document.
@@ -6,16 +6,21 @@ another row, is another document.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
-from megallama.config.schema import Objective
+from megallama.config.schema import RunConfig
+from megallama.layout.topology import AxisName, context_slices
+from megallama.parallel.collectives import all_to_all, gather
+from megallama.parallel.mesh import ALONE, Axis
 
 AttentionCore = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries [batch, heads, sequence, head_dim], keys and values of as many heads or fewer, to the like of queries.
@@ -29,13 +34,29 @@ LEAST_FLEX_HEAD = 16
 
 @dataclass(frozen=True)
 class FusedAttention:
-    """Over a whole sequence, by torch's fused kernel where there is one."""
+    """Over a whole sequence, by torch's fused kernel where there is one.
+
+    Where the ranks of `cp` share a sequence, each has the queries of its own positions, and gathers the keys and values
+    of all of them, which are few under grouped-query attention (arXiv 2407.21783, section 3.3.2).
+    """
 
     causal: bool
     """Each position attends to itself and those before it; otherwise to all, as in BERT (arXiv 1810.04805)."""
+    cp: Axis = ALONE
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=q.shape[1] != k.shape[1])
+        k, v = self._whole(k, v)
+        if not self.causal:
+            return _attend(q, k, v, causal=False)
+        held, found = self._held(k.shape[2]), []
+        for part, where in zip(q.split([each.stop - each.start for each in held], dim=2), held, strict=True):
+            found.append(_attend(part, k[:, :, : where.stop], v[:, :, : where.stop], causal=True))
+        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+
+    def places(self, length: int, device: torch.device) -> Tensor:
+        """Where in their sequence the `length` positions of this rank stand."""
+        held = self._held(length * self.cp.size)
+        return torch.cat([torch.arange(each.start, each.stop, device=device) for each in held])
 
     def within(self, documents: Tensor, head_dim: int) -> AttentionCore:
         """The same inside each document, for tensors of one forward with that `head_dim`.
@@ -44,30 +65,118 @@ class FusedAttention:
         too narrow for it, and a CPU, take the documents one by one: both are exact.
         """
         if documents.is_cuda and head_dim >= LEAST_FLEX_HEAD:
-            return partial(_flex_attention(), block_mask=self.block_mask(documents))
-        # The lengths are other ones in every batch: a compiled layer would be compiled anew for each.
-        apart: AttentionCore = torch.compiler.disable(partial(self._one_by_one, lengths=lengths(documents)))
-        return apart
+            apart: AttentionCore = partial(_flex_attention(), block_mask=self.block_mask(documents))
+        else:
+            # The lengths are other ones in every batch: a compiled layer would be compiled anew for each.
+            apart = torch.compiler.disable(partial(self._one_by_one, stretches=self.stretches(documents)))
+        return apart if self.cp.size == 1 else lambda q, k, v: apart(q, *self._whole(k, v))
 
     def block_mask(self, documents: Tensor) -> Any:
-        """The blocks of the square in which some position attends to another of its document."""
+        """The blocks of the rectangle in which some position of this rank attends to another of its document."""
 
         def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            same = begun[batch, query] == begun[batch, key]
-            return same & (query >= key) if self.causal else same
+            place = places[query]
+            same = begun[batch, place] == begun[batch, key]
+            return same & (place >= key) if self.causal else same
 
         begun, (rows, length) = beginnings(documents), documents.shape
-        return _create_block_mask(documents.is_cuda)(seen, rows, None, length, length, device=documents.device)
+        places = self.places(length // self.cp.size, documents.device)
+        return _create_block_mask(documents.is_cuda)(seen, rows, None, len(places), length, device=documents.device)
 
-    def _one_by_one(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: list[int]) -> Tensor:
-        parts = [x.transpose(1, 2).flatten(0, 1).split(lengths) for x in (q, k, v)]
-        found = [self(*(x.transpose(0, 1)[None] for x in each)).transpose(1, 2)[0] for each in zip(*parts, strict=True)]
+    def stretches(self, documents: Tensor) -> list[tuple[int, slice]]:
+        """Of each stretch of this rank's positions that lies in one document, in order: its length, its keys.
+
+        Keys are counted in all rows together, one behind the other. The queries are the last of them under causal
+        attention.
+        """
+        found, (_, length) = [], documents.shape
+        for row, starts in enumerate(positions(documents) == 0):
+            begins = starts.nonzero().flatten().tolist()
+            for held in self._held(length):
+                for begin, end in pairwise([*begins, length]):
+                    first, last = max(begin, held.start), min(end, held.stop)
+                    if first < last:
+                        keys = slice(row * length + begin, row * length + (last if self.causal else end))
+                        found.append((last - first, keys))
+        return found
+
+    def _one_by_one(self, q: Tensor, k: Tensor, v: Tensor, *, stretches: list[tuple[int, slice]]) -> Tensor:
+        rows, (k, v) = q.transpose(1, 2).flatten(0, 1), (x.transpose(1, 2).flatten(0, 1) for x in (k, v))
+        parts = zip(rows.split([size for size, _ in stretches]), (keys for _, keys in stretches), strict=True)
+        each = ((x.transpose(0, 1)[None] for x in (part, k[keys], v[keys])) for part, keys in parts)
+        found = [_attend(*tensors, causal=self.causal).transpose(1, 2)[0] for tensors in each]
         return torch.cat(found).unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
+
+    def _held(self, length: int) -> list[slice]:
+        return context_slices(length, self.cp.rank, self.cp.size)
+
+    def _whole(self, k: Tensor, v: Tensor) -> Iterable[Tensor]:
+        """Keys and values of the whole sequence, in its order. One collective for both: k and v are small."""
+        if self.cp.size == 1:
+            return k, v
+        return in_order(gather(torch.stack([k, v]), 3, self.cp), 3, self.cp.size).unbind()
+
+
+@dataclass(frozen=True)
+class ExchangedAttention(FusedAttention):
+    """DeepSpeed-Ulysses (arXiv 2309.14509): each rank of `cp` has some heads of the whole sequence for a while.
+
+    Tensors go from all heads of a part of the sequence to a part of the heads of all of it, and back.
+    """
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._over(FusedAttention(self.causal), q, k, v)
+
+    def within(self, documents: Tensor, head_dim: int) -> AttentionCore:
+        """As of FusedAttention."""
+        return partial(self._over, FusedAttention(self.causal).within(documents, head_dim))
+
+    def _over(self, core: AttentionCore, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = self._some_heads(torch.stack([k, v])).unbind()
+        found = by_rank(core(self._some_heads(q), k, v), 2, self.cp.size)
+        return all_to_all(found, 2, 1, self.cp)
+
+    def _some_heads(self, x: Tensor) -> Tensor:
+        """[..., heads, own positions, head_dim] -> [..., heads / cp, sequence, head_dim]."""
+        heads, sequence = x.dim() - 3, x.dim() - 2
+        return in_order(all_to_all(x, heads, sequence, self.cp), sequence, self.cp.size)
 
 
 causal_attention = FusedAttention(causal=True)
-ATTENTION: Mapping[Objective, FusedAttention] = {"causal": causal_attention, "masked": FusedAttention(causal=False)}
-"""What trains towards each objective."""
+
+
+def attention_of(config: RunConfig, axes: Mapping[AxisName, Axis]) -> FusedAttention:
+    """What trains towards the objective of a run, on a rank with these axes."""
+    kind = {"gather": FusedAttention, "ulysses": ExchangedAttention}[config.parallel.context_mode]
+    return kind(config.train.objective == "causal", axes["cp"])
+
+
+def in_order(x: Tensor, dim: int, size: int) -> Tensor:
+    """What `size` ranks hold of a sequence, side by side along `dim`, in the order of the sequence."""
+    if size == 1:
+        return x
+    heads, tails = x.unflatten(dim, (size, 2, -1)).unbind(dim + 1)
+    return torch.cat([heads, tails.flip(dim)], dim).flatten(dim, dim + 1)
+
+
+def by_rank(x: Tensor, dim: int, size: int) -> Tensor:
+    """The inverse of `in_order`."""
+    if size == 1:
+        return x
+    heads, tails = x.unflatten(dim, (2 * size, -1)).chunk(2, dim)
+    return torch.stack([heads, tails.flip(dim)], dim + 1).flatten(dim, dim + 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    """By a fused kernel. Causal queries are the last of the positions of the keys."""
+    grouped, queries, keys = q.shape[1] != k.shape[1], q.shape[2], k.shape[2]
+    if not causal or queries == keys:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+    if q.is_cuda:  # its kernels know the corner; a mask would be as large as the rectangle
+        mask: Tensor = causal_lower_right(queries, keys)
+    else:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
 
 def beginnings(documents: Tensor) -> Tensor:
@@ -80,13 +189,6 @@ def beginnings(documents: Tensor) -> Tensor:
 def positions(documents: Tensor) -> Tensor:
     """The place of each token in its document, or in the part of it that is in the row: [batch, sequence]."""
     return torch.arange(documents.shape[1], device=documents.device) - beginnings(documents)
-
-
-def lengths(documents: Tensor) -> list[int]:
-    """Of all documents, row after row."""
-    begins = (positions(documents) == 0).flatten().nonzero().flatten()
-    ends = F.pad(begins[1:], (0, 1), value=documents.numel())
-    return list((ends - begins).tolist())
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, *, block_mask: Any) -> Tensor:

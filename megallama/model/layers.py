@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megallama.parallel import types
 from megallama.parallel.collectives import all_gather, copy_to, reduce_from, reduce_scatter, sum_scatter
 from megallama.parallel.mesh import Axis
 from megallama.parallel.shards import ShardSlice
@@ -206,6 +207,10 @@ class _GatherLinear(torch.autograd.Function):
         if ctx.part.inputs and ctx.needs_input_grad[0]:
             grad_x = sum_scatter(grad @ weight, SEQUENCE, ctx.tp)
         return grad_x, grad_weight, None, None
+
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, weight: Tensor, tp: Axis) -> types.Typed:
+        return types.einsum("bsi,oi->bso", types.gather_to_replicate(x, SEQUENCE, tp), weight)
 
 
 def _weight(rows: int, columns: int) -> nn.Parameter:

@@ -218,13 +218,13 @@ class Llama(nn.Module):
         return self.copies
 
     def forward(self, x: Tensor, labels: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        attention, core = self.tp_context.attention, None
+        cut = self.tp_context.sequence_parallel and self.embed_tokens is None
+        places = attention.places(x.shape[SEQUENCE] * (self.tp_context.tp.size if cut else 1), x.device)
         if documents is not None:
-            core = self.tp_context.attention.within(documents, self.config.head_size)
-            cos, sin = rotation(positions(documents), self.frequencies)
-        else:
-            cut = self.tp_context.sequence_parallel and self.embed_tokens is None
-            length, core = x.shape[SEQUENCE] * (self.tp_context.tp.size if cut else 1), None
-            cos, sin = rotation(torch.arange(length, device=x.device), self.frequencies)
+            core = attention.within(documents, self.config.head_size)
+            places = positions(documents)[:, places]
+        cos, sin = rotation(places, self.frequencies)
         if self.embed_tokens is not None:
             x = self.embed_tokens(x)
         inputs = OffloadedInputs(x.device, self._copies(x.device)) if self.offload else None

@@ -1,7 +1,8 @@
-"""Collectives with gradients: the seams through which tensor parallelism enters a layer.
+"""Collectives with gradients: the seams through which parallelism enters a layer.
 
 f and g of arXiv 1909.08053 section 3 are `copy_to` and `reduce_from`; their sequence-parallel forms, g and g-bar of
-arXiv 2205.05198 section 4.2, are `gather` and `reduce_scatter`. Over an axis of one rank each returns its input.
+arXiv 2205.05198 section 4.2, are `gather` and `reduce_scatter`. Context parallelism uses `gather`, or the `all_to_all`
+of arXiv 2309.14509. Over an axis of one rank each returns its input.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megallama.parallel import types
 from megallama.parallel.mesh import Axis
 
 
@@ -43,6 +45,17 @@ def sum_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
     return part
 
 
+def exchange(x: Tensor, cut: int, joined: int, axis: Axis) -> Tensor:
+    """Every rank's n-th part along `cut` to rank n: [..., c, ..., j, ...] -> [..., c / size, ..., j * size, ...].
+
+    Along `joined` the parts are side by side in the order of the ranks.
+    """
+    parts = x.unflatten(cut, (axis.size, -1)).movedim(cut, 0).contiguous()
+    found = torch.empty_like(parts)
+    dist.all_to_all_single(found, parts, group=axis.group)
+    return found.movedim(0, joined).flatten(joined, joined + 1)
+
+
 class _CopyTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
@@ -53,6 +66,10 @@ class _CopyTo(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return all_reduce(grads[0], ctx.axis), None
 
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, axis: Axis) -> types.Typed:
+        return types.invariant_to_replicate(x, axis)
+
 
 class _ReduceFrom(torch.autograd.Function):
     @staticmethod
@@ -62,6 +79,10 @@ class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
+
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, axis: Axis) -> types.Typed:
+        return types.sum_to_invariant(x, axis)
 
 
 class _Gather(torch.autograd.Function):
@@ -74,6 +95,10 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return sum_scatter(grads[0], ctx.dim, ctx.axis), None, None
 
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, dim: int, axis: Axis) -> types.Typed:
+        return types.gather_to_replicate(x, dim, axis)
+
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
@@ -84,6 +109,25 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return all_gather(grads[0], ctx.dim, ctx.axis), None, None
+
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, dim: int, axis: Axis) -> types.Typed:
+        return types.sum_to_varying(x, dim, axis)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cut: int, joined: int, axis: Axis) -> Tensor:
+        ctx.cut, ctx.joined, ctx.axis = cut, joined, axis
+        return exchange(x, cut, joined, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return exchange(grads[0], ctx.joined, ctx.cut, ctx.axis), None, None, None
+
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, cut: int, joined: int, axis: Axis) -> types.Typed:
+        return types.exchange_varying(x, cut, joined, axis)
 
 
 def copy_to(x: Tensor, axis: Axis) -> Tensor:
@@ -104,6 +148,11 @@ def gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
 def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """[..., n, ...] -> [..., n / size, ...] of the sum over the axis; its gradient is gathered."""
     return x if axis.size == 1 else _apply(_ReduceScatter, x, dim, axis)
+
+
+def all_to_all(x: Tensor, cut: int, joined: int, axis: Axis) -> Tensor:
+    """[..., c, ..., j, ...] -> [..., c / size, ..., j * size, ...]; its gradient goes the same way back."""
+    return x if axis.size == 1 else _apply(_AllToAll, x, cut, joined, axis)
 
 
 def _apply(function: type[torch.autograd.Function], *arguments: object) -> Tensor:

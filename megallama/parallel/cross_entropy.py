@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megallama.config.schema import IGNORE_INDEX
 from megallama.layout.counts import LOGITS_AT_ONCE
+from megallama.parallel import types
 from megallama.parallel.collectives import all_reduce
 from megallama.parallel.mesh import Axis
 
@@ -67,6 +68,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         by_hidden = None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype)
         by_weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
         return by_hidden, by_weight, None, None, None, None, None
+
+    @staticmethod
+    def spmd_typecheck(*, hidden: Tensor, weight: Tensor, labels: Tensor, tp: Axis) -> types.Typed:
+        hidden, labels = types.replicate(hidden, tp), types.replicate(labels, tp)
+        shares = types.einsum("th,vh,t->", hidden, weight, labels)
+        return types.sum_to_invariant(shares, tp)
 
 
 def _softmax_in_place(logits: Tensor, labels: Tensor, first: int, real_rows: int, tp: Axis) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megallama.errors import UserError
-from megallama.layout.topology import AxisName, Topology
+from megallama.layout.topology import AXES, AxisName, Topology
 from megallama.parallel.join import COLLECTIVE_TIMEOUT, join
 from megallama.parallel.launch import Launch
 
@@ -38,11 +38,21 @@ class ParallelMesh:
     topology: Topology
     rank: int
     device: torch.device
-    tp: Axis
-    pp: Axis
+    axes: Mapping[AxisName, Axis]
+    """Along which the model talks; that of dp is part of `data` alone."""
     data: Axis
     model: Axis
     world: Axis
+
+    @property
+    def tp(self) -> Axis:
+        """The ranks that share each matrix."""
+        return self.axes["tp"]
+
+    @property
+    def pp(self) -> Axis:
+        """The ranks that share the layers."""
+        return self.axes["pp"]
 
 
 def pick_device(wanted: str, local_rank: int, *, own: bool = False) -> torch.device:
@@ -74,7 +84,7 @@ def driver_versions(device: torch.device) -> dict[str, str]:
 def build_mesh(topology: Topology, launch: Launch, device: torch.device) -> ParallelMesh:
     """Build this rank's groups, after joining the job where that is not done; all ranks must call this.
 
-    A rank makes the groups that it is in and that are used, each of its ranks once: four at most, whatever the world.
+    A rank makes the groups that it is in and that are used, each of its ranks once: five at most, whatever the world.
     """
     join(launch, device)
     made: dict[tuple[int, ...], Any] = {tuple(range(launch.world_size)): dist.group.WORLD}
@@ -90,8 +100,7 @@ def build_mesh(topology: Topology, launch: Launch, device: torch.device) -> Para
         topology=topology,
         rank=launch.rank,
         device=device,
-        tp=axis("tp"),
-        pp=axis("pp"),
+        axes={name: axis(name) for name in AXES if name != "dp"},
         data=axis("dp", "cp", of_one=True),  # DeepSpeed takes none for all ranks
         model=axis("pp", "tp", of_one=True),
         world=Axis(dist.group.WORLD, launch.rank, launch.world_size),

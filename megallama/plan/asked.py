@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from megallama.config.numbers import number
 from megallama.errors import UserError, check_printable
 
 _FEWEST = 1000
@@ -16,7 +16,6 @@ _FEWEST = 1000
 _LEAST_FLOPS = 6.0 * _FEWEST**2
 # Far beyond any run, and near enough that no power of it leaves the range of a float.
 _LARGEST = 1e30
-_SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,54 +131,3 @@ def amount(option: str, text: str | None, example: str) -> float | None:
     if found < _FEWEST and unit in "BT":
         raise UserError(f"{option}={text} is {found:g}, fewer than any model has; did you mean {text}{unit}?")
     return found
-
-
-def number(option: str, text: str, low: float, high: float, example: str) -> float:
-    """`7e9`, `7000000000` or `7B` as a number from `low` to `high`; UserError for anything else."""
-    found = _parsed(text)
-    if low <= found <= high:
-        return found
-    if math.isnan(found):
-        bare = text.strip("$€£ ")
-        fix = f"did you mean {bare}?" if low <= _parsed(bare) <= high else f"write it as {example}"
-    elif low <= -found <= high:
-        fix = _without_sign(text)
-    elif high == 1 and 10 <= found <= 100:  # A percentage, where a share is wanted.
-        fix = f"did you mean {found / 100:g}?"
-    else:
-        fix = f"nearest legal: {_short(low if found < low else high)}"
-    raise UserError(f"{option}={text} is not a number from {_short(low)} to {_short(high)}; {fix}")
-
-
-def count(option: str, text: str, high: int, example: str, low: int = 1) -> int:
-    """A whole number from `low` to `high`; UserError for anything else."""
-    found = _parsed(text)
-    if low <= found <= high and found.is_integer():
-        return int(found)
-    if math.isnan(found):
-        fix = f"write it as {example}"
-    elif low <= -found <= high and found.is_integer():
-        fix = _without_sign(text)
-    elif low <= found <= high:
-        fix = f"nearest legal: {math.floor(found)} or {math.ceil(found)}"
-    else:
-        fix = f"nearest legal: {low if found < low else high}"
-    raise UserError(f"{option}={text} is not a whole number from {low} to {high}; {fix}")
-
-
-def _without_sign(text: str) -> str:
-    return f"did you mean {text.strip().removeprefix('-')}?"
-
-
-def _parsed(text: str) -> float:
-    """Not a number where `text` is none."""
-    unit = _SUFFIXES.get(text[-1:].upper(), 1.0)
-    try:
-        return float(text[:-1] if unit > 1 else text) * unit
-    except ValueError:
-        return math.nan
-
-
-def _short(value: float) -> str:
-    """As people type it: 1e9, 0.01."""
-    return f"{value:g}".replace("e+0", "e").replace("e+", "e")

@@ -102,7 +102,7 @@ class Pipeline:
         losses: list[Tensor] = []
         every = list(batches)
         arguments, labels = self._inputs(every)
-        schedule = self._schedule(len(every))
+        schedule = self._schedule(len(every), every[0].tokens.shape)
         schedule.step(*arguments, **labels, losses=losses, return_outputs=False)
         for stage in schedule._stages:
             stage.clear_runtime_states()
@@ -117,7 +117,7 @@ class Pipeline:
             group = every[first : first + size]
             losses: list[Tensor] = []
             arguments, labels = self._inputs(group)
-            schedule = self._forward_schedule(len(group))
+            schedule = self._forward_schedule(len(group), group[0].tokens.shape)
             schedule.eval(*arguments, **labels, losses=losses, return_outputs=False)
             for loss in losses:
                 total += loss
@@ -140,9 +140,9 @@ class Pipeline:
     def _scaled(self, loss: Tensor, _: Tensor) -> Tensor:
         return loss * self._scale
 
-    def _schedule(self, micro_batches: int) -> _PipelineScheduleRuntime:
+    def _schedule(self, micro_batches: int, shape: torch.Size) -> _PipelineScheduleRuntime:
         if micro_batches not in self._schedules:
-            stages, parallel = self._make_stages(), self._config.parallel
+            stages, parallel = self._make_stages(shape), self._config.parallel
             runtime = make_schedule(parallel, stages, action_lists(parallel, micro_batches), self._scaled)
             for stage in stages:
                 if not stage.is_first:
@@ -150,13 +150,13 @@ class Pipeline:
             self._schedules[micro_batches] = runtime
         return self._schedules[micro_batches]
 
-    def _forward_schedule(self, micro_batches: int) -> _PipelineScheduleRuntime:
+    def _forward_schedule(self, micro_batches: int, shape: torch.Size) -> _PipelineScheduleRuntime:
         """Each rank runs its forwards in the order of one clock, so none waits in a circle.
 
         Over torch's own list for DualPipeV `eval()` runs a backward, in which one rank raises and the others hang.
         """
         if micro_batches not in self._evaluations:
-            stages, ranks = self._make_stages(), dict(enumerate(self._ranks))
+            stages, ranks = self._make_stages(shape), dict(enumerate(self._ranks))
             runtime = _PipelineScheduleRuntime(stages, micro_batches, loss_fn=lambda loss, _: loss)
             runtime.stage_index_to_group_rank = ranks
             for stage in stages:
@@ -170,16 +170,16 @@ class Pipeline:
             self._evaluations[micro_batches] = runtime
         return self._evaluations[micro_batches]
 
-    def _make_stages(self) -> list[Stage]:
-        count, device, train = len(self._ranks), self._mesh.device, self._config.train
-        dtype = torch.bfloat16 if train.dtype == "bf16" else torch.float32
-        length = self._config.data.sequence_length
+    def _make_stages(self, shape: torch.Size) -> list[Stage]:
+        """For micro-batches of that shape, which is the same in every step."""
+        (batch, length), count, device = shape, len(self._ranks), self._mesh.device
+        dtype = torch.bfloat16 if self._config.train.dtype == "bf16" else torch.float32
         cut = self._mesh.tp.size if self._config.parallel.sequence_parallel else 1
-        tokens = torch.empty(train.micro_batch_size, length, dtype=torch.int64, device="meta")
-        shape = (train.micro_batch_size, length // cut, self._config.model.hidden_size)
+        tokens = torch.empty(shape, dtype=torch.int64, device="meta")
+        sent = (batch, length // cut, self._config.model.hidden_size)
 
         def hidden() -> Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+            return torch.empty(sent, dtype=dtype, device="meta", requires_grad=True)
 
         loss = torch.empty((), device="meta", requires_grad=True)
         return [

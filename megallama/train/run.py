@@ -20,7 +20,7 @@ from megallama.layout.budget import samples_at_step, total_steps
 from megallama.layout.counts import flops_per_token, kernel_convention
 from megallama.layout.frozen import frozen_matmul, frozen_weights
 from megallama.layout.stages import stages
-from megallama.model.attention import ATTENTION
+from megallama.model.attention import attention_of
 from megallama.model.init import in_memory
 from megallama.model.llama import TensorParallelContext
 from megallama.model.stages import ModelStages
@@ -83,7 +83,7 @@ class Run:
 def build_model(config: RunConfig, mesh: ParallelMesh) -> tuple[ModelStages, Engine]:
     """This rank's part of the model, all zeros, and the engine around it."""
     settings = deepspeed_config(config, mesh.data.size)
-    attention = ATTENTION[config.train.objective]
+    attention = attention_of(config, mesh.axes)
     tp_context = TensorParallelContext(mesh.tp, config.parallel.sequence_parallel, attention=attention)
     with torch.device("meta"):
         model = ModelStages(config.model, stages(config), mesh.pp.rank, tp_context, recompute=config.train.recompute)

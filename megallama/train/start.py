@@ -46,7 +46,7 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     from megallama.parallel.join import join
     from megallama.parallel.mesh import build_mesh, driver_versions, pick_device
 
-    data = open_data(config, topology.coordinate(launch.rank, "dp"), topology.dp, seen)
+    data = open_data(config, topology, launch.rank, seen)
     device = pick_device(config.train.device, launch.local_rank, own=launch.by_tasks)
     launch.prepare(device)
     if config.train.deterministic:

@@ -24,7 +24,6 @@ from megallama.corpus.building.build import build_dataset
 from megallama.errors import NotFiniteError, UserError
 from megallama.layout.check import check_training
 from megallama.layout.names import ONE_PROCESS, Layout
-from megallama.layout.topology import Topology
 from megallama.model.init import initialise
 from megallama.model.llama import Llama
 from megallama.parallel.launch import Launch
@@ -235,12 +234,11 @@ def train_rank(launch: Launch, config: RunConfig, plant: Plant | None) -> dict[s
 
 def unequal_copies(layout: Layout, hashes: Sequence[dict[str, str]]) -> list[str]:
     """Parameters that should be the same bits on several ranks and are not."""
-    topology = Topology(pp=layout.pp, dp=layout.dp, tp=layout.tp)
     seen: dict[tuple[str, int], str] = {}
     unequal = set()
     for rank, mine in enumerate(hashes):
         for name, value in mine.items():
-            place = (name, -1 if name.startswith("copy ") else topology.coordinate(rank, "tp"))
+            place = (name, -1 if name.startswith("copy ") else layout.coordinate(rank, "tp"))
             if seen.setdefault(place, value) != value:
                 unequal.add(name)
     return [f"{name} differs between ranks" for name in sorted(unequal)]

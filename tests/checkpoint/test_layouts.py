@@ -43,7 +43,7 @@ LAYOUTS = [
     "zero1",
     "tp2-dp2-zero2",
     "tp4",
-    "pp2-interleaved1f1b",
+    "pp2-interleaved1f1b-cp2",
     "pp4-acc6",
     "dp4-zero3",
     "tp2-pp2-zbvzerobubble-acc4",
@@ -59,6 +59,8 @@ RESUMED = [
         for dtype in ("fp32", "bf16")
     ),
     *(("tp2-pp2", dtype) for dtype in ("fp32", "bf16")),
+    *(("cp2", dtype) for dtype in ("fp32", "bf16")),
+    ("cp2-ulysses", "bf16"),
 ]
 IN_EVERY_RUN = [("pp2-dualpipev-acc4", "bf16")]
 

@@ -17,6 +17,7 @@ from megallama.data.loader import Loader, MicroBatch, open_data
 from megallama.data.source import open_source
 from megallama.errors import UserError
 from megallama.layout.check import check_config
+from megallama.layout.topology import Topology
 from tests.launching import arguments, events, losses, pretrain
 
 Write = Callable[..., str]
@@ -67,7 +68,7 @@ def test_a_split_that_begins_in_the_middle_has_its_own_documents(write_dataset: 
 def test_a_masked_run_sees_documents_as_well(byte_dataset: str, tmp_path: Path) -> None:
     words = arguments(byte_dataset, tmp_path, "data.document_mask=true", "model.vocab_size=258")
     causal, masked = (
-        open_data(load_config(words[1], [*words[2:], f"train.objective={name}"]), 0, 1).train.step(0)
+        open_data(load_config(words[1], [*words[2:], f"train.objective={name}"]), Topology(), 0).train.step(0)
         for name in ("causal", "masked")
     )
     for mine, theirs in zip(causal, masked, strict=True):
@@ -136,7 +137,7 @@ def test_a_position_is_that_of_one_kind_of_samples(
 ) -> None:
     def identity(*more: str) -> str:
         words = arguments(byte_dataset, tmp_path, *keys, *more)
-        return open_data(load_config(words[1], words[2:]), 0, 1).train.fingerprint(32)
+        return open_data(load_config(words[1], words[2:]), Topology(), 0).train.fingerprint(32)
 
     assert identity() != identity(*other) == identity(*other)
 

@@ -15,6 +15,7 @@ from megallama.config.schema import IGNORE_INDEX, RunConfig
 from megallama.data.loader import Loader, MicroBatch, open_data, prefetched
 from megallama.data.masking import Masking, masking_of
 from megallama.errors import UserError
+from megallama.layout.topology import Topology
 from megallama.text.tokenizer import load_tokenizer
 
 Write = Callable[..., str]
@@ -41,7 +42,7 @@ def config(prefix: str, **train: Any) -> RunConfig:
 
 
 def loader(prefix: str, rank: int = 0, dp: int = 1, **train: Any) -> Loader:
-    return open_data(config(prefix, **train), rank, dp).train
+    return open_data(config(prefix, **train), Topology(dp=dp), rank).train
 
 
 def both(batches: list[MicroBatch]) -> torch.Tensor:
@@ -144,7 +145,7 @@ def test_epochs_and_seeds_have_masks_of_their_own() -> None:
 
 def test_an_evaluation_has_the_same_masks_each_time_and_at_every_layout(prefix: str) -> None:
     def rows(mbs: int, dp: int) -> list[list[int]]:
-        data = [open_data(config(prefix, micro_batch_size=mbs), rank, dp).validation for rank in range(dp)]
+        data = [open_data(config(prefix, micro_batch_size=mbs), Topology(dp=dp), rank).validation for rank in range(dp)]
         micros = zip(*(list(one.evaluation(7)) for one in data if one is not None), strict=True)
         found = [both([batch]) for micro in micros for batch in micro]
         return [row for row in torch.cat(found, dim=1)[1].tolist() if row != [IGNORE_INDEX] * 31]

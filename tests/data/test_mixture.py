@@ -28,6 +28,7 @@ from megallama.data.source import open_source
 from megallama.data.trace import parse_steps, trace
 from megallama.errors import UserError
 from megallama.layout.budget import NOTHING_SEEN, Seen, stage_samples
+from megallama.layout.topology import Topology
 from tests.launching import ROOT
 
 Write = Callable[..., str]
@@ -82,7 +83,7 @@ def test_ranks_share_a_step_and_a_position_says_everything(paths: dict[str, str]
     config = config_of(sources(paths))
     whole = read_over(open_mixture(config).train, range(36, 40))
     for dp in (1, 2, 4):
-        ranks = [open_data(config, rank, dp).train.step(36) for rank in range(dp)]
+        ranks = [open_data(config, Topology(dp=dp), rank).train.step(36) for rank in range(dp)]
         tokens = torch.cat([batch.tokens for micro in zip(*ranks, strict=True) for batch in micro])
         assert [row[:-1] for row in whole] == [tuple(row) for row in tokens.tolist()]
 
@@ -106,7 +107,7 @@ def test_stages_that_have_begun_stay_where_they_began_and_others_follow_the_batc
     # Seven steps of 4 samples were done, and the run goes on with 8.
     seen = Seen(7, 28, 4, (0, 20, 36))
     assert stage_samples(config, seen) == (0, 20, 28 + 2 * 8)
-    data = open_data(config, 0, 1).begun_at(stage_samples(config, seen))
+    data = open_data(config, Topology(), 0).begun_at(stage_samples(config, seen))
     assert isinstance(data.train.source, Mixture)
     assert [stage.first_sample for stage in data.train.source.blend.stages] == [0, 20, 44]
 
@@ -147,7 +148,7 @@ def test_the_identity_covers_what_was_read_and_not_what_comes_later(paths: dict[
 
 
 def test_the_tail_of_each_source_is_held_out(paths: dict[str, str]) -> None:
-    data = open_data(config_of(sources(paths)), 0, 1)
+    data = open_data(config_of(sources(paths)), Topology(), 0)
     assert [*data.evaluated] == ["train", "validation", "validation/web", "validation/books", "validation/code"]
     assert data.validation is not None
     blend = data.validation.source
@@ -162,9 +163,9 @@ def test_the_tail_of_each_source_is_held_out(paths: dict[str, str]) -> None:
     batches = [*data.validation.evaluation(1000)]
     assert len(batches) == blend.samples_per_epoch
     assert not (batches[-1].labels == IGNORE_INDEX).all()
-    alone = open_data(config_of(sources(paths, web=1)), 0, 1)
+    alone = open_data(config_of(sources(paths, web=1)), Topology(), 0)
     assert [*alone.evaluated] == ["train", "validation"]
-    path = open_data(config_of(sources(paths), validation_path=paths["code"]), 0, 1)
+    path = open_data(config_of(sources(paths), validation_path=paths["code"]), Topology(), 0)
     assert [*path.evaluated] == ["train", "validation"]
     assert path.train.source.parts[0].split.end_document == 20  # books: nothing is held out
 
@@ -173,10 +174,10 @@ def test_the_tail_of_each_source_is_held_out(paths: dict[str, str]) -> None:
 def test_what_a_dataset_alone_is_read_as_it_is_read_as_in_a_mixture(
     paths: dict[str, str], keys: dict[str, Any]
 ) -> None:
-    mixture = open_data(config_of(sources(paths, web=1.0), **keys), 0, 1).train
+    mixture = open_data(config_of(sources(paths, web=1.0), **keys), Topology(), 0).train
     alone = config_of(None, path=paths["web"], **keys)
     source = open_source(alone.data, "validation", alone.train.seed, 257)
-    held_out = open_data(config_of(sources(paths, web=1.0), **keys), 0, 1).validation
+    held_out = open_data(config_of(sources(paths, web=1.0), **keys), Topology(), 0).validation
     assert held_out is not None
     assert held_out.source.sample(3).tolist() == source.sample(3).tolist()
     assert mixture.source.masked_id == source.masked_id
@@ -191,13 +192,13 @@ def test_unfit_sources_are_refused_in_a_sentence(paths: dict[str, str], write_da
         ([{"path": write_dataset("big", [[900] * 99] * 9), "weight": 1}], "source big: .*does not cover the id 900"),
     ):
         with pytest.raises(UserError, match=rf"data\.mixture, {sentence}"):
-            open_data(config_of(found), 0, 1)
+            open_data(config_of(found), Topology(), 0)
 
 
 def test_a_limit_of_epochs_is_refused_with_the_largest_weight_that_fits(paths: dict[str, str]) -> None:
     def opened(weight: float, epochs: float | None, seen: Seen = NOTHING_SEEN) -> None:
         limited = {"path": paths["code"], "weight": weight, "epochs": epochs}
-        open_data(config_of([*sources(paths, web=0.6, books=0.4), limited], 30), 0, 1, seen)
+        open_data(config_of([*sources(paths, web=0.6, books=0.4), limited], 30), Topology(), 0, seen)
 
     with pytest.raises(UserError) as refused:  # 8 documents of 10 tokens: 8 windows of 9
         opened(1.0, 2)
@@ -213,7 +214,7 @@ def test_a_limit_of_epochs_is_refused_with_the_largest_weight_that_fits(paths: d
     with pytest.raises(UserError, match="use less weight for it in stages that have not begun, or epochs="):
         opened(1.0, 2, seen=Seen(1, 4, 4, (0,)))  # its weight is that of samples that were read
     with pytest.raises(UserError, match=r"more than its epochs=1; use epochs=1\.36"):  # alone: no weight would do
-        open_data(config_of([{"path": paths["web"], "weight": 1, "epochs": 1}], 18), 0, 1)
+        open_data(config_of([{"path": paths["web"], "weight": 1, "epochs": 1}], 18), Topology(), 0)
 
 
 def test_a_plan_counts_what_the_run_will_read(paths: dict[str, str]) -> None:
@@ -247,7 +248,7 @@ def test_a_trace_is_what_the_ranks_read(paths: dict[str, str]) -> None:
         (b.step, b.sample, b.source, b.window) for b in two
     ]
     for rank in range(2):
-        rows = torch.cat([batch.tokens for batch in open_data(config, rank, 2).train.step(16)]).tolist()
+        rows = torch.cat([batch.tokens for batch in open_data(config, Topology(dp=2), rank).train.step(16)]).tolist()
         mine = [mixture.sample(each.sample).tolist()[:-1] for each in two if each.step == 3 and each.rank == rank]
         assert rows == mine
     assert parse_steps("3") == (3, 3)

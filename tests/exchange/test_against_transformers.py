@@ -25,6 +25,7 @@ from megallama.data.loader import open_data
 from megallama.exchange.incoming import import_folder
 from megallama.exchange.outgoing import export
 from megallama.layout.counts import count_parameters, weight_shapes
+from megallama.layout.topology import Topology
 from megallama.text.tokenizer import load_tokenizer
 from tests.exchange.foreign import LLAMA3, VARIANTS, meta_logits, our_llama, random_llama, save, write_meta_folder
 from tests.launching import ROOT, arguments, clean_environment, events, pretrain
@@ -144,7 +145,7 @@ def test_training_goes_on_with_the_losses_of_a_loop_of_transformers(
 
 def _transformers_losses(model: LlamaForCausalLM, config: Any) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
-    loader, losses = open_data(config, 0, 1).train, []
+    loader, losses = open_data(config, Topology(), 0).train, []
     for step in range(3):
         batches = list(loader.step(4 * step))
         tokens, labels = torch.cat([b.tokens for b in batches]), torch.cat([b.labels for b in batches])

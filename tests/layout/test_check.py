@@ -16,6 +16,7 @@ from megallama.layout.check import (
     check_training,
     dp_size,
     gradient_accumulation_steps,
+    legal_contexts,
     legal_tensors,
 )
 
@@ -141,8 +142,33 @@ REFUSED: list[tuple[list[str], int, str, list[tuple[list[str], int]]]] = [
      [(["parallel.layers_per_stage=[4]"], 1)]),
     (["parallel.pipeline=2", "parallel.schedule=interleaved1f1b", "model.tie_word_embeddings=true"], 2,
      "under interleaved1f1b puts one weight on two ranks", [(["parallel.pipeline=2"], 2)]),
-    (["parallel.context=2"], 2, "parallel.context=2 is not available yet; use parallel.context=1",
-     [(["parallel.context=1"], 2)]),
+    (["parallel.context=8"], 8, "data.sequence_length=120 is not a multiple of 2 * parallel.context = 2 * 8 = 16, "
+     "the slices that context parallelism cuts; nearest legal: data.sequence_length=112 or 128, or parallel.context=6 "
+     "or 10",
+     [(["parallel.context=8", "data.sequence_length=112"], 8), (["parallel.context=8", "data.sequence_length=128"], 8),
+      (["parallel.context=6"], 6), (["parallel.context=10"], 10)]),
+    # Four tensor-parallel ranks cut a part of the sequence again; 128 is more than the model takes.
+    (["parallel.context=8", "parallel.tensor=4", "model.max_position_embeddings=127"], 32,
+     "nearest legal: data.sequence_length=96, or parallel.context=6 or 10",
+     [(["parallel.context=8", "parallel.tensor=4", "data.sequence_length=96"], 32),
+      (["parallel.context=6", "parallel.tensor=4"], 24), (["parallel.context=10", "parallel.tensor=4"], 40)]),
+    (["parallel.context=4", "parallel.tensor=4"], 16, "parallel.tensor=4 does not divide data.sequence_length / "
+     "parallel.context = 120 / 4 = 30, which parallel.sequence cuts; nearest legal: 2",
+     [(["parallel.context=4", "parallel.tensor=2"], 8),
+      (["parallel.context=4", "parallel.tensor=4", "parallel.sequence=false"], 16)]),
+    (["parallel.context=3", "parallel.context_mode=ulysses"], 3, "parallel.context=3 does not divide "
+     "model.num_key_value_heads / parallel.tensor = 4 / 1 = 4, the heads of each rank, which "
+     "parallel.context_mode=ulysses cuts; nearest legal: parallel.context=2 or 4, or parallel.context_mode=gather",
+     [(["parallel.context=2", "parallel.context_mode=ulysses"], 2),
+      (["parallel.context=4", "parallel.context_mode=ulysses"], 4),
+      (["parallel.context=3", "train.global_batch_size=18"], 3)]),
+    # One key head over two tensor-parallel ranks is picked once for each of their six query heads.
+    (["parallel.context=5", "parallel.context_mode=ulysses", "parallel.tensor=2", "model.num_key_value_heads=1"], 10,
+     "does not divide model.num_attention_heads / parallel.tensor = 12 / 2 = 6, the heads of each rank, which "
+     "parallel.context_mode=ulysses cuts; nearest legal: parallel.context=3 or 6",
+     [(["parallel.context=3", "parallel.context_mode=ulysses", "parallel.tensor=2", "model.num_key_value_heads=1"], 6),
+      (["parallel.context=6", "parallel.context_mode=ulysses", "parallel.tensor=2", "model.num_key_value_heads=1"], 12),
+      ]),
     (["data.sequence_length=4096"], 1, "data.sequence_length=4096 is more than model.max_position_embeddings=2048; "
      "nearest legal: data.sequence_length=2048, or model.max_position_embeddings=4096",
      [(["data.sequence_length=2048"], 1), (["data.sequence_length=4096", "model.max_position_embeddings=4096"], 1)]),
@@ -202,6 +228,7 @@ def test_a_refusal_names_keys_and_numbers_and_its_advice_passes(
         ),
         (["zero.stage=2", "train.compile=true", "train.recompute=full"], 2, Batching(2, 2, 4)),
         (["model.num_key_value_heads=1", "parallel.tensor=4"], 4, Batching(4, 1, 8)),
+        (["parallel.context=2", "parallel.tensor=2", "parallel.pipeline=2"], 16, Batching(16, 2, 4)),
     ],
 )
 def test_legal_runs_get_their_batching(
@@ -244,3 +271,20 @@ def test_every_tensor_size_called_legal_passes_and_every_other_is_refused(tmp_pa
         else:
             with pytest.raises(UserError):
                 check_config(config, tensor)
+
+
+@pytest.mark.parametrize("mode", ["gather", "ulysses"])
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_every_context_size_called_legal_passes_and_every_other_is_refused(
+    tmp_path: Path, mode: str, tensor: int
+) -> None:
+    given = [f"parallel.context_mode={mode}", f"parallel.tensor={tensor}", "train.micro_batch_size=1"]
+    legal = legal_contexts(run(tmp_path, given))
+    assert legal[:3] == ([1, 2, 3] if mode == "gather" else [1, 2, 4][: 3 - tensor // 2])
+    for context in range(1, 17):
+        config = run(tmp_path, [*given, f"parallel.context={context}"])
+        if context in legal:
+            check_config(config, tensor * context)
+        else:
+            with pytest.raises(UserError):
+                check_config(config, tensor * context)

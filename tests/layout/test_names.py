@@ -10,8 +10,8 @@ from megallama.verify.verify import layers_for, verify
 from tests.verify.test_parity import assert_all_equal, debug_config
 
 MISTAKES = {
-    "zero9": "unknown word 'zero9' in layout 'zero9'; a layout is made of tpN, ppN, dpN and accN with N from 1, "
-    "zeroN with N from 1 to 3, ",
+    "zero9": "unknown word 'zero9' in layout 'zero9'; a layout is made of tpN, ppN, dpN, cpN and accN with N "
+    "from 1, zeroN with N from 1 to 3, ",
     "zero0": "unknown word 'zero0'",
     "tp0": "unknown word 'tp0'",
     "dp2-acc0": "unknown word 'acc0' in layout 'dp2-acc0'",

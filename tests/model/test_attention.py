@@ -17,7 +17,7 @@ from megallama.config.data_keys import DataConfig
 from megallama.config.schema import IGNORE_INDEX, ModelConfig, Objective
 from megallama.data.loader import Loader, MicroBatch
 from megallama.data.source import open_source
-from megallama.model.attention import ATTENTION, AttentionCore, FusedAttention, flex_attention, lengths, positions
+from megallama.model.attention import AttentionCore, FusedAttention, flex_attention, positions
 from megallama.model.init import initialise
 from megallama.model.llama import Llama, Recompute, TensorParallelContext
 
@@ -38,8 +38,9 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def test_positions_begin_anew_in_each_document() -> None:
-    assert lengths(DOCUMENTS) == [7, 1, 24, 32, 3, 28, 1]
-    assert positions(DOCUMENTS).flatten().tolist() == [p for n in lengths(DOCUMENTS) for p in range(n)]
+    lengths = [7, 1, 24, 32, 3, 28, 1]
+    assert [size for size, _ in FusedAttention(causal=True).stretches(DOCUMENTS)] == lengths
+    assert positions(DOCUMENTS).flatten().tolist() == [p for n in lengths for p in range(n)]
 
 
 @pytest.mark.parametrize("objective", ["causal", "masked"])
@@ -49,7 +50,7 @@ def test_attention_within_documents_is_that_of_a_dense_mask(objective: Objective
     if objective == "masked":
         seen = DOCUMENTS[:, None, :, None] == DOCUMENTS[:, None, None]
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
-    found = ATTENTION[objective].within(DOCUMENTS, 16)(q, k, v)
+    found = FusedAttention(causal=objective == "causal").within(DOCUMENTS, 16)(q, k, v)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     target = random(*found.shape, seed=4)
     theirs, mine = (torch.autograd.grad((each * target).sum(), (q, k, v)) for each in (expected, found))
@@ -62,13 +63,15 @@ def test_the_mask_of_a_gpu_is_the_same(objective: Objective) -> None:
     """Its kernel is compiled; here torch computes what it means, forward only, over several blocks of 128."""
     documents = torch.tensor([[0] * 100 + [1] * 150 + [2] * 50, [0] * 299 + [1]])
     q, k, v = (random(2, heads, 300, 16, seed=heads).detach() for heads in (4, 2, 2))
-    core = ATTENTION[objective]
+    core = FusedAttention(causal=objective == "causal")
     found = flex_attention(q, k, v, block_mask=core.block_mask(documents))
     torch.testing.assert_close(found, core.within(documents, 16)(q, k, v), rtol=1e-10, atol=1e-10)
 
 
 def model(objective: Objective = "causal", recompute: Recompute = "none") -> Llama:
-    made = Llama(SHAPE, TensorParallelContext(attention=ATTENTION[objective]), recompute=recompute)
+    made = Llama(
+        SHAPE, TensorParallelContext(attention=FusedAttention(causal=objective == "causal")), recompute=recompute
+    )
     initialise(made, made.shard_slices, seed=7, num_layers=SHAPE.num_hidden_layers, std=0.1)
     return made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +22,7 @@ from megallama.data.loader import MicroBatch
 from megallama.layout.counts import FORWARD_AGAIN
 from megallama.layout.stages import stages
 from megallama.layout.topology import Topology
+from megallama.model.attention import attention_of
 from megallama.model.llama import TensorParallelContext
 from megallama.model.offload import OffloadedInputs, _Arriving, _Input
 from megallama.model.stages import ModelStages
@@ -28,7 +30,7 @@ from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ParallelMesh, build_mesh
 from megallama.parallel.spawn import run_ranks
 from megallama.plan.memory.activations import largest_weight, stage_bytes, tensors
-from megallama.plan.memory.dry_run import KeptForBackward, fused_norm
+from megallama.plan.memory.dry_run import KeptForBackward, fused_attention, fused_norm
 from megallama.plan.memory.in_flight import fullest
 from megallama.plan.memory.ledger import fullest_peak, messages, peak_at
 from megallama.plan.memory.state import rank_parameters
@@ -75,9 +77,40 @@ def test_tensor_parallel_ranks_keep_what_the_ledger_says() -> None:
         assert ranks == [pytest.approx(planned_bytes(config), rel=0.001)] * 2, config
 
 
+CONTEXT_PARALLEL = [
+    run("grouped", "parallel.context=2", f"parallel.context_mode={mode}", f"train.recompute={recompute}", *more)
+    for mode in ("gather", "ulysses")
+    for recompute in ("none", "selective", "full")
+    for more in (
+        ["train.dtype=bf16"],
+        ["train.dtype=fp32", "data.document_mask=true"],
+        ["train.dtype=bf16", "train.objective=masked"],
+    )
+]
+
+
+def test_context_parallel_ranks_keep_what_the_ledger_says() -> None:
+    measured = run_ranks(kept_by_rank, 2, CONTEXT_PARALLEL)
+    for config, *ranks in zip(CONTEXT_PARALLEL, *measured, strict=True):
+        assert ranks == [pytest.approx(planned_bytes(config), rel=0.001)] * 2, config
+
+
 def kept_by_rank(launch: Launch, configs: list[RunConfig]) -> list[int]:
-    mesh = build_mesh(Topology(tp=launch.world_size), launch, torch.device("cpu"))
-    return [kept_bytes(config, TensorParallelContext(mesh.tp, config.parallel.sequence_parallel)) for config in configs]
+    parallel = configs[0].parallel
+    mesh = build_mesh(Topology(cp=parallel.context, tp=parallel.tensor), launch, torch.device("cpu"))
+    attention = (
+        patch.object(F, "scaled_dot_product_attention", fused_attention) if parallel.context > 1 else nullcontext()
+    )
+    with attention:  # a CPU's keeps masks of slices as well
+        return [
+            kept_bytes(
+                config,
+                TensorParallelContext(
+                    mesh.tp, config.parallel.sequence_parallel, attention=attention_of(config, mesh.axes)
+                ),
+            )
+            for config in configs
+        ]
 
 
 def planned_bytes(config: RunConfig) -> int:
@@ -87,10 +120,12 @@ def planned_bytes(config: RunConfig) -> int:
 def kept_bytes(config: RunConfig, tp_context: TensorParallelContext) -> int:
     model = ModelStages(config.model, stages(config), 0, tp_context, recompute=config.train.recompute)
     fill(model, config)
-    tokens = torch.zeros(config.train.micro_batch_size, config.data.sequence_length, dtype=torch.int64)
+    rows, length = config.train.micro_batch_size, config.data.sequence_length
+    tokens = torch.zeros(rows, length // config.parallel.context, dtype=torch.int64)
+    documents = torch.arange(length).expand(rows, -1) // 24 if config.data.documents_apart else None
     kept = KeptForBackward(model.parameters())
     with kept.counting():
-        model(tokens, tokens).backward()
+        model(tokens, tokens, documents).backward()
     return kept.size
 
 

@@ -18,12 +18,16 @@ from megallama.plan.memory import dry_run
 CONFIGS = Path(__file__).parents[2] / "configs"
 app = typer.Typer()
 app.command()(plan)
+LONG = ["data.sequence_length=65536", "model.max_position_embeddings=65536", "train.global_batch_size=128"]
 LAYOUTS = [
     ["7b.yaml", "--gpus", "128", "--rank", "0"],
     ["7b.yaml", "--gpus", "128", "train.recompute=full"],
     ["7b.yaml", "--gpus", "8", "parallel.sequence=false", "train.recompute=selective", "train.dtype=fp32"],
     ["405b.yaml", "--gpus", "16384", "train.global_batch_size=2048", "--rank", "7777"],
     ["8b.yaml", "parallel.tensor=16", "train.recompute=full", "train.device=cpu", "model.num_hidden_layers=4"],
+    ["405b.yaml", "--gpus", "16384", "parallel.context=16", *LONG, "--rank", "7777"],
+    ["8b.yaml", "--gpus", "16", "parallel.context=8", *LONG, "train.recompute=full"],
+    ["8b.yaml", "--gpus", "8", "parallel.context=4", "parallel.context_mode=ulysses", *LONG, "train.recompute=full"],
     ["8b.yaml", "--gpus", "4", "parallel.pipeline=4", "parallel.tensor=1", "parallel.schedule=dualpipev"],
 ]
 

@@ -19,6 +19,7 @@ from megallama.config.schema import RunConfig
 from megallama.data.loader import open_data
 from megallama.layout.counts import count_parameters, weight_shapes
 from megallama.layout.frozen import frozen_weights
+from megallama.layout.topology import Topology
 from megallama.model.init import initialise
 from megallama.model.llama import Llama
 from megallama.parallel.launch import Launch
@@ -65,7 +66,7 @@ def plain_loop(config: RunConfig) -> tuple[dict[str, Tensor], dict[str, Tensor],
         {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, betas=config.optimizer.betas, eps=config.optimizer.eps)
-    loader, norms = open_data(config, 0, 1).train, []
+    loader, norms = open_data(config, Topology(), 0).train, []
     before = logical(model)
     for step in range(4):
         batches = loader.step(step * config.train.global_batch_size)

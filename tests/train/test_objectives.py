@@ -23,6 +23,7 @@ from megallama.data.indexed import IndexedWriter, token_dtype
 from megallama.data.loader import open_data
 from megallama.errors import UserError
 from megallama.generation.load import load_model
+from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import run_ranks
 from megallama.train.start import start
@@ -130,7 +131,7 @@ def test_a_masked_model_learns_from_what_stands_around(tmp_path: Path) -> None:
     rate = ["train.steps=600", "optimizer.lr=5e-3", "schedule.warmup_steps=40", "evaluation.every=0"]
     words = arguments(str(tmp_path / "data"), tmp_path / "run", *MASKED, *sizes, *batch, *rate)
     assert pretrain(1, words) == [(0, "")]
-    validation = open_data(load_config(words[1], words[2:]), 0, 1).validation
+    validation = open_data(load_config(words[1], words[2:]), Topology(), 0).validation
     assert validation is not None
     labels = np.concatenate([batch.labels.numpy().ravel() for batch in validation.evaluation(64)])
     counts = np.unique(labels[labels != IGNORE_INDEX], return_counts=True)[1]

@@ -20,6 +20,7 @@ from megallama.config.schema import IGNORE_INDEX
 from megallama.corpus.building.build import build_dataset
 from megallama.data.indexed import IndexedWriter, token_dtype
 from megallama.data.loader import open_data
+from megallama.layout.topology import Topology
 from tests.launching import CONFIG, arguments, events, losses, pretrain, tree
 from tests.parallel.test_agreement import apart, assert_refused_together
 from tests.test_bad_input import assert_refused_by_all
@@ -92,7 +93,7 @@ def test_ranks_share_the_samples_of_a_set(
     def labels(size: int, dp: int, samples: int) -> list[list[list[int]]]:
         batches = [f"train.micro_batch_size={size}", "train.global_batch_size=24"]
         config = load_config(CONFIG, words(byte_dataset, tmp_path / "run", folder, *objective, *batches)[2:])
-        ranks = [open_data(config, rank, dp).sets["web"].evaluation(samples) for rank in range(dp)]
+        ranks = [open_data(config, Topology(dp=dp), rank).sets["web"].evaluation(samples) for rank in range(dp)]
         every = [[row for batch in rank for row in batch.labels.tolist()] for rank in ranks]
         return [[row for row in rank if set(row) != {IGNORE_INDEX}] for rank in every]
 

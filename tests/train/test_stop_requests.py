@@ -23,7 +23,7 @@ Make = Callable[[float], StopRequests]
 @pytest.fixture
 def requests(tmp_path: Path) -> Make:
     """Makes the requests of a run that has so many seconds left."""
-    mesh = ParallelMesh(Topology(), 0, torch.device("cpu"), ALONE, ALONE, ALONE, ALONE, ALONE)
+    mesh = ParallelMesh(Topology(), 0, torch.device("cpu"), {}, ALONE, ALONE, ALONE)
 
     def make(seconds: float) -> StopRequests:
         return StopRequests(tmp_path, None, mesh, (_process_age() + seconds) / 60, 10**9, Launch())

@@ -13,7 +13,7 @@ import megallama.data.loader
 import megallama.train.run
 from megallama.data.masking import Masking
 from megallama.layout.names import parse_layout
-from megallama.model.attention import ATTENTION
+from megallama.model.attention import causal_attention
 from megallama.verify.shrink import shrink
 from megallama.verify.verify import Plant, verify
 from tests.verify.test_parity import assert_all_equal, debug_config
@@ -62,7 +62,7 @@ def masks_of_its_own_on_each_rank() -> None:
 
 
 def causal_attention_after_all() -> None:
-    megallama.train.run.ATTENTION = {"masked": ATTENTION["causal"]}  # type: ignore[attr-defined]
+    megallama.train.run.attention_of = lambda config, axes: causal_attention  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import megallama.model.layers
 import megallama.train.engine
 import megallama.train.loop
 from megallama.layout.names import parse_layout
+from megallama.parallel import collectives
 from megallama.verify.verify import Plant, verify
 from tests.verify.test_parity import debug_config
 
@@ -76,6 +79,13 @@ def one_rank_moves_a_norm() -> None:
     megallama.train.engine.Engine.step = step_and_move  # type: ignore[method-assign]
 
 
+def gradients_of_keys_that_others_read_lost() -> None:
+    def own_part(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].chunk(ctx.axis.size, ctx.dim)[ctx.axis.rank].contiguous(), None, None
+
+    patch.object(collectives._Gather, "backward", staticmethod(own_part)).start()
+
+
 def one_rank_raises() -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("planted")
@@ -95,11 +105,13 @@ def one_rank_raises() -> None:
             "RuntimeError: stack expects a non-empty TensorList",
         ),
         ("pp2-dp2", "bf16", no_reduction_over_data_parallel_ranks, "gradient"),
+        ("cp2", "fp32", gradients_of_keys_that_others_read_lost, "gradient"),
         ("tp2", "fp32", no_reduction_of_norm_gradients, "gradient"),
         ("tp2", "bf16", no_reduction_of_norm_gradients, "gradient"),
         ("tp2", "fp32", shards_not_marked_for_the_norm, "first_norm"),
         ("tp2", "bf16", shards_not_marked_for_the_norm, "RuntimeError: stack expects a non-empty TensorList"),
         ("dp2", "fp32", mean_of_means, "loss"),
+        ("cp2", "fp32", mean_of_means, "loss"),
         ("dp2", "fp32", no_reduction_over_data_parallel_ranks, "KeyError: 0"),  # DeepSpeed itself trips over it
         ("dp2", "bf16", no_reduction_over_data_parallel_ranks, "gradient"),
         ("dp2", "fp32", one_rank_raises, "RuntimeError: planted"),

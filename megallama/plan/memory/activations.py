@@ -24,7 +24,13 @@ class Tensors:
     positions: int
     """The positions of one micro-batch on this rank, before sequence parallelism."""
     sequence: int
-    """The positions of one sequence."""
+    """The positions of one sequence, on all ranks that share it."""
+    context: int
+    """Ranks that share a sequence."""
+    exchanges: bool
+    """They have some heads of the whole of it in attention, and not all keys and values (`ulysses`)."""
+    outputs: int
+    """Copies of attention's output: o_proj reads another where it is put together of slices or documents, or sent."""
     between: int
     """Positions between tensor-parallel regions."""
     hidden: int
@@ -52,6 +58,11 @@ class Tensors:
         return self.fused_norm or self.element == 4
 
     @property
+    def keys(self) -> int:
+        """Elements of the keys that attention reads on this rank; as many of the values."""
+        return self.positions * self.key * (1 if self.exchanges else self.context)
+
+    @property
     def state(self) -> int:
         """Bytes of the hidden state between tensor-parallel regions."""
         return self.element * self.between * self.hidden
@@ -66,15 +77,21 @@ def tensors(config: RunConfig) -> Tensors:
     """The sizes of a run's tensors on each rank; the CPU's norm only where the run asks for a CPU."""
     model, parallel = config.model, config.parallel
     tp, size = parallel.tensor, model.head_size
-    sequence = config.data.sequence_length // parallel.context
-    positions = config.train.micro_batch_size * sequence
-    gathers = model.kv_heads % tp != 0
+    positions = config.train.micro_batch_size * config.data.sequence_length // parallel.context
+    gathers, exchanges = model.kv_heads % tp != 0, parallel.context_mode == "ulysses"
+    apart = config.data.documents_apart
+    copied = apart and config.train.device == "cpu"  # a GPU has one kernel for all documents and slices
+    if parallel.context > 1:
+        copied |= exchanges or (config.train.objective == "causal" and not apart)
     heads = model.num_attention_heads // tp
     query, key_values = heads * size, model.kv_heads * size // tp
     return Tensors(
         element=2 if config.train.dtype == "bf16" else 4,
         positions=positions,
-        sequence=sequence,
+        sequence=config.data.sequence_length,
+        context=parallel.context,
+        exchanges=exchanges,
+        outputs=2 if copied else 1,
         between=positions // tp if parallel.sequence_parallel else positions,
         hidden=model.hidden_size,
         query=query,
@@ -110,11 +127,20 @@ def layer_bytes(of: Tensors, recompute: str) -> int:
     """
     if recompute in FORWARD_AGAIN:
         return of.state if recompute == "full" or not of.fused_norm else 0
-    linear_inputs = 2 * of.state
-    values = of.key if of.gathers_heads else of.qkv
-    attention = of.element * (values + 2 * of.query + of.key) + 4 * of.heads
     mlp = of.element * of.up * (1 if recompute == "selective" else 2)
-    return 2 * norm_bytes(of) + linear_inputs + of.positions * (attention + mlp)
+    return 2 * norm_bytes(of) + 2 * of.state + attention_bytes(of) + of.positions * mlp
+
+
+def attention_bytes(of: Tensors) -> int:
+    """What attention keeps between its projections.
+
+    Context-parallel ranks keep the keys and values that came from all of them, in the order of the sequence, and none
+    of their own.
+    """
+    read = of.positions * (of.element * (1 + of.outputs) * of.query + 4 * of.heads)
+    if of.context > 1:
+        return read + 2 * of.element * of.keys
+    return read + of.positions * of.element * (of.key + (of.key if of.gathers_heads else of.qkv))
 
 
 def in_tiles(of: Tensors, recompute: str) -> bool:
@@ -138,7 +164,7 @@ class StageBytes:
 
     layers: int
     rotations: int
-    """cos and sin of every position of a sequence, fp32, made in each forward."""
+    """cos and sin of every position, of a sequence or of all, fp32, made in each forward."""
     embedding: int
     norm: int
     """The last norm."""
@@ -168,9 +194,11 @@ def stage_bytes(config: RunConfig, of: Tensors, stage: Stage, count: int) -> Sta
     first, last = stage.index == 0, stage.index == count - 1
     table = of.rows * of.hidden
     copied = not of.norm_keeps_input and recompute not in FORWARD_AGAIN
+    # Positions in documents differ from sequence to sequence.
+    rotated = of.positions if config.data.documents_apart else of.sequence // of.context
     return StageBytes(
         layers=len(stage.layers) * layer_bytes(of, recompute),
-        rotations=2 * 4 * of.sequence * config.model.head_size,
+        rotations=2 * 4 * rotated * config.model.head_size,
         embedding=of.positions * (8 if config.parallel.tensor == 1 else 9) if first else 0,
         norm=norm_bytes(of) if last else 0,
         loss=of.whole_state + 4 * table if last else 0,
@@ -220,14 +248,18 @@ def layer_backward_bytes(of: Tensors, recompute: str) -> int:
 
     The gradient of the layer's output, what is computed again, and the fullest of: the gradients of the product and of
     the down projection's weight; those of the product and its two factors, when the product is gone; that of the gate
-    and up projection's weight, when all of the MLP is gone but its gradient.
+    and up projection's weight, when all of the MLP is gone but its gradient; of gathered keys and values four tensors
+    that are as large as either, while slices' gradients are added, ordered and scattered.
     """
     gathered = of.whole_state if of.between < of.positions else 0
     product, weight = of.element * of.positions * of.width, of.element * of.hidden * of.width
     gates, gate_weights = of.element * of.positions * of.up, of.element * of.hidden * of.up
-    moments = (gathered + product + weight, gates, gathered + of.state + gate_weights - gates)
+    moments = [gathered + product + weight, gates, gathered + of.state + gate_weights - gates]
     if in_tiles(of, recompute):
-        moments = (0, 0, 2 * gathered + of.whole_state + _tiles_bytes(of))
+        moments, gates = [2 * gathered + of.whole_state + _tiles_bytes(of)], 0
+    if of.context > 1 and not of.exchanges:
+        kept = 2 * gates + norm_bytes(of) + of.state
+        moments.append(4 * of.element * of.keys + 2 * of.element * of.positions * of.query - kept)
     return recomputed_bytes(of, recompute) + of.state + max(moments)
 
 

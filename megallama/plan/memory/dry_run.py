@@ -7,7 +7,6 @@ torch.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,30 +15,30 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megallama.config.schema import RunConfig
 from megallama.layout.check import check_config, check_trained
 from megallama.layout.stages import Stage, stages
-from megallama.layout.topology import Topology
-from megallama.model.attention import ATTENTION
+from megallama.layout.topology import AXES, AxisName, Topology
+from megallama.model.attention import attention_of
 from megallama.model.llama import Llama, TensorParallelContext
 from megallama.model.stages import ModelStages
+from megallama.parallel.fake_world import fake_axis, fake_world
 from megallama.parallel.mesh import Axis
 from megallama.plan.memory.activations import stage_bytes, tensors
 from megallama.plan.memory.state import rank_parameters
-from megallama.plan.memory.traffic import stage_traffic
+from megallama.plan.memory.traffic import context_traffic, stage_traffic
 
 COLLECTIVES = {
     "c10d.allreduce_.default": "all_reduce",
     "c10d._allgather_base_.default": "all_gather",
     "c10d._reduce_scatter_base_.default": "reduce_scatter",
+    "c10d.alltoall_base_.default": "all_to_all",
 }
 """torch's names of those that a model issues."""
 
@@ -102,7 +101,7 @@ class Comparison:
 def check_rank(config: RunConfig, world_size: int, rank: int) -> list[Comparison]:
     """Everything that can be counted on `rank` of `world_size`.
 
-    Parameters, bytes kept for backward, tensor-parallel collectives, messages between stages.
+    Parameters, bytes kept for backward, collectives of the layers, messages between stages.
 
     UserError if the run is not legal on that many ranks.
     """
@@ -114,9 +113,10 @@ def check_rank(config: RunConfig, world_size: int, rank: int) -> list[Comparison
     mine = [stage for stage in every if stage.rank == place]
     planned = rank_parameters(config)[place].total
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    with _world_of(world_size, rank), FakeTensorMode(), torch.device("cpu"), _norms_of(config), _default(dtype):
-        axis, attention = _tensor_axis(topology, rank), ATTENTION[config.train.objective]
-        tp_context = TensorParallelContext(axis, parallel.sequence_parallel, attention=attention)
+    with fake_world(world_size, rank), FakeTensorMode(), torch.device("cpu"), _kernels_of(config), _default(dtype):
+        axes: dict[AxisName, Axis] = {name: fake_axis(topology, rank, name) for name in AXES if name != "dp"}
+        attention = attention_of(config, axes)
+        tp_context = TensorParallelContext(axes["tp"], parallel.sequence_parallel, attention=attention)
         chunks = ModelStages(config.model, every, place, tp_context, recompute=config.train.recompute)
         weights = list(chunks.parameters())
         found = [
@@ -130,7 +130,7 @@ def check_rank(config: RunConfig, world_size: int, rank: int) -> list[Comparison
 
 def _run_stage(config: RunConfig, stage: Stage, count: int, model: Llama) -> list[Comparison]:
     """One micro-batch through one stage, there and back."""
-    batch, length = config.train.micro_batch_size, config.data.sequence_length
+    batch, length = config.train.micro_batch_size, config.data.sequence_length // config.parallel.context
     tokens = torch.zeros(batch, length, dtype=torch.int64)
     cut = config.parallel.tensor if config.parallel.sequence_parallel else 1
     hidden = torch.zeros(batch, length // cut, config.model.hidden_size, requires_grad=True)
@@ -142,7 +142,7 @@ def _run_stage(config: RunConfig, stage: Stage, count: int, model: Llama) -> lis
         output.backward(torch.ones_like(output))
     words = f"stage {stage.index}:"
     planned = stage_bytes(config, tensors(config), stage, count).saved
-    traffic = stage_traffic(config, stage, count)
+    traffic = stage_traffic(config, stage, count) + context_traffic(config, len(stage.layers))
     found = [Comparison(f"{words} bytes kept for backward", planned, kept.size)]
     state = tensors(config).state
     if not last:
@@ -156,29 +156,38 @@ def _run_stage(config: RunConfig, stage: Stage, count: int, model: Llama) -> lis
     return found
 
 
-class FusedNorm(torch.autograd.Function):
-    """What a GPU's RMSNorm keeps for its backward (torch's `_fused_rms_norm`), without its arithmetic."""
+class GpuKernel(torch.autograd.Function):
+    """What a GPU's kernel keeps for its backward, without its arithmetic: what it reads, and a number for each row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
-        return x.clone()
+    def forward(ctx: Any, keeps_output: bool, *read: Tensor) -> Tensor:
+        output = torch.zeros_like(read[0])
+        row = read[0].new_empty(read[0].shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(*read, row, *([output] if keeps_output else []))
+        return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        _, weight, _ = ctx.saved_tensors
-        return grads[0].clone(), torch.zeros_like(weight)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        read = ctx.saved_tensors[: len(ctx.needs_input_grad) - 1]
+        return (None, *(torch.zeros_like(each) for each in read))
 
 
 def fused_norm(x: Tensor, shape: object, weight: Tensor, eps: float) -> Tensor:
-    """In place of `torch.nn.functional.rms_norm`."""
-    result: Tensor = FusedNorm.apply(x, weight)  # type: ignore[no-untyped-call]
+    """torch's `_fused_rms_norm`, in place of `torch.nn.functional.rms_norm`."""
+    result: Tensor = GpuKernel.apply(False, x, weight)  # type: ignore[no-untyped-call]
     return result
 
 
-def _norms_of(config: RunConfig) -> AbstractContextManager[object]:
-    """The norms of the device that is planned for."""
-    return nullcontext() if config.train.device == "cpu" else patch.object(F, "rms_norm", fused_norm)
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
+    """In place of `torch.nn.functional.scaled_dot_product_attention`; a CPU's keeps a mask of each slice as well."""
+    result: Tensor = GpuKernel.apply(True, q, k, v)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _kernels_of(config: RunConfig) -> AbstractContextManager[object]:
+    """Those of the device that is planned for."""
+    gpu = patch.multiple(F, rms_norm=fused_norm, scaled_dot_product_attention=fused_attention)
+    return nullcontext() if config.train.device == "cpu" else gpu
 
 
 @contextmanager
@@ -189,23 +198,3 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-@contextmanager
-def _world_of(world_size: int, rank: int) -> Iterator[None]:
-    """As `rank` of a world whose other ranks are not there."""
-    assert not dist.is_initialized()
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    try:
-        with warnings.catch_warnings():
-            # torch 2.13 renames the collectives that torch 2.11 has under these names alone.
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        dist.destroy_process_group()
-
-
-def _tensor_axis(topology: Topology, rank: int) -> Axis:
-    """This rank's tensor-parallel group; the others' are not needed, since nobody answers."""
-    mine = topology.peers(rank, ["tp"])
-    return Axis(dist.new_group(mine) if len(mine) > 1 else None, mine.index(rank), len(mine))

@@ -70,7 +70,7 @@ def memory_rows(config: RunConfig, dp_size: int) -> list[list[MemoryRow]]:
 
     UserError if the batch does not divide over `dp_size` copies.
     """
-    count = gradient_accumulation_steps(config, dp_size)
+    count, ranks = gradient_accumulation_steps(config, dp_size), dp_size * config.parallel.context
     moments = fullest(config.parallel, count)
     every, of = stages(config), tensors(config)
     kept = [stage_bytes(config, of, stage, len(every)) for stage in every]
@@ -78,13 +78,13 @@ def memory_rows(config: RunConfig, dp_size: int) -> list[list[MemoryRow]]:
     for rank, here in zip(rank_parameters(config), moments, strict=True):
         mine = [kept[index] for index in rank.stages]
         # What ZeRO sends and copies; ZeRO 3 gathers frozen weights as well.
-        weights = RankWeights(rank.total - rank.frozen * (config.zero.stage < 3), largest_weight(of), dp_size)
+        weights = RankWeights(rank.total - rank.frozen * (config.zero.stage < 3), largest_weight(of), ranks)
         reduced = reduced_bytes(config, weights, count)
         meanwhile = reduced if weights.total > config.zero.bucket_elements else 0
         meanwhile += own_gradients(config, of, weights, sum(each.total for each in mine))
         peak = fullest_peak(of, config.train.recompute, here, rank.stages, mine, meanwhile)
         buffers = buffer_row(config, of, weights, messages(every, rank.rank))
-        held = held_rows(config, rank, dp_size)
+        held = held_rows(config, rank, ranks)
         start = start_bytes(config, weights) - sum(row.size for row in held)
         for at, size in (after_backward(config, weights, reduced), ("start", start)):
             if size > peak.total + buffers.size:
@@ -107,12 +107,12 @@ def rank_bytes(config: RunConfig, world_size: int) -> list[int]:
     return [sum(row.size for row in rows) for rows in memory_rows(config, dp_size(config, world_size))]
 
 
-def held_rows(config: RunConfig, rank: RankParameters, dp_size: int) -> list[MemoryRow]:
-    """State that lies on the rank from the first step to the last; what only fills up in a row of its own."""
+def held_rows(config: RunConfig, rank: RankParameters, ranks: int) -> list[MemoryRow]:
+    """State that lies on the rank, of which ZeRO cuts some over `ranks`; what only fills up in a row of its own."""
     dtype, stage = config.train.dtype, config.zero.stage
-    rows = state_rows(dtype, stage, rank.sharded + rank.replicated, dp_size, rank.frozen)
-    fillers = rank.padding + sum(-part % (2 * dp_size) for part in (rank.sharded + rank.padding, rank.replicated))
-    padding = sum(row.size for row in state_rows(dtype, stage, fillers, dp_size))
+    rows = state_rows(dtype, stage, rank.sharded + rank.replicated, ranks, rank.frozen)
+    fillers = rank.padding + sum(-part % (2 * ranks) for part in (rank.sharded + rank.padding, rank.replicated))
+    padding = sum(row.size for row in state_rows(dtype, stage, fillers, ranks))
     words = f"{rank.padding} vocabulary rows' and {fillers - rank.padding} ZeRO's elements, all kinds"
     return [*rows, MemoryRow("padding", "padding", words, padding)]
 
@@ -192,8 +192,8 @@ def messages(every: Sequence[Stage], rank: int) -> int:
 def overhead(config: RunConfig, dp_size: int, beside_state: int) -> MemoryRow:
     """What the device has beside tensors; nothing on a CPU."""
     parallel = config.parallel
-    split = {"tp": parallel.tensor > 1, "pp": parallel.pipeline > 1, "data": dp_size * parallel.context > 1}
-    axes = (("tp",), ("pp",), ("data",), ("tp", "pp"), ("tp", "pp", "data"))
+    split = {"tp": parallel.tensor > 1, "pp": parallel.pipeline > 1, "cp": parallel.context > 1, "dp": dp_size > 1}
+    axes = (("tp",), ("pp",), ("cp",), ("cp", "dp"), ("tp", "pp"), ("tp", "pp", "cp", "dp"))
     groups = len({frozenset(filter(split.get, axis)) for axis in axes} - {frozenset()})  # of the same ranks: one
     if config.train.device == "cpu":
         return MemoryRow("overhead", "overhead", "none on a CPU", 0)

@@ -26,8 +26,9 @@ class MemoryRow:
     """Bytes."""
 
 
-def state_rows(dtype: str, stage: int, parameters: int, dp_size: int, frozen: int = 0) -> list[MemoryRow]:
-    """Resident state of a rank that holds `parameters` before ZeRO cuts them; those `frozen` are weights alone.
+def state_rows(dtype: str, stage: int, parameters: int, ranks: int, frozen: int = 0) -> list[MemoryRow]:
+    """Resident state of a rank that holds `parameters` before ZeRO cuts them over `ranks` (dp below, or dp * cp); those
+    `frozen` are weights alone.
 
     bf16 with fp32 gradient sums: stage 1 is `BF16_Optimizer` (runtime/bf16_optimizer.py), which adds each bf16 gradient
     to a whole fp32 sum as it appears, 6 + 12/dp bytes per parameter; stage 2 keeps its part of the sums alone, 2 +
@@ -36,18 +37,18 @@ def state_rows(dtype: str, stage: int, parameters: int, dp_size: int, frozen: in
     bytes at stage 1 (zero/stage_1_and_2.py); stages 2 and 3 then follow with gradients, and weights, cut as well.
     """
     assert stage in (1, 2, 3), stage
-    weight, cut_gradients = 2 if dtype == "bf16" else 4, dp_size if stage >= 2 else 1
+    weight, cut_gradients = 2 if dtype == "bf16" else 4, ranks if stage >= 2 else 1
     # Every stage adds a bf16 gradient to its fp32 sum as it appears.
     gradients = "fp32 gradients" if dtype == "fp32" else "fp32 gradient sums"
     kinds = (
-        (f"{dtype} weights", weight, parameters, dp_size if stage == 3 else 1),
+        (f"{dtype} weights", weight, parameters, ranks if stage == 3 else 1),
         (gradients, 4, parameters - frozen, cut_gradients),
-        ("fp32 master weights", 4, parameters - frozen, dp_size),
-        ("fp32 Adam moments", 8, parameters - frozen, dp_size),
+        ("fp32 master weights", 4, parameters - frozen, ranks),
+        ("fp32 Adam moments", 8, parameters - frozen, ranks),
     )
     return [
-        MemoryRow(name.replace(" ", "_"), name, f"{size} B * {count} / {ranks}", -(-count * size // ranks))
-        for name, size, count, ranks in kinds
+        MemoryRow(name.replace(" ", "_"), name, f"{size} B * {count} / {cut}", -(-count * size // cut))
+        for name, size, count, cut in kinds
     ]
 
 

@@ -1,4 +1,4 @@
-"""Tensor-parallel collectives of a stage for one micro-batch, forward and backward, as the layers issue them. Pure.
+"""Collectives of a stage for one micro-batch, forward and backward, as its layers issue them. Pure.
 
 Bytes are those of the whole message: the tensor that is reduced, what an all-gather makes, what a reduce-scatter takes.
 """
@@ -16,7 +16,7 @@ from megallama.plan.memory.activations import Tensors, in_tiles, logits_chunk, t
 
 @dataclass
 class Traffic:
-    """Number and bytes by kind of collective: all_reduce, all_gather, reduce_scatter."""
+    """Number and bytes by kind of collective: all_reduce, all_gather, reduce_scatter, all_to_all."""
 
     number: Counter[str] = field(default_factory=Counter)
     size: Counter[str] = field(default_factory=Counter)
@@ -32,7 +32,7 @@ class Traffic:
 
 
 def stage_traffic(config: RunConfig, stage: Stage, count: int, backwards: int = 1) -> Traffic:
-    """The collectives of stage `stage` of `count`; none where tensor parallelism is off.
+    """The tensor-parallel collectives of stage `stage` of `count`.
 
     A backward in two parts runs what is computed again in each: `backwards` of them.
     """
@@ -46,6 +46,25 @@ def stage_traffic(config: RunConfig, stage: Stage, count: int, backwards: int = 
         found.add("all_gather", of.whole_state, int(cut))
     if stage.index == count - 1:
         _add_head(found, of, cut)
+    return found
+
+
+def context_traffic(config: RunConfig, layers: int, backwards: int = 1) -> Traffic:
+    """The context-parallel collectives of so many layers.
+
+    Keys and values are gathered together and their gradients scattered; or they go from sequence to heads, as queries
+    do, and what attention makes of them back, and their gradients likewise. Full recomputation runs a forward again.
+    """
+    found, of = Traffic(), tensors(config)
+    if of.context == 1:
+        return found
+    again = backwards * layers if config.train.recompute == "full" else 0
+    if of.exchanges:
+        for width in (2 * of.key, of.query, of.query):
+            found.add("all_to_all", of.element * of.positions * width, 2 * layers + again)
+        return found
+    found.add("all_gather", 2 * of.element * of.keys, layers + again)
+    found.add("reduce_scatter", 2 * of.element * of.keys, layers)
     return found
 
 

@@ -23,12 +23,13 @@ class RankWeights:
     """Before it cuts them."""
     largest: int
     """The elements of the largest weight."""
-    dp_size: int
+    ranks: int
+    """Those over which it cuts them: dp * cp."""
 
     @property
     def mine(self) -> int:
         """The elements of this rank's part of the optimizer state."""
-        return -(-self.total // self.dp_size)
+        return -(-self.total // self.ranks)
 
 
 def buffer_row(config: RunConfig, of: Tensors, weights: RankWeights, messages: int) -> MemoryRow:

@@ -8,13 +8,14 @@ import shutil
 import typer
 
 from megallama.config.load import load_config
+from megallama.config.numbers import count
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.hardware.gpus import Gpu, find_gpu, load_hardware
 from megallama.layout.budget import planned_tokens
 from megallama.layout.check import check_config
 from megallama.layout.counts import count_parameters
-from megallama.plan.asked import Asked, count
+from megallama.plan.asked import Asked
 from megallama.plan.calibrate import calibrate
 from megallama.plan.report.plot import plot_plan
 from megallama.plan.report.run import fit_part, plan_run

@@ -91,6 +91,7 @@ def _layout(one: Candidate, on: Machine, tokens: float, price: float | None) -> 
     return {
         "tp": parallel.tensor,
         "pp": parallel.pipeline,
+        "cp": parallel.context,
         "dp": dp_size(one.config, one.world_size),
         "zero_stage": one.config.zero.stage,
         "schedule": parallel.schedule,
@@ -124,7 +125,7 @@ def _why_poor(best: Candidate, on: Machine) -> str:
         why = f"train.global_batch_size={batch} leaves {each} to each of dp {dp} copies"
         return f"Best of bad: an MFU of {mfu:.0%}, since {why}; take a larger batch, or fewer GPUs."
     step = step_time(config, gpus, on)
-    terms = ("matmul", "attention", "memory", "tensor", "pipeline", "bubble", "data", "optimizer")
+    terms = ("matmul", "attention", "memory", "tensor", "context", "pipeline", "bubble", "data", "optimizer")
     most = max(terms, key=lambda term: float(getattr(step, term)))
     share = getattr(step, most) / step.total
     return f"Best of bad: an MFU of {mfu:.0%}; {share:.0%} of the step is {most}: the model is small for these GPUs."

@@ -94,12 +94,14 @@ def summarise(
     return Summary(f"{title}{gpu.name}: {layout}", (*lines, _MORE), warning)
 
 
+_SHARES = ("compute", "tensor", "context", "pipeline", "bubble", "data", "optimizer")
 _MORE = ("more", "--explain: the arithmetic; --search: other layouts; --json: everything")
 
 
 def _layout(config: RunConfig, world_size: int) -> str:
     parallel, train = config.parallel, config.train
     words = [f"tp {parallel.tensor}", f"pp {parallel.pipeline}", f"dp {dp_size(config, world_size)}"]
+    words += [f"cp {parallel.context} {parallel.context_mode}"] if parallel.context > 1 else []
     if parallel.pipeline > 1:
         chunks = "" if schedule_of(parallel).stages_per_rank else f" x{parallel.chunks}"
         words.append(f"{parallel.schedule}{chunks}")
@@ -128,7 +130,7 @@ def _time(
     rate = speed(config, world_size, on.gpu, step.total)
     cost = run_cost(config, world_size, on, step.total, tokens, price)
     money = "" if cost.money is None else f", {_figure(cost.money)} at {price:g} per GPU-hour"
-    parts = ((name, getattr(step, name)) for name in ("compute", "tensor", "pipeline", "bubble", "data", "optimizer"))
+    parts = ((name, getattr(step, name)) for name in _SHARES)
     shares = [f"{name} {100 * seconds / step.total:.0f} %" for name, seconds in parts if seconds]
     what = "at the MFU that --mfu assumes" if step.assumed else ", ".join(shares)
     return [

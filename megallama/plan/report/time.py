@@ -16,7 +16,15 @@ from megallama.plan.memory.traffic import Traffic
 from megallama.plan.report.table import Part, Row
 from megallama.plan.time.communication import NODE_LATENCY, Group, data_traffic, latency, ring_bandwidth
 from megallama.plan.time.software import Machine
-from megallama.plan.time.step_time import OPTIMIZER_BYTES, StepTime, rank_works, slowest_work, step_time
+from megallama.plan.time.step_time import (
+    OPTIMIZER_BYTES,
+    StepTime,
+    context_group,
+    data_group,
+    rank_works,
+    slowest_work,
+    step_time,
+)
 
 # Power that a data centre draws for each watt of its machines: that of arXiv 2302.13971, table 15.
 PUE = 1.1
@@ -113,6 +121,7 @@ def _step_time(config: RunConfig, world_size: int, on: Machine, step: StepTime) 
         how = f"tokens * FLOPs per token / ({world_size} * {on.gpu.peak_tflops} TFLOP/s * the MFU assumed by --mfu)"
         return Part("step_time", title, (Row("total", "one step", how, step.total, "s"),))
     batching, parallel = check_batching(config, world_size), config.parallel
+    copies = data_group(config, batching.dp_size)
     works = rank_works(config, on)
     work = slowest_work(works, config, on)
     bandwidth, each = on.known("memory_tb_s"), f"{batching.gradient_accumulation_steps} micro-batches"
@@ -129,21 +138,25 @@ def _step_time(config: RunConfig, world_size: int, on: Machine, step: StepTime) 
     if parallel.tensor > 1:
         how = f"{each} * {_collectives(work.traffic, on.gpu, Group(parallel.tensor))}{_hidden(on, 'tensor')}"
         rows.append(Row("tensor", "tensor-parallel communication", how, step.tensor, "s"))
+    if parallel.context > 1:
+        how = f"{each} * {_collectives(work.context, on.gpu, context_group(config))}, {parallel.context_mode}"
+        rows.append(Row("context", "context-parallel communication", how, step.context, "s"))
     if parallel.pipeline > 1:
-        way = _speed_of(on.gpu, Group(2, parallel.tensor * batching.dp_size))
+        way = _speed_of(on.gpu, Group(2, copies.size * copies.stride))
         number = max(each.messages for each in works)
         one = f"{number} messages of {_bytes(tensors(config).state)} at {way}, {1e6 * NODE_LATENCY:g} us each"
         how = f"{each} * {one}{_hidden(on, 'pipeline')}"
         rows.append(Row("pipeline", "pipeline communication", how, step.pipeline, "s"))
-        waiting = step.bubble / (step.compute + step.tensor + step.pipeline)
-        how = f"{parallel.schedule}, pp {parallel.pipeline}: {waiting:.4g} of compute, tensor and pipeline"
+        waiting = step.bubble / (step.busy + step.pipeline)
+        between = "tensor, context" if parallel.context > 1 else "tensor"
+        how = f"{parallel.schedule}, pp {parallel.pipeline}: {waiting:.4g} of compute, {between} and pipeline"
         rows.append(Row("bubble", "bubble", how, step.bubble, "s"))
-    dp, parameters = batching.dp_size, max(each.parameters for each in works)
-    if dp > 1:
+    parameters = max(each.parameters for each in works)
+    if copies.size > 1:
         traffic = data_traffic(config, on.software, parameters, batching.gradient_accumulation_steps)
-        how = f"ZeRO-{config.zero.stage}: {_collectives(traffic, on.gpu, Group(dp, parallel.tensor))}"
+        how = f"ZeRO-{config.zero.stage}: {_collectives(traffic, on.gpu, copies)}"
         rows.append(Row("data", "data-parallel communication", how + _hidden(on, "data"), step.data, "s"))
-    share = on.software.optimizer_ranks(dp)
+    share = on.software.optimizer_ranks(copies.size)
     how = f"{OPTIMIZER_BYTES} B * {parameters:.4g} parameters / {share} copies over {bandwidth} TB/s"
     rows.append(Row("optimizer", "optimizer", how, step.optimizer, "s"))
     rows.append(Row("total", "one step", "sum, of the slowest pipeline rank", step.total, "s"))

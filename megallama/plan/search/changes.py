@@ -13,7 +13,7 @@ from megallama.layout.check import check_batching
 from megallama.layout.schedules import SCHEDULES
 from megallama.plan.memory.ledger import rank_bytes
 from megallama.plan.memory.state import GIB
-from megallama.plan.search.space import RECOMPUTE, ZERO_STAGES
+from megallama.plan.search.space import LEAST_PART, RECOMPUTE, ZERO_STAGES
 from megallama.plan.time.software import Machine
 from megallama.plan.time.step_time import step_time
 
@@ -52,14 +52,16 @@ def single_changes(config: RunConfig, world_size: int, node: int) -> list[Change
     """
     train, parallel, zero = config.train, config.parallel, config.zero
     modes = (*RECOMPUTE, "offload")
-    kind, batch = modes.index(train.recompute), train.micro_batch_size
+    kind, batch, cp = modes.index(train.recompute), train.micro_batch_size, parallel.context
     keys: list[tuple[str, str, Any]] = []
     keys += [("train", "micro_batch_size", batch // n) for n in range(2, batch + 1) if batch % n == 0]
     keys += [("zero", "stage", n) for n in ZERO_STAGES if n > zero.stage and (n < 3 or not train.compile)]
     keys += [("train", "recompute", each) for each in modes[kind + 1 :]]
     keys += [("parallel", "tensor", 2 * parallel.tensor)] if 2 * parallel.tensor <= node else []
+    keys += [("parallel", "context", 2 * cp)] if 2 * cp * LEAST_PART <= config.data.sequence_length else []
     keys += [("parallel", "pipeline", 2 * parallel.pipeline), ("parallel", "pipeline", parallel.pipeline // 2)]
-    keys += [("parallel", "tensor", parallel.tensor // 2), ("train", "micro_batch_size", 2 * batch)]
+    keys += [("parallel", "tensor", parallel.tensor // 2), ("parallel", "context", cp // 2)]
+    keys += [("train", "micro_batch_size", 2 * batch)]
     keys += [("train", "recompute", each) for each in modes[:kind]]
     keys += [("zero", "stage", n) for n in ZERO_STAGES if n < zero.stage]
     keys += [] if train.compile or zero.stage == 3 else [("train", "compile", True)]
@@ -97,12 +99,14 @@ def nearest_change(config: RunConfig, world_size: int) -> Change | None:
 
 
 def _more_gpus(config: RunConfig, world_size: int) -> Iterator[Change]:
-    """More stages on as many more GPUs, or more copies."""
-    pp = config.parallel.pipeline
+    """More stages on as many more GPUs, more parts of a long sequence, or more copies."""
+    pp, cp = config.parallel.pipeline, config.parallel.context
     for factor in (2, 4, 8):
         gpus = factor * world_size
-        for value in (factor * pp, pp):
-            change = _changed(config, gpus, "parallel", "pipeline", value, f" with --gpus {gpus}")
+        for key, value in (("pipeline", factor * pp), ("context", factor * cp), ("pipeline", pp)):
+            if key == "context" and value * LEAST_PART > config.data.sequence_length:
+                continue
+            change = _changed(config, gpus, "parallel", key, value, f" with --gpus {gpus}")
             if change is not None:
                 yield change
 

@@ -1,7 +1,7 @@
 """Every legal layout of a run on a number of GPUs, the fastest first; and why the others are none. Pure.
 
-A layout is tensor- x pipeline- x data-parallel size, ZeRO stage, schedule, micro-batch size and recomputation. Model,
-data and global batch stay as the run has them.
+A layout is tensor- x context- x pipeline- x data-parallel size, ZeRO stage, schedule, micro-batch size and
+recomputation. Model, data and global batch stay as the run has them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from megallama.plan.memory.state import GIB
 from megallama.plan.search.space import (
     MOST_MICRO_BATCH,
     RECOMPUTE,
+    Reject,
     choices,
+    contexts,
     pipeline_sizes,
     refusal,
     tensor_sizes,
@@ -53,19 +55,20 @@ class Candidate:
         """As `tp8 pp4 dp16 zero1 interleaved1f1b x2 micro-batch 2 selective`."""
         parallel, train = self.config.parallel, self.config.train
         dp = self.world_size // parallel.model_ranks
+        cp = f"cp{parallel.context} " if parallel.context > 1 else ""
         chunks = f" x{parallel.chunks}" if schedule_of(parallel).stages_per_rank is None else ""
         schedule = f" {parallel.schedule}{chunks}" if parallel.pipeline > 1 else ""
         return (
-            f"tp{parallel.tensor} pp{parallel.pipeline} dp{dp} zero{self.config.zero.stage}{schedule} "
+            f"tp{parallel.tensor} {cp}pp{parallel.pipeline} dp{dp} zero{self.config.zero.stage}{schedule} "
             f"micro-batch {train.micro_batch_size} {train.recompute}"
         )
 
     @property
     def complexity(self) -> tuple[int, ...]:
-        """What there is to understand: pipeline, tensor parallelism, schedule, recomputation, ZeRO."""
+        """What there is to understand: pipeline, tensor and context parallelism, schedule, recomputation, ZeRO."""
         parallel, train = self.config.parallel, self.config.train
         schedule = list(SCHEDULES).index(parallel.schedule) if parallel.pipeline > 1 else 0
-        axes = (parallel.pipeline > 1) + (parallel.tensor > 1)
+        axes = sum(size > 1 for size in parallel.sizes.values())
         return axes, schedule, RECOMPUTE.index(train.recompute), self.config.zero.stage, parallel.pipeline
 
 
@@ -103,9 +106,12 @@ def search(config: RunConfig, world_size: int, on: Machine) -> Search:
         raise UserError(
             f"--gpus={world_size} is no whole number of nodes of {node} {gpu.key}; whole nodes: {low} or {low + node}"
         )
-    for tp in tensor_sizes(config, world_size, gpu, result.reject):
-        for pp in pipeline_sizes(config, world_size // tp, tp, result.reject):
-            _search_sizes(config, tp, pp, world_size, on, result, sizes)
+    for one, tp, pp in _meshes(config, world_size, gpu, result.reject):
+        # Sequences are cut further only where a batch has too few of them, or something did not fit.
+        cp = one.parallel.context
+        few = 2 * world_size // (tp * pp * cp) > one.train.common_batch
+        if cp == 1 or few or _where(tp, pp, cp // 2) in sizes:
+            _search_sizes(one, tp, pp, world_size, on, result, sizes)
     if not result.found:
         raise UserError(
             f"no layout of {world_size} {gpu.key} is legal and fits; {_lacking(result, sizes, gpu)}"
@@ -127,10 +133,11 @@ def _search_sizes(
     config: RunConfig, tp: int, pp: int, world_size: int, on: Machine, result: Search, sizes: dict[str, int]
 ) -> None:
     """Add what fits at these sizes, and what does not to the rejected; of the latter the least bytes to `sizes`."""
-    where, limit = f"tp {tp} pp {pp}", on.gpu.usable_bytes
+    cp, limit = config.parallel.context, on.gpu.usable_bytes
+    where = _where(tp, pp, cp)
     too_large: dict[tuple[Any, ...], int] = {}
     why = f"more than {limit / GIB:.1f} GiB"
-    for choice in choices(config, pp, world_size // (tp * pp)):
+    for choice in choices(config, pp, world_size // (tp * pp * cp)):
         group = choice["schedule"], choice["chunks"], choice["zero"]
         if choice["micro_batch_size"] >= too_large.get(group, MOST_MICRO_BATCH + 1):
             result.reject(why, where, 1)  # it keeps more than one that did not fit
@@ -147,6 +154,10 @@ def _search_sizes(
             continue
         seconds = step_time(candidate, world_size, on, simulated=False).total
         result.found.append(Candidate(candidate, world_size, seconds, size))
+
+
+def _where(tp: int, pp: int, cp: int) -> str:
+    return f"tp {tp} pp {pp}" + (f" cp {cp}" if cp > 1 else "")
 
 
 def _rank(one: Candidate) -> tuple[float, int, int]:
@@ -181,14 +192,23 @@ def other_gpus(config: RunConfig, world_size: int, gpu: Gpu, *, more: bool) -> s
 
 def _smallest(config: RunConfig, world_size: int, gpu: Gpu) -> Iterator[RunConfig]:
     """The legal ones of the layouts that keep the least: all is recomputed, in micro-batches of one sequence."""
-    node, silent = int(gpu.gpus_per_node or 1), Search()
+    node = int(gpu.gpus_per_node or 1)
     if world_size > node and world_size % node:
         return
-    for tp in tensor_sizes(config, world_size, gpu, silent.reject):
-        for pp in pipeline_sizes(config, world_size // tp, tp, silent.reject):
-            for choice in choices(config, pp, world_size // (tp * pp)):
-                if choice["recompute"] != "full" or choice["micro_batch_size"] > 1:
-                    continue
-                candidate = with_layout(config, tp, pp, choice)
-                if refusal(candidate, world_size) is None:
-                    yield candidate
+    for one, tp, pp in _meshes(config, world_size, gpu, Search().reject):
+        for choice in choices(one, pp, world_size // (tp * pp * one.parallel.context)):
+            if choice["recompute"] != "full" or choice["micro_batch_size"] > 1:
+                continue
+            candidate = with_layout(one, tp, pp, choice)
+            if refusal(candidate, world_size) is None:
+                yield candidate
+
+
+def _meshes(config: RunConfig, world_size: int, gpu: Gpu, reject: Reject) -> Iterator[tuple[RunConfig, int, int]]:
+    """The run at every cp, with every tp and pp there; what is out is rejected where sequences are not cut."""
+    for one in contexts(config, world_size):
+        ranks = world_size // one.parallel.context
+        out = reject if one.parallel.context == 1 else Search().reject
+        for tp in tensor_sizes(one, ranks, gpu, out):
+            for pp in pipeline_sizes(one, ranks // tp, tp, out):
+                yield one, tp, pp

@@ -21,6 +21,8 @@ RECOMPUTE = ("none", "selective", "full")
 MOST_MICRO_BATCH = 64
 MOST_STAGES = 256
 """Fewer than a run may have: a search lays out hundreds of layouts."""
+LEAST_PART = 8192
+"""Positions of a sequence on a rank: shorter sequences are not cut by context parallelism."""
 
 
 def schedules(layers: int, pp: int) -> list[tuple[Schedule, int]]:
@@ -34,6 +36,14 @@ def schedules(layers: int, pp: int) -> list[tuple[Schedule, int]]:
         for name, row in SCHEDULES.items()
         for each in ((row.stages_per_rank,) if row.stages_per_rank else several)
     ]
+
+
+def contexts(config: RunConfig, world_size: int) -> list[RunConfig]:
+    """The run at each cp that divides the world, powers of two in order: 1 alone unless sequences are long."""
+    most = max(1, config.data.sequence_length // LEAST_PART)
+    sizes = [cp for cp in (1 << n for n in range(most.bit_length())) if world_size % cp == 0]
+    parallel = config.parallel
+    return [config.model_copy(update={"parallel": parallel.model_copy(update={"context": cp})}) for cp in sizes]
 
 
 def tensor_sizes(config: RunConfig, world_size: int, gpu: Gpu, reject: Reject) -> list[int]:
@@ -98,7 +108,7 @@ def refusal(config: RunConfig, world_size: int) -> str | None:
 
 def choices(config: RunConfig, pp: int, dp: int) -> Iterator[dict[str, Any]]:
     """Everything but the sizes of the mesh; what keeps less comes before what keeps more."""
-    stages = ZERO_STAGES if pp == 1 and dp > 1 else (1,)
+    stages = ZERO_STAGES if pp == 1 and dp * config.parallel.context > 1 else (1,)
     sizes = micro_batch_sizes(config.train.common_batch, dp)
     for (schedule, each), zero in product(schedules(config.model.num_hidden_layers, pp), stages):
         for recompute, size in product(reversed(RECOMPUTE), sizes):
@@ -108,7 +118,7 @@ def choices(config: RunConfig, pp: int, dp: int) -> Iterator[dict[str, Any]]:
 
 def with_layout(config: RunConfig, tp: int, pp: int, choice: dict[str, Any]) -> RunConfig:
     """The run at that layout; copied field by field, since checking a whole tree again takes ten times as long."""
-    axes = {"tensor": tp, "pipeline": pp, "context": 1, "layers_per_stage": "balanced"}
+    axes = {"tensor": tp, "pipeline": pp, "layers_per_stage": "balanced"}
     values = {
         "parallel": {**axes, "schedule": choice["schedule"], "chunks": choice["chunks"]},
         "train": {"micro_batch_size": choice["micro_batch_size"], "recompute": choice["recompute"]},

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megallama.config.numbers import count, number
 from megallama.errors import UserError
 from megallama.hardware.gpus import find_gpu, load_hardware
 from megallama.layout.scaling_laws import FLOPS_PER_PARAMETER_AND_TOKEN
-from megallama.plan.asked import Asked, amount, count, number
+from megallama.plan.asked import Asked, amount
 from megallama.plan.sizing.sizing import Quantity
 
 SECONDS_PER_DAY = 86_400

@@ -20,7 +20,7 @@ from megallama.plan.time.software import Software
 NIC_FRACTION = 0.95
 NODE_LATENCY = 40e-6
 NETWORK_LATENCY = 380e-6
-HALVES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
+HALVES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
 """An all-reduce is a reduce-scatter and an all-gather (arXiv 1910.02054, section 7.1)."""
 
 

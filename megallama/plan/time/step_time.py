@@ -19,7 +19,7 @@ from megallama.layout.schedules import schedule_of
 from megallama.layout.stages import Stage, stages
 from megallama.plan.memory.activations import tensors
 from megallama.plan.memory.state import rank_parameters
-from megallama.plan.memory.traffic import Traffic, stage_traffic
+from megallama.plan.memory.traffic import Traffic, context_traffic, stage_traffic
 from megallama.plan.time.communication import Group, collective_seconds, data_traffic, message_seconds
 from megallama.plan.time.kernels import KernelWork, head_work, layer_work, spared_work
 from megallama.plan.time.simulation import simulated_waiting, waiting
@@ -47,6 +47,8 @@ class StepTime:
     """What matmuls, norms, rotations, activations, the loss and sums of gradients wait for memory or copies."""
     tensor: float = 0.0
     """Tensor-parallel collectives that computation does not hide."""
+    context: float = 0.0
+    """Context-parallel collectives."""
     pipeline: float = 0.0
     """Messages between stages."""
     bubble: float = 0.0
@@ -66,7 +68,12 @@ class StepTime:
     @property
     def total(self) -> float:
         """Seconds per optimizer step."""
-        return self.compute + self.tensor + self.pipeline + self.bubble + self.data + self.optimizer
+        return self.busy + self.pipeline + self.bubble + self.data + self.optimizer
+
+    @property
+    def busy(self) -> float:
+        """What a stage takes for its micro-batches, but for messages."""
+        return self.compute + self.tensor + self.context
 
 
 @dataclass(frozen=True)
@@ -80,13 +87,15 @@ class RankWork:
     """Those that are trained."""
     traffic: Traffic
     """Tensor-parallel."""
+    context: Traffic
+    """Context-parallel."""
     messages: int
     """Sent to other ranks: hidden states to the stage after, their gradients to the stage before."""
     moved: int = 0
     """Bytes that go to the host or come back."""
 
     def seconds(self, on: Machine, config: RunConfig) -> StepTime:
-        """The seconds of it that are computation or tensor-parallel."""
+        """The seconds of it, messages aside."""
         tensor = collective_seconds(on.gpu, Group(config.parallel.tensor), self.traffic)
         rate = on.matmul_flops
         found = StepTime(
@@ -94,14 +103,26 @@ class RankWork:
             attention=self.kernels.attention_flops / (rate * on.software.attention_rate(on.gpu)),
             memory=(self.kernels.bytes_moved + self.sums) / (on.known("memory_tb_s") * 1e12),
             tensor=tensor * (1 - TENSOR_HIDDEN) if "tensor" in on.software.overlap else tensor,
+            context=collective_seconds(on.gpu, context_group(config), self.context),
         )
         waits = max(0.0, self.moved / (HOST_GB_S * 1e9) - found.compute)
         return replace(found, memory=found.memory + waits)
 
 
+def context_group(config: RunConfig) -> Group:
+    """The ranks that share a sequence: tensor-parallel ones stand between them."""
+    return Group(config.parallel.context, config.parallel.tensor)
+
+
+def data_group(config: RunConfig, dp: int) -> Group:
+    """The ranks over which gradients are summed and ZeRO cuts: `dp` copies, and those that share a sequence."""
+    return Group(dp * config.parallel.context, config.parallel.tensor)
+
+
 def rank_works(config: RunConfig, on: Machine) -> list[RankWork]:
     """The work of each pipeline rank in one micro-batch."""
     of, every = tensors(config), stages(config)
+    backwards = 2 if schedule_of(config.parallel).splits_backward == "always" else 1
     layer, head = layer_work(config, of, on.software), head_work(config, of, on.software)
     # In fp32 autograd adds in place.
     sums = 0.0 if not on.software.sums else on.software.sums if config.train.dtype == "bf16" else 12.0
@@ -116,7 +137,8 @@ def rank_works(config: RunConfig, on: Machine) -> list[RankWork]:
                 kernels=kernels + spared_work(config, of, mine, last).times(-1),
                 sums=sums * trained,
                 parameters=trained,
-                traffic=_tensor_traffic(config, mine, len(every)),
+                traffic=sum((stage_traffic(config, one, len(every), backwards) for one in mine), Traffic()),
+                context=context_traffic(config, rank.layers, backwards),
                 messages=_messages(every, rank.rank),
                 moved=2 * rank.layers * of.state if config.train.recompute == "offload" else 0,
             )
@@ -144,10 +166,10 @@ def step_time(config: RunConfig, world_size: int, on: Machine, *, simulated: boo
     m, dp = batching.gradient_accumulation_steps, batching.dp_size
     works = rank_works(config, on)
     work = slowest_work(works, config, on)
-    slowest, stride = work.seconds(on, config), config.parallel.tensor * dp
+    slowest, group = work.seconds(on, config), data_group(config, dp)
     # The busiest rank's: whoever computes the most waits for its neighbours' messages as well.
     number = max(work.messages for work in works)
-    messages = number * message_seconds(on.gpu, stride, tensors(config).state) if number else 0.0
+    messages = number * message_seconds(on.gpu, group.size * group.stride, tensors(config).state) if number else 0.0
     if "pipeline" in on.software.overlap:
         messages = max(0.0, messages - slowest.compute)
     waits = (simulated_waiting if simulated else waiting)(config, m)
@@ -158,18 +180,15 @@ def step_time(config: RunConfig, world_size: int, on: Machine, *, simulated: boo
         attention=m * slowest.attention,
         memory=m * slowest.memory,
         tensor=m * slowest.tensor,
+        context=m * slowest.context,
         pipeline=m * messages,
         bubble=bubble,
-        data=_data(config, on, parameters, dp, m, slowest.compute, bubble),
-        optimizer=OPTIMIZER_BYTES * parameters / on.software.optimizer_ranks(dp) / (on.known("memory_tb_s") * 1e12),
+        data=_data(config, on, parameters, group, m, slowest.compute, bubble),
+        optimizer=OPTIMIZER_BYTES
+        * parameters
+        / on.software.optimizer_ranks(group.size)
+        / (on.known("memory_tb_s") * 1e12),
     )
-
-
-def _tensor_traffic(config: RunConfig, mine: Sequence[Stage], count: int) -> Traffic:
-    found, backwards = Traffic(), 2 if schedule_of(config.parallel).splits_backward == "always" else 1
-    for stage in mine:
-        found += stage_traffic(config, stage, count, backwards)
-    return found
 
 
 def _messages(every: Sequence[Stage], rank: int) -> int:
@@ -178,17 +197,17 @@ def _messages(every: Sequence[Stage], rank: int) -> int:
 
 
 def _data(
-    config: RunConfig, on: Machine, parameters: int, dp: int, micro_batches: int, compute: float, bubble: float
+    config: RunConfig, on: Machine, parameters: int, group: Group, micro_batches: int, compute: float, bubble: float
 ) -> float:
     """Seconds in which gradients are summed over the copies and weights gathered, less what computation hides.
 
     Where it overlaps, it hides behind the `compute` of one micro-batch, since gradients are complete in the last, and
     behind all of them with ZeRO 2 and 3, but for a layer's part: the first gather and the last scatter of a micro-batch
     have nothing beside them. With several stages on a rank all but the last are complete while the pipeline
-    drains. Tensor-parallel ranks are neighbours, so that copies stand tp apart.
+    drains.
     """
     traffic = data_traffic(config, on.software, parameters, micro_batches)
-    seconds = collective_seconds(on.gpu, Group(dp, config.parallel.tensor), traffic)
+    seconds = collective_seconds(on.gpu, group, traffic)
     if "data" not in on.software.overlap:
         return seconds
     if config.zero.stage > 1:
