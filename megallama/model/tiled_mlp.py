@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megallama.layout.counts import GATES_AT_ONCE
 from megallama.model.layers import SEQUENCE, GradientFilter
+from megallama.parallel import types
 from megallama.parallel.collectives import all_gather, sum_scatter
 from megallama.parallel.mesh import Axis
 
@@ -52,6 +53,10 @@ class _Kept(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0]
+
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor) -> types.Typed:
+        return types.einsum("bsi->bsi", x)
 
 
 class _TiledMLP(torch.autograd.Function):
@@ -101,6 +106,11 @@ class _TiledMLP(torch.autograd.Function):
                 torch.mm(gates, gate_up, out=rows)
         whole_grad = None if by_x is None else sum_scatter(by_x, SEQUENCE, ctx.axis)
         return whole_grad, _like(by_gate_up, gate_up), _like(by_down, down), None, None, None
+
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, gate_up: Tensor, down: Tensor, axis: Axis) -> types.Typed:
+        whole = x if axis.size == 1 else types.gather_to_replicate(x, SEQUENCE, axis)
+        return types.einsum("bsi,wi,ow->bso", whole, gate_up, down)
 
 
 def _tiles(gate_up: Tensor, *tensors: Tensor) -> Any:

@@ -58,7 +58,7 @@ def context_traffic(config: RunConfig, layers: int, backwards: int = 1) -> Traff
     found, of = Traffic(), tensors(config)
     if of.context == 1:
         return found
-    again = backwards * layers if config.train.recompute == "full" else 0
+    again = backwards * layers if config.train.recompute in FORWARD_AGAIN else 0
     if of.exchanges:
         for width in (2 * of.key, of.query, of.query):
             found.add("all_to_all", of.element * of.positions * width, 2 * layers + again)
