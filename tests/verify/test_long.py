@@ -46,6 +46,7 @@ def small_tiles() -> None:
     ("layouts", "dtype", "overrides"),
     [
         ("offload dp2-zero3-full tp2-dp2-zero3-acc4-offload", "fp32", []),
+        ("cp2-offload tp2-cp2-ulysses-full", "fp32", ["data.document_mask=true"]),
         ("tp2-nosp-offload dp2-zero2-offload", "bf16", []),
         ("pp2-zbvzerobubble-offload tp2-pp2-dualpipev-offload", "fp32", ["data.document_mask=true"]),
         ("pp2-offload pp2-interleaved1f1b-full tp2-pp2-zbvzerobubble-full", "bf16", []),
