@@ -57,7 +57,8 @@ class OffloadedInputs:
 
     def _pack(self, tensor: Tensor) -> Tensor | _Input:
         assert self._next is not None
-        if not tensor.is_set_to(self._next):
+        # Not is_set_to, which knows no tensors without values.
+        if tensor.untyped_storage()._cdata != self._next.untyped_storage()._cdata or tensor.shape != self._next.shape:
             return tensor
         packed = _Input(len(self._inputs), self._out(tensor.detach()))
         self._inputs.append(ref(packed))
