@@ -50,7 +50,7 @@ def train(dataset: str, run_dir: Path, home: Path, *more: str, ranks: int = 1) -
     return [event["loss"] for event in events(run_dir, "train")]
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full", "offload"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_peak_is_what_the_plan_says(byte_dataset: str, tmp_path: Path, stage: int, recompute: str) -> None:
     more = [f"zero.stage={stage}", f"train.recompute={recompute}", "train.device=cuda", "train.dtype=bf16"]

@@ -125,7 +125,7 @@ def test_numbers_of_waiting_beside_the_tables_are_those_of_their_commands(monkey
     assert "`even` makes 8 of each, and 18.5 %" in text
     balanced, even = (
         _output(*shlex.split(command))
-        for command in re.findall(r"^megallama (plan configs/8b.*)", PARALLELISM, re.MULTILINE)
+        for command in re.findall(r"^megallama (plan configs/8b.*--timeline)", PARALLELISM, re.MULTILINE)
     )
     assert "64 micro-batches, 4 pipeline ranks, layers per stage 8 9 9 6\n" in balanced
     assert "waiting: 9.1%" in balanced

@@ -230,8 +230,8 @@ class TrainConfig(Section):
     """auto uses CUDA if there is a GPU."""
     seed: int = Field(default=1234, ge=0, lt=2**63)
     """Seed of initialisation, sample order and masks, the same at every layout."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activations recomputed in backward: none, the SwiGLU product, or whole layers."""
+    recompute: Literal["none", "selective", "full", "offload"] = "none"
+    """Activations recomputed in backward: none, the SwiGLU product, whole layers; offload: their inputs on the host."""
     freeze: Patterns = ()
     """Weights that stay as they are, by patterns of their Hugging Face names: model.embed_tokens.weight, "*norm*"."""
     max_minutes: Annotated[Real, Field(gt=0)] | None = None

@@ -20,6 +20,11 @@ Convention = Literal["full", "causal"]
 VOCAB_MULTIPLE = 128
 LOGITS_AT_ONCE = 2**27
 """Elements of logits that the loss forms at once: half a GiB in fp32."""
+GATES_AT_ONCE = 2**27
+"""Elements of gate and up that an MLP in tiles forms at once: a quarter of a GiB in bf16."""
+
+FORWARD_AGAIN = ("full", "offload")
+"""The values of train.recompute with which a backward runs the forward of whole layers again."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +138,12 @@ def flops_per_token(model: ModelConfig, sequence_length: int, convention: Conven
 def hardware_flops_per_token(model: ModelConfig, sequence_length: int, recompute: str, frozen: int = 0) -> int:
     """What is computed, recomputation included, in the full convention.
 
-    `full` runs each layer's forward again, the output head's not: 8 instead of 6 per layer weight, 16 instead of 12 for
-    attention (arXiv 2205.05198, appendix A). `selective` repeats an elementwise product, which no convention counts.
+    `full` and `offload` run each layer's forward again, the output head's not: 8 instead of 6 per layer weight, 16
+    instead of 12 for attention (arXiv 2205.05198, appendix A). `selective` repeats an elementwise product, which no
+    convention counts.
     """
     once = flops_per_token(model, sequence_length, "full", frozen)
-    if recompute != "full":
+    if recompute not in FORWARD_AGAIN:
         return once
     count = count_parameters(model)
     forward_again = 2 * (count.matmul - count.head_matmul)

@@ -96,7 +96,7 @@ _WORDS: dict[str, Callable[[Layout, str], Layout]] = {
     r"zero([1-3])": lambda layout, n: replace(layout, zero=int(n)),
     r"acc([1-9]\d*)": lambda layout, n: replace(layout, accumulation=int(n)),
     r"(nosp)": lambda layout, _: replace(layout, sequence=False),
-    r"(selective|full)": lambda layout, word: replace(layout, recompute=word),
+    r"(selective|full|offload)": lambda layout, word: replace(layout, recompute=word),
 }
 
 
@@ -112,7 +112,7 @@ def parse_layout(name: str) -> Layout:
             raise UserError(
                 f"unknown word {word!r} in layout {name!r}; a layout is made of tpN, ppN, dpN, cpN and accN with N "
                 "from 1, zeroN with N from 1 to 3, interleaved1f1b, dualpipev, zbvzerobubble, chunksN with N from 2, "
-                "splitN+N+..., ulysses, nosp, selective and full, as tp2-dp2-zero3 or pp2-dualpipev"
+                "splitN+N+..., ulysses, nosp, selective, full and offload, as tp2-dp2-zero3 or pp2-dualpipev"
             )
     if "chunks" in name and SCHEDULES[layout.schedule].stages_per_rank is not None:
         raise UserError(

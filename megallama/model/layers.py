@@ -97,7 +97,10 @@ class RowParallelLinear(nn.Module):
         self.weight = _weight(out_features, in_features // tp.size)
 
     def forward(self, x: Tensor) -> Tensor:
-        partial = self.matmul(x)
+        return self.reduce(self.matmul(x))
+
+    def reduce(self, partial: Tensor) -> Tensor:
+        """The sum of the ranks' shares."""
         if self.sequence_parallel:
             return reduce_scatter(partial, SEQUENCE, self.tp)
         return reduce_from(partial, self.tp)

@@ -7,6 +7,7 @@ of a pipeline is the same module with fewer layers and without embedding or head
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, Self
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megallama.config.schema import ModelConfig
+from megallama.layout.counts import FORWARD_AGAIN
 from megallama.model.attention import AttentionCore, FusedAttention, causal_attention, positions
 from megallama.model.layers import (
     SEQUENCE,
@@ -27,13 +29,15 @@ from megallama.model.layers import (
     VocabParallel,
     VocabParallelEmbedding,
 )
+from megallama.model.offload import OffloadedInputs
 from megallama.model.rotary import rotary_frequencies, rotate, rotation
+from megallama.model.tiled_mlp import tile, tiled_mlp
 from megallama.parallel.collectives import all_gather, copy_to, gather
 from megallama.parallel.cross_entropy import linear_cross_entropy
 from megallama.parallel.mesh import ALONE, Axis
 from megallama.parallel.shards import ShardSlice, shard_slices
 
-Recompute = Literal["none", "selective", "full"]
+Recompute = Literal["none", "selective", "full", "offload"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,9 @@ class DownProjection(RowParallelLinear):
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x)), in tiles of the tokens where backward computes it again and they are many."""
+
+    in_tiles = False
 
     def __init__(self, config: ModelConfig, tp_context: TensorParallelContext) -> None:
         super().__init__()
@@ -118,7 +124,14 @@ class MLP(nn.Module):
         self.down_proj = DownProjection("down_proj", width, hidden, tp, sequence)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.gate_up_proj(x))
+        gates, down = self.gate_up_proj, self.down_proj
+        axis = gates.tp if gates.sequence_parallel else ALONE
+        if not self.in_tiles or x.shape[:-1].numel() * axis.size <= tile(sum(gates.widths)):
+            return down(gates(x))
+        x = x if gates.sequence_parallel else copy_to(x, gates.tp)
+        # A compiler would plan the memory of all tiles together.
+        run = torch.compiler.disable(tiled_mlp)
+        return down.reduce(run(x, gates.weight, down.weight, axis, gates.part))
 
 
 class DecoderLayer(nn.Module):
@@ -126,15 +139,16 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, tp_context: TensorParallelContext, recompute: Recompute) -> None:
         super().__init__()
-        self.recompute = recompute
+        self.recompute = recompute in FORWARD_AGAIN
         self.input_layernorm = _norm("input_layernorm", config, tp_context)
         self.self_attn = Attention(config, tp_context)
         self.post_attention_layernorm = _norm("post_attention_layernorm", config, tp_context)
         self.mlp = MLP(config, tp_context)
         self.mlp.down_proj.recompute = recompute == "selective"
+        self.mlp.in_tiles = self.recompute
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, core: AttentionCore | None = None) -> Tensor:
-        if self.recompute == "full" and torch.is_grad_enabled():
+        if self.recompute and torch.is_grad_enabled():
             result: Tensor = checkpoint(self._layer, x, cos, sin, core, use_reentrant=False, preserve_rng_state=False)
             return result
         return self._layer(x, cos, sin, core)
@@ -180,7 +194,7 @@ class Llama(nn.Module):
         super().__init__()
         tp_context = tp_context or TensorParallelContext()
         layers = range(config.num_hidden_layers) if layers is None else layers
-        self.config, self.tp_context = config, tp_context
+        self.config, self.tp_context, self.offload = config, tp_context, recompute == "offload"
         self.embed_tokens = _embedding(config, tp_context) if layers[0] == 0 else None
         self.layers = nn.ModuleDict({str(index): DecoderLayer(config, tp_context, recompute) for index in layers})
         last = layers[-1] == config.num_hidden_layers - 1
@@ -189,12 +203,19 @@ class Llama(nn.Module):
         if config.tie_word_embeddings and self.lm_head is not None and self.embed_tokens is not None:
             self.lm_head.weight = self.embed_tokens.weight
         self.frequencies = rotary_frequencies(config)
+        self.copies: torch.cuda.Stream | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves the frequencies as well. They are no buffer: a cast to bf16 must not round the angles."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.frequencies = self.frequencies.to(fn(self.frequencies).device)
         return self
+
+    def _copies(self, device: torch.device) -> torch.cuda.Stream | None:
+        """The stream of this stage's copies to the host and back; None on a CPU."""
+        if self.copies is None and device.type == "cuda":
+            self.copies = torch.cuda.Stream(device)
+        return self.copies
 
     def forward(self, x: Tensor, labels: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         attention, core = self.tp_context.attention, None
@@ -206,8 +227,10 @@ class Llama(nn.Module):
         cos, sin = rotation(places, self.frequencies)
         if self.embed_tokens is not None:
             x = self.embed_tokens(x)
+        inputs = OffloadedInputs(x.device, self._copies(x.device)) if self.offload else None
         for layer in self.layers.values():
-            x = layer(x, cos, sin, core)
+            with nullcontext() if inputs is None else inputs.of(x):
+                x = layer(x, cos, sin, core)
         if self.norm is None or self.lm_head is None:
             return x
         return self.lm_head(self.norm(x), labels)

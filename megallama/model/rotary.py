@@ -11,8 +11,11 @@ from megallama.config.schema import ModelConfig
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Radians per position for each pair of channels: [head_dim / 2], fp32 on the CPU, whatever the default device."""
-    exponents = torch.arange(0, config.head_size, 2, dtype=torch.int64, device="cpu").float() / config.head_size
+    """Radians per position for each pair of channels: [head_dim / 2], fp64 on the CPU, whatever the default device.
+
+    In fp32 the angle of position 131,071 would be wrong by up to 0.01.
+    """
+    exponents = torch.arange(0, config.head_size, 2, dtype=torch.float64, device="cpu") / config.head_size
     frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
     if scaling is None:
@@ -28,10 +31,10 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin for positions [..., sequence]: each [..., 1, sequence, head_dim], fp32."""
-    angles = positions.to(frequencies.dtype)[..., None] * frequencies
-    angles = torch.cat([angles, angles], dim=-1).unsqueeze(-3)
-    return angles.cos(), angles.sin()
+    """cos and sin for positions [..., sequence]: each [..., 1, sequence, head_dim], of fp64 angles, rounded to fp32."""
+    angles = positions.to(frequencies.dtype)[..., None, :, None] * frequencies
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

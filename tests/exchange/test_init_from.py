@@ -93,3 +93,19 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(byte_dataset: str, 
     del state["model.norm.weight"]
     save_file(state, folder / "model.safetensors")
     assert f"{source} has no model.norm.weight" in said()
+
+
+def test_more_positions_may_turn_slower_and_fewer_may_not(byte_dataset: str, tmp_path: Path) -> None:
+    """From a model of 128 positions, and from the checkpoint of that run."""
+    folder = save(random_llama(), tmp_path / "model")
+    longer = ["model.max_position_embeddings=256", "data.sequence_length=256", "model.rope_theta=50000"]
+    assert pretrain(1, begin(byte_dataset, tmp_path / "a", folder, *longer)) == [(0, "")]
+    words = [word for word in begin(byte_dataset, tmp_path / "b", folder) if "init_from" not in word]
+    words.append(f"checkpoint.init_from={tmp_path / 'a' / 'checkpoints' / 'step_00000001'}")
+    stretched = ["model.max_position_embeddings=512", "data.sequence_length=512", "model.rope_theta=200000"]
+    assert pretrain(1, [*words, *stretched]) == [(0, "")]
+    before, after = (load_weights(tmp_path / name / "checkpoints" / "step_00000001") for name in "ab")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    ((code, said),) = pretrain(1, [*words[:-1], f"run.dir={tmp_path / 'c'}", words[-1]])
+    assert code == 2
+    assert "max_position_embeddings=128 differs from 256" in said

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import megallama.model.tiled_mlp
 import megallama.parallel.cross_entropy
 from megallama.config.schema import IGNORE_INDEX, ModelConfig
 from megallama.layout.topology import Topology
@@ -179,13 +180,15 @@ MODELS = {
 
 
 def model_against_one_device(
-    launch: Launch, shape: dict[str, object], sequence_parallel: bool, recompute: Recompute
+    launch: Launch, shape: dict[str, object], sequence_parallel: bool, recompute: Recompute, tile: int | None
 ) -> tuple[float, dict[str, float]]:
     """Relative differences from the same model on one device: of the loss, and of each gradient by logical name.
 
     The logits are asserted to be the same.
     """
     tp = join(launch)
+    if tile is not None:
+        megallama.model.tiled_mlp.GATES_AT_ONCE = tile * 2 * 96 // tp.size
     base: dict[str, object] = {"vocab_size": 150, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     config = ModelConfig.model_validate(base | {"num_attention_heads": 8} | shape)
     tokens = torch.randint(0, 150, (2, 17), generator=torch.Generator().manual_seed(2))
@@ -213,10 +216,13 @@ def model_against_one_device(
 
 
 @pytest.mark.parametrize("shape", MODELS.values(), ids=MODELS.keys())
-@pytest.mark.parametrize(("sequence_parallel", "recompute"), [(False, "none"), (True, "selective"), (True, "full")])
+@pytest.mark.parametrize(
+    ("sequence_parallel", "recompute", "tile"),
+    [(False, "none", None), (True, "selective", None), (True, "full", None), (True, "offload", 9), (False, "full", 9)],
+)
 def test_model_at_tp_matches_one_device_in_fp64(
-    shape: dict[str, object], sequence_parallel: bool, recompute: Recompute
+    shape: dict[str, object], sequence_parallel: bool, recompute: Recompute, tile: int | None
 ) -> None:
-    for loss, gradients in run_ranks(model_against_one_device, 4, shape, sequence_parallel, recompute):
+    for loss, gradients in run_ranks(model_against_one_device, 4, shape, sequence_parallel, recompute, tile):
         assert loss < TOLERANCE
         assert {name: apart for name, apart in gradients.items() if not apart < TOLERANCE} == {}

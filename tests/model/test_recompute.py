@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from megallama.config.schema import ModelConfig
 from megallama.model.init import initialise
 from megallama.model.llama import Llama, Recompute
+from megallama.model.offload import OffloadedInputs, _Arriving, _Input
 
 SHAPE = ModelConfig(vocab_size=301, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4)
-MODES: tuple[Recompute, ...] = ("none", "selective", "full")
+MODES: tuple[Recompute, ...] = ("none", "selective", "full", "offload")
 
 
 def bytes_kept_for_backward(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
@@ -30,19 +36,27 @@ def bytes_kept_for_backward(model: nn.Module, forward: Callable[[], Tensor]) -> 
     return result, sum(storage.nbytes() for place, storage in kept.items() if place not in parameters)
 
 
+def model(recompute: Recompute) -> Llama:
+    made = Llama(SHAPE, recompute=recompute)
+    initialise(made, made.shard_slices, seed=7, num_layers=SHAPE.num_hidden_layers, std=0.1)
+    return made
+
+
+def tokens(length: int = 33) -> Tensor:
+    return torch.randint(SHAPE.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
+
+
 def saved_bytes_and_gradients(recompute: Recompute) -> tuple[int, dict[str, Tensor]]:
-    model = Llama(SHAPE, recompute=recompute)
-    initialise(model, model.shard_slices, seed=7, num_layers=SHAPE.num_hidden_layers, std=0.1)
-    tokens = torch.randint(SHAPE.vocab_size, (2, 33), generator=torch.Generator().manual_seed(1))
-    loss, kept = bytes_kept_for_backward(model, lambda: model(tokens[:, :-1], tokens[:, 1:]))
+    made, given = model(recompute), tokens()
+    loss, kept = bytes_kept_for_backward(made, lambda: made(given[:, :-1], given[:, 1:]))
     loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert gradients.keys() == dict(model.named_parameters()).keys()
+    gradients = {name: parameter.grad for name, parameter in made.named_parameters() if parameter.grad is not None}
+    assert gradients.keys() == dict(made.named_parameters()).keys()
     return kept, gradients
 
 
 def test_each_kind_of_recomputation_keeps_less_than_the_one_before() -> None:
-    none, selective, full = (saved_bytes_and_gradients(mode)[0] for mode in MODES)
+    none, selective, full = (saved_bytes_and_gradients(mode)[0] for mode in MODES[:3])
     positions, width = 2 * 32, SHAPE.intermediate_size
     # silu(gate) and its product with up, in fp32.
     assert none - selective == SHAPE.num_hidden_layers * 2 * positions * width * 4
@@ -55,3 +69,67 @@ def test_recomputation_changes_no_bit_of_any_gradient() -> None:
     for mode in MODES[1:]:
         _, gradients = saved_bytes_and_gradients(mode)
         assert [name for name, gradient in plain.items() if not torch.equal(gradients[name], gradient)] == []
+
+
+class Away(OffloadedInputs):
+    """The path of a GPU on a CPU: an input leaves as a copy, and each time a new one comes back."""
+
+    moved: ClassVar[list[tuple[str, int]]] = []
+    present: ClassVar[list[StorageWeakRef]] = []
+    most = 0
+
+    def _out(self, tensor: Tensor) -> Tensor:
+        self.moved.append(("out", len(self._inputs)))
+        return tensor.clone()
+
+    def _back(self, packed: _Input) -> _Arriving:
+        self.moved.append(("back", packed.index))
+        tensor = packed.held.clone()
+        self.present.append(StorageWeakRef(tensor.untyped_storage()))
+        Away.most = max(Away.most, sum(not each.expired() for each in self.present))
+        return _Arriving(packed.index, tensor, None)
+
+
+def test_offload_brings_each_input_back_once_and_one_layer_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megallama.model.llama.OffloadedInputs", Away)
+    _, plain = saved_bytes_and_gradients("none")
+    Away.moved.clear()
+    kept, gradients = saved_bytes_and_gradients("offload")
+    assert [name for name, gradient in plain.items() if not torch.equal(gradients[name], gradient)] == []
+    assert Away.moved == [("out", i) for i in range(3)] + [("back", i) for i in (2, 1, 0)]
+    assert Away.most == 2
+    state, seen_by_its_hooks = 2 * 32 * SHAPE.hidden_size * 4, 2 * 32 * SHAPE.head_size * 4  # cos and sin
+    assert saved_bytes_and_gradients("full")[0] - kept == SHAPE.num_hidden_layers * state + seen_by_its_hooks
+
+
+class Work(TorchDispatchMode):
+    """The most tokens of which a matmul makes gate and up at once, and FLOPs of all matmuls."""
+
+    tokens, flops = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            if isinstance(result, Tensor) and result.shape[-1] == 2 * SHAPE.intermediate_size:
+                self.tokens = max(self.tokens, result.shape[:-1].numel())
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def looked_at(recompute: Recompute, length: int) -> tuple[Work, dict[str, Tensor]]:
+    made, given = model(recompute).double(), tokens(length + 1)
+    with Work() as work:
+        made(given[:, :-1], given[:, 1:]).backward()
+    return work, {name: parameter.grad for name, parameter in made.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("recompute", ["full", "offload"])
+def test_an_mlp_in_tiles_is_the_mlp(recompute: Recompute, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much is computed as by recomputation of all tokens at once."""
+    at_once, plain = looked_at(recompute, 240)
+    monkeypatch.setattr("megallama.model.tiled_mlp.GATES_AT_ONCE", 50 * 2 * SHAPE.intermediate_size)
+    tiled, gradients = looked_at(recompute, 240)
+    assert (at_once.tokens, tiled.tokens) == (2 * 240, 50)
+    assert tiled.flops == at_once.flops
+    for name, gradient in plain.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-9)

@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+import megallama.model.llama
+import megallama.model.tiled_mlp
 from benchmarks.live_bytes import LiveBytes
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.data.loader import MicroBatch
+from megallama.layout.counts import FORWARD_AGAIN
 from megallama.layout.stages import stages
 from megallama.layout.topology import Topology
 from megallama.model.attention import attention_of
 from megallama.model.llama import TensorParallelContext
+from megallama.model.offload import OffloadedInputs, _Arriving, _Input
 from megallama.model.stages import ModelStages
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ParallelMesh, build_mesh
@@ -148,8 +154,39 @@ PIPELINE = [
         ("dualpipev", "bf16", "none"),
         ("zbvzerobubble", "bf16", "none"),
         ("zbvzerobubble", "fp32", "selective"),
+        ("1f1b", "bf16", "offload"),
+        ("zbvzerobubble", "bf16", "offload"),
     )
 ]
+TILE = 2**16
+"""Elements of gate and up, where these sizes make 2^18."""
+
+
+class OnTheHost(OffloadedInputs):
+    """Host memory is memory that torch does not count."""
+
+    def _out(self, tensor: Tensor) -> Any:
+        return tensor.view(torch.int16).numpy().copy()
+
+    def _back(self, packed: _Input) -> _Arriving:
+        held: Any = packed.held
+        tensor = torch.empty(held.shape, dtype=torch.bfloat16)
+        tensor.view(torch.int16).numpy()[:] = held
+        return _Arriving(packed.index, tensor, None)
+
+
+@pytest.mark.layouts
+def test_a_step_of_tiles_and_offloaded_inputs_peaks_where_the_ledger_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megallama.plan.memory.activations.GATES_AT_ONCE", TILE)
+    every = [config for config in PIPELINE if config.train.recompute in FORWARD_AGAIN]
+    for config, *ranks in zip(every, *run_ranks(tiled_peaks_by_rank, 2, every), strict=True):
+        ratios = [plan / peak for plan, peak in zip(planned_peaks(config, 8), ranks, strict=True)]
+        assert all(0.97 <= ratio <= 1.08 for ratio in ratios), f"{config.parallel.schedule} {ratios}"
+
+
+def tiled_peaks_by_rank(launch: Launch, configs: list[RunConfig]) -> list[int]:
+    megallama.model.tiled_mlp.GATES_AT_ONCE = TILE
+    return peaks_by_rank(launch, configs)
 
 
 @pytest.mark.layouts
@@ -181,7 +218,7 @@ def planned_peaks(config: RunConfig, micro_batches: int) -> list[int]:
 def peaks_by_rank(launch: Launch, configs: list[RunConfig]) -> list[int]:
     """The most bytes that a step holds beside weights and gradients, with the norms of a GPU."""
     mesh = build_mesh(Topology(pp=launch.world_size), launch, torch.device("cpu"))
-    with patch.object(F, "rms_norm", fused_norm):
+    with patch.object(F, "rms_norm", fused_norm), patch.object(megallama.model.llama, "OffloadedInputs", OnTheHost):
         return [peak_bytes(config, mesh) for config in configs]
 
 

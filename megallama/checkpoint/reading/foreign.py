@@ -24,8 +24,9 @@ def check_foreign(folder: Path, model: ModelConfig) -> None:
     if _LENGTH not in weights.model:  # Meta does not write it down
         theirs.pop(_LENGTH)
     ours = fitting(model)
+    free = stretched(theirs, ours)
     for key, value in theirs.items():
-        if ours[key] != value:
+        if ours[key] != value and key not in free:
             found, wanted = json.dumps(value), json.dumps(ours[key])
             raise UserError(
                 f"model.{key}={wanted} differs from {found} in {source}; use model.{key}={found}, or import the folder "
@@ -38,6 +39,14 @@ def fitting(model: ModelConfig) -> dict[str, object]:
     """What makes weights fit a model: every key but those that drew them, with what null stands for."""
     tree = model.model_dump(mode="json", exclude={"init", "initializer_range"})
     return tree | {"num_key_value_heads": model.kv_heads, "head_dim": model.head_size}
+
+
+def stretched(theirs: Mapping[str, object], ours: Mapping[str, object]) -> tuple[str, ...]:
+    """The keys in which a new run may differ from the model whose weights it begins with: those of positions, where it
+    has more of them. Weights know nothing of these, and learn longer texts with slower rotations (arXiv 2309.16039)."""
+    before, now = theirs.get(_LENGTH), ours[_LENGTH]
+    longer = isinstance(before, int) and isinstance(now, int) and now > before
+    return (_LENGTH, "rope_theta", "rope_scaling") if longer else ()
 
 
 def wrong_foreign_numbers(folder: Path, model: ModelConfig, part: int, parts: int) -> list[str]:

@@ -29,7 +29,7 @@ from megallama.checkpoint.format import (
 )
 from megallama.checkpoint.health import candidates
 from megallama.checkpoint.logical import logical_state
-from megallama.checkpoint.reading.foreign import check_foreign, fill, fitting, wrong_foreign_numbers
+from megallama.checkpoint.reading.foreign import check_foreign, fill, fitting, stretched, wrong_foreign_numbers
 from megallama.checkpoint.reading.inspect import inspect, promised, wrong_numbers
 from megallama.checkpoint.reading.rollback import asked_step, find, last_return
 from megallama.checkpoint.reading.storage import ShardReader
@@ -309,8 +309,9 @@ def _check_same_run(path: Path, config: RunConfig, identify: Identify) -> None:
 def _check_same_model(path: Path, model: ModelConfig, named_by: str) -> None:
     """UserError when the checkpoint, which the key `named_by` leads to, is of another model than the run."""
     saved, wanted = fitting(read_saved(path).model), fitting(model)
+    free = stretched(saved, wanted) if named_by == "checkpoint.init_from" else ()
     for key, value in wanted.items():
-        if saved[key] != value:
+        if saved[key] != value and key not in free:
             theirs, ours = json.dumps(saved[key]), json.dumps(value)
             raise UserError(
                 f"model.{key}={ours} differs from {theirs} in the checkpoint {path}; "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megallama.config.schema import RunConfig
-from megallama.layout.counts import LOGITS_AT_ONCE, padded_vocabulary
+from megallama.layout.counts import FORWARD_AGAIN, GATES_AT_ONCE, LOGITS_AT_ONCE, padded_vocabulary
 from megallama.layout.stages import Stage
 
 
@@ -123,10 +123,10 @@ def layer_bytes(of: Tensors, recompute: str) -> int:
     Attention: the input of qkv; its whole output, since the values are a view of it (or, where heads are gathered, the
     picked values); rotated queries and keys; attention's output, which is o_proj's input; the logarithm of each softmax
     sum. MLP: the input of gate_up and its output; silu(gate) and the product, unless selective recomputation forms them
-    again. Full recomputation keeps the layer's input alone.
+    again. Full recomputation keeps the layer's input alone, and offload on a GPU moves it to the host.
     """
-    if recompute == "full":
-        return of.state
+    if recompute in FORWARD_AGAIN:
+        return of.state if recompute == "full" or not of.fused_norm else 0
     mlp = of.element * of.up * (1 if recompute == "selective" else 2)
     return 2 * norm_bytes(of) + 2 * of.state + attention_bytes(of) + of.positions * mlp
 
@@ -143,12 +143,18 @@ def attention_bytes(of: Tensors) -> int:
     return read + of.positions * of.element * (of.key + (of.key if of.gathers_heads else of.qkv))
 
 
-def waiting_layer_bytes(of: Tensors) -> int:
+def in_tiles(of: Tensors, recompute: str) -> bool:
+    """Whether gate and up of all tokens are never in memory together."""
+    return recompute in FORWARD_AGAIN and of.positions * of.up > GATES_AT_ONCE
+
+
+def waiting_layer_bytes(of: Tensors, recompute: str) -> int:
     """Between the two parts of a split backward: the gradients of every linear layer's and norm's output.
 
     torch keeps these for the weights' part (torch.distributed.pipelining, stage_backward_input).
     """
-    outputs = of.element * of.positions * (of.qkv + of.up) + 2 * of.whole_state
+    gates = 0 if in_tiles(of, recompute) else of.up
+    outputs = of.element * of.positions * (of.qkv + gates) + 2 * of.whole_state
     return outputs + 2 * of.state
 
 
@@ -187,7 +193,7 @@ def stage_bytes(config: RunConfig, of: Tensors, stage: Stage, count: int) -> Sta
     recompute = config.train.recompute
     first, last = stage.index == 0, stage.index == count - 1
     table = of.rows * of.hidden
-    copied = not of.norm_keeps_input and recompute != "full"
+    copied = not of.norm_keeps_input and recompute not in FORWARD_AGAIN
     # Positions in documents differ from sequence to sequence.
     rotated = of.positions if config.data.documents_apart else of.sequence // of.context
     return StageBytes(
@@ -197,9 +203,10 @@ def stage_bytes(config: RunConfig, of: Tensors, stage: Stage, count: int) -> Sta
         norm=norm_bytes(of) if last else 0,
         loss=of.whole_state + 4 * table if last else 0,
         sent=0 if last else of.state,
-        received=of.state if copied and not first else 0,
+        # It also keeps the first layer's input, whoever else does.
+        received=of.state if (copied or not layer_bytes(of, recompute)) and not first else 0,
         # The first stage has no input to compute a gradient for: all its backward is in the weights' part.
-        waiting=0 if first else len(stage.layers) * waiting_layer_bytes(of),
+        waiting=0 if first else len(stage.layers) * waiting_layer_bytes(of, recompute),
     )
 
 
@@ -228,9 +235,11 @@ def loss_backward_bytes(of: Tensors) -> int:
 
 
 def recomputed_bytes(of: Tensors, recompute: str) -> int:
-    """What the backward of a layer computes again before it begins."""
-    if recompute == "full":
-        return layer_bytes(of, "none") - (of.state if of.norm_keeps_input else 0)
+    """What the backward of a layer computes again before it begins; of offload also its input and the next one."""
+    if recompute in FORWARD_AGAIN:
+        moved = 0 if layer_bytes(of, recompute) else 2 * of.state
+        gates = 2 * of.element * of.positions * of.up if in_tiles(of, recompute) else 0
+        return layer_bytes(of, "none") + moved - gates - (of.state if of.norm_keeps_input else 0)
     return of.element * of.positions * of.up if recompute == "selective" else 0
 
 
@@ -246,12 +255,20 @@ def layer_backward_bytes(of: Tensors, recompute: str) -> int:
     product, weight = of.element * of.positions * of.width, of.element * of.hidden * of.width
     gates, gate_weights = of.element * of.positions * of.up, of.element * of.hidden * of.up
     moments = [gathered + product + weight, gates, gathered + of.state + gate_weights - gates]
+    if in_tiles(of, recompute):
+        moments, gates = [2 * gathered + of.whole_state + _tiles_bytes(of)], 0
     if of.context > 1 and not of.exchanges:
         kept = 2 * gates + norm_bytes(of) + of.state
         moments.append(4 * of.element * of.keys + 2 * of.element * of.positions * of.query - kept)
     return recomputed_bytes(of, recompute) + of.state + max(moments)
 
 
+def _tiles_bytes(of: Tensors) -> int:
+    """The gradients of an MLP's weights in fp32, and seven halves of the gates of a tile."""
+    return 6 * of.hidden * of.up + 7 * of.element * GATES_AT_ONCE // 2
+
+
 def layer_weights_bytes(of: Tensors, recompute: str) -> int:
     """The same of the weights' part of a split backward: the gradient of the largest weight."""
-    return recomputed_bytes(of, recompute) + of.element * of.hidden * of.up
+    largest = _tiles_bytes(of) if in_tiles(of, recompute) else of.element * of.hidden * of.up
+    return recomputed_bytes(of, recompute) + largest

@@ -24,6 +24,7 @@ from megallama.layout.stages import Stage, stages
 from megallama.layout.topology import AXES, AxisName, Topology
 from megallama.model.attention import attention_of
 from megallama.model.llama import Llama, TensorParallelContext
+from megallama.model.offload import OffloadedInputs
 from megallama.model.stages import ModelStages
 from megallama.parallel.fake_world import fake_axis, fake_world
 from megallama.parallel.issued import Issued
@@ -48,8 +49,15 @@ class KeptForBackward:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Inside, what operations save is counted."""
-        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
+        """Inside, what operations save is counted, but for what goes to the host, whose hooks come before these."""
+        pack = OffloadedInputs._pack
+
+        def packed(inputs: OffloadedInputs, tensor: Tensor) -> Any:
+            found = pack(inputs, tensor)
+            return self._keep(found) if isinstance(found, Tensor) else found
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+        with hooks, patch.object(OffloadedInputs, "_pack", packed):
             yield
 
     def _keep(self, tensor: Tensor) -> Tensor:

@@ -93,6 +93,15 @@ def memory_rows(config: RunConfig, dp_size: int) -> list[list[MemoryRow]]:
     return found
 
 
+def host_bytes(config: RunConfig, dp_size: int) -> list[int]:
+    """Pinned host memory of a rank at each place of the pipeline: the layers' inputs of `train.recompute: offload`."""
+    moments = fullest(config.parallel, gradient_accumulation_steps(config, dp_size))
+    every, of = stages(config), tensors(config)
+    each = of.state if config.train.recompute == "offload" and config.train.device != "cpu" else 0
+    layers = [[each * len(every[index].layers) for index in rank.stages] for rank in rank_parameters(config)]
+    return [max(sum(map(mul, at.kept, mine)) for at in here) for mine, here in zip(layers, moments, strict=True)]
+
+
 def rank_bytes(config: RunConfig, world_size: int) -> list[int]:
     """What the device of a rank at each place of the pipeline must have."""
     return [sum(row.size for row in rows) for rows in memory_rows(config, dp_size(config, world_size))]

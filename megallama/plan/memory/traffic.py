@@ -9,8 +9,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from megallama.config.schema import RunConfig
+from megallama.layout.counts import FORWARD_AGAIN
 from megallama.layout.stages import Stage
-from megallama.plan.memory.activations import Tensors, logits_chunk, tensors
+from megallama.plan.memory.activations import Tensors, in_tiles, logits_chunk, tensors
 
 
 @dataclass
@@ -57,7 +58,7 @@ def context_traffic(config: RunConfig, layers: int, backwards: int = 1) -> Traff
     found, of = Traffic(), tensors(config)
     if of.context == 1:
         return found
-    again = backwards * layers if config.train.recompute == "full" else 0
+    again = backwards * layers if config.train.recompute in FORWARD_AGAIN else 0
     if of.exchanges:
         for width in (2 * of.key, of.query, of.query):
             found.add("all_to_all", of.element * of.positions * width, 2 * layers + again)
@@ -72,10 +73,12 @@ def _add_layers(found: Traffic, config: RunConfig, of: Tensors, layers: int, bac
 
     Full recomputation runs a forward again up to the last tensor that it needs, the input of the down projection.
     """
-    again = backwards * layers if config.train.recompute == "full" else 0
+    again = backwards * layers if config.train.recompute in FORWARD_AGAIN else 0
     if config.parallel.sequence_parallel:
+        # An MLP in tiles is not run again before its backward, each part of which gathers its input.
+        gathered = again + (backwards - 1) * layers if in_tiles(of, config.train.recompute) else 2 * again
         # Forward, the gradients of the rows' outputs, and the columns' inputs for their weights' gradients.
-        found.add("all_gather", of.whole_state, 6 * layers + 2 * again)
+        found.add("all_gather", of.whole_state, 6 * layers + gathered)
         found.add("reduce_scatter", of.whole_state, 4 * layers + again)
         found.add("all_reduce", of.element * of.hidden, 2 * layers)  # the norms' weights
     else:

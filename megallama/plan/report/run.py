@@ -10,7 +10,7 @@ from megallama.layout.budget import batches_of, planned_tokens, steps_words, tot
 from megallama.layout.check import Batching, check_config
 from megallama.layout.counts import count_parameters, flops_per_token, hardware_flops_per_token, padded_vocabulary
 from megallama.layout.frozen import frozen_matmul
-from megallama.plan.memory.ledger import memory_rows, rank_bytes
+from megallama.plan.memory.ledger import host_bytes, memory_rows, rank_bytes
 from megallama.plan.memory.state import GIB, MemoryRow, rank_parameters
 from megallama.plan.report.table import Part, Row
 
@@ -136,6 +136,9 @@ def memory_parts(config: RunConfig, dp_size: int) -> list[Part]:
             for i, (rows, size) in enumerate(zip(ranks, sums, strict=True))
         ]
         parts.append(Part("memory_by_pipeline_rank", "Memory by pipeline rank, GiB", tuple(each)))
+    if most := max(host_bytes(config, dp_size)):
+        row = Row("host_memory", "inputs of layers in flight", "pinned, of the fullest rank", most, "GiB")
+        parts.append(Part("host_memory", "Host memory of one rank, beside a process", (row,)))
     return parts
 
 

@@ -13,7 +13,7 @@ from megallama.layout.check import dp_size
 from megallama.layout.counts import count_parameters
 from megallama.layout.scaling_laws import optimal_tokens
 from megallama.layout.schedules import schedule_of
-from megallama.plan.memory.ledger import rank_bytes
+from megallama.plan.memory.ledger import host_bytes, rank_bytes
 from megallama.plan.memory.state import GIB
 from megallama.plan.report.table import Part, Row
 from megallama.plan.report.time import run_cost, speed
@@ -113,7 +113,8 @@ def _layout(config: RunConfig, world_size: int) -> str:
 def _memory(config: RunConfig, world_size: int) -> str:
     sizes = rank_bytes(config, world_size)
     where = f" on pipeline rank {sizes.index(max(sizes))}" if len(sizes) > 1 else ""
-    return f"{max(sizes) / GIB:.1f} GiB{where}"
+    host = max(host_bytes(config, dp_size(config, world_size)))
+    return f"{max(sizes) / GIB:.1f} GiB{where}{f', {host / GIB:.1f} GiB of its host' if host else ''}"
 
 
 def _fit(config: RunConfig, world_size: int, gpu: Gpu) -> str:

@@ -51,18 +51,18 @@ def single_changes(config: RunConfig, world_size: int, node: int) -> list[Change
     least time on: batch, ZeRO, recomputation, layout.
     """
     train, parallel, zero = config.train, config.parallel, config.zero
-    kind, batch = RECOMPUTE.index(train.recompute), train.micro_batch_size
-    cp = parallel.context
+    modes = (*RECOMPUTE, "offload")
+    kind, batch, cp = modes.index(train.recompute), train.micro_batch_size, parallel.context
     keys: list[tuple[str, str, Any]] = []
     keys += [("train", "micro_batch_size", batch // n) for n in range(2, batch + 1) if batch % n == 0]
     keys += [("zero", "stage", n) for n in ZERO_STAGES if n > zero.stage and (n < 3 or not train.compile)]
-    keys += [("train", "recompute", each) for each in RECOMPUTE[kind + 1 :]]
+    keys += [("train", "recompute", each) for each in modes[kind + 1 :]]
     keys += [("parallel", "tensor", 2 * parallel.tensor)] if 2 * parallel.tensor <= node else []
     keys += [("parallel", "context", 2 * cp)] if 2 * cp * LEAST_PART <= config.data.sequence_length else []
     keys += [("parallel", "pipeline", 2 * parallel.pipeline), ("parallel", "pipeline", parallel.pipeline // 2)]
     keys += [("parallel", "tensor", parallel.tensor // 2), ("parallel", "context", cp // 2)]
     keys += [("train", "micro_batch_size", 2 * batch)]
-    keys += [("train", "recompute", each) for each in RECOMPUTE[:kind]]
+    keys += [("train", "recompute", each) for each in modes[:kind]]
     keys += [("zero", "stage", n) for n in ZERO_STAGES if n < zero.stage]
     keys += [] if train.compile or zero.stage == 3 else [("train", "compile", True)]
     if parallel.pipeline > 1:

@@ -10,7 +10,7 @@ from math import ceil, floor
 
 from megallama.config.schema import ParallelConfig, RunConfig, Schedule
 from megallama.errors import UserError
-from megallama.layout.counts import kernel_convention
+from megallama.layout.counts import FORWARD_AGAIN, kernel_convention
 from megallama.layout.schedules import Action, Kind, action_lists, chunks, schedule_of
 from megallama.layout.stages import head_in_layers, stages
 
@@ -96,7 +96,7 @@ def relative_seconds(config: RunConfig) -> dict[tuple[Kind, int], float]:
     first stage computes nothing for its input: torch leaves all of its backward to the weights' part.
     """
     head = head_in_layers(config.model, config.data.sequence_length, kernel_convention(config.train.objective))
-    again = 1 if config.train.recompute == "full" else 0
+    again = 1 if config.train.recompute in FORWARD_AGAIN else 0
     every = stages(config)
     found: dict[tuple[Kind, int], float] = {}
     for stage in every:

@@ -8,7 +8,7 @@ of the software is in `software.yaml`; docs/planning.md has the errors against p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from megallama.config.schema import RunConfig
@@ -33,6 +33,9 @@ OPTIMIZER_BYTES = 28
 # take of it here (benchmarks/asyncTP_llama3_h100_2025-06). Half is between the two.
 TENSOR_HIDDEN = 0.5
 
+HOST_GB_S = 25
+"""One way between a GPU and its host. An assumption: PCIe 4 with 16 lanes has 32, and copies reach some 25."""
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -41,7 +44,7 @@ class StepTime:
     matmul: float
     attention: float = 0.0
     memory: float = 0.0
-    """What matmuls, norms, rotations, activations, the loss and sums of gradients wait for memory."""
+    """What matmuls, norms, rotations, activations, the loss and sums of gradients wait for memory or copies."""
     tensor: float = 0.0
     """Tensor-parallel collectives that computation does not hide."""
     context: float = 0.0
@@ -88,18 +91,22 @@ class RankWork:
     """Context-parallel."""
     messages: int
     """Sent to other ranks: hidden states to the stage after, their gradients to the stage before."""
+    moved: int = 0
+    """Bytes that go to the host or come back."""
 
     def seconds(self, on: Machine, config: RunConfig) -> StepTime:
         """The seconds of it, messages aside."""
         tensor = collective_seconds(on.gpu, Group(config.parallel.tensor), self.traffic)
         rate = on.matmul_flops
-        return StepTime(
+        found = StepTime(
             matmul=self.kernels.matmul_flops / rate,
             attention=self.kernels.attention_flops / (rate * on.software.attention_rate(on.gpu)),
             memory=(self.kernels.bytes_moved + self.sums) / (on.known("memory_tb_s") * 1e12),
             tensor=tensor * (1 - TENSOR_HIDDEN) if "tensor" in on.software.overlap else tensor,
             context=collective_seconds(on.gpu, context_group(config), self.context),
         )
+        waits = max(0.0, self.moved / (HOST_GB_S * 1e9) - found.compute)
+        return replace(found, memory=found.memory + waits)
 
 
 def context_group(config: RunConfig) -> Group:
@@ -133,6 +140,7 @@ def rank_works(config: RunConfig, on: Machine) -> list[RankWork]:
                 traffic=sum((stage_traffic(config, one, len(every), backwards) for one in mine), Traffic()),
                 context=context_traffic(config, rank.layers, backwards),
                 messages=_messages(every, rank.rank),
+                moved=2 * rank.layers * of.state if config.train.recompute == "offload" else 0,
             )
         )
     return found
