@@ -18,11 +18,17 @@ import numpy as np
 import numpy.typing as npt
 
 from megallama.errors import UserError
-from megallama.text.byte_level import TOKENIZER_NAME
+from megallama.text.byte_level import STAND_INS, TOKENIZER_NAME
+from megallama.text.split_pattern import LLAMA3_PATTERN, O200K_PATTERN, R50K_PATTERN
 from megallama.text.surrogates import without_surrogates
-from megallama.text.tokenizer import ByteTokenizer, Encoder, Tokenizer
+from megallama.text.tokenizer import ByteTokenizer, Encoder, TiktokenTokenizer, Tokenizer
 
 CHECKED = 100
+
+# gigatoken takes others as well, some for one that splits rare texts elsewhere; all texts of a few characters, and each
+# character between others, are tested for these.
+_TESTED_PATTERNS = (R50K_PATTERN, LLAMA3_PATTERN, O200K_PATTERN)
+_BYTES = frozenset(STAND_INS)
 
 # Letters, digits and marks of Unicode 17, which gigatoken knows; to tiktoken 0.14 they are no letters yet.
 _NEWER = (
@@ -103,16 +109,42 @@ def checked_encoder(tokenizer: Tokenizer) -> Encoder:
 def _rules_of_text(tokenizer: Tokenizer) -> bytes:
     """The tokenizer.json by which a text has its ids, without what cuts, frames or marks one.
 
-    ValueError if it is no byte-level BPE, rewrites the text, or adds tokens of the text to its model.
+    ValueError if it is no byte-level BPE at a tested pattern, rewrites the text, or adds tokens of the text to its
+    model.
     """
     rules = json.loads(tokenizer.hugging_face_files()[TOKENIZER_NAME])
     model, added = rules["model"], rules.get("added_tokens") or ()
-    if model.get("type") != "BPE" or model.get("byte_fallback") or rules.get("normalizer"):
+    affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if model.get("type") != "BPE" or model.get("byte_fallback") or affixes or rules.get("normalizer"):
         raise ValueError("no byte-level BPE of the text as it is")
     if not all(token.get("special") for token in added):
         raise ValueError("tokens of the text stand among the special ones")
-    kept = {name: rules.get(name) for name in ("version", "normalizer", "pre_tokenizer", "decoder", "model")}
-    return json.dumps(kept | {"added_tokens": [], "post_processor": None}).encode()
+    if _pattern(rules.get("pre_tokenizer")) not in _TESTED_PATTERNS:
+        raise ValueError("text is split at another pattern, or more than once")
+    if len({*map(str, model["merges"])}) < len(model["merges"]):
+        raise ValueError("gigatoken takes the first place of a merge, tokenizers the last")
+    # To gigatoken any entry is the bytes of a text, to tokenizers only one in stand-ins; and to tiktoken a special
+    # token is none.
+    names = tokenizer.special_tokens if isinstance(tokenizer, TiktokenTokenizer) else {}
+    vocabulary = {name: number for name, number in model["vocab"].items() if name not in names and {*name} <= _BYTES}
+    kept = {name: rules.get(name) for name in ("version", "pre_tokenizer", "decoder")}
+    return json.dumps(kept | {"added_tokens": [], "model": model | {"vocab": vocabulary}}).encode()
+
+
+def _pattern(pre_tokenizer: Any) -> str | None:
+    """The pattern at which byte-level words are split, None if anything else is done to them."""
+    match pre_tokenizer:
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            return R50K_PATTERN if pre_tokenizer.get("use_regex", True) else None
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ],
+        }:
+            return pattern
+    return None
 
 
 def _has_newer_characters(text: str) -> bool:

@@ -14,6 +14,7 @@ from megallama.errors import UserError
 from megallama.text import checked
 from megallama.text.checked import CHECKED, CheckedEncoder, checked_encoder
 from megallama.text.hf_tokenizer import save_hugging_face
+from megallama.text.split_pattern import LLAMA3_PATTERN
 from megallama.text.tokenizer import TiktokenTokenizer, Tokenizer, load_tokenizer, tokenizer_from_ranks
 
 CODE = Path(__file__).read_text()
@@ -111,7 +112,36 @@ def test_a_published_tokenizer_json_frames_no_text(tokenizer: Tokenizer, tmp_pat
     fast = checked_encoder(framed)
     assert isinstance(fast, CheckedEncoder)
     assert [int(i) for piece in fast.pieces(CODE) for i in piece] == framed.encode(CODE) == tokenizer.encode(CODE)
-    for other in ({"normalizer": {"type": "NFC"}}, {"model": rules["model"] | {"byte_fallback": True}}):
+    words, merges = rules["pre_tokenizer"], rules["model"]["merges"]
+    split = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
+    digits = {"type": "Digits", "individual_digits": True}
+    older = {"Regex": LLAMA3_PATTERN.replace(r"\s*[\r\n]+", r"\s*[\r\n]")}  # which gigatoken takes for cl100k's
+    for other in (
+        {"normalizer": {"type": "NFC"}},
+        {"model": rules["model"] | {"byte_fallback": True}},
+        {"model": rules["model"] | {"merges": merges + merges[:1]}},
+        {"pre_tokenizer": words | {"use_regex": False}},
+        *(
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": some}}
+            for some in (
+                [split, words],
+                [split, digits, words | {"use_regex": False}],
+                [split | {"behavior": "Removed"}, words | {"use_regex": False}],
+                [split | {"pattern": older}, words | {"use_regex": False}],
+            )
+        ),
+    ):
         file.write_text(json.dumps(rules | other))
         kept = load_tokenizer(f"hf:{tmp_path}")
         assert checked_encoder(kept) is kept
+
+
+def test_what_is_no_text_to_a_tokenizer_is_none_to_gigatoken(tmp_path: Path) -> None:
+    """Names of special tokens, and entries of a vocabulary that are not in the characters of bytes."""
+    ranks = {bytes([i]): i for i in range(256)}
+    tokenizer = TiktokenTokenizer("words", ranks, LLAMA3_PATTERN, {"END": 256, "日本": 257}, "END")
+    save_hugging_face(tokenizer, tmp_path)
+    for some in (tokenizer, load_tokenizer(f"hf:{tmp_path}")):
+        fast = checked_encoder(some)
+        assert isinstance(fast, CheckedEncoder)
+        assert [fast._ids(text).tolist() for text in ("END", "日本")] == [some.encode("END"), some.encode("日本")]
