@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from megallama.errors import UserError
 from megallama.text.byte_level import STAND_INS, TOKENIZER_NAME
@@ -24,6 +25,11 @@ from megallama.text.surrogates import without_surrogates
 from megallama.text.tokenizer import ByteTokenizer, Encoder, TiktokenTokenizer, Tokenizer
 
 CHECKED = 100
+
+# gigatoken 0.10 forgets no word: of text without end it would take memory without end.
+MOST_REMEMBERED = 256 << 20
+"""Bytes by which a process may grow before gigatoken begins again."""
+CHARACTERS_PER_LOOK = 4_000_000
 
 # gigatoken takes others as well, some for one that splits rare texts elsewhere; all texts of a few characters, and each
 # character between others, are tested for these.
@@ -69,7 +75,9 @@ class CheckedEncoder:
         from gigatoken import Tokenizer as Library
 
         self._tokenizer, self._rules = tokenizer, rules
-        self._library = _panics_raised(partial(Library.from_json, rules))
+        self._new_library = partial(_panics_raised, partial(Library.from_json, rules))
+        self._library: Any = self._new_library()
+        self._resident, self._characters = _resident_bytes(), 0
         self.eod_id = tokenizer.eod_id
         self._texts = 0
 
@@ -90,10 +98,20 @@ class CheckedEncoder:
             yield ids
 
     def _ids(self, part: str) -> npt.NDArray[np.uint32]:
+        self._characters += len(part)
+        if self._characters > CHARACTERS_PER_LOOK:
+            self._forget_much()
         try:
             return _panics_raised(partial(self._library.encode, part))
         except ValueError as error:
             raise EncodersDifferError(f"gigatoken cannot encode {part[:40]!r} ({error}); {_ADVICE}") from None
+
+    def _forget_much(self) -> None:
+        self._characters = 0
+        if _resident_bytes() > self._resident + MOST_REMEMBERED:
+            del self._library  # two at once would take twice the memory
+            self._library = self._new_library()
+            self._resident = _resident_bytes()
 
 
 def checked_encoder(tokenizer: Tokenizer) -> Encoder:
@@ -149,6 +167,10 @@ def _pattern(pre_tokenizer: Any) -> str | None:
 
 def _has_newer_characters(text: str) -> bool:
     return not text.isascii() and not _NEWER_CHARACTERS.isdisjoint(_PERHAPS_NEWER.findall(text))
+
+
+def _resident_bytes() -> int:
+    return psutil.Process().memory_info().rss
 
 
 def _panics_raised(call: Callable[[], _Found]) -> _Found:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from megallama.corpus.building.build import build_dataset
@@ -145,3 +146,16 @@ def test_what_is_no_text_to_a_tokenizer_is_none_to_gigatoken(tmp_path: Path) -> 
         fast = checked_encoder(some)
         assert isinstance(fast, CheckedEncoder)
         assert [fast._ids(text).tolist() for text in ("END", "日本")] == [some.encode("END"), some.encode("日本")]
+
+
+def test_gigatoken_forgets_words(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checked, "MOST_REMEMBERED", 16 << 20)
+    monkeypatch.setattr(checked, "CHARACTERS_PER_LOOK", 200_000)
+    fast = checked_encoder(tokenizer)
+    assert isinstance(fast, CheckedEncoder)
+    letters = np.random.default_rng(0).integers(ord("a"), ord("z"), 48_000_000, np.uint8).reshape(-1, 8)
+    letters[:, 0] = ord(" ")
+    text, before = letters.tobytes().decode(), psutil.Process().memory_info().rss
+    for begin in range(0, len(text), 200_000):
+        fast._ids(text[begin : begin + 200_000])
+        assert psutil.Process().memory_info().rss < before + (192 << 20)
