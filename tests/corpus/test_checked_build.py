@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +160,15 @@ def test_gigatoken_forgets_words(tokenizer: Tokenizer, monkeypatch: pytest.Monke
     for begin in range(0, len(text), 200_000):
         fast._ids(text[begin : begin + 200_000])
         assert psutil.Process().memory_info().rss < before + (192 << 20)
+
+
+@pytest.mark.parametrize("content", ["import a_library_that_is_not_there", "class Tokenizer: pass"])
+def test_a_gigatoken_that_does_not_work_ends_no_build(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    (tmp_path / "gigatoken").mkdir()
+    (tmp_path / "gigatoken" / "__init__.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "gigatoken", sys)  # so that what is there now comes back
+    del sys.modules["gigatoken"]
+    assert checked_encoder(tokenizer) is tokenizer
