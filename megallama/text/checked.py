@@ -16,13 +16,25 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from megallama.errors import UserError
-from megallama.text.byte_level import TOKENIZER_NAME
+from megallama.text.byte_level import STAND_INS, TOKENIZER_NAME
+from megallama.text.split_pattern import LLAMA3_PATTERN, O200K_PATTERN, R50K_PATTERN
 from megallama.text.surrogates import without_surrogates
-from megallama.text.tokenizer import ByteTokenizer, Encoder, Tokenizer
+from megallama.text.tokenizer import ByteTokenizer, Encoder, TiktokenTokenizer, Tokenizer
 
 CHECKED = 100
+
+# gigatoken 0.10 forgets no word: of text without end it would take memory without end.
+MOST_REMEMBERED = 256 << 20
+"""Bytes by which a process may grow before gigatoken begins again."""
+CHARACTERS_PER_LOOK = 4_000_000
+
+# gigatoken takes others as well, some for one that splits rare texts elsewhere; all texts of a few characters, and each
+# character between others, are tested for these.
+_TESTED_PATTERNS = (R50K_PATTERN, LLAMA3_PATTERN, O200K_PATTERN)
+_BYTES = frozenset(STAND_INS)
 
 # Letters, digits and marks of Unicode 17, which gigatoken knows; to tiktoken 0.14 they are no letters yet.
 _NEWER = (
@@ -63,7 +75,9 @@ class CheckedEncoder:
         from gigatoken import Tokenizer as Library
 
         self._tokenizer, self._rules = tokenizer, rules
-        self._library = _panics_raised(partial(Library.from_json, rules))
+        self._new_library = partial(_panics_raised, partial(Library.from_json, rules))
+        self._library: Any = self._new_library()
+        self._resident, self._characters = _resident_bytes(), 0
         self.eod_id = tokenizer.eod_id
         self._texts = 0
 
@@ -84,10 +98,20 @@ class CheckedEncoder:
             yield ids
 
     def _ids(self, part: str) -> npt.NDArray[np.uint32]:
+        self._characters += len(part)
+        if self._characters > CHARACTERS_PER_LOOK:
+            self._forget_much()
         try:
             return _panics_raised(partial(self._library.encode, part))
         except ValueError as error:
             raise EncodersDifferError(f"gigatoken cannot encode {part[:40]!r} ({error}); {_ADVICE}") from None
+
+    def _forget_much(self) -> None:
+        self._characters = 0
+        if _resident_bytes() > self._resident + MOST_REMEMBERED:
+            del self._library  # two at once would take twice the memory
+            self._library = self._new_library()
+            self._resident = _resident_bytes()
 
 
 def checked_encoder(tokenizer: Tokenizer) -> Encoder:
@@ -96,27 +120,57 @@ def checked_encoder(tokenizer: Tokenizer) -> Encoder:
         return tokenizer
     try:
         return CheckedEncoder(tokenizer, _rules_of_text(tokenizer))
-    except (UserError, ValueError, RuntimeError):  # gigatoken has no class of its own
+    except (UserError, ValueError, RuntimeError, ImportError, AttributeError):  # broken or another version, too
         return tokenizer
 
 
 def _rules_of_text(tokenizer: Tokenizer) -> bytes:
     """The tokenizer.json by which a text has its ids, without what cuts, frames or marks one.
 
-    ValueError if it is no byte-level BPE, rewrites the text, or adds tokens of the text to its model.
+    ValueError if it is no byte-level BPE at a tested pattern, rewrites the text, or adds tokens of the text to its
+    model.
     """
     rules = json.loads(tokenizer.hugging_face_files()[TOKENIZER_NAME])
     model, added = rules["model"], rules.get("added_tokens") or ()
-    if model.get("type") != "BPE" or model.get("byte_fallback") or rules.get("normalizer"):
+    affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if model.get("type") != "BPE" or model.get("byte_fallback") or affixes or rules.get("normalizer"):
         raise ValueError("no byte-level BPE of the text as it is")
     if not all(token.get("special") for token in added):
         raise ValueError("tokens of the text stand among the special ones")
-    kept = {name: rules.get(name) for name in ("version", "normalizer", "pre_tokenizer", "decoder", "model")}
-    return json.dumps(kept | {"added_tokens": [], "post_processor": None}).encode()
+    if _pattern(rules.get("pre_tokenizer")) not in _TESTED_PATTERNS:
+        raise ValueError("text is split at another pattern, or more than once")
+    if len({*map(str, model["merges"])}) < len(model["merges"]):
+        raise ValueError("gigatoken takes the first place of a merge, tokenizers the last")
+    # To gigatoken any entry is the bytes of a text, to tokenizers only one in stand-ins; and to tiktoken a special
+    # token is none.
+    names = tokenizer.special_tokens if isinstance(tokenizer, TiktokenTokenizer) else {}
+    vocabulary = {name: number for name, number in model["vocab"].items() if name not in names and {*name} <= _BYTES}
+    kept = {name: rules.get(name) for name in ("version", "pre_tokenizer", "decoder")}
+    return json.dumps(kept | {"added_tokens": [], "model": model | {"vocab": vocabulary}}).encode()
+
+
+def _pattern(pre_tokenizer: Any) -> str | None:
+    """The pattern at which byte-level words are split, None if anything else is done to them."""
+    match pre_tokenizer:
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            return R50K_PATTERN if pre_tokenizer.get("use_regex", True) else None
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ],
+        }:
+            return pattern
+    return None
 
 
 def _has_newer_characters(text: str) -> bool:
     return not text.isascii() and not _NEWER_CHARACTERS.isdisjoint(_PERHAPS_NEWER.findall(text))
+
+
+def _resident_bytes() -> int:
+    return psutil.Process().memory_info().rss
 
 
 def _panics_raised(call: Callable[[], _Found]) -> _Found:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from megallama.corpus.building.build import build_dataset
@@ -14,6 +16,7 @@ from megallama.errors import UserError
 from megallama.text import checked
 from megallama.text.checked import CHECKED, CheckedEncoder, checked_encoder
 from megallama.text.hf_tokenizer import save_hugging_face
+from megallama.text.split_pattern import LLAMA3_PATTERN
 from megallama.text.tokenizer import TiktokenTokenizer, Tokenizer, load_tokenizer, tokenizer_from_ranks
 
 CODE = Path(__file__).read_text()
@@ -111,7 +114,61 @@ def test_a_published_tokenizer_json_frames_no_text(tokenizer: Tokenizer, tmp_pat
     fast = checked_encoder(framed)
     assert isinstance(fast, CheckedEncoder)
     assert [int(i) for piece in fast.pieces(CODE) for i in piece] == framed.encode(CODE) == tokenizer.encode(CODE)
-    for other in ({"normalizer": {"type": "NFC"}}, {"model": rules["model"] | {"byte_fallback": True}}):
+    words, merges = rules["pre_tokenizer"], rules["model"]["merges"]
+    split = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
+    digits = {"type": "Digits", "individual_digits": True}
+    older = {"Regex": LLAMA3_PATTERN.replace(r"\s*[\r\n]+", r"\s*[\r\n]")}  # which gigatoken takes for cl100k's
+    for other in (
+        {"normalizer": {"type": "NFC"}},
+        {"model": rules["model"] | {"byte_fallback": True}},
+        {"model": rules["model"] | {"merges": merges + merges[:1]}},
+        {"pre_tokenizer": words | {"use_regex": False}},
+        *(
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": some}}
+            for some in (
+                [split, words],
+                [split, digits, words | {"use_regex": False}],
+                [split | {"behavior": "Removed"}, words | {"use_regex": False}],
+                [split | {"pattern": older}, words | {"use_regex": False}],
+            )
+        ),
+    ):
         file.write_text(json.dumps(rules | other))
         kept = load_tokenizer(f"hf:{tmp_path}")
         assert checked_encoder(kept) is kept
+
+
+def test_what_is_no_text_to_a_tokenizer_is_none_to_gigatoken(tmp_path: Path) -> None:
+    """Names of special tokens, and entries of a vocabulary that are not in the characters of bytes."""
+    ranks = {bytes([i]): i for i in range(256)}
+    tokenizer = TiktokenTokenizer("words", ranks, LLAMA3_PATTERN, {"END": 256, "日本": 257}, "END")
+    save_hugging_face(tokenizer, tmp_path)
+    for some in (tokenizer, load_tokenizer(f"hf:{tmp_path}")):
+        fast = checked_encoder(some)
+        assert isinstance(fast, CheckedEncoder)
+        assert [fast._ids(text).tolist() for text in ("END", "日本")] == [some.encode("END"), some.encode("日本")]
+
+
+def test_gigatoken_forgets_words(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checked, "MOST_REMEMBERED", 16 << 20)
+    monkeypatch.setattr(checked, "CHARACTERS_PER_LOOK", 200_000)
+    fast = checked_encoder(tokenizer)
+    assert isinstance(fast, CheckedEncoder)
+    letters = np.random.default_rng(0).integers(ord("a"), ord("z"), 48_000_000, np.uint8).reshape(-1, 8)
+    letters[:, 0] = ord(" ")
+    text, before = letters.tobytes().decode(), psutil.Process().memory_info().rss
+    for begin in range(0, len(text), 200_000):
+        fast._ids(text[begin : begin + 200_000])
+        assert psutil.Process().memory_info().rss < before + (192 << 20)
+
+
+@pytest.mark.parametrize("content", ["import a_library_that_is_not_there", "class Tokenizer: pass"])
+def test_a_gigatoken_that_does_not_work_ends_no_build(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    (tmp_path / "gigatoken").mkdir()
+    (tmp_path / "gigatoken" / "__init__.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "gigatoken", sys)  # so that what is there now comes back
+    del sys.modules["gigatoken"]
+    assert checked_encoder(tokenizer) is tokenizer
