@@ -27,7 +27,7 @@ from megallama.text.tokenizer import ByteTokenizer, Encoder, TiktokenTokenizer, 
 CHECKED = 100
 
 # gigatoken 0.10 forgets no word: of text without end it would take memory without end.
-MOST_REMEMBERED = 256 << 20
+MOST_REMEMBERED = 96 << 20
 """Bytes by which a process may grow before gigatoken begins again."""
 CHARACTERS_PER_LOOK = 4_000_000
 
