@@ -58,7 +58,7 @@ def keys() -> str:
 
 def deepspeed_dictionary() -> str:
     """The dictionary of configs/1b.yaml on one node of 8."""
-    dictionary = deepspeed_config(load_config(CONFIGS / "1b.yaml"), dp_size=8)
+    dictionary = deepspeed_config(load_config(CONFIGS / "1b.yaml"), ranks=8)
     return f"```json\n{json.dumps(dictionary, indent=2)}\n```"
 
 

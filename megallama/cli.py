@@ -75,12 +75,13 @@ def config(
     run = load_config(config_path, overrides or ())
     one_copy = run.parallel.model_ranks
     batching = check_config(run, one_copy if gpus is None else gpus, seen_before(run))
-    engine = deepspeed_config(run, batching.dp_size)
+    engine = deepspeed_config(run, batching.dp_size * run.parallel.context)
     if as_json:
         typer.echo(json.dumps({"config": run.model_dump(mode="json"), "deepspeed": engine}, indent=2))
         return
     typer.echo(dump_config(run))
-    typer.echo(f"# DeepSpeed, on {batching.world_size} ranks, dp {batching.dp_size}:")
+    shared = f", cp {run.parallel.context}" if run.parallel.context > 1 else ""
+    typer.echo(f"# DeepSpeed, on {batching.world_size} ranks, dp {batching.dp_size}{shared}:")
     typer.echo(json.dumps(engine, indent=2))
 
 

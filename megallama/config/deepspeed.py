@@ -7,8 +7,8 @@ from typing import Any
 from megallama.config.schema import RunConfig
 
 
-def deepspeed_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given.
+def deepspeed_config(config: RunConfig, ranks: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given; ZeRO cuts over `ranks`, which are dp * cp.
 
     Accumulation is unmanaged: backward only adds up, and each `engine.step()` is an optimizer step, so that any
     schedule of forwards and backwards can drive it. DeepSpeed therefore counts one step as one micro-batch, whatever
@@ -18,7 +18,7 @@ def deepspeed_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
     bucket = config.zero.bucket_elements
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "train_batch_size": config.train.micro_batch_size * dp_size,
+        "train_batch_size": config.train.micro_batch_size * ranks,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.optimizer.clip,

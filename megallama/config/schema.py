@@ -164,11 +164,11 @@ class ZeroConfig(Section):
     """DeepSpeed ZeRO (arXiv 1910.02054)."""
 
     stage: int = Field(default=1, ge=0, le=3)
-    """1 partitions the optimizer state over data-parallel ranks, 2 also the gradients, 3 also the parameters."""
+    """1 partitions the optimizer state over the ranks of dp * cp, 2 also the gradients, 3 also the parameters."""
     bucket_elements: int = Field(default=100_000_000, ge=1, le=MOST_STEPS)
     """Elements per collective when reducing gradients and gathering parameters; ZeRO 3 gathers twice as many ahead."""
     communication_dtype: Literal["bf16", "fp32"] = "fp32"
-    """Type of gradients in the reduction over data-parallel ranks; bf16 halves the bytes and rounds the sums."""
+    """Type of gradients in the reduction over the ranks of dp * cp; bf16 halves the bytes and rounds the sums."""
 
 
 class RampStage(Section):
@@ -219,7 +219,7 @@ class TrainConfig(Section):
     stop_after: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     """Save and end with exit code 0 after this step; the learning rate still spans the whole run."""
     micro_batch_size: int = Field(default=1, ge=1, le=MOST_SEQUENCES)
-    """Sequences per forward on one data-parallel rank."""
+    """Sequences per forward on one data-parallel rank; those of cp share them."""
     global_batch_size: int = Field(default=1, ge=1, le=MOST_SEQUENCES)
     """Sequences per optimizer step over all ranks."""
     batch_ramp: Ramp = ()

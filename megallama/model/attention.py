@@ -147,7 +147,8 @@ causal_attention = FusedAttention(causal=True)
 
 def attention_of(config: RunConfig, axes: Mapping[AxisName, Axis]) -> FusedAttention:
     """What trains towards the objective of a run, on a rank with these axes."""
-    kind = {"gather": FusedAttention, "ulysses": ExchangedAttention}[config.parallel.context_mode]
+    exchanges = config.parallel.context_mode == "ulysses" and axes["cp"].size > 1  # one rank has nothing to exchange
+    kind = ExchangedAttention if exchanges else FusedAttention
     return kind(config.train.objective == "causal", axes["cp"])
 
 

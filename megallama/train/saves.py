@@ -120,7 +120,9 @@ def save_checkpoint(run: Run, state: TrainState, loss: Tensor, *, healthy: bool)
         "tensor": config.parallel.tensor,
         "pipeline": config.parallel.pipeline,
         "schedule": config.parallel.schedule,
-        "data": mesh.data.size,
+        "context": config.parallel.context,
+        "context_mode": config.parallel.context_mode,
+        "data": mesh.topology.dp,
         "zero_stage": config.zero.stage,
         "dtype": config.train.dtype,
     }

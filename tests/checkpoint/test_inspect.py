@@ -339,6 +339,11 @@ def test_a_folder_that_goes_while_it_is_listed_is_left_out(checkpoint: Path, mon
             "tp2-pp4-dualpipev-dp8-zero1",
         ),
         ({"tensor": 1, "pipeline": 1, "schedule": "1f1b", "data": 1, "zero_stage": 3}, "zero3"),
+        (
+            {"tensor": 1, "pipeline": 1, "schedule": "1f1b", "data": 2, "zero_stage": 1}
+            | {"context": 4, "context_mode": "ulysses"},
+            "dp2-cp4-ulysses-zero1",
+        ),
     ],
 )
 def test_a_layout_is_named_as_verify_names_it(layout: dict[str, object], name: str) -> None:

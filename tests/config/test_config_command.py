@@ -30,6 +30,13 @@ def test_the_run_is_printed_before_its_deepspeed_dictionary(tmp_path: Path) -> N
     assert json.loads(engine) == deepspeed_config(run, 16)
 
 
+def test_the_dictionary_is_that_of_all_ranks_that_zero_cuts_over() -> None:
+    words = [str(CONFIGS / "debug.yaml"), "parallel.context=2", "--gpus", "4"]
+    printed = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    assert printed["deepspeed"]["train_batch_size"] == 2 * 4
+    assert "# DeepSpeed, on 4 ranks, dp 2, cp 2:\n" in CliRunner().invoke(app, words).stdout
+
+
 def test_json_holds_both() -> None:
     result = CliRunner().invoke(app, [str(CONFIGS / "debug.yaml"), "--json", "train.seed=7"])
     printed = json.loads(result.stdout)

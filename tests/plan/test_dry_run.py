@@ -29,6 +29,8 @@ LAYOUTS = [
     ["8b.yaml", "--gpus", "16", "parallel.context=8", *LONG, "train.recompute=full"],
     ["8b.yaml", "--gpus", "8", "parallel.context=4", "parallel.context_mode=ulysses", *LONG, "train.recompute=full"],
     ["8b.yaml", "--gpus", "4", "parallel.pipeline=4", "parallel.tensor=1", "parallel.schedule=dualpipev"],
+    ["debug.yaml", "--gpus", "1", "parallel.tensor=1", "parallel.context_mode=ulysses"],
+    ["debug.yaml", "--gpus", "2", "parallel.tensor=1", "parallel.context=2", "data.document_mask=true"],
 ]
 
 

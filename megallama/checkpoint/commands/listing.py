@@ -113,6 +113,8 @@ def layout_name(layout: dict[str, Any]) -> str:
         tp=layout["tensor"],
         pp=layout["pipeline"],
         dp=layout["data"],
+        cp=layout.get("context", 1),  # a checkpoint of before context parallelism says nothing of it
+        context_mode=layout.get("context_mode", "gather"),
         schedule=layout["schedule"],
         zero=layout["zero_stage"],
     )

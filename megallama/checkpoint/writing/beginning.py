@@ -47,6 +47,7 @@ def write_beginning(folder: Path, model: ModelConfig, data: DataIdentity, read: 
     for start in range(written, end, len(_ZEROS)):
         digest.update(_ZEROS[: end - start])
     layout: dict[str, object] = {"tensor": 1, "pipeline": 1, "schedule": "1f1b", "data": 1, "zero_stage": 1}
+    layout |= {"context": 1, "context_mode": "gather"}
     state = state_document(TrainState(), math.nan, True, data, model, layout | {"dtype": "fp32"})
     documents = {TENSORS: {"dtype": "float32", "tensors": places}, STATE: state}
     versions = {package: version(package) for package in ("megallama", "torch")}

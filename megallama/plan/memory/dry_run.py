@@ -90,6 +90,9 @@ def check_rank(config: RunConfig, world_size: int, rank: int) -> list[Comparison
     check_trained(config.model)
     parallel = config.parallel
     topology = Topology(dp=check_config(config, world_size).dp_size, **parallel.sizes)
+    # Tokens without content are of one document: what documents add is neither planned nor counted here.
+    data = config.data.model_copy(update={"document_mask": False, "pad": "right"})
+    config = config.model_copy(update={"data": data})
     place = topology.coordinate(rank, "pp")
     every = stages(config)
     mine = [stage for stage in every if stage.rank == place]
