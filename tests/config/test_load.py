@@ -174,7 +174,7 @@ BAD_OVERRIDES = [
     ("train.seed='3'", 'train.seed="3" is not legal; expected a whole number; write 3', "train.seed=3"),
     ("train.dtype=fp16", "train.dtype=fp16 is not legal; expected bf16 or fp32; did you mean bf16?",
      "train.dtype=bf16"),
-    ("train.recompute=true", "train.recompute=true is not legal; expected none, selective or full",
+    ("train.recompute=true", "train.recompute=true is not legal; expected none, selective, full or offload",
      "train.recompute=full"),
     ("train.compile=1", "train.compile=1 is not legal; expected true or false", "train.compile=true"),
     ("zero.stage=9", "zero.stage=9 is not legal; expected at most 3", "zero.stage=3"),

@@ -66,12 +66,12 @@ OF_MODEL = [
     Mutant(
         "row-cuts-without-sum",
         LAYERS,
-        """        partial = self.matmul(x)
+        '''shares."""
         if self.sequence_parallel:
-            return reduce_scatter(partial, SEQUENCE, self.tp)""",
-        """        partial = self.matmul(x)
+            return reduce_scatter(partial, SEQUENCE, self.tp)''',
+        '''shares."""
         if self.sequence_parallel:
-            return partial.chunk(self.tp.size, SEQUENCE)[self.tp.rank]""",
+            return partial.chunk(self.tp.size, SEQUENCE)[self.tp.rank]''',
         "other",
         "a rank goes on with its share of the sum",
     ),
