@@ -78,7 +78,7 @@ def measure(
     )  # brings deepspeed with it, which looks for a device: after `prepare`
 
     batching, parallel = check_config(config, launch.world_size), config.parallel
-    mesh = build_mesh(Topology(pp=parallel.pipeline, dp=batching.dp_size, tp=parallel.tensor), launch, device)
+    mesh = build_mesh(Topology(dp=batching.dp_size, **parallel.sizes), launch, device)
     count = batching.gradient_accumulation_steps
     model, engine = build_model(config, mesh)
     draw_weights(config, model, engine)

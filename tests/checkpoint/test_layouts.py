@@ -218,7 +218,7 @@ def copy_then_train(launch: Launch, config: RunConfig, copy: Path) -> Rows:
     device = torch.device("cpu")
     launch.prepare(device)
     batching, parallel = check_config(config, launch.world_size), config.parallel
-    mesh = build_mesh(Topology(pp=parallel.pipeline, dp=batching.dp_size, tp=parallel.tensor), launch, device)
+    mesh = build_mesh(Topology(dp=batching.dp_size, **parallel.sizes), launch, device)
     model, engine = build_model(config, mesh)
     state = load(complete_checkpoints(Path(config.run.dir) / "checkpoints")[0], engine, model)
     saver = Saver(copy, engine, model, mesh, Retention(keep=1))
