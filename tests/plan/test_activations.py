@@ -181,7 +181,7 @@ def test_a_step_of_tiles_and_offloaded_inputs_peaks_where_the_ledger_says(monkey
     every = [config for config in PIPELINE if config.train.recompute in FORWARD_AGAIN]
     for config, *ranks in zip(every, *run_ranks(tiled_peaks_by_rank, 2, every), strict=True):
         ratios = [plan / peak for plan, peak in zip(planned_peaks(config, 8), ranks, strict=True)]
-        assert all(0.97 <= ratio <= 1.08 for ratio in ratios), f"{config.parallel.schedule} {ratios}"
+        assert all(0.95 <= ratio <= 1.08 for ratio in ratios), f"{config.parallel.schedule} {ratios}"
 
 
 def tiled_peaks_by_rank(launch: Launch, configs: list[RunConfig]) -> list[int]:
@@ -198,7 +198,9 @@ def test_a_step_of_a_pipeline_peaks_where_the_ledger_says() -> None:
         name = f"{config.parallel.schedule} {config.train.dtype} {config.train.recompute}: {ratios}"
         # A split backward that recomputes is planned as if nothing were freed while it does so.
         most = 1.07 if config.parallel.schedule == "zbvzerobubble" and config.train.recompute != "none" else 1.05
-        assert all(0.97 <= ratio <= most for ratio in ratios), name
+        # When an offloaded input comes back depends on when messages arrive, which the ledger does not follow.
+        least = 0.95 if config.train.recompute == "offload" else 0.97
+        assert all(least <= ratio <= most for ratio in ratios), name
 
 
 def planned_peaks(config: RunConfig, micro_batches: int) -> list[int]:
