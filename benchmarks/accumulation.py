@@ -69,8 +69,7 @@ def measure(launch: Launch, config: RunConfig, way: Way) -> Found:
         )
     batching = check_config(config, launch.world_size)
     count = batching.gradient_accumulation_steps
-    topology = Topology(pp=config.parallel.pipeline, dp=batching.dp_size, tp=config.parallel.tensor)
-    mesh = build_mesh(topology, launch, device)
+    mesh = build_mesh(Topology(dp=batching.dp_size, **config.parallel.sizes), launch, device)
     model, engine = build_model(config, mesh)
     draw_weights(config, model, engine)
     if way == "fp32":
@@ -87,9 +86,10 @@ def measure(launch: Launch, config: RunConfig, way: Way) -> Found:
             engine._take_gradients(parameters)
 
     assert isinstance(engine._passes, Pipeline)
-    for stage in engine._passes._schedule(count)._stages:
+    batches = micro_batches(config, count, mesh)
+    for stage in engine._passes._schedule(count, batches[0].tokens.shape)._stages:
         stage._take = take
-    engine.forward_backward(micro_batches(config, count, mesh), torch.ones(()))
+    engine.forward_backward(batches, torch.ones(()))
     return Found(sums(engine, model, way), max(*most, bytes_held(engine, model)))
 
 
