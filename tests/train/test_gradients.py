@@ -101,7 +101,11 @@ def alone(config: RunConfig) -> Step:
     assert len(set(counts.tolist())) > 1, "a mean of means would be right"
     loss = model(tokens, labels) / counts.sum()
     loss.backward()
-    whole = {piece.name: piece.of(model.get_parameter(name).grad) for name, each in held.items() for piece in each}  # type: ignore[arg-type]
+    whole = {}
+    for name, pieces in held.items():
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None
+        whole |= {piece.name: piece.of(gradient) for piece in pieces}
     norm = float(torch.stack([gradient.norm() for gradient in whole.values()]).norm())
     with torch.no_grad():
         first = model(tokens[:EVALUATED], labels[:EVALUATED]) / counts[:EVALUATED].sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from torch import Tensor
@@ -31,7 +32,7 @@ def small_tiles() -> None:
         def _back(self, packed: _Input) -> _Arriving:
             return _Arriving(packed.index, packed.held.clone(), None)
 
-    megallama.model.llama.OffloadedInputs = Away  # type: ignore[misc]
+    patch.object(megallama.model.llama, "OffloadedInputs", Away).start()
     megallama.model.tiled_mlp.GATES_AT_ONCE = 2**12
 
     def settings(config: RunConfig, dp_size: int) -> dict[str, Any]:

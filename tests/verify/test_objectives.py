@@ -62,7 +62,7 @@ def masks_of_its_own_on_each_rank() -> None:
 
 
 def causal_attention_after_all() -> None:
-    megallama.train.run.attention_of = lambda config, axes: causal_attention  # type: ignore[attr-defined]
+    patch.object(megallama.train.run, "attention_of", lambda config, axes: causal_attention).start()
 
 
 @pytest.mark.parametrize(
