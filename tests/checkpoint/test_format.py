@@ -28,7 +28,14 @@ from megallama.verify.verify import train_rank
 from tests.checkpoint.damaging import CHECKPOINT, FIXTURE, edit_manifest, flip
 from tests.checkpoint.make_fixture import EXPECTED, SAVED_AFTER, TEXT, build_text, sha256, tiny_run
 
-LATER_KEYS = {"healthy", "state.first_batch", "data.sequence_length", "objective"}
+LATER_KEYS = {
+    "healthy",
+    "state.first_batch",
+    "data.sequence_length",
+    "objective",
+    "layout.context",
+    "layout.context_mode",
+}
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoint-format.md"
 
 
