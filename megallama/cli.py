@@ -126,9 +126,13 @@ def verify(
         raise typer.Exit(0 if _verify_types(config, gpus, console, as_json=as_json) else 1)
     from megallama.verify.report import as_json as report_json
     from megallama.verify.report import print_report
+    from megallama.verify.shrink import LAYERS, shrink_model
     from megallama.verify.verify import verify as run_verify
 
-    wanted = [parse_layout(name) for name in layouts.split(",")] if layouts else default_layouts(config.model)
+    if layouts:
+        wanted = [parse_layout(name) for name in layouts.split(",")]
+    else:
+        wanted = default_layouts(shrink_model(config.model, LAYERS))
     with console.status("one process") as status:
         report = run_verify(config, wanted, steps=steps, dtype=dtype, resume=steps > 1, progress=status.update)
     if as_json:

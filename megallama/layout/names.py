@@ -123,9 +123,15 @@ def parse_layout(name: str) -> Layout:
 
 
 def default_layouts(model: ModelConfig) -> list[Layout]:
-    """One of each kind; tied embeddings leave out the pipelines that begin and end on different ranks."""
+    """One of each kind that `model` can run.
+
+    Tied embeddings leave out the pipelines that begin and end on different ranks, and key heads that cp does not divide
+    leave out ulysses.
+    """
     layouts = [parse_layout(name) for name in DEFAULT_LAYOUTS]
-    return [x for x in layouts if x.pp == 1 or SCHEDULES[x.schedule].v_shaped or not model.tie_word_embeddings]
+    if model.tie_word_embeddings:
+        layouts = [each for each in layouts if each.pp == 1 or SCHEDULES[each.schedule].v_shaped]
+    return [each for each in layouts if each.context_mode == "gather" or model.kv_heads % each.cp == 0]
 
 
 DEFAULT_LAYOUTS = (
@@ -138,6 +144,7 @@ DEFAULT_LAYOUTS = (
     "dp2-zero2",
     "dp2-zero3",
     "cp2",
+    "cp2-ulysses",
     "tp2-cp2",
     "tp2",
     "tp2-nosp",

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.layout.names import parse_layout
+from megallama.layout.check import check_training
+from megallama.layout.names import default_layouts, parse_layout
+from megallama.verify.shrink import shrink, shrink_model
 from megallama.verify.verify import layers_for, verify
 from tests.verify.test_parity import assert_all_equal, debug_config
 
@@ -69,3 +74,21 @@ def test_a_layout_given_twice_is_trained_once() -> None:
     report = verify(debug_config(), [parse_layout(name) for name in names], steps=1)
     assert_all_equal(report)
     assert [verdict.layout.name for verdict in report.verdicts] == ["zero1-acc2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count"),
+    [
+        pytest.param([], 25, id="debug"),
+        pytest.param(["model.num_attention_heads=8", "model.num_key_value_heads=1"], 24, id="one key head"),
+        pytest.param(["model.tie_word_embeddings=true"], 21, id="tied"),
+    ],
+)
+def test_the_shrunk_run_can_run_at_every_default_layout(overrides: list[str], count: int, tmp_path: Path) -> None:
+    config = debug_config(*overrides)
+    layouts = default_layouts(shrink_model(config.model, 1))
+    tree = shrink(config, tmp_path, tmp_path, 1, "fp32", layers_for(layouts)).model_dump()
+    assert len(layouts) == count
+    for layout in layouts:
+        layout.apply(tree)
+        check_training(RunConfig.model_validate(tree), layout.world_size)
