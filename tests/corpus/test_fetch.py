@@ -104,6 +104,12 @@ def test_what_the_cache_of_the_hub_has_is_taken_from_there(pile: Hub, tmp_path: 
     assert "allenai/c4 is not in the cache" in refused
 
 
+def test_a_mistyped_endpoint_is_one_sentence(pile: Hub, tmp_path: Path) -> None:
+    refused = said(command(pile, tmp_path, "fetch", "c4", HF_ENDPOINT="http://[x"), 2)
+    assert "HF_ENDPOINT=http://[x is no URL" in refused
+    assert "Traceback" not in refused
+
+
 def test_a_build_reads_the_hub_as_it_reads_a_disk(pile: Hub, tmp_path: Path) -> None:
     for name, content in SHARDS.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -107,7 +107,13 @@ def fetch(wanted: Sequence[Wanted], folder: Path, progress: FetchProgress, *, fo
 
 
 def _of_the_hub(name: str, files: Sequence[str]) -> list[Wanted]:
-    from megallama.corpus.fetching.hub import HubPath, hub_files
+    try:
+        from megallama.corpus.fetching.hub import HubPath, hub_files
+    except ValueError as error:  # huggingface_hub parses HF_ENDPOINT when it is imported
+        raise UserError(
+            f"HF_ENDPOINT={os.environ.get('HF_ENDPOINT')} is no URL ({error}); unset it, or name a mirror as "
+            "https://..."
+        ) from None
 
     corpus = PUBLIC_CORPORA.get(name)
     if corpus is None and not name.startswith("hf://"):
