@@ -12,7 +12,7 @@ from itertools import pairwise
 from operator import mul
 
 from megallama.config.schema import RunConfig
-from megallama.layout.check import dp_size, gradient_accumulation_steps
+from megallama.layout.batching import dp_size, gradient_accumulation_steps
 from megallama.layout.schedules import Kind
 from megallama.layout.stages import Stage, stages
 from megallama.plan.memory.activations import (

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from megallama.config.schema import RunConfig
 from megallama.hardware.gpus import USABLE, Gpu
+from megallama.layout.batching import Batching
 from megallama.layout.budget import batches_of, planned_tokens, steps_words, total_steps
-from megallama.layout.check import Batching, check_config
+from megallama.layout.check import check_config
 from megallama.layout.counts import count_parameters, flops_per_token, hardware_flops_per_token, padded_vocabulary
 from megallama.layout.frozen import frozen_matmul
 from megallama.plan.memory.ledger import host_bytes, memory_rows, rank_bytes
