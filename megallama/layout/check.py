@@ -6,28 +6,26 @@ Each refusal names the keys as they are typed, shows the arithmetic, and ends wi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
 
 from megallama.config.data_keys import DataConfig
 from megallama.config.keys import as_typed
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.config.values import MOST_STAGES
 from megallama.errors import UserError
+from megallama.layout.batching import Batching, batching_of
 from megallama.layout.budget import NOTHING_SEEN, Seen, schedule_batch, schedule_steps, total_steps
 from megallama.layout.frozen import frozen_shapes
-from megallama.layout.schedules import chunks, legal_micro_batches, schedule_of
+from megallama.layout.legal import (
+    divisors,
+    either,
+    legal_contexts,
+    legal_tensors,
+    local_heads,
+    nearest,
+    nearest_multiples,
+)
+from megallama.layout.schedules import chunks, schedule_of
 from megallama.layout.stages import balanced
-
-
-@dataclass(frozen=True)
-class Batching:
-    """How a legal run spreads over a world: data-parallel copies, and micro-batches of each per optimizer step."""
-
-    world_size: int
-    dp_size: int
-    gradient_accumulation_steps: int
-    """At train.global_batch_size, the largest batch of the run."""
 
 
 def check_config(config: RunConfig, world_size: int, seen: Seen = NOTHING_SEEN) -> Batching:
@@ -59,92 +57,7 @@ def check_batching(config: RunConfig, world_size: int, seen: Seen = NOTHING_SEEN
     _check_samples(config.data)
     frozen_shapes(config.model, config.train.freeze)
     check_layout(config, world_size)
-    dp = dp_size(config, world_size)
-    accumulation = gradient_accumulation_steps(config, dp)
-    _check_micro_batches(config, accumulation, dp)
-    _check_ramp(config, dp, seen)
-    return Batching(world_size, dp, accumulation)
-
-
-def dp_size(config: RunConfig, world_size: int) -> int:
-    """Copies of the model: what the world size leaves over; UserError if that is not whole."""
-    parallel = config.parallel
-    ranks = parallel.model_ranks
-    dp, rest = divmod(world_size, ranks)
-    if world_size >= 1 and not rest:
-        return dp
-    others = parallel.pipeline * parallel.context
-    tensors = [t for t in legal_tensors(config) if world_size >= 1 and world_size % (t * others) == 0]
-    or_tensor = f", or parallel.tensor={_or(_nearest(tensors, parallel.tensor))}" if tensors else ""
-    raise UserError(
-        f"a world size of {world_size} is not a multiple of parallel.tensor * parallel.pipeline * parallel.context = "
-        f"{parallel.tensor} * {parallel.pipeline} * {parallel.context} = {ranks}; "
-        f"nearest legal: world size {_or(_nearest_multiples(world_size, ranks))}{or_tensor}"
-    )
-
-
-def gradient_accumulation_steps(config: RunConfig, dp: int) -> int:
-    """Micro-batches that each data-parallel rank runs per optimizer step; UserError if that is not whole."""
-    train = config.train
-    samples = train.micro_batch_size * dp
-    steps, rest = divmod(train.global_batch_size, samples)
-    if rest:
-        raise UserError(
-            f"train.global_batch_size={train.global_batch_size} is not a multiple of "
-            f"train.micro_batch_size * dp = {train.micro_batch_size} * {dp} = {samples}; "
-            f"nearest legal: {_nearest_batching(config, dp)}"
-        )
-    return steps
-
-
-_FAR = 4
-"""Times as large as what was typed: no longer what somebody meant."""
-
-
-def _nearest_batching(config: RunConfig, dp: int) -> str:
-    """What makes the batch whole: first what changes no result, a micro-batch or a number of ranks."""
-    train, parallel = config.train, config.parallel
-    if sizes := _micro_batch_sizes(config, dp):
-        return f"train.micro_batch_size={_or(_nearest(sizes, train.micro_batch_size))}"
-    near = [count for count in divisors(train.common_batch) if count <= _FAR * dp]
-    if copies := [count for count in near if _all_cut(config, count * train.micro_batch_size)]:
-        ranks = parallel.model_ranks
-        return f"a world size of {_or(ranks * count for count in _nearest(copies, dp))}"
-    legal_batches = _batches_near(config, train.global_batch_size, dp * train.micro_batch_size)
-    return f"train.global_batch_size={_or(_nearest(legal_batches, train.global_batch_size))}"
-
-
-def _micro_batch_sizes(config: RunConfig, dp: int) -> list[int]:
-    """Those near the one that was typed that make all batches of the run whole, in order."""
-    most = _FAR * config.train.micro_batch_size
-    return [size for size in divisors(config.train.common_batch) if size <= most and _all_cut(config, dp * size)]
-
-
-def _all_cut(config: RunConfig, samples: int) -> bool:
-    """Whether every batch of the run is made of micro-batches, of `samples` over all copies."""
-    return all(_cuts(config, batch, samples) for batch in config.train.batches)
-
-
-def _cuts(config: RunConfig, batch: int, samples: int) -> bool:
-    """Whether `batch` is made of micro-batches, of `samples` over all copies, and of as many as the schedule runs."""
-    count, rest = divmod(batch, samples)
-    return not rest and legal_micro_batches(config.parallel, count)
-
-
-def _batches_near(config: RunConfig, batch: int, samples: int) -> list[int]:
-    """Those that `samples` cut, in order."""
-    now, reach = batch // samples, 2 * config.parallel.pipeline  # what a schedule takes is no further away
-    counts = range(max(1, now - reach), now + reach + 1)
-    return [count * samples for count in counts if legal_micro_batches(config.parallel, count)]
-
-
-def legal_tensors(config: RunConfig) -> list[int]:
-    """Every parallel.tensor that cuts evenly: heads, KV width, MLP width, and a rank's part of the sequence if cut."""
-    model = config.model
-    common = math.gcd(model.num_attention_heads, model.kv_heads * model.head_size, model.intermediate_size)
-    if config.parallel.sequence is not False:
-        common = math.gcd(common, config.data.sequence_length // config.parallel.context)
-    return divisors(common)
+    return batching_of(config, world_size, seen)
 
 
 def check_model(model: ModelConfig) -> None:
@@ -158,23 +71,23 @@ def check_model(model: ModelConfig) -> None:
     if heads % model.kv_heads:
         raise UserError(
             f"model.num_key_value_heads={model.kv_heads} does not divide model.num_attention_heads={heads}; "
-            f"nearest legal: {_or(_nearest(divisors(heads), model.kv_heads))}"
+            f"nearest legal: {either(nearest(divisors(heads), model.kv_heads))}"
         )
     if model.head_dim is None and model.hidden_size % heads:
         raise UserError(
             f"model.num_attention_heads={heads} does not divide model.hidden_size={model.hidden_size}; nearest legal: "
-            f"model.hidden_size={_or(_nearest_multiples(model.hidden_size, 2 * heads))}, or give model.head_dim"
+            f"model.hidden_size={either(nearest_multiples(model.hidden_size, 2 * heads))}, or give model.head_dim"
         )
     if model.head_dim is not None and model.head_dim % 2:
         raise UserError(
             f"model.head_dim={model.head_dim} is odd, and rotary embedding turns pairs; "
-            f"nearest legal: {_or(_nearest_multiples(model.head_dim, 2))}"
+            f"nearest legal: {either(nearest_multiples(model.head_dim, 2))}"
         )
     if model.head_size % 2:
         raise UserError(
             f"model.hidden_size / model.num_attention_heads = {model.hidden_size} / {heads} = {model.head_size} "
             f"is odd, and rotary embedding turns pairs; nearest legal: "
-            f"model.hidden_size={_or(_nearest_multiples(model.hidden_size, 2 * heads))}"
+            f"model.hidden_size={either(nearest_multiples(model.hidden_size, 2 * heads))}"
         )
 
 
@@ -222,44 +135,27 @@ def _check_slices(config: RunConfig) -> None:
     if length % (2 * cp) == 0:
         return
     tp = config.parallel.tensor if config.parallel.sequence_parallel else 1
-    lengths = _nearest_multiples(length, cp * math.lcm(2, tp))
+    lengths = nearest_multiples(length, cp * math.lcm(2, tp))
     legal = [n for n in lengths if n <= config.model.max_position_embeddings] or lengths
     raise UserError(
         f"data.sequence_length={length} is not a multiple of 2 * parallel.context = 2 * {cp} = {2 * cp}, the slices "
-        f"that context parallelism cuts; nearest legal: data.sequence_length={_or(legal)}, "
-        f"or parallel.context={_or(_nearest(legal_contexts(config), cp))}"
+        f"that context parallelism cuts; nearest legal: data.sequence_length={either(legal)}, "
+        f"or parallel.context={either(nearest(legal_contexts(config), cp))}"
     )
 
 
 def _check_heads(config: RunConfig) -> None:
     """Refuse heads that context-parallel ranks cannot share (arXiv 2309.14509, section 3.1)."""
-    cp, tp, local = config.parallel.context, config.parallel.tensor, _local_heads(config)
+    cp, tp, local = config.parallel.context, config.parallel.tensor, local_heads(config)
     key, count = next(((key, n) for key, n in local.items() if n % cp), (None, 0))
     if key is None:
         return
     words = f"{key} / parallel.tensor = {count * tp} / {tp} = {count}"
-    nearest = _or(_nearest(legal_contexts(config), cp))
+    fix = either(nearest(legal_contexts(config), cp))
     raise UserError(
         f"parallel.context={cp} does not divide {words}, the heads of each rank, which parallel.context_mode=ulysses "
-        f"cuts; nearest legal: parallel.context={nearest}, or parallel.context_mode=gather"
+        f"cuts; nearest legal: parallel.context={fix}, or parallel.context_mode=gather"
     )
-
-
-def _local_heads(config: RunConfig) -> dict[str, int]:
-    """Heads on each tensor-parallel rank, by key; key and value heads that tp does not divide are one a query head."""
-    model, tp = config.model, config.parallel.tensor
-    local = {"model.num_attention_heads": model.num_attention_heads // tp}
-    return local if model.kv_heads % tp else local | {"model.num_key_value_heads": model.kv_heads // tp}
-
-
-def legal_contexts(config: RunConfig) -> list[int]:
-    """Every parallel.context that cuts evenly: the sequence, what tensor parallelism cuts of it, heads in ulysses."""
-    parallel = config.parallel
-    tp = parallel.tensor if parallel.sequence_parallel else 1
-    length, unit = config.data.sequence_length, math.lcm(2, tp)
-    every = divisors(length // unit) if length % unit == 0 else [1]
-    heads = math.gcd(*_local_heads(config).values()) if parallel.context_mode == "ulysses" else 0
-    return [n for n in every if heads % n == 0]
 
 
 def _check_tensor(config: RunConfig) -> None:
@@ -276,8 +172,8 @@ def _check_tensor(config: RunConfig) -> None:
         cuts.append((length // cp, f"data.sequence_length{words}, which parallel.sequence cuts"))
     for size, words in cuts:
         if size % parallel.tensor:
-            nearest = _nearest(legal_tensors(config), parallel.tensor)
-            raise UserError(f"parallel.tensor={parallel.tensor} does not divide {words}; nearest legal: {_or(nearest)}")
+            fix = either(nearest(legal_tensors(config), parallel.tensor))
+            raise UserError(f"parallel.tensor={parallel.tensor} does not divide {words}; nearest legal: {fix}")
 
 
 def _check_stages(config: RunConfig, world_size: int) -> None:
@@ -329,39 +225,6 @@ def _check_pipeline(config: RunConfig) -> None:
         )
 
 
-def _check_micro_batches(config: RunConfig, count: int, dp: int) -> None:
-    """Refuse a number of micro-batches per step that the schedule cannot run."""
-    parallel, train = config.parallel, config.train
-    if legal_micro_batches(parallel, count):
-        return
-    raise UserError(
-        f"train.global_batch_size / (train.micro_batch_size * dp) = {train.global_batch_size} / "
-        f"({train.micro_batch_size} * {dp}) = {count} micro-batches, which {parallel.schedule} cannot run over "
-        f"parallel.pipeline={parallel.pipeline}; nearest legal: {_nearest_batching(config, dp)}"
-    )
-
-
-def _check_ramp(config: RunConfig, dp: int, seen: Seen) -> None:
-    """Refuse a stage of train.batch_ramp, unless it is over, whose batch cannot be cut into micro-batches."""
-    train, samples = config.train, config.train.micro_batch_size * dp
-    for number, stage in enumerate(train.batch_ramp):
-        batch = stage.global_batch_size
-        if seen.samples * config.data.sequence_length >= stage.until or _cuts(config, batch, samples):
-            continue
-        stages = f" that {config.parallel.schedule} can run over parallel.pipeline={config.parallel.pipeline}"
-        low, high = (0, *train.batches)[number], train.batches[number + 1]
-        legal = [each for each in _batches_near(config, batch, samples) if low < each < high]
-        key = f"train.batch_ramp[{number}].global_batch_size"
-        nearest = f"{key}={_or(_nearest(legal, batch))}" if legal else f"train.batch_ramp without [{number}]"
-        if sizes := _micro_batch_sizes(config, dp):
-            nearest += f", or train.micro_batch_size={_or(_nearest(sizes, train.micro_batch_size))}"
-        raise UserError(
-            f"{key}={batch} is not a number of micro-batches of train.micro_batch_size * dp = "
-            f"{train.micro_batch_size} * {dp} = {samples}{stages if config.parallel.pipeline > 1 else ''}; "
-            f"nearest legal: {nearest}"
-        )
-
-
 def check_steps(config: RunConfig, seen: Seen = NOTHING_SEEN) -> None:
     """Refuse lengths and rates that contradict each other."""
     steps, schedule = total_steps(config, seen), config.schedule
@@ -399,25 +262,3 @@ def _length_words(config: RunConfig, steps: int) -> str:
     if config.train.tokens is not None:
         return f"train.tokens={config.train.tokens} = {steps} steps"
     return f"train.steps={steps}" if config.train.steps != "chinchilla" else f"train.steps=chinchilla = {steps}"
-
-
-def divisors(number: int) -> list[int]:
-    """All of them, in order."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
-
-
-def _nearest(legal: Iterable[int], value: int) -> list[int]:
-    """The closest legal values on either side of `value`, which itself is not among them."""
-    below, above = [n for n in legal if n < value], [n for n in legal if n > value]
-    return below[-1:] + above[:1]
-
-
-def _nearest_multiples(value: int, unit: int) -> list[int]:
-    """The positive multiples of `unit` on either side of `value`."""
-    below = value // unit * unit
-    return [below, below + unit] if below >= unit else [unit]
-
-
-def _or(numbers: Iterable[int]) -> str:
-    return " or ".join(str(number) for number in numbers)

@@ -18,12 +18,10 @@ def taking(command: Callable[[Asked], None]) -> Callable[..., None]:
         command(Asked(**words))  # type: ignore[arg-type]
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    called.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(each.name, kind, default=each.default, annotation=hints[each.name])
-            for each in fields(Asked)
-        ]
-    )
+    taken = [
+        inspect.Parameter(one.name, kind, default=one.default, annotation=hints[one.name]) for one in fields(Asked)
+    ]
+    called.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
     called.__annotations__, called.__doc__, called.__name__ = hints, command.__doc__, command.__name__
     return called
 

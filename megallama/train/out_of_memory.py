@@ -10,7 +10,7 @@ import torch
 
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.layout.check import dp_size
+from megallama.layout.batching import dp_size
 from megallama.parallel.mesh import ParallelMesh
 from megallama.plan.memory.ledger import memory_rows
 from megallama.plan.search.changes import nearest_change

@@ -209,10 +209,10 @@ def planned_peaks(config: RunConfig, micro_batches: int) -> list[int]:
     kept = [stage_bytes(config, of, stage, len(every)) for stage in every]
     found = []
     for rank, moments in zip(rank_parameters(config), fullest(config.parallel, micro_batches), strict=True):
-        mine = [kept[index] for index in rank.stages]
-        most = max(peak_at(of, config.train.recompute, moment, rank.stages, mine).total for moment in moments)
+        mine = {index: kept[index] for index in rank.stages}
+        most = max(peak_at(of, config.train.recompute, moment, mine).total for moment in moments)
         weights = RankWeights(rank.total, largest_weight(of), 1)
-        assert fullest_peak(of, config.train.recompute, moments, rank.stages, mine).total == most
+        assert fullest_peak(of, config.train.recompute, moments, mine).total == most
         found.append(most + buffer_row(config, of, weights, messages(every, rank.rank)).size)
     return found
 

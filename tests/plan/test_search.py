@@ -16,7 +16,8 @@ from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.hardware.gpus import find_gpu
-from megallama.layout.check import check_config, divisors
+from megallama.layout.check import check_config
+from megallama.layout.legal import divisors
 from megallama.plan.memory.ledger import rank_bytes
 from megallama.plan.report.search import POOR, SLOW, search_parts
 from megallama.plan.report.time import speed

@@ -6,13 +6,13 @@ peak: each is what it takes at that moment, and not its own maximum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import mul
 
 from megallama.config.schema import RunConfig
-from megallama.layout.check import dp_size, gradient_accumulation_steps
+from megallama.layout.batching import dp_size, gradient_accumulation_steps
 from megallama.layout.schedules import Kind
 from megallama.layout.stages import Stage, stages
 from megallama.plan.memory.activations import (
@@ -76,13 +76,13 @@ def memory_rows(config: RunConfig, dp_size: int) -> list[list[MemoryRow]]:
     kept = [stage_bytes(config, of, stage, len(every)) for stage in every]
     found = []
     for rank, here in zip(rank_parameters(config), moments, strict=True):
-        mine = [kept[index] for index in rank.stages]
+        mine = {index: kept[index] for index in rank.stages}
         # What ZeRO sends and copies; ZeRO 3 gathers frozen weights as well.
         weights = RankWeights(rank.total - rank.frozen * (config.zero.stage < 3), largest_weight(of), ranks)
         reduced = reduced_bytes(config, weights, count)
         meanwhile = reduced if weights.total > config.zero.bucket_elements else 0
-        meanwhile += own_gradients(config, of, weights, sum(each.total for each in mine))
-        peak = fullest_peak(of, config.train.recompute, here, rank.stages, mine, meanwhile)
+        meanwhile += own_gradients(config, of, weights, sum(each.total for each in mine.values()))
+        peak = fullest_peak(of, config.train.recompute, here, mine, meanwhile)
         buffers = buffer_row(config, of, weights, messages(every, rank.rank))
         held = held_rows(config, rank, ranks)
         start = start_bytes(config, weights) - sum(row.size for row in held)
@@ -118,21 +118,15 @@ def held_rows(config: RunConfig, rank: RankParameters, ranks: int) -> list[Memor
 
 
 def fullest_peak(
-    of: Tensors,
-    recompute: str,
-    moments: Sequence[Moment],
-    indices: Sequence[int],
-    kept: Sequence[StageBytes],
-    reduced: int = 0,
+    of: Tensors, recompute: str, moments: Sequence[Moment], kept: Mapping[int, StageBytes], reduced: int = 0
 ) -> Peak:
-    """What a rank with these stages holds at the fullest of these moments; `reduced` as in `peak_at`.
+    """What a rank holds at the fullest of these moments; `kept` and `reduced` as in `peak_at`.
 
     A search compares a hundred thousand moments: their sizes come first, the terms of the fullest alone after.
     """
-    totals, waiting = [each.total for each in kept], [each.waiting for each in kept]
-    places = dict(zip(indices, kept, strict=True))
+    totals, waiting = [each.total for each in kept.values()], [each.waiting for each in kept.values()]
     beside = {
-        (doing, stage): _transients(of, recompute, doing, stage, places[stage], reduced)
+        (doing, stage): _transients(of, recompute, doing, stage, kept[stage], reduced)
         for doing, stage in {(moment.doing, moment.stage) for moment in moments}
     }
 
@@ -140,22 +134,23 @@ def fullest_peak(
         held = sum(map(mul, moment.kept, totals)) + sum(map(mul, moment.waiting, waiting))
         return held + beside[moment.doing, moment.stage]
 
-    return peak_at(of, recompute, max(moments, key=size), indices, kept, reduced)
+    return peak_at(of, recompute, max(moments, key=size), kept, reduced)
 
 
-def peak_at(
-    of: Tensors, recompute: str, moment: Moment, indices: Sequence[int], kept: Sequence[StageBytes], reduced: int = 0
-) -> Peak:
-    """What a rank with these stages holds in the midst of a forward or backward; `reduced` is what ZeRO takes to send
-    gradients in a backward."""
-    here = kept[indices.index(moment.stage)]
-    loss = sum(count * each.loss for count, each in zip(moment.kept, kept, strict=True))
+def peak_at(of: Tensors, recompute: str, moment: Moment, kept: Mapping[int, StageBytes], reduced: int = 0) -> Peak:
+    """What a rank holds in the midst of a forward or backward.
+
+    `kept` is what each of its stages keeps, by its index and in the order of the model; `reduced` is what ZeRO takes to
+    send gradients in a backward.
+    """
+    here, in_flight = kept[moment.stage], list(zip(moment.kept, kept.values(), strict=True))
+    loss = sum(count * each.loss for count, each in in_flight)
     logits = logits_bytes(of) if here.loss and moment.doing == "F" else 0
     return Peak(
         at=f"{_WORDS[moment.doing]} of stage {moment.stage}",
-        activations=sum(count * each.total for count, each in zip(moment.kept, kept, strict=True)) - loss,
-        how=" + ".join(f"{n} * {each.total - each.loss}" for n, each in zip(moment.kept, kept, strict=True) if n),
-        waiting=sum(count * each.waiting for count, each in zip(moment.waiting, kept, strict=True)),
+        activations=sum(count * each.total for count, each in in_flight) - loss,
+        how=" + ".join(f"{n} * {each.total - each.loss}" for n, each in in_flight if n),
+        waiting=sum(count * each.waiting for count, each in zip(moment.waiting, kept.values(), strict=True)),
         logits=logits + loss,
         transients=_transients(of, recompute, moment.doing, moment.stage, here, reduced) - logits,
     )

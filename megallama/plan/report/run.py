@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from megallama.config.schema import RunConfig
 from megallama.hardware.gpus import USABLE, Gpu
+from megallama.layout.batching import Batching
 from megallama.layout.budget import batches_of, planned_tokens, steps_words, total_steps
-from megallama.layout.check import Batching, check_config
+from megallama.layout.check import check_config
 from megallama.layout.counts import count_parameters, flops_per_token, hardware_flops_per_token, padded_vocabulary
 from megallama.layout.frozen import frozen_matmul
 from megallama.plan.memory.ledger import host_bytes, memory_rows, rank_bytes
@@ -15,16 +16,8 @@ from megallama.plan.memory.state import GIB, MemoryRow, rank_parameters
 from megallama.plan.report.table import Part, Row
 
 _LEAST_SHOWN = 0.005 * GIB  # less would be 0.00
-_SHORT = {
-    "bf16_weights": "weights",
-    "fp32_weights": "weights",
-    "fp32_gradients": "gradients",
-    "fp32_gradient_sums": "gradients",
-    "fp32_master_weights": "master",
-    "fp32_Adam_moments": "moments",
-    "waiting_gradients": "waiting gradients",
-}
-"""By key; the other keys are short."""
+_SHORT = {"gradient_sums": "gradients", "master_weights": "master", "Adam_moments": "moments"}
+"""By key without its type; the other keys are short."""
 
 
 def plan_run(config: RunConfig, world_size: int, tokens: float | None = None) -> list[Part]:
@@ -161,6 +154,7 @@ def _memory(key: str, title: str, rows: Sequence[MemoryRow], for_scripts: bool =
 
 def _line(rows: Sequence[MemoryRow]) -> str:
     """`weights 1.63 + gradients 3.26 + ...`."""
-    return " + ".join(
-        f"{_SHORT.get(row.key, row.key)} {row.size / GIB:.2f}" for row in rows if row.size >= _LEAST_SHOWN
-    )
+    shown = [
+        (row.key.removeprefix("bf16_").removeprefix("fp32_"), row.size) for row in rows if row.size >= _LEAST_SHOWN
+    ]
+    return " + ".join(f"{_SHORT.get(key, key).replace('_', ' ')} {size / GIB:.2f}" for key, size in shown)

@@ -11,7 +11,7 @@ from megallama.cluster.job_file import Allocation, job_file
 from megallama.config.load import dump_config
 from megallama.errors import UserError
 from megallama.hardware.gpus import Gpu
-from megallama.layout.check import dp_size
+from megallama.layout.batching import dp_size
 from megallama.layout.schedules import chunks
 from megallama.plan.memory.state import GIB
 from megallama.plan.report.table import Part, Row

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from megallama.config.schema import ModelConfig
 from megallama.errors import UserError
 from megallama.layout.counts import count_parameters
 from megallama.layout.scaling_laws import DEFAULT_FIT, FLOPS_PER_PARAMETER_AND_TOKEN
@@ -35,15 +34,14 @@ def plan_sizing(question: Question) -> list[Part]:
 
 def compared(parameters: float, tokens: float) -> list[Part]:
     """The loss of a size on its tokens beside the best of equal compute, and the tokens that would be best for it."""
-    pair = compare(parameters, tokens)
-    best = pair.best
+    (best, penalty), loss = compare(parameters, tokens), DEFAULT_FIT.loss(parameters, tokens)
     rows = (
         Row("tokens_per_parameter", "tokens per parameter", f"{tokens:.4g} / {parameters:.4g}", tokens / parameters),
         Row("flops", "training FLOPs", f"6 * {parameters:.4g} * {tokens:.4g}", best.flops),
-        Row("loss", "predicted loss", _formula(parameters, tokens), pair.loss),
-        Row("optimal_parameters", "best size at equal compute", f"{DEFAULT_FIT.name}", best.parameters),
+        Row("loss", "predicted loss", _formula(parameters, tokens), loss),
+        Row("optimal_parameters", "best size at equal compute", DEFAULT_FIT.name, best.parameters),
         Row("optimal_tokens", "its tokens", f"{best.flops:.4g} / (6 * {best.parameters:.4g})", best.tokens),
-        Row("penalty", "loss above that of the best size", "same fit", pair.penalty, decimals=4),
+        Row("penalty", "loss above that of the best size", "same fit", penalty, decimals=4),
     )
     title = f"Predicted loss on the fit's own corpus ({DEFAULT_FIT.name}, {DEFAULT_FIT.source})"
     return [Part("loss", title, rows), optimum("parameters", parameters)]
@@ -114,16 +112,13 @@ def _shape(parameters: float, vocab_size: int) -> Part:
         shape = find_shape(parameters, vocab_size)
     except UserError as reason:
         return Part("shape", "No Llama of this size", (), f"{reason}.")
-    return Part("shape", "A Llama of this size", _shape_rows(shape, parameters))
-
-
-def _shape_rows(shape: ModelConfig, wanted: float) -> tuple[Row, ...]:
     total = count_parameters(shape).total
     how = {"vocab_size": "--vocab is yours", "num_attention_heads": f"{shape.hidden_size} / {shape.head_size}"}
     keys = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     keys += ["num_key_value_heads", "head_dim", "tie_word_embeddings"]
     rows = [Row(key, f"model.{key}", how.get(key, ""), int(getattr(shape, key))) for key in keys]
-    return (*rows, Row("parameters", "parameters", f"{total / wanted - 1:+.2%} of {wanted:.4g}", total))
+    rows.append(Row("parameters", "parameters", f"{total / parameters - 1:+.2%} of {parameters:.4g}", total))
+    return Part("shape", "A Llama of this size", tuple(rows))
 
 
 def _recipe(parameters: float) -> Part:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.hardware.gpus import Gpu
+from megallama.layout.batching import dp_size
 from megallama.layout.budget import planned_tokens
-from megallama.layout.check import dp_size
 from megallama.layout.counts import count_parameters
 from megallama.layout.scaling_laws import optimal_tokens
 from megallama.layout.schedules import schedule_of

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megallama.plan.memory.state import GIB
+
 Number = int | float
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def render(parts: Iterable[Part], width: int) -> str:
 
 def _written(row: Row) -> str:
     if row.unit == "GiB":
-        return f"{row.value / _GIB:,.2f} GiB"
+        return f"{row.value / GIB:,.2f} GiB"
     if row.decimals is not None:
         return f"{row.value:,.{row.decimals}f} {row.unit}".strip()
     exact = isinstance(row.value, int) and row.value < 10**13

@@ -124,7 +124,7 @@ def _step_time(config: RunConfig, world_size: int, on: Machine, step: StepTime) 
     copies = data_group(config, batching.dp_size)
     works = rank_works(config, on)
     work = slowest_work(works, config, on)
-    bandwidth, each = on.known("memory_tb_s"), f"{batching.gradient_accumulation_steps} micro-batches"
+    bandwidth, each = on.gpu.known("memory_tb_s"), f"{batching.gradient_accumulation_steps} micro-batches"
     matmul = f"{each} * {work.kernels.matmul_flops:.4g} FLOPs at {on.efficiency:.1%} of {on.gpu.peak_tflops} TFLOP/s"
     share = on.software.attention_rate(on.gpu)
     attention = f"{each} * {work.kernels.attention_flops:.4g} FLOPs at {share:.2g} of that rate"

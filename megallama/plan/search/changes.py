@@ -106,8 +106,7 @@ def _more_gpus(config: RunConfig, world_size: int) -> Iterator[Change]:
         for key, value in (("pipeline", factor * pp), ("context", factor * cp), ("pipeline", pp)):
             if key == "context" and value * LEAST_PART > config.data.sequence_length:
                 continue
-            change = _changed(config, gpus, "parallel", key, value, f" with --gpus {gpus}")
-            if change is not None:
+            if (change := _changed(config, gpus, "parallel", key, value, f" with --gpus {gpus}")) is not None:
                 yield change
 
 

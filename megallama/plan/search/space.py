@@ -10,7 +10,9 @@ from megallama.config.schema import RunConfig, Schedule
 from megallama.config.values import MOST_PIPELINE
 from megallama.errors import UserError
 from megallama.hardware.gpus import Gpu
-from megallama.layout.check import check_config, divisors, dp_size, legal_tensors
+from megallama.layout.batching import dp_size
+from megallama.layout.check import check_config
+from megallama.layout.legal import divisors, legal_tensors
 from megallama.layout.schedules import SCHEDULES, chunks, legal_micro_batches
 
 Reject = Callable[[str, str, int], None]

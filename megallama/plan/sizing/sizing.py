@@ -25,34 +25,15 @@ class Optimum:
         return FLOPS_PER_PARAMETER_AND_TOKEN * self.parameters * self.tokens
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A size and its tokens beside the best of equal compute, by the default fit. Losses in nats per token."""
-
-    parameters: float
-    tokens: float
-    best: Optimum
-
-    @property
-    def loss(self) -> float:
-        """The loss of this pair."""
-        return DEFAULT_FIT.loss(self.parameters, self.tokens)
-
-    @property
-    def penalty(self) -> float:
-        """Loss above the best of equal compute."""
-        return self.loss - DEFAULT_FIT.loss(self.best.parameters, self.best.tokens)
-
-
 def optima(given: Quantity, amount: float) -> list[Optimum]:
     """The compute-optimal rest of compute in FLOPs, parameters, or tokens, by every fit; the first is the default."""
     return [_optimum(fit, given, amount) for fit in FITS]
 
 
-def compare(parameters: float, tokens: float) -> Pair:
-    """What this pair costs against the best of equal compute."""
-    flops = FLOPS_PER_PARAMETER_AND_TOKEN * parameters * tokens
-    return Pair(parameters, tokens, _optimum(DEFAULT_FIT, "flops", flops))
+def compare(parameters: float, tokens: float) -> tuple[Optimum, float]:
+    """The best of equal compute by the default fit, and the loss of this pair above it in nats per token."""
+    best = _optimum(DEFAULT_FIT, "flops", FLOPS_PER_PARAMETER_AND_TOKEN * parameters * tokens)
+    return best, DEFAULT_FIT.loss(parameters, tokens) - DEFAULT_FIT.loss(best.parameters, best.tokens)
 
 
 def _optimum(fit: LossFit | PowerLaw, given: Quantity, amount: float) -> Optimum:

@@ -35,10 +35,6 @@ class Group:
         """Whether the fast link joins all of them."""
         return (self.size - 1) * self.stride < gpus_per_node
 
-    def on_each_node(self, gpus_per_node: int) -> int:
-        """The number of them on one node."""
-        return max(1, gpus_per_node // self.stride)
-
 
 def ring_bandwidth(gpu: Gpu, group: Group) -> float:
     """Bytes per second that rings over `group` move through each rank.
@@ -52,7 +48,8 @@ def ring_bandwidth(gpu: Gpu, group: Group) -> float:
     link = gpu.known("node_link_gb_s") * 1e9 * LINK_FRACTION
     if group.within_node(per_node):
         return link
-    return min(link, group.on_each_node(per_node) * gpu.known("nic_gb_s") * 1e9 * NIC_FRACTION)
+    on_each_node = max(1, per_node // group.stride)
+    return min(link, on_each_node * gpu.known("nic_gb_s") * 1e9 * NIC_FRACTION)
 
 
 def latency(gpu: Gpu, group: Group) -> float:

@@ -5,15 +5,15 @@ All of it is counted: tests hold the counts against those of MFU, and nothing he
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from megallama.config.schema import RunConfig
-from megallama.layout.counts import count_parameters, kernel_convention
+from megallama.layout.counts import kernel_convention
 from megallama.layout.frozen import frozen_shapes
 from megallama.layout.stages import Stage
 from megallama.plan.memory.activations import Tensors
-from megallama.plan.time.software import Recomputed, Software
+from megallama.plan.time.software import Software
 
 SWIGLU_ELEMENTS = 14
 """Read and written by torch's own kernels of silu and product for each of theirs, forward (5) and backward (9)."""
@@ -41,29 +41,20 @@ class KernelWork:
         return KernelWork(count * self.matmul_flops, count * self.attention_flops, count * self.bytes_moved)
 
 
-def recomputed(config: RunConfig, software: Software) -> Recomputed:
-    """What backward computes again of the layers of a run."""
-    down = config.model.hidden_size * config.model.intermediate_size / count_parameters(config.model).matmul_per_layer
-    return software.recomputed(config, down)
-
-
 def layer_work(config: RunConfig, of: Tensors, software: Software) -> KernelWork:
     """The work of a decoder layer; `of` has the sizes on the rank.
 
     A causal kernel does half of the square and that of a masked model all of it; flash attention's backward does 2.5
     times the work of its forward, since it computes the scores again (arXiv 2205.14135, appendix B).
     """
-    again = recomputed(config, software)
-    matmuls = _layer_matmuls(of).values()
-    passes = 3 + again.matmul
+    again = software.recomputed(config)
     elementwise = _layer_bytes(config, of, software)
     attended = of.sequence if kernel_convention(config.train.objective) == "causal" else 2 * of.sequence
     activation = (6 if software.fuses("kernels", config) else 10) * of.width
     extra = again.elementwise * elementwise / 3 + again.activation * activation
-    return KernelWork(
-        matmul_flops=of.positions * 2 * passes * sum(inputs * outputs for inputs, outputs in matmuls),
+    return _matmul_work(of, _layer_matmuls(of).values(), 3 + again.matmul) + KernelWork(
         attention_flops=of.positions * (7 + 2 * again.attention) * of.query * attended,
-        bytes_moved=passes * _moved(of, matmuls) + of.positions * (elementwise + extra) * of.element / _BF16,
+        bytes_moved=of.positions * (elementwise + extra) * of.element / _BF16,
     )
 
 
@@ -73,12 +64,9 @@ def head_work(config: RunConfig, of: Tensors, software: Software) -> KernelWork:
     A fused loss reads logits twice forward, and reads and writes them backward. As kernels of their own in fp32: cast 6
     bytes per logit, maximum 4, difference 8, exponential 8, sum 4, quotient 8, gradient 8, cast back 6.
     """
-    matmuls = [(of.hidden, of.rows)]
     loss = (8 if software.fuses("loss", config) else 52) * of.rows
-    return KernelWork(
-        matmul_flops=of.positions * 6 * of.hidden * of.rows,
-        bytes_moved=3 * _moved(of, matmuls) + of.positions * loss * of.element / _BF16,
-    )
+    beside = KernelWork(bytes_moved=of.positions * loss * of.element / _BF16)
+    return _matmul_work(of, [(of.hidden, of.rows)], 3) + beside
 
 
 def spared_work(config: RunConfig, of: Tensors, mine: Iterable[Stage], head: bool) -> KernelWork:
@@ -92,9 +80,7 @@ def spared_work(config: RunConfig, of: Tensors, mine: Iterable[Stage], head: boo
         matmuls += [
             (f"model.layers.{i}.{name}", each) for i in stage.layers for name, each in _layer_matmuls(of).items()
         ]
-    spared = [sizes for name, sizes in matmuls if f"{name}.weight" in frozen]
-    flops = of.positions * 2 * sum(inputs * outputs for inputs, outputs in spared)
-    return KernelWork(matmul_flops=flops, bytes_moved=_moved(of, spared))
+    return _matmul_work(of, [sizes for name, sizes in matmuls if f"{name}.weight" in frozen], 1)
 
 
 def _layer_matmuls(of: Tensors) -> dict[str, tuple[int, int]]:
@@ -103,9 +89,11 @@ def _layer_matmuls(of: Tensors) -> dict[str, tuple[int, int]]:
     return attention | {"mlp.up_proj": (of.hidden, of.up), "mlp.down_proj": (of.width, of.hidden)}
 
 
-def _moved(of: Tensors, matmuls: Iterable[tuple[int, int]]) -> float:
-    """Bytes that one pass over each of these moves: its three matrices, once."""
-    return of.element * sum(of.positions * (inputs + outputs) + inputs * outputs for inputs, outputs in matmuls)
+def _matmul_work(of: Tensors, matmuls: Collection[tuple[int, int]], passes: float) -> KernelWork:
+    """The work of so many passes over each of these: a pass moves its three matrices once."""
+    flops = of.positions * 2 * passes * sum(inputs * outputs for inputs, outputs in matmuls)
+    moved = of.element * sum(of.positions * (inputs + outputs) + inputs * outputs for inputs, outputs in matmuls)
+    return KernelWork(matmul_flops=flops, bytes_moved=passes * moved)
 
 
 def _layer_bytes(config: RunConfig, of: Tensors, software: Software) -> float:

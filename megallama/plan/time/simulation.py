@@ -26,8 +26,6 @@ def waiting(config: RunConfig, micro_batches: int) -> float:
     the two of a pair make leaves after the second.
     """
     pp, schedule, each = config.parallel.pipeline, config.parallel.schedule, chunks(config.parallel)
-    if pp == 1:
-        return 0.0
     if schedule == "zbvzerobubble":
         return (pp - 1) / (6 * micro_batches)
     if schedule == "dualpipev":
@@ -100,15 +98,11 @@ def relative_seconds(config: RunConfig) -> dict[tuple[Kind, int], float]:
     every = stages(config)
     found: dict[tuple[Kind, int], float] = {}
     for stage in every:
-        layers, first = len(stage.layers), stage.index == 0
-        forward = layers + (3 * head if stage == every[-1] else 0.0)
-        parts: dict[Kind, float] = {
-            "F": forward,
-            "B": (2 + again) * layers,
-            "I": 0 if first else (1 + again) * layers,
-            "W": (2 + again) * layers if first else (1 + again) * layers,
-        }
-        found |= {(kind, stage.index): seconds for kind, seconds in parts.items()}
+        index, layers = stage.index, len(stage.layers)
+        found["F", index] = layers + (3 * head if stage == every[-1] else 0.0)
+        found["B", index] = (2 + again) * layers
+        found["I", index] = (1 + again) * layers if index > 0 else 0
+        found["W", index] = (1 + again) * layers if index > 0 else found["B", index]
     return found
 
 

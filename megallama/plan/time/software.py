@@ -14,6 +14,7 @@ from megallama.config.load import parse_yaml
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.hardware.gpus import Gpu
+from megallama.layout.counts import count_parameters
 from megallama.layout.schedules import schedule_of
 
 DEFAULT = "megallama"
@@ -71,8 +72,8 @@ class Software(BaseModel):
         """Rate of the attention kernel over that of matmuls."""
         return self.attention.get(gpu.efficiency_of or gpu.key, ATTENTION_RATE)
 
-    def recomputed(self, config: RunConfig, down: float) -> Recomputed:
-        """What backward computes again; `down` is the down projection's share of a layer's matmuls.
+    def recomputed(self, config: RunConfig) -> Recomputed:
+        """What backward computes again of the layers of a run.
 
         A backward in two parts computes again in each; that of DualPipeV is whole but for a few. Recomputation of a
         layer stops at the input of the down projection.
@@ -83,6 +84,8 @@ class Software(BaseModel):
         times = 2.0 if schedule_of(config.parallel).splits_backward == "always" else 1.0
         if recompute == "selective":
             return self.selective or Recomputed(activation=times)
+        model = config.model
+        down = model.hidden_size * model.intermediate_size / count_parameters(model).matmul_per_layer
         return Recomputed(matmul=times * (1 - down), attention=times, elementwise=times)
 
 
@@ -105,14 +108,10 @@ class Machine:
     mfu: float | None = None
     """Assumed for the whole step, in the full convention, in place of all that is predicted."""
 
-    def known(self, field: str) -> float:
-        """A figure of the GPU; UserError where nobody has published it."""
-        return self.gpu.known(field)
-
     @property
     def matmul_flops(self) -> float:
         """FLOP/s of matmuls in training."""
-        return self.known("peak_tflops") * 1e12 * self.efficiency
+        return self.gpu.known("peak_tflops") * 1e12 * self.efficiency
 
 
 def find_software(gpu: Gpu, name: str = DEFAULT) -> Software:

@@ -101,7 +101,7 @@ class RankWork:
         found = StepTime(
             matmul=self.kernels.matmul_flops / rate,
             attention=self.kernels.attention_flops / (rate * on.software.attention_rate(on.gpu)),
-            memory=(self.kernels.bytes_moved + self.sums) / (on.known("memory_tb_s") * 1e12),
+            memory=(self.kernels.bytes_moved + self.sums) / (on.gpu.known("memory_tb_s") * 1e12),
             tensor=tensor * (1 - TENSOR_HIDDEN) if "tensor" in on.software.overlap else tensor,
             context=collective_seconds(on.gpu, context_group(config), self.context),
         )
@@ -162,7 +162,7 @@ def step_time(config: RunConfig, world_size: int, on: Machine, *, simulated: boo
     if on.mfu is not None:
         each = flops_per_token(config.model, config.data.sequence_length, frozen=frozen_matmul(config))
         flops = config.tokens_per_step * each
-        return StepTime(flops / (world_size * on.known("peak_tflops") * 1e12 * on.mfu), assumed=True)
+        return StepTime(flops / (world_size * on.gpu.known("peak_tflops") * 1e12 * on.mfu), assumed=True)
     m, dp = batching.gradient_accumulation_steps, batching.dp_size
     works = rank_works(config, on)
     work = slowest_work(works, config, on)
@@ -174,7 +174,7 @@ def step_time(config: RunConfig, world_size: int, on: Machine, *, simulated: boo
         messages = max(0.0, messages - slowest.compute)
     waits = (simulated_waiting if simulated else waiting)(config, m)
     bubble = waits * m * (slowest.total + messages)
-    parameters = max(work.parameters for work in works)
+    parameters, sharing = max(work.parameters for work in works), on.software.optimizer_ranks(group.size)
     return StepTime(
         matmul=m * slowest.matmul,
         attention=m * slowest.attention,
@@ -184,10 +184,7 @@ def step_time(config: RunConfig, world_size: int, on: Machine, *, simulated: boo
         pipeline=m * messages,
         bubble=bubble,
         data=_data(config, on, parameters, group, m, slowest.compute, bubble),
-        optimizer=OPTIMIZER_BYTES
-        * parameters
-        / on.software.optimizer_ranks(group.size)
-        / (on.known("memory_tb_s") * 1e12),
+        optimizer=OPTIMIZER_BYTES * parameters / sharing / (on.gpu.known("memory_tb_s") * 1e12),
     )
 
 
