@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.layout.budget import NOTHING_SEEN, Seen
-from megallama.layout.legal import divisors, either, legal_tensors, nearest, nearest_multiples
+from megallama.layout.legal import divisors, either, legal_contexts, legal_tensors, nearest, nearest_multiples
 from megallama.layout.schedules import legal_micro_batches
 
 
@@ -40,13 +40,16 @@ def dp_size(config: RunConfig, world_size: int) -> int:
     dp, rest = divmod(world_size, ranks)
     if world_size >= 1 and not rest:
         return dp
-    others = parallel.pipeline * parallel.context
-    tensors = [t for t in legal_tensors(config) if world_size >= 1 and world_size % (t * others) == 0]
-    or_tensor = f", or parallel.tensor={either(nearest(tensors, parallel.tensor))}" if tensors else ""
+    others = ""
+    for key, legal in (("tensor", legal_tensors), ("context", legal_contexts)):
+        now = getattr(parallel, key)
+        fitting = [n for n in legal(config) if n != now and world_size >= 1 and world_size % (ranks // now * n) == 0]
+        if fitting and (now > 1 or key == "tensor"):
+            others += f", or parallel.{key}={either(nearest(fitting, now))}"
     raise UserError(
         f"a world size of {world_size} is not a multiple of parallel.tensor * parallel.pipeline * parallel.context = "
         f"{parallel.tensor} * {parallel.pipeline} * {parallel.context} = {ranks}; "
-        f"nearest legal: world size {either(nearest_multiples(world_size, ranks))}{or_tensor}"
+        f"nearest legal: world size {either(nearest_multiples(world_size, ranks))}{others}"
     )
 
 

@@ -19,6 +19,8 @@ REFUSED: list[Refusal] = [
       (["parallel.tensor=2", "train.global_batch_size=12"], 6)]),
     (["parallel.tensor=2", "parallel.pipeline=2"], 3, "= 2 * 2 * 1 = 4; nearest legal: world size 4",
      [(["parallel.tensor=2", "parallel.pipeline=2"], 4)]),
+    (["parallel.context=2"], 3, "= 1 * 1 * 2 = 2; nearest legal: world size 2 or 4, or parallel.context=1 or 3",
+     [(["parallel.context=2"], 2), (["parallel.context=2"], 4), (["parallel.context=3"], 3)]),
     ([], 0, "a world size of 0 is not a multiple", [([], 1)]),
     ([], 5, "train.global_batch_size=16 is not a multiple of train.micro_batch_size * dp = 2 * 5 = 10; "
      "nearest legal: a world size of 4 or 8", [([], 4), ([], 8)]),

@@ -12,14 +12,18 @@ from megallama.layout.legal import legal_contexts, legal_tensors
 from tests.layout.test_check import run
 
 
+@pytest.mark.parametrize("context", [1, 2])
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_every_tensor_size_called_legal_passes_and_every_other_is_refused(tmp_path: Path, kv_heads: int) -> None:
-    legal = legal_tensors(run(tmp_path, [f"model.num_key_value_heads={kv_heads}"]))
-    assert legal == [1, 2, 4]
+def test_every_tensor_size_called_legal_passes_and_every_other_is_refused(
+    tmp_path: Path, kv_heads: int, context: int
+) -> None:
+    given = [f"model.num_key_value_heads={kv_heads}", f"parallel.context={context}", "data.sequence_length=12"]
+    legal = legal_tensors(run(tmp_path, [*given, "train.micro_batch_size=1"]))
+    assert legal == ([1, 2, 4] if context == 1 else [1, 2])
     for tensor in range(1, 17):
-        config = run(tmp_path, [f"parallel.tensor={tensor}", f"model.num_key_value_heads={kv_heads}"])
+        config = run(tmp_path, [*given, "train.micro_batch_size=1", f"parallel.tensor={tensor}"])
         if tensor in legal:
-            check_config(config, tensor)
+            check_config(config, tensor * context)
         else:
             with pytest.raises(UserError):
                 check_config(config, tensor)
