@@ -143,6 +143,7 @@ OF_MEMORY = [
         "gradient",
         "a layer is computed again from whichever input is on its way",
         "pp2-zbvzerobubble-offload",
+        reason="each part of verify's backwards goes one way to its end, where what is on its way is what is asked for",
     ),
     Mutant(
         "offload-one-way-alone",
