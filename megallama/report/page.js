@@ -3,7 +3,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const MARGIN = { left: 64, right: 12, top: 8, bottom: 24 };
-  const HEIGHT = 240, LANE = 18, NEAR = 8, COLOURS = 8;
+  const HEIGHT = 240, NEAR = 8, COLOURS = 8;
   const view = { axis: "steps", range: null, hidden: new Set() }; // range: [from, to] of the axis, or null for all
   const tip = document.getElementById("tip"), reset = document.getElementById("reset");
 
@@ -182,8 +182,8 @@
   const MARK_COLOURS = { resume: 0, rollback: 3, rewind: 7, skip: 1, checkpoint: 2, checkpoint_failed: 4 };
 
   function drawHistory(figure) {
-    const { svg, inside, x, layer } = frame(figure, MARGIN.top + MARGIN.bottom + LANE * kinds.length);
-    const lane = (kind) => inside.top + LANE * (kinds.indexOf(kind) + 0.5);
+    const { svg, inside, x, layer } = frame(figure, HEIGHT);
+    const lane = (kind) => inside.top + (inside.bottom - inside.top) * (kinds.indexOf(kind) + 0.5) / kinds.length;
     for (const mark of marks) {
       const colour = several ? mark.at % COLOURS : MARK_COLOURS[mark.kind];
       element("path", {
@@ -281,9 +281,7 @@
     addNames(addFigure(plot.key, plot.title, plot.unit, (figure) => drawPlot(figure, plot)), plot);
   }
   if (kinds.length) {
-    const figure = addFigure("history", "What happened", "", drawHistory);
-    figure.classList.add("history");
-    addKinds(figure);
+    addKinds(addFigure("history", "What happened", "", drawHistory));
   }
   for (const button of document.querySelectorAll("input[name=axis]")) {
     button.checked = button.value === view.axis; // a browser may restore another choice

@@ -19,6 +19,8 @@ _SYMBOLS = {"resume": ">", "rollback": "<", "rewind": "8", "skip": "x", "checkpo
 _COLUMNS = 2
 _MOST_NAMES = 8
 """In the legend of a plot; more would cover it."""
+_BESIDE_TITLE = 80
+"""Characters of names that a line above a plot has room for."""
 
 
 def draw_picture(records: Sequence[Record]) -> bytes:
@@ -32,7 +34,7 @@ def draw_picture(records: Sequence[Record]) -> bytes:
     _draw_history(axes[len(plots)], records)
     for each in axes[len(plots) + 1 :]:
         each.set_axis_off()
-    figure.subplots_adjust(left=0.06, right=0.99, top=1 - 0.25 / rows, bottom=0.16 / rows, hspace=0.3, wspace=0.14)
+    figure.subplots_adjust(left=0.06, right=0.99, top=1 - 0.12 / rows, bottom=0.16 / rows, hspace=0.3, wspace=0.2)
     made = BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of characters that the font has not: they are drawn as boxes
@@ -79,16 +81,28 @@ def _draw_history(axes: Axes, records: Sequence[Record]) -> None:
             steps = [mark.position.step for mark in record.marks if mark.kind == kind]
             colour = f"C{(at if len(records) > 1 else lane) % 10}"
             axes.plot(steps, [lane] * len(steps), linestyle="", marker=_SYMBOLS[kind], color=colour, markersize=6)
+    axes.set_xlim(_steps(records))
     axes.set_yticks(range(len(kinds)), [MARKS[kind] for kind in kinds])
     axes.set_ylim(len(kinds) - 0.5, -0.5)
     axes.set_title("What happened", fontsize=10, loc="left")
+
+
+def _steps(records: Sequence[Record]) -> tuple[float, float]:
+    """From the first to the last step of all, with the margin that matplotlib leaves."""
+    steps = [where.step for record in records for curve in record.curves for where in curve.positions]
+    margin = 0.05 * max(1, max(steps) - min(steps))
+    return min(steps) - margin, max(steps) + margin
 
 
 def _add_legend(axes: Axes, lines: Sequence[Line2D], names: Sequence[str]) -> None:
     kept = list(names[:_MOST_NAMES])
     if len(names) > _MOST_NAMES:
         kept[-1] += f", and {len(names) - _MOST_NAMES} more"
+    beside_title = sum(map(len, kept)) < _BESIDE_TITLE
+    place = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.99)} if beside_title else {"loc": "upper right"}
+    columns = len(kept) if beside_title else 1
     # A space: matplotlib leaves out names that begin with an underscore.
-    legend = axes.legend(lines[: len(kept)], [f" {name}" for name in kept], fontsize=8, loc="upper right")
+    labels = [f" {name}" for name in kept]
+    legend = axes.legend(lines[: len(kept)], labels, fontsize=8, ncols=columns, frameon=not beside_title, **place)
     for text in legend.get_texts():
         text.set_parse_math(False)  # a name may have dollars in it

@@ -73,7 +73,7 @@ def train_event(step: int, total: int) -> Event:
 def long_run(folder: Path, steps: int = 10_000) -> Path:
     """A run of `steps` steps with three restarts, a rollback, a rewind, two skips and a failed save.
 
-    Each restart repeats a tenth of a thousandth of the steps and comes an hour after the start before it ended.
+    Each restart repeats a hundredth of the steps, and comes an hour after the start before it ended.
     """
     run = Writer(folder, steps)
     run.start(0, 0)
@@ -95,7 +95,11 @@ def long_run(folder: Path, steps: int = 10_000) -> Path:
             restarts += 1
             run.now += 3600
             step = fails.pop(step)
+            if restarts == 2:
+                run.write("rollback", step=step, path=f"checkpoints/step_{step:08d}", set_aside={})
             run.start(step, restarts)
+        if step == 80 * unit:
+            run.write("rewind", step=step, passed_over=[8 * step, 8 * step + 16])
     run.write("stop", step=steps, status="done", reason="done")
     run.close()
     return folder
