@@ -26,10 +26,11 @@ def chromium() -> Path | None:
 
 
 class Page:
-    """One page of one browser; `events` is all that the browser has told of it, in order."""
+    """One page of one browser. `events`: all that it has told of the page, in order; `folder`: goes when it ends."""
 
     def __init__(self, program: Path, width: int = 1280, height: int = 900) -> None:
         self._profile = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
+        self.folder = Path(self._profile.name)
         read_by_it, self._commands = os.pipe()
         answers, written_by_it = os.pipe()
         folders = sorted({str(path.parent) for path in UNPACKED.glob("usr/lib/**/*.so*")})
