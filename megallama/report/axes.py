@@ -58,19 +58,25 @@ def axes_of(events: Sequence[Event], stand: Sequence[Event], where: str) -> Axes
     timed = all(number(event, "time") is not None for event in events)
     taken = dict(_seconds_after(stand))
     steps = sorted(tokens)
-    hours = np.interp(steps, [0, *taken], [0.0, *np.cumsum(list(taken.values())) / 3600])
+    hours = np.interp(steps, list(taken), np.cumsum(list(taken.values())) / 3600)
     return Axes(steps, [tokens[step] for step in steps], hours.tolist(), events[0]["time"] if timed else None)
 
 
 def _seconds_after(stand: Sequence[Event]) -> list[tuple[int, float]]:
-    """The step of each train event that stands, ascending, and the seconds of the steps since the one before."""
+    """The step of each train event that stands, ascending, and the seconds of the steps since the one before.
+
+    Before them the step where the file begins, with no seconds: 0, unless somebody has put earlier lines away.
+    """
     trained = sorted((e for e in stand if e["event"] == "train"), key=lambda e: e["step"])
-    # A file may begin at a later step, where somebody has put the lines before it away.
-    begun = next((event["step"] for event in stand if event.get("step") is not None and event["event"] != "train"), 0)
-    before = [min(begun, trained[0]["step"]), *(event["step"] for event in trained)]
+    first = next(event for event in stand if event.get("step") is not None)
+    begun = 0 if first["event"] == "train" else min(first["step"], trained[0]["step"])
+    before = [begun, *(event["step"] for event in trained)]
     return [
-        (event["step"], (number(event, "seconds") or 0.0) * (event["step"] - earlier))
-        for event, earlier in zip(trained, before, strict=False)
+        (begun, 0.0),
+        *(
+            (event["step"], (number(event, "seconds") or 0.0) * (event["step"] - earlier))
+            for event, earlier in zip(trained, before, strict=False)
+        ),
     ]
 
 

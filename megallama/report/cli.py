@@ -79,9 +79,9 @@ def _write(contents: dict[Path, bytes]) -> None:
         for path, partial in written.items():
             partial.replace(path)
     except OSError as error:
-        where = next(iter(contents))
         raise UserError(
-            f"{where} cannot be written ({error.strerror}); give --output=FOLDER, one you may write"
+            f"{next(iter(contents))} cannot be written ({error.strerror or error}); "
+            "give --output a folder with room that you may write to"
         ) from None
     finally:
         for partial in written.values():
