@@ -74,7 +74,7 @@ def _trained(stand: Sequence[Event], axes: Axes) -> Iterator[Curve]:
     yield curve("grad_norm", "gradient norm", lambda e: number(e, "grad_norm"))
     yield curve("tokens_per_second", "tokens/s", lambda e: number(e, "tokens_per_second"))
     yield curve("mfu", "mfu, attention over the whole square", lambda e: _times(number(e, "mfu"), 100))
-    yield curve("mfu", "mfu_causal, over what the mask leaves", lambda e: _times(number(e, "mfu_causal"), 100))
+    yield curve("mfu", "mfu_causal, over the positions seen", lambda e: _times(number(e, "mfu_causal"), 100))
     yield curve("memory", "measured, rank 0", lambda e: _times(number(e, "peak_memory_bytes"), 1 / GIB))
 
 

@@ -57,7 +57,7 @@ def test_curves_are_the_numbers_of_the_file(tmp_path: Path) -> None:
         ("grad_norm", "", "grad_norm", 1),
         ("tokens_per_second", "", "tokens_per_second", 1),
         ("mfu", "mfu, attention over the whole square", "mfu", 100),
-        ("mfu", "mfu_causal, over what the mask leaves", "mfu_causal", 100),
+        ("mfu", "mfu_causal, over the positions seen", "mfu_causal", 100),
         ("memory", "measured, rank 0", "peak_memory_bytes", 1 / GIB),
     ):
         found = curve(record, plot, name)
@@ -113,6 +113,17 @@ def test_hours_and_goodput_are_those_of_the_clock(tmp_path: Path) -> None:
     restarts = [mark for mark in record.marks if mark.kind == "resume"]
     assert [mark.position.step for mark in restarts] == [250, 500, 750]
     assert restarts[0].position.hours == pytest.approx((260 * SECONDS + 3600) / 3600)
+
+
+def test_steps_that_were_lost_are_no_goodput(tmp_path: Path) -> None:
+    run = Writer(tmp_path / "run", 10)
+    run.now -= SECONDS  # the first event is that of the first step
+    for step in range(1, 9):
+        run.train(step)
+    run.start(5, 1)
+    run.train(6)
+    record = read_record(tmp_path / "run", "run", ALL)
+    assert record.facts["goodput"] == f"{6 / 8:.1%}"
 
 
 def test_without_times_hours_are_those_of_the_steps(tmp_path: Path) -> None:
