@@ -18,6 +18,8 @@ MARKS = {
     "checkpoint_failed": "failed save",
 }
 """Events that are marks, and what a report calls them."""
+RETURNED = ("resume", "rollback", "rewind")
+"""Marks of a run that begins again at their step: none undoes another."""
 MOST_MARKS = 500
 """Of a kind; of more, neighbours are drawn as one."""
 
@@ -39,15 +41,24 @@ def marks_of(events: Sequence[Event], stand: Sequence[Event], axes: Axes) -> lis
 
 
 def _happened(events: Sequence[Event], stand: Sequence[Event], axes: Axes) -> Iterator[Mark]:
-    """All that happened, also what the run has gone back to before."""
-    standing_ones = {id(event) for event in stand}
+    standing_ones, resumed = {id(event) for event in stand}, False
     for event in events:
         kind = event["event"]
+        if kind == "start" and event.get("restarts") and not resumed:
+            kind = "resume"  # from nothing: there was no checkpoint to resume
+        resumed = event["event"] == "resume" or (resumed and event["event"] != "start")
         if kind in MARKS and event.get("step") is not None:
-            undone = kind not in ("resume", "rollback", "rewind") and id(event) not in standing_ones
-            said = [event[key] for key in ("reason", "path") if event.get(key) is not None]
-            text = printable(f"{MARKS[kind]}, step {event['step']}{''.join(f': {words}' for words in said)}")
+            undone = kind not in RETURNED and id(event) not in standing_ones
+            text = printable(f"{MARKS[kind]}, step {event['step']}{_details(event)}")
             yield Mark(kind, axes.of(event), text + (" (undone)" if undone else ""), not undone)
+
+
+def _details(event: Event) -> str:
+    said = [str(event[key]) for key in ("reason", "path") if event.get(key) is not None]
+    match event.get("passed_over"):
+        case [first, end]:
+            said.append(f"samples from {first} to before {end} passed over")
+    return "".join(f": {words}" for words in said)
 
 
 def _merged(marks: Sequence[Mark]) -> list[Mark]:

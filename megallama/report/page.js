@@ -143,7 +143,7 @@
       svg.insertBefore(element("line", { class: "grid", x1: inside.left, x2: inside.right, y1: y(value), y2: y(value) }), layer);
       element("text", { x: inside.left - 6, y: y(value) + 4, "text-anchor": "end", text: short(value) }, svg);
     }
-    for (const mark of marks.filter((m) => ["resume", "rollback", "rewind"].includes(m.kind))) {
+    for (const mark of marks.filter((m) => data.returned.includes(m.kind))) {
       element("line", { class: "return", x1: x(mark[view.axis]), x2: x(mark[view.axis]), y1: inside.top, y2: inside.bottom }, layer);
     }
     for (const curve of shown) {

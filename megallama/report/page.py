@@ -10,7 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from megallama.report.curves import PLOTS, Curve
-from megallama.report.marks import MARKS, Mark
+from megallama.report.marks import MARKS, RETURNED, Mark
 from megallama.report.record import Record
 
 _DIGITS = 7
@@ -66,6 +66,7 @@ def _data(records: Sequence[Record]) -> dict[str, Any]:
             {"key": plot.key, "title": plot.title, "unit": plot.unit, "logarithmic": plot.logarithmic} for plot in PLOTS
         ],
         "marks": MARKS,
+        "returned": RETURNED,
     }
 
 

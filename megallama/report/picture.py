@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from megallama.report.curves import PLOTS, Curve, Plot
-from megallama.report.marks import MARKS
+from megallama.report.marks import MARKS, RETURNED
 from megallama.report.record import Record
 
 _DASHES = ("-", "--", ":", "-.")
@@ -50,7 +50,7 @@ def _draw_plot(axes: Axes, plot: Plot, records: Sequence[Record]) -> None:
             lines.append(_draw_curve(axes, curve, f"C{colour % 10}", _DASHES[dash % len(_DASHES)]))
             names.append(f"{record.name}: {curve.name}" if len(records) > 1 else curve.name)
         for mark in record.marks:
-            if mark.kind in ("resume", "rollback", "rewind"):
+            if mark.kind in RETURNED:
                 axes.axvline(mark.position.step, color="0.7", linewidth=0.8, linestyle=":", zorder=0)
     known = [value for record in records for c in record.curves if c.plot == plot.key for value in c.values]
     if plot.logarithmic and all(value is None or value > 0 for value in known):

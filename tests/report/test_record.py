@@ -185,6 +185,25 @@ def test_every_kind_of_mark_is_kept(tmp_path: Path) -> None:
     assert {mark.kind for mark in record.marks} == set(MARKS)
 
 
+def test_marks_tell_why(tmp_path: Path) -> None:
+    run = Writer(tmp_path / "run", 20)
+    run.start(0, 0)
+    run.train(1)
+    run.write("start", step=0, restarts=1)  # killed before there was a checkpoint
+    run.train(1)
+    run.write("skip", step=1, samples=8, reason="loss")
+    run.write("rewind", step=1, passed_over=[8, 24])
+    run.start(1, 2)
+    record = read_record(tmp_path / "run", "run", ALL)
+    assert [mark.text for mark in record.marks] == [
+        "restart, step 0",
+        "restart, step 1: checkpoints/step_00000001",
+        "rewind, step 1: samples from 8 to before 24 passed over",
+        "skipped step, step 1: loss",
+    ]
+    assert record.facts["restarts"] == "2"
+
+
 def test_the_device_is_told_where_the_run_does(tmp_path: Path) -> None:
     run = plain_run(tmp_path / "run")
     assert "device" not in read_record(run, "run", ALL).facts
