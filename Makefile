@@ -14,6 +14,7 @@ quickstart: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --hostfile=/dev/null --num_gpus=1 launch/pretrain.py --config configs/quickstart.yaml
 	@echo "--- the model writes:"
 	@$(BIN)/megallama generate $(RUN) --prompt "def main(" --max-tokens 96
+	@$(BIN)/megallama report $(RUN) --force
 	@echo "--- the run is in $(RUN); continue it with: megallama generate $(RUN) --prompt '...'"
 
 test: .venv/installed-dev
@@ -25,7 +26,7 @@ test-layouts: .venv/installed-dev
 test-benchmarks: .venv/installed-dev
 	$(BIN)/python -m pytest -m benchmarks
 
-test-peers: .venv/installed-dev
+test-peers: .venv/installed-dev .venv/chromium/installed
 	$(BIN)/python -m pytest -m peers $(TWO_FILES)
 
 test-faults: .venv/installed-dev
@@ -61,6 +62,10 @@ $(BIN)/python:
 .venv/installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ .venv/installed
+
+.venv/chromium/installed: tests/report/install.sh | $(BIN)/python
+	bash tests/report/install.sh .venv/chromium
+	touch $@
 
 .venv/slurm/installed: tests/slurm/install.sh | $(BIN)/python
 	bash tests/slurm/install.sh .venv/slurm

@@ -20,6 +20,7 @@ from megallama.evaluation.cli import evaluate
 from megallama.exchange.cli import export_command, import_command
 from megallama.generation.cli import chat, generate, serve
 from megallama.plan.cli import plan
+from megallama.report.cli import report
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.command()(plan)
 app.command()(launch)
+app.command()(report)
 app.command()(generate)
 app.command()(chat)
 app.command()(serve)

@@ -161,7 +161,8 @@ def test_nothing_stray_is_committed() -> None:
     assert {path for path in found if "/" not in path} == {".gitignore", "Makefile", "README.md", "pyproject.toml"}
     assert {path.partition("/")[0] for path in found if "/" in path} == folders
     kinds = {Path(path).suffix for path in found if not path.startswith(("tests/checkpoint/fixtures/", ".ci/"))}
-    assert kinds - {""} == {".md", ".py", ".sh", ".toml", ".yaml"}
+    assert kinds - {""} == {".css", ".html", ".js", ".md", ".png", ".py", ".sh", ".toml", ".yaml"}
+    assert [path for path in found if path.endswith(".png")] == ["docs/report.png"]
 
 
 def test_every_dependency_has_its_line() -> None:

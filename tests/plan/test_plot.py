@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -143,15 +142,6 @@ def test_files_that_take_no_picture_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"mine\.png exists, and is not written over; give another name, or remove it$"):
         check_target(tmp_path / "mine.png")
     assert (tmp_path / "mine.png").read_text() == "mine"
-
-
-def test_without_matplotlib_the_command_to_install_it_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        "megallama.plan.report.plot.find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
-    )
-    with pytest.raises(UserError, match=r"needs matplotlib, which is not installed; type pip install matplotlib$"):
-        check_target(tmp_path / "out.png")
 
 
 @pytest.mark.parametrize(

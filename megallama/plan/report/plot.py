@@ -1,11 +1,10 @@
 """A plan as a picture: what lies in the memory of each pipeline rank, and how much there is.
 
-matplotlib is an optional extra and imported only here, when a picture is asked for.
+matplotlib is imported when a picture is asked for: no other plan need wait for it.
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +34,7 @@ COMPONENTS = (
 def plot_plan(config: RunConfig, world_size: int, path: Path, gpu: Gpu | None = None) -> None:
     """Draw the memory of a run on `world_size` ranks into `path`, a PNG, SVG or PDF, with what `gpu` has of it.
 
-    UserError if the run is not legal there, if `path` cannot be such a file, or if matplotlib is not installed.
+    UserError if the run is not legal there, or if `path` cannot be such a file.
     """
     check_target(path)
     with output_lock(beside(path), f"--plot={path}", "--plot"):
@@ -45,12 +44,10 @@ def plot_plan(config: RunConfig, world_size: int, path: Path, gpu: Gpu | None = 
 
 
 def check_target(path: Path) -> None:
-    """UserError for a file that no picture can go to, or that is there, and where there is nothing to draw with."""
+    """UserError for a file that no picture can go to, or that is there."""
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"--plot={path} is no picture; end it in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     check_new_file("--plot", path, "out.png")
-    if find_spec("matplotlib") is None:
-        raise UserError(f"--plot={path} needs matplotlib, which is not installed; type pip install matplotlib")
 
 
 def draw_plan(config: RunConfig, world_size: int, gpu: Gpu | None = None) -> Figure:

@@ -1,0 +1,1 @@
+"""`megallama report`: runs as one page for a browser and one picture."""
