@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,8 +15,11 @@ from torch.utils.flop_counter import flop_registry
 
 from megallama.config.schema import ModelConfig
 from megallama.model.init import initialise
+from megallama.model.layers import GradientFilter
 from megallama.model.llama import Llama, Recompute
 from megallama.model.offload import OffloadedInputs, _Arriving, _Input
+from megallama.model.tiled_mlp import tiled_mlp
+from megallama.parallel.mesh import ALONE
 
 SHAPE = ModelConfig(vocab_size=301, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4)
 MODES: tuple[Recompute, ...] = ("none", "selective", "full", "offload")
@@ -102,6 +106,24 @@ def test_offload_brings_each_input_back_once_and_one_layer_ahead(monkeypatch: py
     assert saved_bytes_and_gradients("full")[0] - kept == SHAPE.num_hidden_layers * state + seen_by_its_hooks
 
 
+def test_inputs_come_back_ahead_whichever_way_backward_goes() -> None:
+    """As it does in the two parts of a split backward, or where it turns back with another input on its way."""
+    moved, x = Away.moved, [torch.randn(2, 3, 4, requires_grad=True) for _ in range(3)]
+    inputs, layers = Away(x[0].device, None), []
+    for each in x:
+        with inputs.of(each):
+            layers.append(each.sin())
+    moved.clear()
+    for index in (2, 1, 0, 0, 1, 2, 1, 2):
+        (gradient,) = torch.autograd.grad(layers[index].sum(), x[index], retain_graph=True)
+        torch.testing.assert_close(gradient, x[index].detach().cos())
+        moved.append(("read", index))
+    there = [("back", 2), ("back", 1), ("read", 2), ("back", 0), ("read", 1), ("read", 0)]
+    again = [("back", 0), ("read", 0), ("back", 1), ("back", 2), ("read", 1), ("read", 2)]
+    turned = [("back", 1), ("back", 0), ("read", 1), ("back", 2), ("read", 2)]
+    assert moved == there + again + turned
+
+
 class Work(TorchDispatchMode):
     """The most tokens of which a matmul makes gate and up at once, and FLOPs of all matmuls."""
 
@@ -133,3 +155,37 @@ def test_an_mlp_in_tiles_is_the_mlp(recompute: Recompute, monkeypatch: pytest.Mo
     assert tiled.flops == at_once.flops
     for name, gradient in plain.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-9)
+
+
+def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down)
+
+
+def test_the_parts_of_a_split_backward_get_what_a_whole_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megallama.model.tiled_mlp.GATES_AT_ONCE", 5 * 24)
+    draw = torch.Generator().manual_seed(3)
+    x, gate_up, down = (
+        torch.randn(*shape, generator=draw, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 9, 8), (24, 8), (8, 12))
+    )
+    part, direction = GradientFilter(), torch.randn(2, 9, 8, generator=draw, dtype=torch.float64)
+    result = tiled_mlp(x, gate_up, down, ALONE, part)
+    with part.only("inputs"):
+        of_input = torch.autograd.grad(result, x, direction, retain_graph=True)
+    with part.only("weights"):
+        of_weights = torch.autograd.grad(result, (gate_up, down), direction)
+    whole = torch.autograd.grad(swiglu(x, gate_up, down), (x, gate_up, down), direction)
+    torch.testing.assert_close((*of_input, *of_weights), whole)
+
+
+def test_bf16_gradients_of_many_tiles_are_rounded_as_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Terms of one sign: a sum in bf16 stops to grow at 512 of them."""
+    monkeypatch.setattr("megallama.model.tiled_mlp.GATES_AT_ONCE", 8)
+    draw = torch.Generator().manual_seed(3)
+    x, *weights = (torch.rand(*shape, generator=draw).bfloat16() for shape in ((1, 2048, 4), (8, 4), (4, 4)))
+    x, *weights = (each.requires_grad_() for each in (x, *weights))
+    exact = [each.detach().float().requires_grad_() for each in weights]
+    gradients = torch.autograd.grad(tiled_mlp(x, *weights, ALONE, GradientFilter()).sum(), weights)
+    for gradient, expected in zip(gradients, torch.autograd.grad(swiglu(x.float(), *exact).sum(), exact), strict=True):
+        torch.testing.assert_close(gradient.float(), expected, rtol=2**-7, atol=0)

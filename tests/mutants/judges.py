@@ -36,6 +36,7 @@ LAYER_TESTS = [
     "tests/model/test_attention.py::test_recomputation_stays_within_documents",
     "tests/model/test_attention.py::test_a_document_has_the_loss_in_a_packed_sample_that_it_has_alone",
     "tests/model/test_layers.py",
+    "tests/model/test_recompute.py",
     "tests/model/test_context_parallel.py",
     "tests/parallel/test_mesh.py",
     "tests/parallel/test_types.py",
@@ -123,17 +124,23 @@ def ask(judge: str, copy: Copy, mutants: Sequence[Mutant]) -> tuple[Answer, str]
 
 def commands(judge: str, mutants: Sequence[Mutant]) -> list[list[str]]:
     """What a judge of `mutants` runs: exit code 1 from any of these catches, 0 from all does not."""
-    verify = ["-m", "megallama", "verify", CONFIG]
     if judge == "types":
-        return [[*verify, *overrides, "--types"] for overrides in TYPED]
+        return [["-m", "megallama", "verify", CONFIG, *overrides, "--types"] for overrides in TYPED]
     if judge == "layers":
         return [["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *LAYER_TESTS]]
-    layouts = {words: list(dict.fromkeys(m.layout for m in mutants if m.words == words)) for words in _words(mutants)}
-    return [[*verify, *words, "--steps", "1", "--layouts", ",".join(names)] for words, names in layouts.items()]
+    return [
+        ["-m", module, "verify", CONFIG, *words, "--steps", "1", "--layouts", ",".join(layouts)]
+        for (module, words), layouts in _runs(mutants).items()
+    ]
 
 
-def _words(mutants: Sequence[Mutant]) -> list[tuple[str, ...]]:
-    return list(dict.fromkeys(mutant.words for mutant in mutants))
+def _runs(mutants: Sequence[Mutant]) -> dict[tuple[str, tuple[str, ...]], dict[str, None]]:
+    """Of verify: the layouts of each module and its words, once."""
+    found: dict[tuple[str, tuple[str, ...]], dict[str, None]] = {}
+    for mutant in mutants:
+        module = "tests.mutants.in_tiles" if mutant.in_tiles else "megallama"
+        found.setdefault((module, mutant.words), {})[mutant.layout] = None
+    return found
 
 
 def _write(path: Path, text: str) -> None:

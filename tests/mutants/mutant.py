@@ -28,6 +28,8 @@ class Mutant:
     """What it is told besides: options, and overrides of the config."""
     reason: str = ""
     """Why one judge is enough for a mistake of gradients, or that none sees it."""
+    in_tiles: bool = False
+    """Whether verify's layouts run MLPs in tiles: by itself it has too few tokens for that."""
 
     def applied(self, package: Path) -> str:
         """The mutated text of the file; ValueError where what it replaces does not stand there exactly once."""
