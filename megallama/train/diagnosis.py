@@ -45,7 +45,7 @@ def diagnose(run: Run, state: TrainState, batches: Sequence[MicroBatch]) -> Path
 def _page(run: Run, state: TrainState, norms: LayerNorms) -> list[str]:
     skips = [event for event in standing_events(run.dir) if event["event"] == "skip"][-state.skipped :]
     first = state.step - state.skipped + 1
-    rewinds = f" after {state.rewinds} rewinds" if state.rewinds else ""
+    rewinds = f" after going back {state.rewinds} times" if state.rewinds else ""
     return [
         f"Steps {first} to {state.step} were skipped{rewinds}.",
         _steps(run, skips),

@@ -9,9 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megallama.checkpoint.state import read_saved
+from megallama.checkpoint.state import read_saved, seen_before
+from megallama.config.load import load_config
+from megallama.data.mixture import open_train
+from megallama.data.trace import trace
 from megallama.run_dir.events import standing_events
-from tests.launching import arguments, events, pretrain
+from megallama.train.diagnosis import where_not_finite
+from megallama.train.layer_norms import LayerNorms
+from tests.launching import CONFIG, arguments, events, pretrain
 
 BATCH = 4
 BAD = range(34 * BATCH, 37 * BATCH)
@@ -72,3 +77,40 @@ def test_noise_in_the_data_is_skipped_and_then_passed_over(
     assert (state.rewinds, state.passed_over) == (1, ((136, 144),))
     assert saved_state(run, 30).passed_over == ()
     assert final_loss(run) == pytest.approx(final_loss(clean), abs=0.2)
+
+
+def test_a_run_that_goes_back_too_often_fails_with_a_page_that_says_why(byte_dataset: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start = words(byte_dataset, run, "health.max_rewinds=1")
+    plant = partial(spoiled, range(BAD.start, 10_000))
+    assert pretrain(1, start, plant=plant) == [(1, "")]
+    assert [event["passed_over"] for event in events(run, "rewind")] == [[136, 144]]
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert outcome["reason"].startswith(f"2 steps in a row were skipped, see {run}/diagnosis.txt; try a lower ")
+    assert outcome["reason"].endswith(f"`megallama checkpoint rollback {run} 30`")
+    page = (run / "diagnosis.txt").read_text()
+    assert page.startswith(
+        "Steps 35 to 36 were skipped after going back 1 times.\n\nstep 35: a loss far above the last"
+    )
+    assert "A loss above " in page
+    assert "the output of every layer and the gradient there are finite" in page
+    assert "\nlayer 1: " in page
+    assert "These steps read the samples from 144 up to 152 in the order of the data" in page
+    assert "\nsample 144, document " in page
+
+
+def test_where_numbers_cease_to_be_finite_is_named() -> None:
+    fine = [1.0, 2.0, 3.0]
+    assert "output of layer 1 is the first" in where_not_finite(LayerNorms([1.0, math.nan, math.inf], [math.nan] * 3))
+    assert "gradient at the output of layer 1 is" in where_not_finite(LayerNorms(fine, [math.nan, math.inf, 1.0]))
+    assert "are finite" in where_not_finite(LayerNorms(fine, fine))
+
+
+def test_the_trace_of_a_run_leaves_out_what_the_run_passed_over(byte_dataset: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert pretrain(1, words(byte_dataset, run), plant=partial(spoiled, BAD)) == [(0, "")]
+    config = load_config(Path(CONFIG), words(byte_dataset, run)[2:])
+    seen = seen_before(config)
+    assert seen.passed_over == ((136, 144),)
+    traced = [each.sample for each in trace(config, open_train(config, seen), (33, 36), seen=seen)]
+    assert traced == [*range(128, 136), *range(144, 152)]
