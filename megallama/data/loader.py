@@ -82,7 +82,7 @@ class Loader:
             found = hashlib.sha256(f"{found}/documents apart".encode()).hexdigest()
         return found
 
-    def of(self, source: Source, passed_over: Sequence[tuple[int, int]]) -> Loader:
+    def of(self, source: Source, passed_over: Sequence[tuple[int, int]] = ()) -> Loader:
         """The same rank's loader of another source, of which it passes over these [first, end), in order."""
         rank, hidden = (self._dp_rank, self._dp_size), (self._masking, self._document_mask)
         context = self._cp_rank, self._cp_size
@@ -170,7 +170,7 @@ class RunData:
             "the tokenizer": self.tokenizer.fingerprint,
         }
 
-    def begun_at(self, stages: Sequence[int], passed_over: Sequence[tuple[int, int]]) -> RunData:
+    def begun_at(self, stages: Sequence[int], passed_over: Sequence[tuple[int, int]] = ()) -> RunData:
         """The same where stages of the mixture begin at these samples of the run, and training passes over others."""
         source = self.train.source
         if isinstance(source, Mixture):
