@@ -91,7 +91,7 @@ class TrainState:
         """The same tokens in sequences of `length`, which were of `before`; up to one sequence more.
 
         The schedule's unit is as many tokens as before, where need be a part of a sequence; a loss at another length is
-        not known. What was passed over is forgotten: the sequences have another order.
+        not known. What was passed over is forgotten, since the sequences have another order, and so are the losses.
         """
         if length == before:
             return self
@@ -106,6 +106,8 @@ class TrainState:
             validation_loss=None,
             stages=tuple(stages),
             passed_over=(),
+            losses=(),
+            norms=(),
         )
 
 

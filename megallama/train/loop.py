@@ -125,6 +125,8 @@ def loop(run: Run, state: TrainState) -> Ending:
     while ending is None and state.step < run.last_step(state):
         if batch != (batch := batch_at(run.config, state.samples)):
             timer = StepTimer()  # what steps take is of this batch from here on
+        if run.spikes is not None and state.samples in state.stages:
+            run.spikes.remember((), ())  # other data have another loss
         run.watchdog.now(f"step of {batch} sequences")
         lr = next_rate(run.config, state.seen)
         with timer, recorded_layers(run, state.step + 1):
