@@ -20,9 +20,9 @@ from megallama.checkpoint.format import (
     read_manifest,
 )
 from megallama.config.schema import ModelConfig, Objective
-from megallama.config.values import MOST_SEQUENCES, Name, Patterns
+from megallama.config.values import MOST_REWINDS, MOST_SEQUENCES, MOST_WINDOW, Name, Patterns
 from megallama.errors import UserError
-from megallama.layout.budget import NOTHING_SEEN, Seen
+from megallama.layout.budget import NOTHING_SEEN, Seen, united
 from megallama.layout.check import check_trained
 from megallama.layout.frozen import frozen_weights
 from megallama.system.regular_file import read_regular
@@ -57,28 +57,58 @@ class TrainState:
     """
     stages: tuple[Count, ...] = ()
     """The first sample of each stage of `data.mixture`, as far as is known; a checkpoint has those that have begun."""
+    skipped: Count = 0
+    """Steps in a row, up to this one, whose update was not applied."""
+    skipped_samples: Count = 0
+    """The sequences of these steps."""
+    rewinds: Annotated[int, Field(ge=0, le=MOST_REWINDS)] = 0
+    """Times that the run went back by itself."""
+    passed_over: Annotated[tuple[tuple[Count, Count], ...], Field(max_length=MOST_REWINDS)] = ()
+    """Ranges [first, end) in the order of the data that training leaves out; `samples` does not count them."""
+    losses: Annotated[tuple[Loss, ...], Field(max_length=MOST_WINDOW)] = ()
+    """Of the last steps that were applied, the newest last: what tells a spike."""
+    norms: Annotated[tuple[Loss, ...], Field(max_length=MOST_WINDOW)] = ()
+    """The norms of their gradients."""
 
     @property
     def seen(self) -> Seen:
         """How far the run is."""
-        return Seen(self.step, self.samples, self.first_batch, self.stages)
+        return Seen(self.step, self.samples, self.first_batch, self.stages, self.passed_over)
 
     def after(self, samples: int, *, applied: bool) -> TrainState:
         """The state one step of `samples` sequences later."""
-        step, samples, updates = self.step + 1, self.samples + samples, self.updates + applied
-        return replace(self, step=step, samples=samples, updates=updates, validation_loss=None)
+        return replace(
+            self,
+            step=self.step + 1,
+            samples=self.samples + samples,
+            updates=self.updates + applied,
+            validation_loss=None,
+            skipped=0 if applied else self.skipped + 1,
+            skipped_samples=0 if applied else self.skipped_samples + samples,
+        )
 
     def in_sequences_of(self, length: int, before: int) -> TrainState:
         """The same tokens in sequences of `length`, which were of `before`; up to one sequence more.
 
         The schedule's unit is as many tokens as before, where need be a part of a sequence; a loss at another length is
-        not known.
+        not known. What was passed over is forgotten, since the sequences have another order, and so are the losses.
         """
         if length == before:
             return self
         first = self.first_batch and self.first_batch * before / length
-        samples, *stages = (-(-count * before // length) for count in (self.samples, *self.stages))
-        return replace(self, samples=samples, first_batch=first, validation_loss=None, stages=tuple(stages))
+        counts = self.samples, self.skipped_samples, *self.stages
+        samples, skipped, *stages = (-(-count * before // length) for count in counts)
+        return replace(
+            self,
+            samples=samples,
+            skipped_samples=skipped,
+            first_batch=first,
+            validation_loss=None,
+            stages=tuple(stages),
+            passed_over=(),
+            losses=(),
+            norms=(),
+        )
 
 
 @dataclass(frozen=True)
@@ -193,6 +223,12 @@ def read_saved(path: Path) -> Saved:
         raise TornCheckpointError(f"{STATE} says step {state.step}, and the manifest {step}")
     if state.updates > state.step:
         raise TornCheckpointError(f"{STATE} says {state.updates} updates in {state.step} steps")
+    if state.skipped > state.step - state.updates or state.skipped_samples > state.samples:
+        raise TornCheckpointError(f"{STATE} says that the last {state.skipped} of {state.step} steps were skipped")
+    if list(united(state.passed_over)) != list(state.passed_over) or any(a >= b for a, b in state.passed_over):
+        raise TornCheckpointError(f"{STATE} says that samples were passed over in ranges that are not in order")
+    if len(state.losses) != len(state.norms):
+        raise TornCheckpointError(f"{STATE} has {len(state.losses)} losses and {len(state.norms)} norms")
     tokens = state.samples * (saved.data.sequence_length or 1)  # a run that went on by longer sequences has fewer
     if tokens < state.step or state.samples > state.step * _LARGEST_BATCH:
         raise TornCheckpointError(f"{STATE} says {state.samples} sequences in {state.step} steps")

@@ -23,9 +23,11 @@ from megallama.config.values import (
     MOST_PIPELINE,
     MOST_RAMP_STAGES,
     MOST_RANKS,
+    MOST_REWINDS,
     MOST_SEQUENCES,
     MOST_STEPS,
     MOST_WIDTH,
+    MOST_WINDOW,
     CheckpointPath,
     Decay,
     LayersPerStage,
@@ -237,7 +239,7 @@ class TrainConfig(Section):
     max_minutes: Annotated[Real, Field(gt=0)] | None = None
     """Save and end as `requeue`, early enough for the save to end this many minutes after the process began."""
     max_skipped: int = Field(default=100, ge=1, le=MOST_STEPS)
-    """The run fails after this many steps in a row with a gradient that is not finite."""
+    """After this many steps in a row without an update the run goes back (health.max_rewinds), or fails."""
     compile: bool = False
     """Run each layer through torch.compile; needs a compiler, and zero.stage below 3."""
     deterministic: bool = False
@@ -336,6 +338,17 @@ class CheckpointConfig(Section):
     """Checkpoint, or folder of a Hugging Face or Meta Llama, whose weights start a new run from step 0."""
 
 
+class HealthConfig(Section):
+    """What a run does about steps that stand out of those before them."""
+
+    spike_deviations: Annotated[Real, Field(gt=0)] | None = 6.0
+    """Skip a step whose loss or gradient norm is so many standard deviations above their recent mean; null for none."""
+    window: int = Field(default=128, ge=8, le=MOST_WINDOW)
+    """Number of recent updates whose losses and norms are compared with; none is skipped before half of them."""
+    max_rewinds: int = Field(default=3, ge=0, le=MOST_REWINDS)
+    """Times that the run goes back to a checkpoint and passes over samples after train.max_skipped, before it fails."""
+
+
 class WatchdogConfig(Section):
     """When a step, an evaluation or a save counts as hung. Each rank then writes its stacks, and the run ends."""
 
@@ -363,6 +376,8 @@ class LoggingConfig(Section):
 
     every: int = Field(default=1, ge=1, le=MOST_STEPS)
     """Steps between `train` events; each one synchronizes with the device once."""
+    layers_every: int = Field(default=0, ge=0, le=MOST_STEPS)
+    """Steps between `layers` events, with norms of each layer's output and of its gradient; 0 for none."""
     wandb: WandbConfig | None = None
     """Weights & Biases; null for none."""
 
@@ -380,6 +395,7 @@ class RunConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     logging: LoggingConfig = LoggingConfig()
 

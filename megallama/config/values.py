@@ -53,6 +53,8 @@ MOST_LAYERS, MOST_WIDTH, MOST_SEQUENCES, MOST_RANKS, MOST_STEPS = 2_000, 10**7, 
 MOST_PIPELINE, MOST_STAGES = 128, 512
 """A plan lays every action of every rank out in time."""
 MOST_PATTERNS, MOST_SOURCES, MOST_RAMP_STAGES = 256, 10_000, 64
+MOST_WINDOW, MOST_REWINDS = 10_000, 1_000
+"""A checkpoint has the numbers of a window, and what its run passed over at each rewind."""
 MOST_NAME_BYTES, MOST_PATH_BYTES = 255, 1000
 """Linux's limit on a component of a path, and sbatch's on a path, less what stands before and behind it."""
 

@@ -21,7 +21,7 @@ from megallama.data.masking import Masking, masking_of
 from megallama.data.mixture import Mixture, check_epochs, open_mixture
 from megallama.data.sampler import micro_batch_indices
 from megallama.data.source import Source, open_set, open_source
-from megallama.layout.budget import NOTHING_SEEN, Seen, batch_at
+from megallama.layout.budget import NOTHING_SEEN, Seen, batch_at, place
 from megallama.layout.topology import Topology, context_slices
 from megallama.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -51,7 +51,7 @@ class Loader:
     """This rank's micro-batches of a source.
 
     Over the ranks, the step at a position is the samples [position, position + batch_at(position)) at every dp_size and
-    micro_batch_size.
+    micro_batch_size. Evaluations pass over none.
     """
 
     def __init__(
@@ -65,8 +65,9 @@ class Loader:
         document_mask: bool = False,
         cp_rank: int = 0,
         cp_size: int = 1,
+        passed_over: Sequence[tuple[int, int]] = (),
     ) -> None:
-        self.source, self.batch_at = source, batch_at
+        self.source, self.batch_at, self.passed_over = source, batch_at, passed_over
         self._micro_batch_size = micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._masking, self._document_mask = masking, document_mask
@@ -81,17 +82,23 @@ class Loader:
             found = hashlib.sha256(f"{found}/documents apart".encode()).hexdigest()
         return found
 
-    def of(self, source: Source) -> Loader:
-        """The same rank's loader of another source."""
+    def of(self, source: Source, passed_over: Sequence[tuple[int, int]] = ()) -> Loader:
+        """The same rank's loader of another source, of which it passes over these [first, end), in order."""
         rank, hidden = (self._dp_rank, self._dp_size), (self._masking, self._document_mask)
-        return Loader(source, self._micro_batch_size, self.batch_at, *rank, *hidden, self._cp_rank, self._cp_size)
+        context = self._cp_rank, self._cp_size
+        return Loader(source, self._micro_batch_size, self.batch_at, *rank, *hidden, *context, passed_over)
+
+    def place(self, sample: int) -> int:
+        """The number in the source of sample `sample` of the run."""
+        return place(sample, self.passed_over)
 
     def step(self, samples_consumed: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that starts at sample `samples_consumed` of the run."""
         batch, each = self.batch_at(samples_consumed), self._micro_batch_size * self._dp_size
         micro_batches, rest = divmod(batch, each)
         assert rest == 0, (batch, each)
-        return [self._micro_batch(self._samples(samples_consumed, micro)) for micro in range(micro_batches)]
+        samples = (self._samples(samples_consumed, micro) for micro in range(micro_batches))
+        return [self._micro_batch([self.place(sample) for sample in each]) for each in samples]
 
     def evaluation(self, samples: int) -> Iterator[MicroBatch]:
         """The first `samples` samples of the split, or all if it has fewer, each once over all ranks.
@@ -163,10 +170,12 @@ class RunData:
             "the tokenizer": self.tokenizer.fingerprint,
         }
 
-    def begun_at(self, stages: Sequence[int]) -> RunData:
-        """The same with stages of the mixture that begin at these samples."""
+    def begun_at(self, stages: Sequence[int], passed_over: Sequence[tuple[int, int]] = ()) -> RunData:
+        """The same where stages of the mixture begin at these samples of the run, and training passes over others."""
         source = self.train.source
-        return replace(self, train=self.train.of(source.begun_at(stages))) if isinstance(source, Mixture) else self
+        if isinstance(source, Mixture):
+            source = source.begun_at([place(first, passed_over) for first in stages])
+        return replace(self, train=self.train.of(source, passed_over))
 
 
 def open_data(config: RunConfig, topology: Topology, rank: int, seen: Seen = NOTHING_SEEN) -> RunData:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megallama.config.schema import RunConfig
 from megallama.data.mixture import Mixture
 from megallama.errors import UserError
-from megallama.layout.budget import NOTHING_SEEN, Seen, batch_at, samples_at_step, total_steps
+from megallama.layout.budget import NOTHING_SEEN, Seen, batch_at, place, samples_at_step, total_steps
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Traced:
     step: int
     """Counted from 1, as in metrics."""
     sample: int
-    """Counted from 0 over the run."""
+    """Counted from 0 in the order of the data; some may be passed over."""
     source: str
     epoch: int
     """Counted from 0."""
@@ -68,8 +68,9 @@ def trace(
                 f"{dp_size}; give the dp of the run"
             )
         for sample in range(begin, begin + batch):
-            source, place = mixture.trace(sample)
+            number = place(sample, seen.passed_over)
+            source, found = mixture.trace(number)
             # The order of sampler.micro_batch_indices.
             micro, rank = divmod((sample - begin) // micro_batch_size, dp_size) if dp_size else (None, None)
-            window = place.unit if config.data.pack == "all" else None
-            yield Traced(step, sample, source, place.epoch, window, place.document, rank, micro)
+            window = found.unit if config.data.pack == "all" else None
+            yield Traced(step, number, source, found.epoch, window, found.document, rank, micro)

@@ -6,12 +6,14 @@ another length is counted anew when a run goes on (checkpoint/state.py).
 
 The batch of a step depends on the position where it begins alone: it is that of the first stage of train.batch_ramp
 whose tokens are not seen by then (arXiv 2407.21783, section 3.4.1).
+
+A position counts the samples that were trained on: what a run passes over in the data is no part of its length.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +36,8 @@ class Seen:
     """Sequences of the first of them, whole unless their length has changed; None where it is to come, or not known."""
     stages: tuple[int, ...] = ()
     """The first sample of each stage of `data.mixture`, as far as those go that have begun."""
+    passed_over: tuple[tuple[int, int], ...] = ()
+    """Ranges [first, end) of samples, in the order of the data, that are left out."""
 
 
 NOTHING_SEEN = Seen()
@@ -136,6 +140,25 @@ def schedule_steps(config: RunConfig, seen: Seen = NOTHING_SEEN) -> int:
     if isinstance(config.train.steps, int):
         return config.train.steps
     return int(-(-_total_samples(config) // schedule_batch(config, seen)))
+
+
+def place(sample: int, passed_over: Sequence[tuple[int, int]]) -> int:
+    """The number in the order of the data of sample `sample` of a run that passed over these [first, end), in order."""
+    for first, end in passed_over:
+        if sample >= first:
+            sample += end - first
+    return sample
+
+
+def united(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """The same numbers as ranges in order that neither touch nor overlap."""
+    found: list[tuple[int, int]] = []
+    for first, end in sorted(ranges):
+        if found and first <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((first, end))
+    return tuple(found)
 
 
 def planned_tokens(config: RunConfig, given: float | None = None) -> float:

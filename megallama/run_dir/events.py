@@ -19,7 +19,7 @@ from megallama.errors import UserError
 
 METRICS = "metrics.jsonl"
 """In the run directory."""
-RETURNS = "resume", "rollback"
+RETURNS = "resume", "rollback", "rewind"
 """Events at whose step the run stands again: what came after it before is undone."""
 
 _OF_A_STEP = *RETURNS, "train", "eval", "checkpoint", "checkpoint_failed"

@@ -210,6 +210,12 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}"
 
 
+_SKIPPED = {
+    "nonfinite": "gradient not finite",
+    "loss": "loss far above the last ones",
+    "gradient": "gradient norm far above the last ones",
+}
+
 _LINES: dict[str, Callable[[Event], str]] = {
     "train": _train_line,
     "eval": lambda e: f"step {e['step']}  {e['split']} loss {e['loss']:.4f}  perplexity {e['perplexity']:.2f}",
@@ -221,7 +227,11 @@ _LINES: dict[str, Callable[[Event], str]] = {
     "notice": lambda e: e["text"],
     "resume": lambda e: f"step {e['step']}  continues {e['path']}",
     "rollback": lambda e: f"step {e['step']}  went back to {e['path']}",
-    "skip": lambda e: f"step {e['step']}  gradient not finite: update skipped on every rank",
+    "rewind": lambda e: (
+        f"step {e['step']}  went back to {e['path']}; the samples from {e['passed_over'][0]} up to "
+        f"{e['passed_over'][1]} of the data are passed over"
+    ),
+    "skip": lambda e: f"step {e['step']}  {_SKIPPED[e['reason']]}: update skipped on every rank",
     "stop": lambda e: (
         f"step {e['step']}  {e['reason']}{'; the same command continues' if e['status'] == 'requeue' else ''}"
     ),

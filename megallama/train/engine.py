@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any, Protocol
@@ -40,7 +40,13 @@ class StepResult:
     grad_norm: float
     """Norm of the gradient over all parameters, before clipping; inf when not finite."""
     applied: bool
-    """False when a non-finite gradient made every rank skip the update."""
+    """False where every rank skipped the update: the gradient was not finite, or the caller's veto said so."""
+    vetoed: tuple[bool, ...] = ()
+    """What the veto said."""
+
+
+Veto = Callable[[Tensor], Tensor]
+"""Takes the gradient's norm, on the device, and returns booleans there: with one of them true there is no update."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Engine:
         mesh: ParallelMesh,
         settings: Mapping[str, Any],
     ) -> None:
-        self._stage, self._data = config.zero.stage, mesh.data
+        self._stage, self._mesh, self._data = config.zero.stage, mesh, mesh.data
         self._dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
         # On a CPU DeepSpeed would compile a shared-memory op at start: minutes, a compiler, and a lock that outlives
         # a killed build. gloo does without.
@@ -119,15 +125,46 @@ class Engine:
         """The summed loss, 0 on ranks without the last stage; touches no gradient."""
         return self._passes.evaluate(batches)
 
-    def step(self, lr: float) -> StepResult:
-        """Reduce, clip, update. Every rank of the mesh must call it."""
+    def step(self, lr: float, veto: Veto | None = None) -> StepResult:
+        """Reduce, clip, update, unless `veto` keeps the update back. Every rank of the mesh must call it.
+
+        A gradient that is not finite is not shown to the veto.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         for filler in self._fillers:
             filler.grad = torch.zeros_like(filler)
         self._take_gradients(self._fillers)
-        self._engine.step()
-        return StepResult(float(self._engine.get_global_grad_norm()), bool(self._engine.was_step_applied()))
+        with self._vetoed(veto) as said:
+            self._engine.step()
+        norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self._mesh.device)
+        grad_norm, *vetoed = torch.cat([norm.double().view(1), *(each.double() for each in said)]).tolist()
+        applied = bool(self._engine.was_step_applied()) and not any(vetoed)
+        return StepResult(grad_norm, applied, tuple(map(bool, vetoed)))
+
+    @contextmanager
+    def _vetoed(self, veto: Veto | None) -> Iterator[list[Tensor]]:
+        """Inside, AdamW does nothing where `veto` says so, found out once there is a norm; what it said.
+
+        `found_inf` is how a gradient scaler tells torch's fused AdamW on the device that a step is to be left out.
+        """
+        said: list[Tensor] = []
+        if veto is None:
+            yield said
+            return
+        optimizer: Any = self._optimizer
+
+        def ask(*_: Any) -> None:
+            if not said:  # ZeRO 1 to 3 update group by group
+                said.append(veto(torch.as_tensor(self._zero._global_grad_norm, device=self._mesh.device)))
+                optimizer.found_inf = said[0].any().float()
+
+        handle = self._optimizer.register_step_pre_hook(ask)
+        try:
+            yield said
+        finally:
+            handle.remove()
+            optimizer.found_inf = None
 
     def fragments(self) -> Iterator[Fragment]:
         """All state on this rank. Over the data-parallel ranks they cover every parameter exactly once."""

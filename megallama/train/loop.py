@@ -32,13 +32,16 @@ from megallama.layout.frozen import checkpoint_bytes
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ParallelMesh
 from megallama.run_dir.outcome import Reached, write_failure, write_outcome
+from megallama.train.diagnosis import DIAGNOSIS, diagnose
 from megallama.train.engine import StepResult
 from megallama.train.evaluate import evaluate
+from megallama.train.layer_norms import recorded_layers
 from megallama.train.lr_schedule import next_rate
 from megallama.train.out_of_memory import memory_explained
 from megallama.train.plan_check import check_plan
 from megallama.train.record import locked, recorded
-from megallama.train.run import Ending, Finished, Run, build_model, report_left_out, write_train_event
+from megallama.train.rewind import rewound, write_skip
+from megallama.train.run import Ending, Finished, Run, build_model, build_spikes, report_left_out, write_train_event
 from megallama.train.saves import check_loaded, clean_checkpoints, report_saves, save_checkpoint, start_state
 from megallama.train.step_timer import StepTimer
 from megallama.train.stop_requests import StopDecision, StopRequests
@@ -69,11 +72,12 @@ def train(config: RunConfig, mesh: ParallelMesh, data: RunData, launch: Launch) 
         if mesh.rank == 0:
             clean_checkpoints(folder / "checkpoints", start, damaged, retention, metrics)
         model, engine = build_model(config, mesh)
+        spikes = build_spikes(config, mesh)
         saver = Saver(folder / "checkpoints", engine, model, mesh, retention)
-        run = Run(config, mesh, model, engine, data, metrics, saver, requests, watchdog, reached, peak)
+        run = Run(config, mesh, model, engine, data, metrics, saver, requests, watchdog, reached, peak, spikes)
         try:
             state = start_state(run, start, launch.processors)
-            run = replace(run, data=data.begun_at(state.stages))
+            run = replace(run, data=data.begun_at(state.stages, state.passed_over))
             report_left_out(run)
             reached.step = state.step
             launch.signals.training(elastic=launch.elastic)
@@ -116,25 +120,32 @@ def loop(run: Run, state: TrainState) -> Ending:
         state, _ = evaluate_splits(run, state)
     timer, batches = StepTimer(), prefetched(run.data.train, state.samples)
     batch = batch_at(run.config, state.samples)
-    ending, loss, skipped, begun = None, torch.zeros(()), 0, state
+    ending, loss, begun = None, torch.zeros(()), state
     healthy: bool | None = None
     while ending is None and state.step < run.last_step(state):
         if batch != (batch := batch_at(run.config, state.samples)):
             timer = StepTimer()  # what steps take is of this batch from here on
+        if run.spikes is not None and state.samples in state.stages:
+            run.spikes.remember((), ())  # other data have another loss
         run.watchdog.now(f"step of {batch} sequences")
         lr = next_rate(run.config, state.seen)
-        with timer:
-            loss, result = train_step(run, next(batches), lr)
+        with timer, recorded_layers(run, state.step + 1):
+            loss, result = train_step(run, inputs := next(batches), lr)
         if result.applied:
             run.saver.prove(state.step)
         state = state.after(batch, applied=result.applied)
         run.reached.step = state.step
-        skipped = 0 if result.applied else skipped + 1
-        healthy = skipped == 0
+        healthy = result.applied or any(result.vetoed)  # a spike that is kept out leaves nothing behind
         if begun.step > 0:
-            check_loaded(run, begun.step, state.step - begun.step, skipped, loss)
-        if skipped:
-            run.metrics.write("skip", step=state.step, samples=state.samples)
+            check_loaded(run, begun.step, state.step - begun.step, state.skipped, loss)
+        if not result.applied:
+            write_skip(run, state, batch, loss, result)
+        if state.skipped >= run.config.train.max_skipped:
+            if (back := rewound(run, state)) is not None:
+                (run, state), timer = back, StepTimer()
+                begun, batches = state, prefetched(run.data.train, state.samples)
+                continue
+            diagnose(run, state, inputs)
         check_plan(with_batch(run.config, batch), run.mesh, run.metrics, state.step, timer)
         report_saves(run)
         hopeless = run.saver.failures >= run.config.checkpoint.max_failures
@@ -142,7 +153,7 @@ def loop(run: Run, state: TrainState) -> Ending:
         if decision.lost is not None:
             return abandon(run, state, decision.lost)
         last = state.step >= run.last_step(state)
-        ending = None if last else ending_after(run, state, skipped, decision)
+        ending = None if last else ending_after(run, state, decision)
         evaluate_now, save_now, log_now = (due(n, state.step) or last for n in every)
         if log_now or ending is not None:
             write_train_event(run, state, batch, loss, result.grad_norm, lr, timer.take())
@@ -150,20 +161,21 @@ def loop(run: Run, state: TrainState) -> Ending:
             state, finite = evaluate_splits(run, state)
             healthy = healthy and finite
             decision = replace(decision, stop=run.requests.stop)  # one that came meanwhile has ended the evaluation
-            ending = None if last else ending_after(run, state, skipped, decision)
+            ending = None if last else ending_after(run, state, decision)
         if save_now or decision.save or decision.stop is not None:
             healthy = save_checkpoint(run, state, loss, healthy=healthy)
     return finish(run, state, loss, ending, healthy)
 
 
-def ending_after(run: Run, state: TrainState, skipped: int, decision: StopDecision) -> Ending | None:
+def ending_after(run: Run, state: TrainState, decision: StopDecision) -> Ending | None:
     """Why the run ends before its last step, the same on every rank, or None to go on."""
-    if skipped >= run.config.train.max_skipped:
+    if state.skipped >= run.config.train.max_skipped:
         run.watchdog.now("end", patient=True)
         run.saver.wait()  # for what is the newest healthy checkpoint
-        reason = f"{skipped} steps in a row had a gradient that is not finite; try a lower optimizer.lr or other data"
         # None of these steps changed the weights: a checkpoint of the step before them has the weights that fail.
-        return Ending("failed", f"{reason}; {way_back(run.dir, state.step - skipped)}")
+        why = f"{state.skipped} steps in a row were skipped, see {run.dir / DIAGNOSIS}"
+        advice = f"try a lower optimizer.lr or other data; {way_back(run.dir, state.step - state.skipped)}"
+        return Ending("failed", f"{why}; {advice}")
     if decision.give_up:
         return Ending("failed", f"{run.config.checkpoint.max_failures} saves in a row failed: {run.saver.last_error}")
     return None if decision.stop is None else Ending("requeue", f"stopped by {decision.stop}")
@@ -217,7 +229,16 @@ def train_step(run: Run, batches: list[MicroBatch], lr: float) -> tuple[Tensor, 
     # Where no label counts, the loss is 0 and so is the gradient.
     scale = run.mesh.data.size / count_labels(batches, run.mesh).clamp(min=1)
     loss = run.engine.forward_backward(on_device(batches, run.mesh.device), scale)
-    return loss, run.engine.step(lr)
+    veto = None if run.spikes is None else partial(run.spikes.judge, mean_loss(loss, run.mesh))
+    return loss, run.engine.step(lr, veto)
+
+
+def mean_loss(loss: Tensor, mesh: ParallelMesh) -> Tensor:
+    """The token mean over the global batch, on every rank, of each rank's share of it; left on the device."""
+    total = loss.clone()
+    if mesh.world.size > 1:
+        dist.all_reduce(total, group=mesh.world.group)
+    return total / (mesh.data.size * mesh.tp.size)  # the ranks of tp all have it
 
 
 def count_labels(batches: list[MicroBatch], mesh: ParallelMesh) -> Tensor:

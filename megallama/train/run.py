@@ -28,6 +28,7 @@ from megallama.parallel.mesh import ParallelMesh, sum_losses
 from megallama.run_dir.metrics import Metrics
 from megallama.run_dir.outcome import Reached, Status
 from megallama.train.engine import Engine
+from megallama.train.spikes import Spikes
 from megallama.train.stop_requests import StopRequests
 from megallama.train.watchdog import Watchdog
 
@@ -64,6 +65,7 @@ class Run:
     watchdog: Watchdog
     reached: Reached
     peak: Peak
+    spikes: Spikes | None
 
     @property
     def dir(self) -> Path:
@@ -93,6 +95,12 @@ def build_model(config: RunConfig, mesh: ParallelMesh) -> tuple[ModelStages, Eng
             layer.compile()
     weights = in_memory(model, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32, mesh.device)
     return model, Engine(model, weights, config, mesh, settings)
+
+
+def build_spikes(config: RunConfig, mesh: ParallelMesh) -> Spikes | None:
+    """What finds spikes, if the run looks for them."""
+    deviations = config.health.spike_deviations
+    return None if deviations is None else Spikes(deviations, config.health.window, mesh.device)
 
 
 def draw_weights(config: RunConfig, model: ModelStages, engine: Engine, threads: int = 1) -> None:
@@ -153,7 +161,7 @@ def read_by_source(run: Run, samples: int) -> dict[str, dict[str, float]]:
     source = run.data.train.source
     if not isinstance(source, Mixture):
         return {}
-    found, length = source.epochs(samples), run.config.data.sequence_length
+    found, length = source.epochs(run.data.train.place(samples)), run.config.data.sequence_length
     return {
         "source_tokens": {name: read * length for name, (read, _) in found.items()},
         "source_epochs": {name: float(f"{epochs:.6g}") for name, (_, epochs) in found.items()},

@@ -47,12 +47,8 @@ def clean_checkpoints(
 def start_state(run: Run, start: Start, threads: int) -> TrainState:
     """Where the run stands: the newest checkpoint, the weights of another run, or weights that `threads` draw."""
     if start.resume is not None:
-        state = load(start.resume, run.engine, run.model)
-        state = replace(state, first_batch=schedule_batch(run.config, state.seen))
-        saved = read_saved(start.resume)
-        state = in_sequences(run, state, saved.data.sequence_length)
-        state = replace(state, stages=stage_samples(run.config, state.seen))
-        report_thaw(run, saved)
+        state = continued(run, start.resume)
+        report_thaw(run, read_saved(start.resume))
         run.metrics.write("resume", step=state.step, samples=state.samples, path=str(start.resume))
         if not state_is_finite(run.engine.fragments(), run.mesh):
             what = f"weights or moments of {start.resume} are not finite"
@@ -66,6 +62,16 @@ def start_state(run: Run, start: Start, threads: int) -> TrainState:
     else:
         draw_weights(run.config, run.model, run.engine, threads)
     return TrainState(first_batch=batch_at(run.config, 0), stages=stage_samples(run.config))
+
+
+def continued(run: Run, path: Path) -> TrainState:
+    """Where the run stands that goes on from the checkpoint `path`, which is loaded; every rank must call it."""
+    state = load(path, run.engine, run.model)
+    state = replace(state, first_batch=schedule_batch(run.config, state.seen))
+    state = in_sequences(run, state, read_saved(path).data.sequence_length)
+    if run.spikes is not None:
+        run.spikes.remember(state.losses, state.norms)
+    return replace(state, stages=stage_samples(run.config, state.seen))
 
 
 def in_sequences(run: Run, state: TrainState, before: int | None) -> TrainState:
@@ -96,12 +102,12 @@ def check_loaded(run: Run, step: int, done: int, skipped: int, loss: Tensor) -> 
     """NotFiniteError where what was loaded at `step` cannot be trained on, as the steps `done` since then show.
 
     That is so if the first loss is not finite, or if the weights are large beyond measure and two steps were skipped:
-    of one its data may be the reason. Every rank must call it.
+    of one its data may be the reason. The last `skipped` steps were. Every rank must call it.
     """
     why = ""
     if done == 1 and not math.isfinite(*sum_losses([float(loss)], run.mesh)):
         why = "give a loss that is not finite"
-    if done == skipped == 2 and not state_is_finite(run.engine.fragments(), run.mesh, squares=True):
+    if done == 2 <= skipped and not state_is_finite(run.engine.fragments(), run.mesh, squares=True):
         why = "are too large: no gradient is finite"
     if why:
         raise NotFiniteError(f"the weights that were loaded at step {step} {why}; {way_back(run.dir, step)}")
@@ -128,7 +134,9 @@ def save_checkpoint(run: Run, state: TrainState, loss: Tensor, *, healthy: bool)
     }
     identity = data_identity(config, run.data.train.fingerprint, config.data.sequence_length, state.step)
     mean, train = total / mesh.data.size, config.train
-    begun = replace(state, stages=tuple(first for first in state.stages if first < max(state.samples, 1)))
+    losses, norms = ((), ()) if run.spikes is None else run.spikes.remembered
+    stages = tuple(first for first in state.stages if first < max(state.samples, 1))
+    begun = replace(state, stages=stages, losses=losses, norms=norms)
     document = state_document(begun, mean, healthy, identity, config.model, layout, train.objective, train.freeze)
     run.saver.save(state.step, document)
     if not config.checkpoint.asynchronous:

@@ -87,7 +87,10 @@ def test_steps_that_are_skipped_again_and_again_end_the_run_with_a_diagnosis(byt
     assert steps(run_dir, "skip") == [2, 4, 5, 6]
     said = outcome(run_dir)
     assert (said["status"], said["step"]) == ("failed", 6)
-    assert said["reason"].startswith("3 steps in a row had a gradient that is not finite; try ")
+    assert said["reason"].startswith(f"3 steps in a row were skipped, see {run_dir}/diagnosis.txt; try a lower ")
+    page = (run_dir / "diagnosis.txt").read_text()
+    assert page.startswith("Steps 4 to 6 were skipped.\n\nstep 4: a gradient that is not finite; loss ")
+    assert "the output of every layer and the gradient there are finite" in page  # it was one weight's
 
 
 def poison(rank: int, poisoned: tuple[int, ...], hashes: Path) -> None:

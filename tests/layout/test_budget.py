@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -17,7 +19,16 @@ from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.hardware.gpus import built_in_hardware
-from megallama.layout.budget import NOTHING_SEEN, Seen, schedule_batch, schedule_steps, total_steps, total_tokens
+from megallama.layout.budget import (
+    NOTHING_SEEN,
+    Seen,
+    place,
+    schedule_batch,
+    schedule_steps,
+    total_steps,
+    total_tokens,
+    united,
+)
 from megallama.layout.check import check_config
 from megallama.plan.search.changes import nearest_change
 from megallama.plan.time.software import machine
@@ -123,3 +134,15 @@ def test_a_plan_of_train_tokens_is_that_of_the_option() -> None:
     config = run("train.steps=null", "train.tokens=15T", name="7b.yaml")
     assert in_config["batch"]["steps"] == in_config["cost"]["steps"] == total_steps(config)
     assert planned("train.steps=null", "train.tokens=15T", "--tokens", "2T") == planned("--tokens", "2T")
+
+
+def test_places_are_all_numbers_but_those_that_are_passed_over() -> None:
+    random = Random(0)
+    for _ in range(200):
+        ranges = united(
+            (first, first + random.randint(1, 9)) for first in random.sample(range(60), random.randint(0, 6))
+        )
+        out = {number for first, end in ranges for number in range(first, end)}
+        kept = [number for number in range(200) if number not in out]
+        assert [place(sample, ranges) for sample in range(len(kept))] == kept
+        assert all(before[1] < after[0] for before, after in pairwise(ranges))

@@ -49,9 +49,9 @@ def mean_of_means() -> None:
 def no_reduction_over_data_parallel_ranks() -> None:
     step = megallama.train.engine.Engine.step
 
-    def step_alone(self: megallama.train.engine.Engine, lr: float) -> megallama.train.engine.StepResult:
+    def step_alone(self: megallama.train.engine.Engine, *given: Any) -> megallama.train.engine.StepResult:
         self._engine.enable_backward_allreduce = False
-        return step(self, lr)
+        return step(self, *given)
 
     megallama.train.engine.Engine.step = step_alone  # type: ignore[method-assign]
 
@@ -70,8 +70,8 @@ def one_rank_moves_a_norm() -> None:
     """By so little that no measure but the equality of copies can see it."""
     step = megallama.train.engine.Engine.step
 
-    def step_and_move(self: megallama.train.engine.Engine, lr: float) -> megallama.train.engine.StepResult:
-        result = step(self, lr)
+    def step_and_move(self: megallama.train.engine.Engine, *given: Any) -> megallama.train.engine.StepResult:
+        result = step(self, *given)
         if torch.distributed.get_rank() == 1:
             self._engine.module.get_parameter("stages.0.norm.weight").data.mul_(1 + 1e-6)
         return result

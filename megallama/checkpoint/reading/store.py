@@ -220,7 +220,7 @@ def check_weights(start: Start, model: ModelConfig, mesh: ParallelMesh) -> None:
     if start.weights is None:
         return
     if program_of(start.weights) is None:
-        _refuse_damaged_weights(start.weights, _damage(start.weights, mesh))
+        _refuse_damaged_weights(start.weights, damage(start.weights, mesh))
     else:
         mine = wrong_foreign_numbers(start.weights, model, mesh.rank, mesh.world.size)
         _refuse_damaged_weights(start.weights, _all_of(mine, mesh))
@@ -240,7 +240,7 @@ def confirm(start: Start, config: RunConfig, identify: Identify, mesh: ParallelM
     damaged: dict[Path, str] = {}
     named = [start.resume] if start.back else candidates(folder)
     for path in map(Path, from_first([str(path) for path in named], mesh.world.group, mesh.device)):
-        reasons = _damage(path, mesh)
+        reasons = damage(path, mesh)
         if not reasons:
             _check_same_run(path, config, identify)
             # What was checked before is how the newest goes on, and this one may be older.
@@ -257,7 +257,7 @@ def _senseless(path: Path) -> list[str]:
     return damaged_files(path, read_manifest(path), [STATE, TENSORS]) or _broken(path, promised)
 
 
-def _damage(path: Path, mesh: ParallelMesh) -> list[str]:
+def damage(path: Path, mesh: ParallelMesh) -> list[str]:
     """What is wrong with the files of `path`, else with what they say, else with the numbers; alike on every rank."""
     stored: list[Stored] = []
     try:

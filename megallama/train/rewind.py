@@ -1,0 +1,94 @@
+"""Steps without an update: recorded, and after too many in a row undone, without their samples (PaLM, arXiv 2204.02311,
+section 5.1: back to a checkpoint before the spike, and on with other data)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from megallama.checkpoint.format import step_of
+from megallama.checkpoint.health import healthy_checkpoints
+from megallama.checkpoint.reading.rollback import return_to
+from megallama.checkpoint.reading.store import damage
+from megallama.checkpoint.state import TrainState, read_saved
+from megallama.layout.budget import united
+from megallama.layout.frozen import frozen_weights
+from megallama.parallel.mesh import sum_losses
+from megallama.parallel.plain import from_first
+from megallama.train.engine import StepResult
+from megallama.train.run import Run
+from megallama.train.saves import continued, report_saves
+from megallama.train.spikes import REASONS, Reason
+
+Skipped = Literal["nonfinite"] | Reason
+SAID: dict[Skipped, str] = {
+    "nonfinite": "a gradient that is not finite",
+    "loss": "a loss far above the last ones",
+    "gradient": "a gradient norm far above the last ones",
+}
+
+
+def reason_of(result: StepResult) -> Skipped:
+    """Why the step, which was not applied, was skipped."""
+    stood_out = [reason for reason, said in zip(REASONS, result.vetoed, strict=False) if said]
+    return stood_out[0] if stood_out else "nonfinite"
+
+
+def write_skip(run: Run, state: TrainState, batch: int, loss: Tensor, result: StepResult) -> None:
+    """Record that the step of `batch` sequences up to `state` was skipped; every rank must call it."""
+    (total,) = sum_losses([float(loss)], run.mesh)
+    first, end = places(run, state, batch)
+    run.metrics.write(
+        "skip",
+        step=state.step,
+        samples=state.samples,
+        reason=reason_of(result),
+        loss=total / run.mesh.data.size,
+        grad_norm=result.grad_norm,
+        of_data=[first, end],
+    )
+
+
+def places(run: Run, state: TrainState, samples: int) -> tuple[int, int]:
+    """[first, end) in the order of the data of the last `samples` samples of the run."""
+    place = run.data.train.place
+    return place(state.samples - samples), place(state.samples - 1) + 1
+
+
+def rewound(run: Run, state: TrainState) -> tuple[Run, TrainState] | None:
+    """Where the run goes on after going back before its skipped steps, whose samples it passes over from now on.
+
+    None where it has gone back often enough, or there is no healthy checkpoint to go back to. Every rank must call it.
+    """
+    if state.rewinds >= run.config.health.max_rewinds:
+        return None
+    run.watchdog.now("rewind", patient=True)
+    run.saver.wait()
+    report_saves(run)
+    path = checkpoint_before(run, state.step - state.skipped)
+    if path is None:
+        return None
+    undone = return_to(path).set_aside if run.mesh.rank == 0 else {}
+    out = places(run, state, state.skipped_samples)
+    back = replace(
+        continued(run, path),
+        rewinds=state.rewinds + 1,
+        passed_over=united([*state.passed_over, out]),
+    )
+    facts = {"samples": back.samples, "path": str(path), "passed_over": list(out), "set_aside": undone}
+    run.metrics.write("rewind", step=back.step, **facts)
+    return replace(run, data=run.data.begun_at(back.stages, back.passed_over)), back
+
+
+def checkpoint_before(run: Run, step: int) -> Path | None:
+    """The newest healthy and sound checkpoint of at most `step` steps that trained the same weights; alike on all."""
+    mesh, frozen = run.mesh, frozen_weights(run.config.model, run.config.train.freeze)
+    found = [str(path) for path in healthy_checkpoints(run.dir / "checkpoints") if step_of(path) <= step]
+    for path in map(Path, from_first(found, mesh.world.group, mesh.device)):
+        # Moments of what was frozen then are not in it.
+        if not damage(path, mesh) and read_saved(path).frozen == frozen:
+            return path
+    return None

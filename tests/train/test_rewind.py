@@ -1,0 +1,118 @@
+"""Steps that stand out are skipped, and after several in a row the run goes back and passes over their samples."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megallama.checkpoint.state import read_saved, seen_before
+from megallama.config.load import load_config
+from megallama.data.mixture import open_train
+from megallama.data.trace import trace
+from megallama.run_dir.events import standing_events
+from megallama.train.diagnosis import where_not_finite
+from megallama.train.layer_norms import LayerNorms
+from tests.launching import CONFIG, arguments, events, pretrain
+
+BATCH = 4
+BAD = range(34 * BATCH, 37 * BATCH)
+"""What steps 35 to 37 read first, in the order of the data."""
+
+
+def words(dataset: str, run_dir: Path, *more: str) -> list[str]:
+    """Forty steps that save every fifth; two skipped in a row are too many."""
+    health = ["health.window=16", "health.spike_deviations=12", "train.max_skipped=2"]
+    length = ["train.steps=40", "optimizer.lr=1e-2", "checkpoint.every=5", "checkpoint.keep=20", "evaluation.every=0"]
+    return arguments(dataset, run_dir, *length, *health, *more)
+
+
+def spoiled(numbers: range) -> None:
+    """The samples of these numbers, in the order of the data, are noise."""
+    import megallama.data.source
+
+    source: Any = megallama.data.source
+    sample = source.Windows.sample
+
+    def read(self: Any, number: int) -> Any:
+        if number in numbers and self.sampler is not None:
+            return np.random.default_rng(number).integers(0, 256, self.sequence_length + 1)
+        return sample(self, number)
+
+    source.Windows.sample = read
+
+
+def saved_state(run: Path, step: int) -> Any:
+    return read_saved(run / "checkpoints" / f"step_{step:08d}").state
+
+
+def final_loss(run: Path) -> float:
+    trained = [event for event in standing_events(run) if event["event"] == "train"]
+    assert [event["step"] for event in trained] == list(range(1, 41))
+    return sum(event["loss"] for event in trained[-2:]) / 2
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(1, []), (2, ["parallel.tensor=2", "zero.stage=3"])])
+def test_noise_in_the_data_is_skipped_and_then_passed_over(
+    byte_dataset: str, tmp_path: Path, ranks: int, layout: list[str]
+) -> None:
+    run, clean = tmp_path / "run", tmp_path / "clean"
+    assert pretrain(ranks, words(byte_dataset, run, *layout), plant=partial(spoiled, BAD)) == [(0, "")] * ranks
+    assert pretrain(1, words(byte_dataset, clean)) == [(0, "")]
+
+    skips, (rewind,) = events(run, "skip"), events(run, "rewind")
+    assert [(skip["step"], skip["reason"], skip["of_data"]) for skip in skips] == [
+        (35, "loss", [136, 140]),
+        (36, "loss", [140, 144]),
+        (35, "loss", [144, 148]),
+    ]
+    assert all(skip["loss"] > 5 for skip in skips)
+    assert (rewind["step"], rewind["samples"], rewind["passed_over"]) == (30, 120, [136, 144])
+    assert rewind["set_aside"] == {"step_00000035": "step_00000035.undone-1"}
+    state = saved_state(run, 40)
+    assert (state.step, state.samples, state.updates) == (40, 160, 39)
+    assert (state.rewinds, state.passed_over) == (1, ((136, 144),))
+    assert saved_state(run, 30).passed_over == ()
+    assert final_loss(run) == pytest.approx(final_loss(clean), abs=0.2)
+
+
+def test_a_run_that_goes_back_too_often_fails_with_a_page_that_says_why(byte_dataset: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start = words(byte_dataset, run, "health.max_rewinds=1")
+    plant = partial(spoiled, range(BAD.start, 10_000))
+    assert pretrain(1, start, plant=plant) == [(1, "")]
+    assert [event["passed_over"] for event in events(run, "rewind")] == [[136, 144]]
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert outcome["reason"].startswith(f"2 steps in a row were skipped, see {run}/diagnosis.txt; try a lower ")
+    assert outcome["reason"].endswith(f"`megallama checkpoint rollback {run} 30`")
+    page = (run / "diagnosis.txt").read_text()
+    assert page.startswith(
+        "Steps 35 to 36 were skipped after going back 1 times.\n\nstep 35: a loss far above the last"
+    )
+    assert "A loss above " in page
+    assert "the output of every layer and the gradient there are finite" in page
+    assert "\nlayer 1: " in page
+    assert "These steps read the samples from 144 up to 152 in the order of the data" in page
+    assert "\nsample 144, document " in page
+
+
+def test_where_numbers_cease_to_be_finite_is_named() -> None:
+    fine = [1.0, 2.0, 3.0]
+    assert "output of layer 1 is the first" in where_not_finite(LayerNorms([1.0, math.nan, math.inf], [math.nan] * 3))
+    assert "gradient at the output of layer 1 is" in where_not_finite(LayerNorms(fine, [math.nan, math.inf, 1.0]))
+    assert "are finite" in where_not_finite(LayerNorms(fine, fine))
+
+
+def test_the_trace_of_a_run_leaves_out_what_the_run_passed_over(byte_dataset: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert pretrain(1, words(byte_dataset, run), plant=partial(spoiled, BAD)) == [(0, "")]
+    config = load_config(Path(CONFIG), words(byte_dataset, run)[2:])
+    seen = seen_before(config)
+    assert seen.passed_over == ((136, 144),)
+    traced = [each.sample for each in trace(config, open_train(config, seen), (33, 36), seen=seen)]
+    assert traced == [*range(128, 136), *range(144, 152)]
