@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megallama.checkpoint.state import read_saved, seen_before
 from megallama.config.load import load_config
@@ -78,6 +81,8 @@ def test_noise_in_the_data_is_skipped_and_then_passed_over(
     assert (state.step, state.samples, state.updates) == (40, 160, 39)
     assert (state.rewinds, state.passed_over) == (1, ((136, 144),))
     assert saved_state(run, 30).passed_over == ()
+    assert state.losses[-1] == pytest.approx(events(run, "train")[-1]["loss"], rel=1e-6)
+    assert state.norms[-1] == events(run, "train")[-1]["grad_norm"]
     assert final_loss(run) == pytest.approx(final_loss(clean), abs=0.2)
 
 
@@ -116,3 +121,54 @@ def test_the_trace_of_a_run_leaves_out_what_the_run_passed_over(byte_dataset: st
     assert seen.passed_over == ((136, 144),)
     traced = [each.sample for each in trace(config, open_train(config, seen), (33, 36), seen=seen)]
     assert traced == [*range(128, 136), *range(144, 152)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        pytest.param(1, [], id="bf16"),
+        pytest.param(1, ["train.dtype=fp32"], id="fp32"),
+        pytest.param(2, ["zero.stage=2"], id="zero2"),
+        pytest.param(2, ["zero.stage=3"], id="zero3"),
+    ],
+)
+def test_a_spike_changes_neither_weights_nor_moments(
+    byte_dataset: str, tmp_path: Path, ranks: int, layout: list[str]
+) -> None:
+    plant = partial(second_step_stands_out, tmp_path / "hashes")
+    assert (
+        pretrain(ranks, words(byte_dataset, tmp_path / "run", "train.steps=4", *layout), plant=plant)
+        == [(0, "")] * ranks
+    )
+    assert [(skip["step"], skip["reason"]) for skip in events(tmp_path / "run", "skip")] == [(2, "gradient")]
+    for rank in range(ranks):
+        hashes = (tmp_path / f"hashes.{rank}").read_text().split()
+        assert [before != after for before, after in pairwise(hashes)] == [True, False, True, True]
+
+
+def second_step_stands_out(hashes: Path) -> None:
+    """Each rank writes down its state before the first step and after each."""
+    import megallama.train.loop
+    import megallama.train.spikes
+
+    train: Any = megallama.train.loop
+    spikes: Any = megallama.train.spikes.Spikes
+    original, judge, seen = train.train_step, spikes.judge, list[str]()
+
+    def hashed(run: Any) -> str:
+        tensors = [t for part in run.engine.fragments() for t in (part.master, *part.moments.values())]
+        steps = [state["step"] for state in run.engine._optimizer.state.values()]
+        weights = [weight.detach().float() for weight in run.model.parameters()]
+        return hashlib.sha256(b"".join(t.numpy().tobytes() for t in (*tensors, *steps, *weights))).hexdigest()
+
+    def watched(run: Any, *rest: Any) -> Any:
+        seen[:] = seen or [hashed(run)]
+        result = original(run, *rest)
+        seen.append(hashed(run))
+        hashes.with_suffix(f".{run.mesh.rank}").write_text("\n".join(seen))
+        return result
+
+    def judged(self: Any, loss: Any, norm: Any) -> Any:
+        return judge(self, loss, norm) | torch.tensor([False, len(seen) == 2])
+
+    train.train_step, spikes.judge = watched, judged
