@@ -347,6 +347,8 @@ class HealthConfig(Section):
     """Number of recent updates whose losses and norms are compared with; none is skipped before half of them."""
     max_rewinds: int = Field(default=3, ge=0, le=MOST_REWINDS)
     """Times that the run goes back to a checkpoint and passes over samples after train.max_skipped, before it fails."""
+    compare_every: int = Field(default=0, ge=0, le=MOST_STEPS)
+    """Steps between comparisons of what several ranks hold, bit by bit; a difference ends the run. 0 for none."""
 
 
 class WatchdogConfig(Section):

@@ -32,6 +32,7 @@ from megallama.layout.frozen import checkpoint_bytes
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ParallelMesh
 from megallama.run_dir.outcome import Reached, write_failure, write_outcome
+from megallama.train.copies import differing_copies
 from megallama.train.diagnosis import DIAGNOSIS, diagnose
 from megallama.train.engine import StepResult
 from megallama.train.evaluate import evaluate
@@ -154,6 +155,9 @@ def loop(run: Run, state: TrainState) -> Ending:
             return abandon(run, state, decision.lost)
         last = state.step >= run.last_step(state)
         ending = None if last else ending_after(run, state, decision)
+        if due(run.config.health.compare_every, state.step) and (differing := differing_copies(run, state)):
+            healthy = False
+            ending = Ending("failed", f"{differing}; {way_back(run.dir, state.step)}")
         evaluate_now, save_now, log_now = (due(n, state.step) or last for n in every)
         if log_now or ending is not None:
             write_train_event(run, state, batch, loss, result.grad_norm, lr, timer.take())
