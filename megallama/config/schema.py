@@ -365,6 +365,8 @@ class LoggingConfig(Section):
     """Steps between `train` events; each one synchronizes with the device once."""
     wandb: WandbConfig | None = None
     """Weights & Biases; null for none."""
+    tensorboard: bool = False
+    """Write all numbers of the run to RUN/tensorboard as well; needs the extra `tensorboard`."""
 
 
 class RunConfig(Section):
