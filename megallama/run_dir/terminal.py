@@ -159,7 +159,7 @@ class LivePanel:
             ("norm", f"{e['grad_norm']:.3f}" + (f", {self._skipped} skipped" if self._skipped else "")),
             ("speed", f"{e['tokens_per_second']:,.0f} tok/s"),
             ("MFU", f"{e['mfu']:.1%} full attention" if e["mfu"] == e["mfu_causal"] else convention),
-            ("memory", size_words(e["peak_memory_bytes"]) + (f", planned {size_words(planned)}" if planned else "")),
+            ("memory", size_words(e["peak_memory_bytes"]) + (f", plan {size_words(planned)}" if planned else "")),
             ("time left", _duration(e["seconds_left"])),
             ("next save", self._next_save()),
             ("restarts", f"{self._start.get('restarts', 0)}"),
@@ -240,7 +240,7 @@ def size_words(count: float) -> str:
 
 def _start_lines(e: Event) -> list[str]:
     steps, left = e["total_steps"], e["total_steps"] - e["step"]
-    predicted = [f"{size_words(e['predicted_memory_bytes'])} of tensors on the fullest rank"]
+    predicted = [f"{size_words(e['predicted_memory_bytes'])} on the fullest rank"]
     if "predicted_seconds" in e:
         predicted.append(f"{e['predicted_seconds']:.4g} s a step, {_duration(left * e['predicted_seconds'])} in all")
     else:

@@ -22,6 +22,10 @@ from tests.launching import (
     outliving,
     pretrain,
 )
+from tests.run_dir.screen import Screen
+
+SECRET = "0123456789abcdef" * 2 + "01234567"
+"""Of the length that a key of Weights & Biases has."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,8 @@ def on_terminal(byte_dataset: str, tmp_path_factory: pytest.TempPathFactory) -> 
     """The home of a run on a terminal, with wandb offline and no network, and what the terminal got."""
     home = tmp_path_factory.mktemp("terminal")
     words = arguments(byte_dataset, home / "run", "logging.wandb={project: tests, mode: offline}")
-    environment = clean_environment(home, **NO_NETWORK, TERM="xterm", MY_API_KEY="a-secret-of-mine")
+    secrets = {"MY_API_KEY": "a-secret-of-mine", "WANDB_API_KEY": SECRET}
+    environment = clean_environment(home, **NO_NETWORK, TERM="xterm", **secrets)
     ours, theirs = pty.openpty()
     with (home / "err.log").open("w") as err:
         process = subprocess.Popen(
@@ -55,11 +60,34 @@ def on_terminal(byte_dataset: str, tmp_path_factory: pytest.TempPathFactory) -> 
     return home, shown
 
 
-def test_a_terminal_gets_one_live_line_that_steps_overwrite(on_terminal: tuple[Path, str]) -> None:
-    shown = on_terminal[1].replace("\r\n", "\n")
-    assert re.search(r"^step 1/4  loss [^\n]*\rstep 2/4  loss [^\n]*\rstep 2  train loss ", shown, re.MULTILINE), shown
-    assert re.search(r"^step 3/4  loss [^\n]*\rstep 4/4  loss ", shown, re.MULTILINE), shown
-    assert shown.rstrip().splitlines()[-1] == "step 4  done"
+def test_a_terminal_gets_a_panel_that_leaves_plain_lines_behind(on_terminal: tuple[Path, str]) -> None:
+    shown = on_terminal[1]
+    assert re.search(r"step 1/4  25.0%.*\r\nloss +\d.*validation +\d.*\r\n", shown), shown
+    screen = Screen(80, 24)
+    screen.write(shown)
+    begun = ["parameters", "layout", "steps", "predicted", "begins"]
+    assert [line.split()[0] for line in screen.lines[:5]] == begun
+    text = "\n".join(screen.lines)
+    assert re.search(r"^step 4/4  loss [^/]*\nstep 4  done\n$", text, re.MULTILINE), text
+    assert [text.count(word) for word in ("/4  ", "time left")] == [1, 0], text
+
+
+def test_a_terminal_that_is_closed_ends_no_run(byte_dataset: str, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, PRETRAIN, *arguments(byte_dataset, tmp_path / "run")]
+    with (tmp_path / "err.log").open("w") as err:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=clean_environment(tmp_path, TERM="xterm"), stdin=theirs, stdout=theirs, stderr=err
+        )
+    os.close(theirs)
+    try:
+        assert os.read(ours, 1)
+        os.close(ours)
+        assert process.wait(120) == 0, (tmp_path / "err.log").read_text()
+    finally:
+        kill_all(tmp_path)
+        process.wait()
+    assert len(losses(tmp_path / "run")) == 4
 
 
 def test_wandb_offline_needs_neither_network_nor_account(on_terminal: tuple[Path, str], straight: Path) -> None:
@@ -71,7 +99,9 @@ def test_wandb_offline_needs_neither_network_nor_account(on_terminal: tuple[Path
 
 def test_no_secret_of_the_environment_is_written_down(on_terminal: tuple[Path, str]) -> None:
     files = [path for path in on_terminal[0].rglob("*") if path.is_file()]
-    assert [path for path in files if b"a-secret-of-mine" in path.read_bytes()] == []
+    assert files
+    for secret in (b"a-secret-of-mine", SECRET.encode()):
+        assert [path for path in files if secret in path.read_bytes()] == []
 
 
 def read_all(descriptor: int) -> str:
