@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +23,7 @@ METRICS = "metrics.jsonl"
 RETURNS = "resume", "rollback"
 """Events at whose step the run stands again: what came after it before is undone."""
 
-_OF_A_STEP = *RETURNS, "train", "eval", "checkpoint", "checkpoint_failed"
+_OF_A_STEP = *RETURNS, "start", "train", "eval", "checkpoint", "checkpoint_failed"
 
 Event = dict[str, Any]
 
@@ -33,6 +34,11 @@ class Sink(Protocol):
     def write(self, event: Event) -> None: ...
     def close(self) -> None: ...
     def leave(self) -> None: ...
+
+
+def event_now(kind: str, **values: Any) -> Event:
+    """An event with its time, in Unix seconds to the millisecond."""
+    return {"event": kind, "time": round(time.time(), 3), **values}
 
 
 def standing_events(run_dir: Path) -> list[Event]:

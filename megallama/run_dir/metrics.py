@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megallama.config.schema import RunConfig
-from megallama.run_dir.events import METRICS, JsonLines, Sink
+from megallama.run_dir.events import METRICS, JsonLines, Sink, event_now
 from megallama.run_dir.terminal import open_terminal
 from megallama.run_dir.trackers import open_trackers
 
@@ -29,10 +28,10 @@ class Metrics:
             sink.close()
 
     def write(self, event: str, **values: Any) -> None:
-        """Send an event, with the time as Unix seconds."""
-        now = round(time.time(), 3)
+        """Send an event of now."""
+        made = event_now(event, **values)
         for sink in self._sinks:
-            sink.write({"event": event, "time": now, **values})
+            sink.write(made)
 
     def leave(self) -> None:
         """Leave the terminal as text that stays, for a process that is about to end at once; from any thread."""

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sysconfig
+import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -102,10 +103,14 @@ def test_the_newest_checkpoints_are_kept(byte_dataset: str, tmp_path: Path) -> N
     assert [event["step"] for event in events(tmp_path / "run", "checkpoint")] == [1, 2, 3, 4]
 
 
+START_LINES = ["parameters", "layout", "steps", "predicted", "begins"]
+
+
 def test_without_a_terminal_each_event_is_a_plain_line(straight: Path) -> None:
     text = (straight / "log").read_text()
     assert "\r" not in text
     assert "\x1b" not in text
+    assert [line.split()[0] for line in text.splitlines()[:5]] == START_LINES
     expected = [
         r"step 0  train loss \d\.\d{4}  perplexity [\d.]+",
         r"step 1/4  loss \d\.\d{4}  norm [\d.]+  lr 5.00e-04  [\d,]+ tok/s  mfu [\d.]+%  mem [\d.]+ GiB  eta [\d:]+",
@@ -144,18 +149,36 @@ def test_a_run_stopped_after_step_2_goes_on_as_if_it_had_not(layout: str, byte_d
     whole = train("whole")
     parts = train("parts", "train.stop_after=2")
     assert [event["step"] for event in events(parts, "train")] == [1, 2]
-    assert events(parts)[-1] == {
-        "event": "stop",
-        "step": 2,
-        "reason": "stopped by train.stop_after",
-        "status": "stopped",
-    }
+    stop = events(parts)[-1]
+    assert stop["event"] == "stop"
+    assert (stop["step"], stop["reason"], stop["status"]) == (2, "stopped by train.stop_after", "stopped")
     train("parts")
     assert [(event["step"], event["samples"]) for event in events(parts, "resume")] == [(2, 8)]
     for key in ("step", "samples", "loss", "grad_norm", "lr"):
         assert [e[key] for e in events(parts, "train")] == [e[key] for e in events(whole, "train")]
     assert evaluations(parts) == evaluations(whole)
     assert_same_tensors(parts, whole)
+
+
+def test_every_event_has_its_time_and_a_start_says_what_it_runs(byte_dataset: str, tmp_path: Path) -> None:
+    words = arguments(byte_dataset, tmp_path / "run", "parallel.tensor=2", "zero.stage=2")
+    began = time.time()
+    assert pretrain(2, [*words, "train.stop_after=2"]) == [(0, "")] * 2
+    assert pretrain(1, [*words, "parallel.tensor=1", "train.global_batch_size=2"]) == [(0, "")]
+    found = events(tmp_path / "run")
+    times = [event["time"] for event in found]
+    assert times == sorted(times)
+    assert began - 0.001 <= times[0] <= times[-1] <= time.time()
+    kinds = [event["event"] for event in found]
+    assert kinds[0] == "start"
+    assert kinds.index("resume") + 1 == len(kinds) - 1 - kinds[::-1].index("start")
+    first, second = events(tmp_path / "run", "start")
+    del first["time"], second["time"]
+    memory = first.pop("predicted_memory_bytes"), second.pop("predicted_memory_bytes")
+    assert 0 < memory[0] < memory[1]
+    same = {"event": "start", "parameters": 35040, "total_steps": 4, "device": "cpu"}
+    assert first == same | {"step": 0, "ranks": 2, "layout": "tp2-zero2-acc2", "tokens_per_step": 128, "restarts": 0}
+    assert second == same | {"step": 2, "ranks": 1, "layout": "zero2", "tokens_per_step": 64, "restarts": 1}
 
 
 def test_a_finished_run_started_again_trains_nothing(byte_dataset: str, tmp_path: Path) -> None:

@@ -63,12 +63,12 @@ def on_terminal(byte_dataset: str, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_a_terminal_gets_a_panel_that_leaves_plain_lines_behind(on_terminal: tuple[Path, str]) -> None:
     shown = on_terminal[1]
     assert re.search(r"step 1/4  25.0%.*\r\nloss +\d.*validation +\d.*\r\n", shown), shown
-    screen = Screen(80, 24)
+    screen = Screen(80, 24)  # what a terminal has that does not know its size
     screen.write(shown)
     begun = ["parameters", "layout", "steps", "predicted", "begins"]
     assert [line.split()[0] for line in screen.lines[:5]] == begun
     text = "\n".join(screen.lines)
-    assert re.search(r"^step 4/4  loss [^/]*\nstep 4  done\n$", text, re.MULTILINE), text
+    assert re.search(r"^step 4/4  loss .*(\n.*)?\nstep 4  done\n?$", text, re.MULTILINE), text
     assert [text.count(word) for word in ("/4  ", "time left")] == [1, 0], text
 
 
