@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from megallama.run_dir.terminal import FREE_LINES, LivePanel, PlainLines, open_terminal
+from tests.launching import ROOT
 from tests.run_dir.screen import Screen
 
 LABELS = ("loss", "validation", "lr", "norm", "speed", "MFU", "memory", "time left", "next save", "restarts")
@@ -115,6 +116,16 @@ def test_the_panel_shows_all_of_it_in_any_window(window: Window, columns: int, r
         for value in ("█▇▆▆▅▄▃▃▂▁", "43.2% full, 41.1% causal", "158.00 GiB, plan 161.00 GiB"):
             assert value in text, text
     assert text.count("loss") == 1
+
+
+def test_the_page_shows_what_a_terminal_shows(window: Window) -> None:
+    window.size(80, 24)
+    losses = [3.0 - number / 100 for number in range(20)]
+    steps = (step(41 + n, loss) for n, loss in enumerate(losses))
+    shown = feed(window, LivePanel(100), START, validation(40), *steps)
+    page = (ROOT / "docs" / "training.md").read_text()
+    for part in (shown[:5], shown[-6:]):
+        assert "```\n" + "\n".join(part) + "\n```\n" in page
 
 
 @pytest.mark.parametrize("reflow", [True, False])

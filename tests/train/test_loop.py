@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import sysconfig
-import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -158,27 +157,6 @@ def test_a_run_stopped_after_step_2_goes_on_as_if_it_had_not(layout: str, byte_d
         assert [e[key] for e in events(parts, "train")] == [e[key] for e in events(whole, "train")]
     assert evaluations(parts) == evaluations(whole)
     assert_same_tensors(parts, whole)
-
-
-def test_every_event_has_its_time_and_a_start_says_what_it_runs(byte_dataset: str, tmp_path: Path) -> None:
-    words = arguments(byte_dataset, tmp_path / "run", "parallel.tensor=2", "zero.stage=2")
-    began = time.time()
-    assert pretrain(2, [*words, "train.stop_after=2"]) == [(0, "")] * 2
-    assert pretrain(1, [*words, "parallel.tensor=1", "train.global_batch_size=2"]) == [(0, "")]
-    found = events(tmp_path / "run")
-    times = [event["time"] for event in found]
-    assert times == sorted(times)
-    assert began - 0.001 <= times[0] <= times[-1] <= time.time()
-    kinds = [event["event"] for event in found]
-    assert kinds[0] == "start"
-    assert kinds.index("resume") + 1 == len(kinds) - 1 - kinds[::-1].index("start")
-    first, second = events(tmp_path / "run", "start")
-    del first["time"], second["time"]
-    memory = first.pop("predicted_memory_bytes"), second.pop("predicted_memory_bytes")
-    assert 0 < memory[0] < memory[1]
-    same = {"event": "start", "parameters": 35040, "total_steps": 4, "device": "cpu"}
-    assert first == same | {"step": 0, "ranks": 2, "layout": "tp2-zero2-acc2", "tokens_per_step": 128, "restarts": 0}
-    assert second == same | {"step": 2, "ranks": 1, "layout": "zero2", "tokens_per_step": 64, "restarts": 1}
 
 
 def test_a_finished_run_started_again_trains_nothing(byte_dataset: str, tmp_path: Path) -> None:
