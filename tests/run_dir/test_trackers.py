@@ -101,8 +101,8 @@ def test_a_start_takes_the_numbers_after_it_back(tmp_path: Path) -> None:
     """One that begins anew, having been killed before its first checkpoint, takes all."""
     begun = {"event": "start", "step": 0, "time": 1.0, "parameters": 7}
     starts = [
-        [begun, train(1, 5.0), train(2, 4.0)],
-        [begun, train(1, 3.0), train(2, 2.0), train(3, 1.0)],
+        [begun, train(0, 7.0), train(1, 5.0), train(2, 4.0)],
+        [begun, train(0, 6.0), train(1, 3.0), train(2, 2.0), train(3, 1.0)],
         [{"event": "resume", "step": 2, "time": 1.0}, {**begun, "step": 2}, train(3, 0.5, time=9.0)],
     ]
     for events in starts:
@@ -111,7 +111,9 @@ def test_a_start_takes_the_numbers_after_it_back(tmp_path: Path) -> None:
             board.write(event)
         board.close()
     found = EventAccumulator(str(tmp_path)).Reload()
-    assert [(each.step, each.value) for each in found.Scalars("train/loss")] == [(1, 3.0), (2, 2.0), (3, 0.5)]
+    assert [(each.step, each.value) for each in found.Scalars("train/loss")] == [
+        *((0, 6.0), (1, 3.0), (2, 2.0), (3, 0.5))
+    ]
     assert found.Scalars("train/loss")[-1].wall_time == 9.0
     assert found.Tags()["scalars"] == ["train/loss"]
 

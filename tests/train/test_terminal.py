@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,13 +44,7 @@ def on_terminal(byte_dataset: str, tmp_path_factory: pytest.TempPathFactory) -> 
     home = tmp_path_factory.mktemp("terminal")
     words = arguments(byte_dataset, home / "run", "logging.wandb={project: tests, mode: offline}")
     secrets = {"MY_API_KEY": "a-secret-of-mine", "WANDB_API_KEY": SECRET}
-    environment = clean_environment(home, **NO_NETWORK, TERM="xterm", **secrets)
-    ours, theirs = pty.openpty()
-    with (home / "err.log").open("w") as err:
-        process = subprocess.Popen(
-            [sys.executable, PRETRAIN, *words], cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=err
-        )
-    os.close(theirs)
+    process, ours = begin_on_terminal(home, words, PRETRAIN, err=home / "err.log", **NO_NETWORK, **secrets)
     try:
         shown = read_all(ours)
         assert process.wait(120) == 0, (home / "err.log").read_text()
@@ -73,13 +69,9 @@ def test_a_terminal_gets_a_panel_that_leaves_plain_lines_behind(on_terminal: tup
 
 
 def test_a_terminal_that_is_closed_ends_no_run(byte_dataset: str, tmp_path: Path) -> None:
-    ours, theirs = pty.openpty()
-    command = [sys.executable, PRETRAIN, *arguments(byte_dataset, tmp_path / "run")]
-    with (tmp_path / "err.log").open("w") as err:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=clean_environment(tmp_path, TERM="xterm"), stdin=theirs, stdout=theirs, stderr=err
-        )
-    os.close(theirs)
+    process, ours = begin_on_terminal(
+        tmp_path, arguments(byte_dataset, tmp_path / "run"), PRETRAIN, err=tmp_path / "err.log"
+    )
     try:
         assert os.read(ours, 1)
         os.close(ours)
@@ -88,6 +80,68 @@ def test_a_terminal_that_is_closed_ends_no_run(byte_dataset: str, tmp_path: Path
         kill_all(tmp_path)
         process.wait()
     assert len(losses(tmp_path / "run")) == 4
+
+
+STUCK = """
+import runpy, sys, threading
+import megallama.train.loop as loop
+
+step, done = loop.train_step, []
+def train_step(*words):
+    done.append(words)
+    if len(done) > 3:
+        threading.Event().wait()
+    return step(*words)
+loop.train_step = train_step
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("stuck", [False, True], ids=["saved", "stuck"])
+def test_a_ctrl_c_leaves_the_terminal_in_order(stuck: bool, byte_dataset: str, tmp_path: Path) -> None:
+    """Also the second one, which ends a run at once that stands in a step."""
+    words = arguments(byte_dataset, tmp_path / "run", "train.steps=1000000", "evaluation.every=0")
+    program = ("-c", STUCK, PRETRAIN) if stuck else (PRETRAIN,)
+    process, ours = begin_on_terminal(tmp_path, words, *program, err=None)
+    try:
+        shown = b""
+        while b"time left" not in shown:
+            shown += os.read(ours, 65536)
+        process.send_signal(signal.SIGINT)
+        while stuck and process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        screen = Screen(80, 24)
+        screen.write(shown.decode() + read_all(ours))
+        assert process.wait(120) == (130 if stuck else 75)
+    finally:
+        kill_all(tmp_path)
+        process.wait()
+        os.close(ours)
+    text = "\n".join(screen.lines)
+    assert "time left" not in text
+    assert ("ended by a second Ctrl-C" if stuck else "stopped by a signal; the same command continues") in text
+    assert len(re.findall("^step +\\d+/1000000  loss", text, re.MULTILINE)) == 1, text
+
+
+def begin_on_terminal(
+    home: Path, words: list[str], *program: str, err: Path | None, **variables: str
+) -> tuple[subprocess.Popen[bytes], int]:
+    """A run whose stdout, and stderr without `err`, is a terminal, and the other end of it."""
+    ours, theirs = pty.openpty()
+    environment = clean_environment(home, TERM="xterm", **variables)
+    with (err or Path(os.devnull)).open("w") as sink:
+        process = subprocess.Popen(
+            [sys.executable, *program, *words],
+            cwd=ROOT,
+            env=environment,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs if err is None else sink,
+        )
+    os.close(theirs)
+    return process, ours
 
 
 def test_wandb_offline_needs_neither_network_nor_account(on_terminal: tuple[Path, str], straight: Path) -> None:
