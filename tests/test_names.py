@@ -19,7 +19,7 @@ from megallama.config.keys import LEGAL_KEYS, SECTIONS
 from megallama.config.load import load_config
 from megallama.errors import SharedError, UserError
 from megallama.run_dir.limits import check_run_dir
-from megallama.run_dir.metrics import Terminal
+from megallama.run_dir.terminal import LivePanel, PlainLines
 from tests.launching import CONFIG, arguments, pretrain
 
 HIDDEN = ["\0", "\n", "\r", "\t", "\x1b[31m", "\x7f", "\x85", "\u200b", "\u2028", "\u2029", "\u202e", "\ufeff"]
@@ -88,8 +88,9 @@ def test_no_word_of_a_start_reaches_the_terminal_as_it_stands(override: str, tmp
 
 
 def test_a_notice_of_a_run_does_not_act_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    Terminal().write({"event": "notice", "text": "continues \x1b[2Jhere"})
-    assert capsys.readouterr().out == "continues \\x1b[2Jhere\n"
+    for terminal in (PlainLines(), LivePanel(0)):
+        terminal.write({"event": "notice", "text": "continues \x1b[2J[bold]here"})
+        assert capsys.readouterr().out == "continues \\x1b[2J[bold]here\n"
 
 
 def test_a_hostile_side_file_does_not_act_on_the_terminal(byte_dataset: str, tmp_path: Path) -> None:

@@ -382,6 +382,8 @@ class LoggingConfig(Section):
     """Steps between `layers` events, with norms of each layer's output and of its gradient; 0 for none."""
     wandb: WandbConfig | None = None
     """Weights & Biases; null for none."""
+    tensorboard: bool = False
+    """Write all numbers of the run to RUN/tensorboard as well; needs the extra `tensorboard`."""
 
 
 class RunConfig(Section):

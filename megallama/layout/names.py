@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, cast, get_args
 
-from megallama.config.schema import AXIS_KEYS, ContextMode, ModelConfig, ParallelConfig, Schedule
+from megallama.config.schema import AXIS_KEYS, ContextMode, ModelConfig, ParallelConfig, RunConfig, Schedule
 from megallama.errors import UserError
+from megallama.layout.batching import gradient_accumulation_steps
 from megallama.layout.schedules import SCHEDULES, legal_micro_batches, stage_ranks
 from megallama.layout.topology import AXES, Topology
 
@@ -80,6 +81,28 @@ class Layout(Topology):
 
 
 ONE_PROCESS = Layout()
+
+
+def layout_of(config: RunConfig, dp: int) -> Layout:
+    """The layout of a legal run of `dp` copies, with its micro-batches where they are not the fewest.
+
+    UserError if the batch does not divide over the copies.
+    """
+    parallel = config.parallel
+    cut = parallel.layers_per_stage
+    layout = Layout(
+        dp=dp,
+        **parallel.sizes,
+        context_mode=parallel.context_mode if parallel.context > 1 else "gather",
+        schedule=parallel.schedule if parallel.pipeline > 1 else "1f1b",
+        chunks=parallel.chunks if parallel.schedule == "interleaved1f1b" else 2,
+        split=() if isinstance(cut, str) else tuple(cut),
+        zero=config.zero.stage,
+        sequence=parallel.sequence is not False,
+        recompute=config.train.recompute,
+    )
+    micro_batches = gradient_accumulation_steps(config, dp)
+    return layout if micro_batches == layout.micro_batches else replace(layout, accumulation=micro_batches)
 
 
 def _sized(layout: Layout, axis: str, size: int) -> Layout:

@@ -10,10 +10,11 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megallama.errors import UserError
 
@@ -22,9 +23,22 @@ METRICS = "metrics.jsonl"
 RETURNS = "resume", "rollback", "rewind"
 """Events at whose step the run stands again: what came after it before is undone."""
 
-_OF_A_STEP = *RETURNS, "train", "eval", "checkpoint", "checkpoint_failed"
+_OF_A_STEP = *RETURNS, "start", "train", "eval", "checkpoint", "checkpoint_failed"
 
 Event = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Where events go."""
+
+    def write(self, event: Event) -> None: ...
+    def close(self) -> None: ...
+    def leave(self) -> None: ...
+
+
+def event_now(kind: str, **values: Any) -> Event:
+    """An event with its time, in Unix seconds to the millisecond."""
+    return {"event": kind, "time": round(time.time(), 3), **values}
 
 
 def standing_events(run_dir: Path) -> list[Event]:
@@ -85,8 +99,12 @@ class JsonLines:
             os.truncate(path, content.rfind(b"\n") + 1)
         self.found = content.count(b"\n")
         """Lines of the starts before."""
+        began, continued = (content.count(f'{{"event": "{kind}"'.encode()) for kind in ("start", "resume"))
+        self.starts = max(began, continued + 1) if content else 0
+        """The starts before, as far as its lines tell: earlier versions wrote no `start`."""
         self._file = path.open("ab", buffering=0)
         self._waiting = bytearray()
+        self._warned = False
 
     def write(self, event: Event) -> None:
         # JSON knows no infinity: a number that is not finite is null.
@@ -98,11 +116,18 @@ class JsonLines:
         self._flush()
         self._file.close()
 
+    def leave(self) -> None:
+        """Each line is on disk already, as far as the disk takes it."""
+
     def _flush(self) -> None:
-        """A full disk ends no run: the lines wait in memory until there is room."""
+        """A full disk ends no run: the lines wait in memory until there is room, which is said once."""
         try:
             while self._waiting:
                 del self._waiting[: self._file.write(self._waiting)]
         except OSError as error:
+            if self._warned:
+                return
+            self._warned = True
             with suppress(OSError):  # what is said may go to that disk as well
-                print(f"megallama: metrics cannot be written ({error.strerror})", file=sys.stderr)
+                waits = "the run goes on, and they wait in memory for room"
+                print(f"megallama: metrics cannot be written ({error.strerror}); {waits}", file=sys.stderr)

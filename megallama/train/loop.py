@@ -31,6 +31,7 @@ from megallama.layout.budget import batch_at, with_batch
 from megallama.layout.frozen import checkpoint_bytes
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ParallelMesh
+from megallama.run_dir.metrics import Metrics
 from megallama.run_dir.outcome import Reached, write_failure, write_outcome
 from megallama.train.copies import differing_copies
 from megallama.train.diagnosis import DIAGNOSIS, diagnose
@@ -42,7 +43,16 @@ from megallama.train.out_of_memory import memory_explained
 from megallama.train.plan_check import check_plan
 from megallama.train.record import locked, recorded
 from megallama.train.rewind import rewound, write_skip
-from megallama.train.run import Ending, Finished, Run, build_model, build_spikes, report_left_out, write_train_event
+from megallama.train.run import (
+    Ending,
+    Finished,
+    Run,
+    build_model,
+    build_spikes,
+    report_left_out,
+    report_start,
+    write_train_event,
+)
 from megallama.train.saves import check_loaded, clean_checkpoints, report_saves, save_checkpoint, start_state
 from megallama.train.step_timer import StepTimer
 from megallama.train.stop_requests import StopDecision, StopRequests
@@ -66,8 +76,8 @@ def train(config: RunConfig, mesh: ParallelMesh, data: RunData, launch: Launch) 
         start, damaged = confirm(agree(pick, mesh), config, identify, mesh)
         peak = device_peak(mesh.device, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
         metrics = stack.enter_context(recorded(config, mesh, data.tokenizer, peak, reached))
-        launch.signals.record(lambda reason: write_failure(folder, reason, reached.step))
-        watchdog = stack.enter_context(watched(config, mesh, reached))
+        launch.signals.record(lambda reason: fail_at_once(folder, reason, reached, metrics))
+        watchdog = stack.enter_context(watched(config, mesh, reached, metrics))
         stack.enter_context(memory_explained(config, mesh))
         retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every)
         if mesh.rank == 0:
@@ -80,6 +90,7 @@ def train(config: RunConfig, mesh: ParallelMesh, data: RunData, launch: Launch) 
             state = start_state(run, start, launch.processors)
             run = replace(run, data=data.begun_at(state.stages, state.passed_over))
             report_left_out(run)
+            report_start(run, state)
             reached.step = state.step
             launch.signals.training(elastic=launch.elastic)
             ending = loop(run, state)
@@ -94,12 +105,12 @@ def train(config: RunConfig, mesh: ParallelMesh, data: RunData, launch: Launch) 
 
 
 @contextmanager
-def watched(config: RunConfig, mesh: ParallelMesh, reached: Reached) -> Iterator[Watchdog]:
+def watched(config: RunConfig, mesh: ParallelMesh, reached: Reached, metrics: Metrics) -> Iterator[Watchdog]:
     """A watchdog over this rank."""
     folder, settings = Path(config.run.dir), config.watchdog
     watchdog = Watchdog(
         folder / "stacks" / f"rank_{mesh.rank:05d}.txt",
-        lambda sentence: write_failure(folder, f"rank {mesh.rank}: {sentence}", reached.step),
+        lambda sentence: fail_at_once(folder, f"rank {mesh.rank}: {sentence}", reached, metrics),
         settings.factor,
         settings.least_seconds,
         settings.first_seconds,
@@ -108,6 +119,12 @@ def watched(config: RunConfig, mesh: ParallelMesh, reached: Reached) -> Iterator
         yield watchdog
     finally:
         watchdog.close()
+
+
+def fail_at_once(folder: Path, reason: str, reached: Reached, metrics: Metrics) -> None:
+    """Record a failure after which the process ends without clearing up; from any thread."""
+    metrics.leave()
+    write_failure(folder, reason, reached.step)
 
 
 def loop(run: Run, state: TrainState) -> Ending:

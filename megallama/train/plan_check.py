@@ -1,15 +1,18 @@
-"""The tenth step of a start against its plan: step time and memory as they are, beside what was predicted."""
+"""The plan of a run beside the run: what is predicted when it starts, and its tenth step against that."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
-from megallama.hardware.gpus import gpu_of_driver, load_hardware
+from megallama.hardware.gpus import Gpu, gpu_of_driver, load_hardware
 from megallama.parallel.mesh import ParallelMesh
 from megallama.plan.memory.ledger import memory_rows
+from megallama.plan.memory.state import MemoryRow
 from megallama.plan.report.time import check_type
 from megallama.plan.time.software import machine
 from megallama.plan.time.step_time import step_time
@@ -33,18 +36,38 @@ def check_plan(config: RunConfig, mesh: ParallelMesh, metrics: Metrics, step: in
             metrics.write("forecast", step=step, **found)
 
 
+def predictions(config: RunConfig, mesh: ParallelMesh) -> dict[str, float]:
+    """What the plan says of memory and, where the device is known and calibrated, of the seconds of a step.
+
+    Memory is what the allocator hands out on the fullest rank, to set beside `peak_memory_bytes`.
+    """
+    train = config.train.model_copy(update={"device": mesh.device.type})  # `auto` is a GPU for the ledger
+    ranks = memory_rows(config.model_copy(update={"train": train}), mesh.topology.dp)
+    found: dict[str, float] = {"predicted_memory_bytes": allocated_bytes(ranks)}
+    predicted = predicted_seconds(config, mesh.world.size, device_name(mesh.device))
+    return found if predicted is None else found | {"predicted_seconds": predicted[1]}
+
+
 def compared_seconds(config: RunConfig, world_size: int, device: str, seconds: float) -> dict[str, float | str]:
     """Seconds per step measured and predicted; empty where the device is not known or not calibrated."""
+    found = predicted_seconds(config, world_size, device)
+    if found is None:
+        return {}
+    gpu, predicted = found
+    software = next(iter(gpu.efficiency))
+    return {"gpu": gpu.key, "software": software, "seconds": seconds, "predicted_seconds": predicted}
+
+
+def predicted_seconds(config: RunConfig, world_size: int, device: str) -> tuple[Gpu, float] | None:
+    """The device and seconds per step; None where the device is not known or not calibrated."""
     try:
         gpu = gpu_of_driver(device, load_hardware())
         if gpu is None:
-            return {}
+            return None
         check_type(config, gpu)
-        predicted = step_time(config, world_size, machine(gpu)).total
-    except UserError:  # a figure or a constant is missing: what cannot be predicted is not compared
-        return {}
-    software = next(iter(gpu.efficiency))
-    return {"gpu": gpu.key, "software": software, "seconds": seconds, "predicted_seconds": predicted}
+        return gpu, step_time(config, world_size, machine(gpu)).total
+    except UserError:  # a figure or a constant is missing
+        return None
 
 
 def compared_memory(config: RunConfig, dp_size: int, allocated: int, reserved: int) -> dict[str, float | str]:
@@ -55,10 +78,15 @@ def compared_memory(config: RunConfig, dp_size: int, allocated: int, reserved: i
     ranks = memory_rows(config, dp_size)
     return {
         "peak_memory_bytes": allocated,
-        "predicted_memory_bytes": max(sum(row.size for row in rows if row.key != "overhead") for rows in ranks),
+        "predicted_memory_bytes": allocated_bytes(ranks),
         "peak_reserved_bytes": reserved,
         "predicted_device_bytes": max(sum(row.size for row in rows) for rows in ranks),
     }
+
+
+def allocated_bytes(ranks: Sequence[Sequence[MemoryRow]]) -> int:
+    """What the allocator hands out on the fullest of `ranks`."""
+    return max(sum(row.size for row in rows if row.key != "overhead") for rows in ranks)
 
 
 def fullest_peaks(mesh: ParallelMesh) -> tuple[int, int] | None:

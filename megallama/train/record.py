@@ -19,8 +19,9 @@ from megallama.errors import SharedError, UserError
 from megallama.hardware.measure import Peak
 from megallama.parallel.mesh import ParallelMesh, driver_versions
 from megallama.parallel.plain import from_first
-from megallama.run_dir.metrics import WANDB_ID, Metrics, environment, open_metrics
+from megallama.run_dir.metrics import Metrics, environment, open_metrics
 from megallama.run_dir.outcome import Reached, write_failure, write_outcome
+from megallama.run_dir.trackers import WANDB_ID
 from megallama.system.lock import RunLock
 from megallama.text.tokenizer import Tokenizer
 

@@ -16,9 +16,10 @@ from megallama.config.schema import RunConfig
 from megallama.data.loader import RunData
 from megallama.data.mixture import Mixture
 from megallama.hardware.measure import Peak, peak_memory_bytes
-from megallama.layout.budget import samples_at_step, total_steps
-from megallama.layout.counts import flops_per_token, kernel_convention
+from megallama.layout.budget import batch_at, samples_at_step, total_steps, with_batch
+from megallama.layout.counts import count_parameters, flops_per_token, kernel_convention
 from megallama.layout.frozen import frozen_matmul, frozen_weights
+from megallama.layout.names import layout_of
 from megallama.layout.stages import stages
 from megallama.model.attention import attention_of
 from megallama.model.init import in_memory
@@ -28,6 +29,7 @@ from megallama.parallel.mesh import ParallelMesh, sum_losses
 from megallama.run_dir.metrics import Metrics
 from megallama.run_dir.outcome import Reached, Status
 from megallama.train.engine import Engine
+from megallama.train.plan_check import device_name, predictions
 from megallama.train.spikes import Spikes
 from megallama.train.stop_requests import StopRequests
 from megallama.train.watchdog import Watchdog
@@ -124,6 +126,25 @@ def report_left_out(run: Run) -> None:
             run.metrics.write("notice", text=text)
         if empty:
             run.metrics.write("notice", text=f"{empty:,} documents of the {name} split have no token, and no sample")
+
+
+def report_start(run: Run, state: TrainState) -> None:
+    """Say what runs, where it begins, and what is predicted of it."""
+    if run.mesh.rank > 0:
+        return
+    here, mesh = with_batch(run.config, batch_at(run.config, state.samples)), run.mesh
+    run.metrics.write(
+        "start",
+        step=state.step,
+        ranks=mesh.world.size,
+        parameters=count_parameters(here.model).total,
+        layout=layout_of(here, mesh.topology.dp).name,
+        tokens_per_step=here.tokens_per_step,
+        total_steps=run.total_steps(state),
+        device=device_name(mesh.device),
+        **predictions(here, mesh),
+        restarts=run.metrics.restarts,
+    )
 
 
 def write_train_event(

@@ -17,7 +17,7 @@ from megallama.layout.frozen import checkpoint_bytes
 from megallama.layout.topology import Topology
 from megallama.parallel.launch import Launch
 from megallama.run_dir.limits import check_limits, check_run_dir
-from megallama.run_dir.metrics import check_sinks
+from megallama.run_dir.trackers import check_trackers
 
 if TYPE_CHECKING:
     from megallama.train.run import Finished
@@ -36,7 +36,7 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     check_limits(launch.world_size, save_bytes // launch.world_size)
     check_run_dir(Path(config.run.dir), save_bytes)
     if launch.rank == 0:
-        check_sinks(config)
+        check_trackers(config)
     # torch, which the above does without: it is said at once, and a small `ulimit -v` leaves no room for torch.
     import torch
 

@@ -19,7 +19,7 @@ IMPURE = {
     "megallama.plan.memory.dry_run",
 }
 """Imported when `plan --check` or `plan --calibrate` asks for it."""
-HEAVY = ("torch", "deepspeed", "numpy", "transformers", "tiktoken", "tokenizers", "wandb")
+HEAVY = ("torch", "deepspeed", "numpy", "transformers", "tiktoken", "tokenizers", "wandb", "tensorboard")
 
 PROGRAM = """
 import importlib, sys

@@ -9,7 +9,7 @@ import pytest
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.layout.check import check_training
-from megallama.layout.names import default_layouts, parse_layout
+from megallama.layout.names import DEFAULT_LAYOUTS, default_layouts, layout_of, parse_layout
 from megallama.verify.shrink import shrink, shrink_model
 from megallama.verify.verify import layers_for, verify
 from tests.verify.test_parity import assert_all_equal, debug_config
@@ -51,6 +51,14 @@ def test_a_layout_that_cannot_run_is_refused_before_anything_trains(name: str) -
 def test_chunks_stand_in_the_name_where_they_are_not_two() -> None:
     assert parse_layout("pp2-chunks3-interleaved1f1b").name == "pp2-interleaved1f1b-chunks3-zero1"
     assert parse_layout("pp2-interleaved1f1b-chunks2").name == "pp2-interleaved1f1b-zero1"
+
+
+@pytest.mark.parametrize("name", [*DEFAULT_LAYOUTS, "pp2-interleaved1f1b-chunks3", "pp2-split1+3-selective"])
+def test_a_run_has_the_name_of_the_layout_that_made_it(name: str) -> None:
+    layout = parse_layout(name)
+    tree = debug_config().model_dump()
+    layout.apply(tree)
+    assert layout_of(RunConfig.model_validate(tree), layout.dp).name == layout.name
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from megallama.run_dir.events import JsonLines
+
 SCRIPT = """
 import resource, sys
 from pathlib import Path
@@ -30,4 +34,24 @@ def test_lines_that_a_full_disk_refused_follow_when_there_is_room(tmp_path: Path
     path = tmp_path / "metrics.jsonl"
     done = subprocess.run([sys.executable, "-c", SCRIPT, path], capture_output=True, text=True, check=True)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(2001))
-    assert "megallama: metrics cannot be written (File too large)" in done.stderr
+    waits = "; the run goes on, and they wait in memory for room"
+    assert done.stderr == f"megallama: metrics cannot be written (File too large){waits}\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "starts"),
+    [
+        ([], 0),
+        (["start", "train"], 1),
+        (["start", "train", "start", "resume", "start"], 3),
+        (["train"], 1),
+        (["train", "resume", "train"], 2),
+        (["train", "resume", "train", "resume", "start"], 3),
+    ],
+)
+def test_starts_are_counted_also_where_earlier_versions_wrote_none(
+    lines: list[str], starts: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"event": line, "step": 0}) + "\n" for line in lines))
+    assert JsonLines(path).starts == starts

@@ -14,7 +14,7 @@ from megallama.hardware.gpus import load_hardware
 from megallama.plan.memory.ledger import memory_rows
 from megallama.plan.time.software import find_software, machine
 from megallama.plan.time.step_time import step_time
-from megallama.run_dir.metrics import _line
+from megallama.run_dir.terminal import lines_of
 from megallama.train.plan_check import compared_memory, compared_seconds
 from tests.launching import ROOT, arguments, events, pretrain
 
@@ -88,6 +88,6 @@ def test_the_line_has_measured_and_predicted_and_what_is_between() -> None:
     memory = {"peak_memory_bytes": 10 << 30, "predicted_memory_bytes": 11 << 30}
     said = "2 s a step, predicted 1.9 s (-5.0%)"
     kept = "mem 10.00 GiB, predicted 11.00 GiB (+10.0%)"
-    assert _line({"event": "forecast", "step": 10, **seconds}) == f"step 10  {said}"
-    assert _line({"event": "forecast", "step": 10, **memory}) == f"step 10  {kept}"
-    assert _line({"event": "forecast", "step": 10, **seconds, **memory}) == f"step 10  {said}  {kept}"
+    assert lines_of({"event": "forecast", "step": 10, **seconds}) == [f"step 10  {said}"]
+    assert lines_of({"event": "forecast", "step": 10, **memory}) == [f"step 10  {kept}"]
+    assert lines_of({"event": "forecast", "step": 10, **seconds, **memory}) == [f"step 10  {said}  {kept}"]

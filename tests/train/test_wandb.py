@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,9 +21,10 @@ import psutil
 import pytest
 from wandb.proto import wandb_internal_pb2
 
-from tests.launching import ROOT, arguments, clean_environment, events, pretrain
+from tests.launching import PRETRAIN, ROOT, arguments, clean_environment, events, kill_all, pretrain
 
 OFFLINE = "logging.wandb={project: tests, mode: offline}"
+KEY = "0123456789abcdef" * 2 + "01234567"
 ONE_EVENT = """
 import sys
 from pathlib import Path
@@ -74,8 +78,8 @@ def kill_wandb() -> None:
     def watched(*words: Any) -> Any:
         calls.append(words)
         if len(calls) == 2:
-            served = [child for child in psutil.Process().children() if "wandb-core" in child.name()]
-            assert served
+            while not (served := [c for c in psutil.Process().children() if "wandb-core" in c.name()]):
+                time.sleep(0.01)  # a thread starts it
             for child in served:
                 os.kill(child.pid, signal.SIGKILL)
                 child.wait()
@@ -108,14 +112,54 @@ def refusing() -> Iterator[str]:
         thread.join()
 
 
-def test_a_run_that_is_not_reached_online_is_written_offline(refusing: str, tmp_path: Path) -> None:
-    environment = clean_environment(tmp_path, WANDB_BASE_URL=refusing, WANDB_API_KEY="a" * 40)
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The address of a server that takes every request and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("server", ["refusing", "silent"])
+def test_a_run_that_is_not_reached_online_is_written_offline(
+    server: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """It ends while the server still holds its requests, and no file has the key."""
+    place = {"WANDB_BASE_URL": request.getfixturevalue(server), "WANDB_INIT_TIMEOUT": "5", "WANDB_API_KEY": KEY}
     command = [sys.executable, "-c", ONE_EVENT, str(tmp_path)]
-    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stderr
-    assert said.count("megallama: Weights & Biases is not reached (") == 1
-    assert "; what it would get is written offline, for `wandb sync`\n" in said
+    done = subprocess.run(
+        command, cwd=ROOT, env=clean_environment(tmp_path, **place), capture_output=True, text=True, check=True
+    )
+    assert done.stderr.count("megallama: Weights & Biases is not reached (") == 1
+    assert "; what it would get is written offline, for `wandb sync`\n" in done.stderr
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     assert [row["eval/train/loss"] for row in rows(file)[1]] == [1.0]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
+
+
+def test_a_server_that_never_answers_holds_no_step(silent: str, byte_dataset: str, tmp_path: Path) -> None:
+    """All steps are done before the start of the tracker, which takes 90 s, has given up."""
+    words = arguments(byte_dataset, tmp_path / "run", "logging.wandb={project: tests}")
+    place = {"WANDB_BASE_URL": silent, "WANDB_API_KEY": KEY}
+    log = tmp_path / "log"
+    with log.open("w") as sink:
+        process = subprocess.Popen(
+            [sys.executable, PRETRAIN, *words],
+            cwd=ROOT,
+            env=clean_environment(tmp_path, **place),
+            stdout=sink,
+            stderr=sink,
+        )
+    try:
+        while "step 4  done" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        assert [event["step"] for event in events(tmp_path / "run", "train")] == [1, 2, 3, 4]
+        assert json.loads((tmp_path / "run" / "outcome.json").read_text())["status"] == "done"
+        assert "is not reached" not in log.read_text()
+    finally:
+        kill_all(tmp_path)
+        process.wait()
 
 
 def recorded(run_dir: Path) -> list[dict[str, list[dict[str, float]]]]:

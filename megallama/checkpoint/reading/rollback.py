@@ -13,7 +13,7 @@ from megallama.checkpoint.format import folder_name, named_checkpoints, step_of,
 from megallama.checkpoint.health import healthy_checkpoints, is_healthy, newer
 from megallama.checkpoint.writing.commit import UNDONE, best_of, point, repoint, set_aside
 from megallama.errors import UserError
-from megallama.run_dir.events import METRICS, JsonLines
+from megallama.run_dir.events import METRICS, JsonLines, event_now
 from megallama.system.lock import RunLock
 
 RETURNED = "returned"
@@ -53,7 +53,7 @@ def roll_back(run_dir: Path, asked: str) -> Return:
             raise UserError(f"{error.filename} cannot be renamed ({error.strerror}); see who owns {folder}") from None
         # Should this process be killed here, the next start says the same by its own event.
         metrics = JsonLines(run_dir / METRICS)
-        metrics.write({"event": "rollback", **returned.facts})
+        metrics.write(event_now("rollback", **returned.facts))
         metrics.close()
     return returned
 

@@ -43,6 +43,7 @@ from megallama.model.stages import ModelStages
 from megallama.parallel.mesh import ParallelMesh
 from megallama.parallel.plain import from_first, of_all
 from megallama.run_dir.events import METRICS
+from megallama.run_dir.trackers import TENSORBOARD
 
 if TYPE_CHECKING:
     from megallama.train.engine import Engine
@@ -100,7 +101,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 def put_aside(run_dir: Path) -> None:
     """Rename what an earlier run left in `run_dir`: a run that starts over neither mixes with it nor drops it."""
-    names = ("checkpoints", METRICS)
+    names = ("checkpoints", METRICS, TENSORBOARD)
     free = next(n for n in count(1) if not any((run_dir / f"{name}.{n}").exists() for name in names))
     for name in names:
         if (run_dir / name).exists():
