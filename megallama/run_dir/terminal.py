@@ -125,9 +125,8 @@ class LivePanel:
             lines = self._lines(min(columns - 1, _WIDEST))[: max(1, rows - _SPACE - 1)]
             panel = [""] * _SPACE + lines
             text += "\r" + f"{_TO_LINE_END}\n".join(panel) + f"\x1b[J\x1b[{len(panel) - 1}A\r"
-            self._drawn = True
+            self._drawn, self._due = True, time.monotonic() + _PANEL_SECONDS
         _say(text)
-        self._due = time.monotonic() + _PANEL_SECONDS
 
     def _end(self, lines: Sequence[str]) -> None:
         last = lines_of(self._train) if self._train else []

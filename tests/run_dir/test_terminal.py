@@ -166,6 +166,18 @@ def test_events_are_lines_above_and_the_end_is_plain(window: Window) -> None:
     assert not any(label in line for line in shown for label in ("time left", "━"))
 
 
+def test_the_first_step_is_shown_at_once_and_the_others_when_their_time_comes(window: Window) -> None:
+    panel = LivePanel(0)
+    with redirect_stdout(window.stdout):
+        panel.write(validation(0))
+        for number in range(1, 200):
+            panel.write(step(number))
+            panel._due += 3600.0
+    shown = "\n".join(window.shown())
+    assert "step 1/1000" in shown
+    assert "step 199/1000" not in shown
+
+
 @pytest.mark.parametrize("end", ["close", "leave"])
 def test_a_run_that_fails_leaves_its_last_step(window: Window, end: str) -> None:
     panel = LivePanel(0)
