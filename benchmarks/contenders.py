@@ -75,7 +75,7 @@ def engine_step(config: RunConfig, device: torch.device) -> Step:
     model, engine = build_model(config, mesh)
     draw_weights(config, model, engine, Launch().processors)
     none: Any = None  # a step is given its batches, and saves and heeds nothing
-    run = Run(config, mesh, model, engine, none, Metrics([]), none, none, none, none, Peak(1.0, "not used"))
+    run = Run(config, mesh, model, engine, none, Metrics([]), none, none, none, none, Peak(1.0, "not used"), None)
     batches = random_batches(config)
     return lambda: train_step(run, next(batches), config.optimizer.lr)[0]
 

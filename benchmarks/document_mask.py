@@ -62,7 +62,7 @@ def measure(config: RunConfig, lengths: Lengths, steps: int) -> dict[str, list[f
     model, engine = build_model(config, mesh)
     draw_weights(config, model, engine, Launch().processors)
     none: Any = None  # a step is given its batches, and saves and heeds nothing
-    run = Run(config, mesh, model, engine, none, Metrics([]), none, none, none, none, Peak(1.0, "not used"))
+    run = Run(config, mesh, model, engine, none, Metrics([]), none, none, none, none, Peak(1.0, "not used"), None)
     draws, batches = torch.Generator().manual_seed(config.train.seed), random_batches(config)
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     found: dict[str, list[float]] = {name(length): [] for length in lengths}

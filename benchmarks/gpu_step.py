@@ -86,7 +86,7 @@ def engine_step(config: RunConfig, device: torch.device) -> Step:
         draw(model.shard_slices[fragment.parameter][0], fragment.master, config)
     engine.state_was_loaded(0)
     none: Any = None  # a step is given its batches, and saves and heeds nothing
-    run = Run(config, mesh, model, engine, none, Metrics([]), none, none, none, none, Peak(1.0, "not used"))
+    run = Run(config, mesh, model, engine, none, Metrics([]), none, none, none, none, Peak(1.0, "not used"), None)
     batches = random_batches(config)
     return lambda: train_step(run, next(batches), config.optimizer.lr)[0]
 

@@ -150,7 +150,9 @@ class LivePanel:
         if self._validation:
             validation = f"{self._validation['loss']:.4f} at step {self._validation['step']}"
         convention = f"{e['mfu']:.1%} full, {e['mfu_causal']:.1%} causal"
-        planned = self._start.get("predicted_memory_bytes")
+        # On a CPU what is measured is the process with its libraries, and what is planned its tensors.
+        on_gpu = self._start.get("device") != "cpu"
+        planned = self._start.get("predicted_memory_bytes") if on_gpu else None
         return [
             ("loss", f"{e['loss']:.4f} {_trend(self._losses, rich)}"),
             ("validation", validation),

@@ -145,7 +145,8 @@ def test_events_are_lines_above_and_the_end_is_plain(window: Window) -> None:
     window.size(120, 24)
     panel = LivePanel(0)
     saved = {"event": "checkpoint", "step": 2, "path": "runs/[bold]x[/]", "seconds": 1.0, "blocked_seconds": 0.0}
-    shown = feed(window, panel, START, step(1), step(2), saved, step(3), {"event": "skip", "step": 4}, step(4))
+    skip = {"event": "skip", "step": 4, "reason": "nonfinite"}
+    shown = feed(window, panel, START, step(1), step(2), saved, step(3), skip, step(4))
     assert shown[:7] == [
         "parameters  6,738,415,616",
         "layout      tp2-pp4-dp2-zero1-acc16 on 16 ranks, NVIDIA H100 80GB HBM3",

@@ -69,7 +69,7 @@ def step(launch: Launch, config: RunConfig) -> Step:
     model, engine = build_model(config, mesh)
     draw_weights(config, model, engine)
     evaluation = evaluate(engine, data.train, EVALUATED, mesh)
-    run: Any = SimpleNamespace(mesh=mesh, engine=engine)
+    run: Any = SimpleNamespace(mesh=mesh, engine=engine, spikes=None)
     loss, result = train_step(run, data.train.step(0), 0.0)
     (total,) = sum_losses([float(loss)], mesh)
     # Adam's first moment is (1 - beta1) of the gradient, which was clipped.
