@@ -123,8 +123,8 @@ OF_CONTEXT = [
     Mutant(
         "mixture-of-the-first-slices",
         LOADER,
-        "*hidden, self._cp_rank, self._cp_size)",
-        "*hidden, 0, self._cp_size)",
+        "context = self._cp_rank, self._cp_size",
+        "context = 0, self._cp_size",
         "other",
         "all ranks read the same slices of a mixture",
         "cp2",
