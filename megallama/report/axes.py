@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megallama.errors import UserError
-from megallama.run_dir.events import Event
+from megallama.run_dir.events import RETURNS, Event
 
 
 class Position(NamedTuple):
@@ -40,6 +40,40 @@ class Axes:
         if self.begun is not None:
             return Position(step, tokens, (event["time"] - self.begun) / 3600)
         return Position(step, tokens, float(np.interp(step, self.steps, self.hours)))
+
+
+def forward_only(events: Sequence[Event]) -> list[Event]:
+    """The same with times that never go back: a clock that was set back stands still until it is there again."""
+    found, latest = list[Event](), -math.inf
+    for event in events:
+        time = number(event, "time")
+        if time is not None:
+            latest = max(latest, time)
+            event = event | {"time": latest}
+        found.append(event)
+    return found
+
+
+def without_idle_starts(events: Sequence[Event]) -> list[Event]:
+    """The events without starts that ended and trained no step, as of a run that was done: nothing happened there.
+
+    What people did between starts, such as a rollback, stays.
+    """
+    starts: list[list[Event]] = [[]]
+    for event in events:
+        before = [earlier["event"] for earlier in starts[-1][-1:]]
+        if event["event"] == "resume" or (event["event"] == "start" and before != ["resume"]):
+            starts.append([])
+        starts[-1].append(event)
+    kept = list[Event]()
+    for start in starts:
+        kinds = {event["event"] for event in start}
+        idle = "stop" in kinds and not kinds & {"train", "skip"}
+        kept += [event for event in start if not idle or event["event"] not in _OF_A_START]
+    return kept
+
+
+_OF_A_START = "resume", "start", "notice", "eval", "stop"
 
 
 def axes_of(events: Sequence[Event], stand: Sequence[Event], where: str) -> Axes:
@@ -99,7 +133,7 @@ def _spent(events: Sequence[Event]) -> float:
         whole += number(event, "blocked_seconds") or 0.0
         if event["event"] == "train":
             whole += (number(event, "seconds") or 0.0) * max(0, event["step"] - reached)
-        if event["event"] in ("train", "resume", "rollback", "rewind"):
+        if event["event"] in ("train", *RETURNS):
             reached = event["step"]
     return whole
 

@@ -26,7 +26,7 @@ def report(
 ) -> None:
     """Draw the losses, speed, memory and history of runs into one HTML file, which opens anywhere, and one PNG.
 
-    Example: megallama report runs/quickstart
+    Example: megallama report runs/quickstart --force
     """
     # matplotlib takes half a second to import, which other commands need not wait for.
     from megallama.report.differences import differences
@@ -71,7 +71,7 @@ def _targets(output: Path, *, force: bool) -> tuple[Path, Path]:
 
 
 def _write(contents: dict[Path, bytes]) -> None:
-    """Write all files or none, each whole."""
+    """Write all files, each whole; none where there is no room for all."""
     written = {path: temporary(path) for path in contents}
     try:
         for path, content in contents.items():

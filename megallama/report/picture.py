@@ -83,7 +83,7 @@ def _draw_history(axes: Axes, records: Sequence[Record]) -> None:
             axes.plot(steps, [lane] * len(steps), linestyle="", marker=_SYMBOLS[kind], color=colour, markersize=6)
     axes.set_xlim(_steps(records))
     axes.set_yticks(range(len(kinds)), [MARKS[kind] for kind in kinds])
-    axes.set_ylim(len(kinds) - 0.5, -0.5)
+    axes.set_ylim(max(1, len(kinds)) - 0.5, -0.5)
     axes.set_title("What happened", fontsize=10, loc="left")
 
 

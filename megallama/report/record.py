@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from megallama.errors import printable
-from megallama.report.axes import Axes, axes_of, goodput, number
+from megallama.report.axes import Axes, axes_of, forward_only, goodput, number, without_idle_starts
 from megallama.report.curves import GIB, Curve, curves_of
 from megallama.report.marks import MARKS, Mark, marks_of
 from megallama.run_dir.events import METRICS, Event, read_events, standing
@@ -33,13 +33,13 @@ class Record:
 
 def read_record(run_dir: Path, name: str, buckets: int) -> Record:
     """Read a run, with its curves thinned to `buckets`. UserError for a folder that is none, or has not trained yet."""
-    events = read_events(run_dir / METRICS)
-    stand = standing(events)
+    events = forward_only(read_events(run_dir / METRICS))
+    stand, happened = standing(events), without_idle_starts(events)
     axes = axes_of(events, stand, str(run_dir / METRICS))
-    facts = _reached(stand, axes) | _speed(stand) | _history(events, stand, axes) | _start(events, stand)
+    facts = _reached(stand, axes) | _speed(stand) | _history(happened, stand, axes) | _start(events, stand)
     facts |= _environment(run_dir)
     shown = {printable(said): printable(words) for said, words in facts.items() if words}
-    return Record(name, curves_of(stand, axes, buckets), marks_of(events, stand, axes), shown)
+    return Record(name, curves_of(stand, axes, buckets), marks_of(happened, stand, axes), shown)
 
 
 def _reached(stand: Sequence[Event], axes: Axes) -> dict[str, str]:
@@ -80,9 +80,11 @@ def _history(events: Sequence[Event], stand: Sequence[Event], axes: Axes) -> dic
 
 def _start(events: Sequence[Event], stand: Sequence[Event]) -> dict[str, str]:
     """What the last start said, and its memory as planned and measured."""
+    begun = max((at for at, event in enumerate(stand) if event["event"] == "start"), default=0)
+    mine = stand[begun:]  # an earlier start may have had another layout
     start: Event = next((event for event in reversed(events) if event["event"] == "start"), {})
-    forecast: Event = next((event for event in reversed(stand) if event["event"] == "forecast"), {})
-    measured = [value for event in _trained(stand) if (value := number(event, "peak_memory_bytes")) is not None]
+    forecast: Event = next((event for event in reversed(mine) if event["event"] == "forecast"), {})
+    measured = [value for event in _trained(mine) if (value := number(event, "peak_memory_bytes")) is not None]
     predicted = number({**start, **forecast}, "predicted_memory_bytes")
     return {
         "parameters": _shown(number(start, "parameters"), ",.0f"),

@@ -20,10 +20,10 @@ from megallama.errors import UserError
 
 METRICS = "metrics.jsonl"
 """In the run directory."""
-RETURNS = "resume", "rollback", "rewind"
+RETURNS = "resume", "rollback", "rewind", "start"
 """Events at whose step the run stands again: what came after it before is undone."""
 
-_OF_A_STEP = *RETURNS, "start", "train", "eval", "checkpoint", "checkpoint_failed"
+_OF_A_STEP = *RETURNS, "train", "eval", "checkpoint", "checkpoint_failed"
 
 Event = dict[str, Any]
 
@@ -49,8 +49,8 @@ def standing_events(run_dir: Path) -> list[Event]:
 def standing(events: Sequence[Event]) -> list[Event]:
     """Pick the events that stand, in order.
 
-    A `resume` or `rollback` at step s undoes all earlier events of steps above s. Of what remains, the last event of a
-    kind, a step and a split counts. Events without a step stand.
+    One of `RETURNS` at step s undoes all earlier events of steps above s. Of what remains, the last event of a kind, a
+    step and a split counts. Events without a step stand.
     """
     kept, seen, limit = list[Event](), set[tuple[str, int, str | None]](), math.inf
     for event in reversed(events):
@@ -82,7 +82,9 @@ def _event(line: bytes, where: str) -> Event:
     fix = "take the line out, or train again"
     try:
         event: Event = json.loads(line.decode())
-        name, step = str(event["event"]), event.get("step")
+        name, step = event["event"], event.get("step")
+        if not isinstance(name, str) or not isinstance(event.get("split"), str | None):
+            raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{where} is no event of a run; {fix}") from None
     if (step is not None or name in _OF_A_STEP) and (type(step) is not int or step < 0):
@@ -107,9 +109,7 @@ class JsonLines:
         self._warned = False
 
     def write(self, event: Event) -> None:
-        # JSON knows no infinity: a number that is not finite is null.
-        legal = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in event.items()}
-        self._waiting += (json.dumps(legal) + "\n").encode()
+        self._waiting += (json.dumps(_legal(event), allow_nan=False) + "\n").encode()
         self._flush()
 
     def close(self) -> None:
@@ -131,3 +131,12 @@ class JsonLines:
             with suppress(OSError):  # what is said may go to that disk as well
                 waits = "the run goes on, and they wait in memory for room"
                 print(f"megallama: metrics cannot be written ({error.strerror}); {waits}", file=sys.stderr)
+
+
+def _legal(value: Any) -> Any:
+    """As JSON can have it, which knows no infinity: a number that is not finite is null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _legal(inner) for key, inner in value.items()}
+    return [_legal(inner) for inner in value] if isinstance(value, list | tuple) else value

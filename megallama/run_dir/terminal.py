@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import os
+import select
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cached_property
 from statistics import fmean
 
 from megallama.errors import printable
@@ -21,6 +23,7 @@ FREE_LINES = 20
 """Lines of steps that a log gets at once; after them it gets one in `_LINE_SECONDS`."""
 _LINE_SECONDS = 1.0
 _PANEL_SECONDS = 0.25
+_PATIENCE_SECONDS = 2.0
 _WIDEST, _TWO_COLUMNS, _LABEL = 79, 72, 11
 _SPACE = 2
 """Empty rows above the panel, where the cursor rests: what others print there is not mixed with it."""
@@ -30,6 +33,8 @@ _ERASE, _TO_LINE_END = "\r\x1b[J", "\x1b[K"
 
 def open_terminal(save_every: int) -> Sink:
     """The panel where stdout is a terminal that moves its cursor, plain lines elsewhere."""
+    if sys.stdout is None:  # closed by who started this
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     moves = os.environ.get("TERM", "dumb") not in ("", "dumb")
     return LivePanel(save_every) if moves and sys.stdout.isatty() else PlainLines()
 
@@ -81,6 +86,7 @@ class LivePanel:
         self._skipped = 0
         self._losses: deque[float] = deque(maxlen=_TREND_STEPS)
         self._drawn, self._due = False, 0.0
+        self._patience = _PATIENCE_SECONDS
 
     def write(self, event: Event) -> None:
         self._note(event)
@@ -99,11 +105,33 @@ class LivePanel:
 
     def leave(self) -> None:
         """As `close`, from any thread of a process that ends at once: the main one may be in the middle of a line."""
-        if self._drawn:
-            last = "".join(f"{line}\n" for line in lines_of(self._train))
-            self._train, self._drawn = {}, False
-            with suppress(OSError, ValueError):
-                os.write(sys.stdout.fileno(), (_ERASE + last).encode())
+        train, drawn = self._train, self._drawn
+        if drawn and train:
+            self._drawn = False
+            self._say(_ERASE + "".join(f"{line}\n" for line in lines_of(train)))
+
+    @cached_property
+    def _terminal(self) -> int:
+        """A descriptor of stdout's terminal that does not wait; that of stdout itself where it cannot be had."""
+        stdout = sys.stdout.fileno()
+        try:
+            return os.open(os.ttyname(stdout), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        except OSError:  # of another user
+            return os.dup(stdout)
+
+    def _say(self, text: str) -> None:
+        """A terminal that takes nothing, stopped by Ctrl-S or read by nobody, is waited for once, and then left out."""
+        left, until = text.encode(sys.stdout.encoding, "replace"), time.monotonic() + self._patience
+        try:
+            while left:
+                _, ready, _ = select.select([], [self._terminal], [], max(0.0, until - time.monotonic()))
+                if not ready:
+                    break
+                with suppress(BlockingIOError):
+                    left = left[os.write(self._terminal, left) :]
+        except OSError:  # it is gone
+            return
+        self._patience = 0.0 if left else _PATIENCE_SECONDS
 
     def _note(self, event: Event) -> None:
         kind = event["event"]
@@ -126,13 +154,14 @@ class LivePanel:
             panel = [""] * _SPACE + lines
             text += "\r" + f"{_TO_LINE_END}\n".join(panel) + f"\x1b[J\x1b[{len(panel) - 1}A\r"
             self._drawn, self._due = True, time.monotonic() + _PANEL_SECONDS
-        _say(text)
+        self._say(text)
 
     def _end(self, lines: Sequence[str]) -> None:
         last = lines_of(self._train) if self._train else []
         text = "".join(f"{line}\n" for line in [*last, *lines])
-        self._train, self._drawn, drawn = {}, False, self._drawn
-        _say((_ERASE if drawn else "") + text)
+        drawn, self._drawn = self._drawn, False  # before what it shows: `leave` may come between
+        self._train = {}
+        self._say((_ERASE if drawn else "") + text)
 
     def _lines(self, width: int) -> list[str]:
         rich = _shows("━─▁█")
@@ -216,7 +245,10 @@ def _say(text: str) -> None:
     if not text:
         return
     with suppress(OSError):  # a log on a full disk, or nobody who reads any more: no reason to end the run
-        sys.stdout.write(text)
+        try:
+            sys.stdout.write(text)
+        except UnicodeEncodeError:
+            sys.stdout.write(text.encode("ascii", "backslashreplace").decode())
         sys.stdout.flush()
 
 

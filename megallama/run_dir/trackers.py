@@ -126,7 +126,7 @@ class TensorBoard:
         self._write(file_version="brain.Event:2", wall_time=time.time())
 
     def write(self, event: Event) -> None:
-        if event["event"] in (*RETURNS, "start"):
+        if event["event"] in RETURNS:
             # All of this step and after goes; a run that begins has none to keep.
             first = event["step"] + 1 if event["step"] else 0
             self._write(session_log=self._begun, step=first, wall_time=event["time"])

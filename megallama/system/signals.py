@@ -21,6 +21,7 @@ STOP_SIGNALS = (*REPEATED, *BY_HAND)
 _ECHO_SECONDS = 1.0
 """In which a launcher that passes a Ctrl-C on, and the terminal, may both have sent the first."""
 _STDERR = 2
+_TELL_SECONDS = 1.0
 
 
 def hold_signals() -> None:
@@ -165,8 +166,19 @@ class Signals:
 
     def _say(self, sentence: str) -> None:
         if self.speaks:
-            with suppress(OSError):  # the terminal may be what is gone
-                os.write(_STDERR, f"megallama: {sentence}\n".encode())
+            tell(sentence)
+
+
+def tell(sentence: str) -> None:
+    """Print it to stderr, or give up after a second: a terminal that takes nothing keeps no process from ending."""
+
+    def write() -> None:
+        with suppress(OSError):  # the terminal may be what is gone
+            os.write(_STDERR, f"megallama: {sentence}\n".encode())
+
+    telling = threading.Thread(target=write, daemon=True)
+    telling.start()
+    telling.join(_TELL_SECONDS)
 
 
 def _name(number: int) -> str:

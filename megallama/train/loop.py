@@ -123,8 +123,8 @@ def watched(config: RunConfig, mesh: ParallelMesh, reached: Reached, metrics: Me
 
 def fail_at_once(folder: Path, reason: str, reached: Reached, metrics: Metrics) -> None:
     """Record a failure after which the process ends without clearing up; from any thread."""
-    metrics.leave()
     write_failure(folder, reason, reached.step)
+    metrics.leave()
 
 
 def loop(run: Run, state: TrainState) -> Ending:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import sys
 import threading
 import time
 from collections import deque
@@ -17,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+
+from megallama.system.signals import tell
 
 _RECENT = 20
 _STDERR = 2
@@ -91,6 +92,6 @@ class Watchdog:
             print(sentence, file=stacks, flush=True)
             faulthandler.dump_traceback(file=stacks, all_threads=True)
         self._hung(sentence)
-        print(f"megallama: {sentence}; stacks are in {self._path}", file=sys.stderr, flush=True)
+        tell(f"{sentence}; stacks are in {self._path}")
         time.sleep(_GRACE_SECONDS)
         os._exit(1)

@@ -12,6 +12,7 @@ import pytest
 from megallama.errors import UserError
 from megallama.report.curves import Curve
 from megallama.report.marks import MARKS, MOST_MARKS
+from megallama.report.picture import draw_picture
 from megallama.report.record import Record, read_record
 from megallama.report.thinning import thinned
 from megallama.run_dir.events import METRICS, read_events
@@ -241,3 +242,65 @@ def test_a_run_that_has_not_trained_is_a_sentence(tmp_path: Path) -> None:
     run.train(1, tokens=None)
     with pytest.raises(UserError, match=r"has a train event of step 1 without tokens; take it out, or train again$"):
         read_record(tmp_path / "run", "run", ALL)
+
+
+def test_a_run_that_is_done_and_started_again_keeps_its_goodput_and_its_end(tmp_path: Path) -> None:
+    def trained(folder: Path) -> Writer:
+        run = Writer(folder, 10)
+        run.now -= SECONDS
+        for step in range(1, 11):
+            run.train(step)
+        run.write("stop", step=10, reason="done", status="done")
+        return run
+
+    trained(tmp_path / "once").close()
+    again = trained(tmp_path / "again")
+    again.now += 86_400
+    again.start(10, 1)
+    again.write("stop", step=10, reason="done at once", status="done")
+    again.close()
+    once, twice = (read_record(tmp_path / name, "run", ALL) for name in ("once", "again"))
+    shown = "goodput", "hours", "restarts", "ended"
+    assert [twice.facts.get(name) for name in shown] == [once.facts.get(name) for name in shown]
+    assert [mark.kind for mark in twice.marks] == [mark.kind for mark in once.marks]
+
+
+def test_a_start_from_nothing_undoes_the_one_before(tmp_path: Path) -> None:
+    run = Writer(tmp_path / "run", 20)
+    run.start(0, 0)
+    for step in range(1, 9):
+        run.train(step)
+    run.write("start", step=0, restarts=1, predicted_memory_bytes=GIB, layout="tp8")
+    run.train(1)
+    record = read_record(tmp_path / "run", "run", ALL)
+    assert record.facts["step"] == "1 of 20"
+    assert record.facts["memory, predicted"] == "1.00 GiB"
+
+
+def test_a_forecast_of_an_earlier_layout_is_not_that_of_the_last(tmp_path: Path) -> None:
+    run = Writer(tmp_path / "run", 20)
+    run.start(0, 0)
+    run.train(1)
+    run.write("forecast", step=1, predicted_memory_bytes=80 * GIB)
+    run.start(1, 1)
+    run.train(2)
+    assert read_record(tmp_path / "run", "run", ALL).facts["memory, predicted"] == "3.00 GiB"
+
+
+def test_a_clock_that_is_set_back_stands_still(tmp_path: Path) -> None:
+    run = Writer(tmp_path / "run", 20)
+    run.start(0, 0)
+    for step in range(1, 5):
+        run.train(step)
+    run.now -= 3600
+    for step in range(5, 9):
+        run.train(step)
+    hours = [where.hours for where in curve(read_record(tmp_path / "run", "run", ALL), "lr").positions]
+    assert hours == sorted(hours)
+
+
+def test_a_run_without_marks_is_drawn_without_a_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    run = Writer(tmp_path / "run", 20)
+    run.train(1)
+    assert draw_picture([read_record(tmp_path / "run", "run", ALL)])
+    assert [str(warning.message) for warning in recwarn] == []

@@ -28,7 +28,7 @@ def put(run_dir: Path, *events: Event) -> None:
     (run_dir / METRICS).write_text("".join(f"{json.dumps(event)}\n" for event in events))
 
 
-@pytest.mark.parametrize("event", ["resume", "rollback"])
+@pytest.mark.parametrize("event", ["resume", "rollback", "rewind", "start"])
 def test_a_return_undoes_what_came_after_its_step(event: str) -> None:
     first, notice = trained(1, 2, 3, 4), {"event": "notice", "text": "no step"}
     again = trained(3, 4, loss=2.0)
@@ -61,7 +61,13 @@ def test_a_torn_last_line_is_not_read(tmp_path: Path) -> None:
     assert standing_events(tmp_path) == trained(1, 2)
 
 
-@pytest.mark.parametrize("line", ["[]", "3", "{}", "", '{"event": "train"}', '{"event": "rollback", "step": "4"}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("[]", "3", "{}", "", '{"event": "train"}', '{"event": "rollback", "step": "4"}', '{"event": ["a"]}'),
+        '{"event": "eval", "step": 1, "split": ["a"]}',
+    ],
+)
 def test_a_line_that_no_run_writes_is_one_sentence(line: str, tmp_path: Path) -> None:
     (tmp_path / METRICS).write_text(f"{json.dumps(trained(1)[0])}\n{line}\n")
     with pytest.raises(UserError, match=rf"{METRICS}, line 2, .*; take the line out, or train again$"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megallama.run_dir.events import JsonLines
+from megallama.run_dir.events import METRICS, JsonLines, read_events
 
 SCRIPT = """
 import resource, sys
@@ -55,3 +56,12 @@ def test_starts_are_counted_also_where_earlier_versions_wrote_none(
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"event": line, "step": 0}) + "\n" for line in lines))
     assert JsonLines(path).starts == starts
+
+
+def test_numbers_that_are_not_finite_are_null_wherever_they_are(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / METRICS)
+    nowhere = {"loss": math.inf, "activation_rms": [1.0, math.nan], "by": {"a": -math.inf}}
+    lines.write({"event": "layers", "step": 1, **nowhere})
+    lines.close()
+    (event,) = read_events(tmp_path / METRICS)
+    assert event == {"event": "layers", "step": 1, "loss": None, "activation_rms": [1.0, None], "by": {"a": None}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import pty
 import struct
@@ -252,3 +253,29 @@ def test_a_log_is_not_flooded_and_has_the_last_step_before_each_other_line(capsy
     assert shown[shown.index("step 500  validation loss 2.2500  perplexity 9.49") - 1].startswith("step  500/1000")
     assert steps[-1] == 999
     assert len(steps) <= most
+
+
+def test_a_terminal_that_nobody_reads_holds_no_step_for_long_and_no_end(window: Window) -> None:
+    panel = LivePanel(0)
+    began = time.monotonic()
+    with redirect_stdout(window.stdout):
+        for number in range(1, 200):
+            panel._due = 0.0
+            panel.write(step(number))
+        panel.leave()
+    assert time.monotonic() - began < 20
+    os.read(window.ours, 65536)  # it was full
+
+
+def test_a_log_that_lacks_a_character_gets_its_number() -> None:
+    log = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with redirect_stdout(log):
+        PlainLines().write({"event": "notice", "text": "runs/é"})
+    assert log.buffer.getvalue() == b"runs/\\xe9\n"  # type: ignore[attr-defined]
+
+
+def test_a_start_without_stdout_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    terminal = open_terminal(10)
+    terminal.write(step(1))
+    terminal.close()
