@@ -34,7 +34,7 @@ LARGEST = 1 << 53
 Count = Annotated[int, Field(ge=0, lt=LARGEST)]
 _YEAR_9000 = 2.2e11
 LARGEST_STATE = 1 << 20
-"""Bytes; a state has two kilobytes."""
+"""Bytes; a state has seven kilobytes, and half of this with the longest `health.window`."""
 _LARGEST_MANIFEST = 1 << 27
 """Bytes: a million files."""
 _PIECE = 1 << 24

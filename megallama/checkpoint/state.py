@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megallama.checkpoint.format import (
+    LARGEST,
     LARGEST_STATE,
     STATE,
     Count,
@@ -22,7 +23,7 @@ from megallama.checkpoint.format import (
 from megallama.config.schema import ModelConfig, Objective
 from megallama.config.values import MOST_REWINDS, MOST_SEQUENCES, MOST_WINDOW, Name, Patterns
 from megallama.errors import UserError
-from megallama.layout.budget import NOTHING_SEEN, Seen, united
+from megallama.layout.budget import NOTHING_SEEN, Seen, place, united
 from megallama.layout.check import check_trained
 from megallama.layout.frozen import frozen_weights
 from megallama.system.regular_file import read_regular
@@ -36,6 +37,7 @@ Batch = Annotated[int, Field(ge=1, lt=_LARGEST_BATCH)]
 Part = Annotated[float, Field(gt=0, lt=_LARGEST_BATCH, allow_inf_nan=False)]
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Loss = Annotated[float, Field(allow_inf_nan=False)]
+Measured = Annotated[float, Field(ge=-1e30, le=1e30)]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class TrainState:
     samples: Count = 0
     """Sequences consumed, of `DataIdentity.sequence_length`: the position in the data."""
     updates: Count = 0
-    """Steps whose update was applied; fewer than `step` where a gradient was not finite."""
+    """Steps whose update was applied; fewer than `step` where some were skipped."""
     validation_loss: Loss | None = None
     """The loss of these very weights, where it was evaluated and is finite."""
     first_batch: Batch | Part | None = None
@@ -57,6 +59,8 @@ class TrainState:
     """
     stages: tuple[Count, ...] = ()
     """The first sample of each stage of `data.mixture`, as far as is known; a checkpoint has those that have begun."""
+    last_batch: Annotated[int, Field(ge=0, lt=_LARGEST_BATCH)] = 0
+    """Sequences of the last step; 0 where it is not known."""
     skipped: Count = 0
     """Steps in a row, up to this one, whose update was not applied."""
     skipped_samples: Count = 0
@@ -65,9 +69,9 @@ class TrainState:
     """Times that the run went back by itself."""
     passed_over: Annotated[tuple[tuple[Count, Count], ...], Field(max_length=MOST_REWINDS)] = ()
     """Ranges [first, end) in the order of the data that training leaves out; `samples` does not count them."""
-    losses: Annotated[tuple[Loss, ...], Field(max_length=MOST_WINDOW)] = ()
+    losses: Annotated[tuple[Measured, ...], Field(max_length=MOST_WINDOW)] = ()
     """Of the last steps that were applied, the newest last: what tells a spike."""
-    norms: Annotated[tuple[Loss, ...], Field(max_length=MOST_WINDOW)] = ()
+    norms: Annotated[tuple[Measured, ...], Field(max_length=MOST_WINDOW)] = ()
     """The norms of their gradients."""
 
     @property
@@ -83,6 +87,7 @@ class TrainState:
             samples=self.samples + samples,
             updates=self.updates + applied,
             validation_loss=None,
+            last_batch=samples,
             skipped=0 if applied else self.skipped + 1,
             skipped_samples=0 if applied else self.skipped_samples + samples,
         )
@@ -227,6 +232,8 @@ def read_saved(path: Path) -> Saved:
         raise TornCheckpointError(f"{STATE} says that the last {state.skipped} of {state.step} steps were skipped")
     if list(united(state.passed_over)) != list(state.passed_over) or any(a >= b for a, b in state.passed_over):
         raise TornCheckpointError(f"{STATE} says that samples were passed over in ranges that are not in order")
+    if place(state.samples, state.passed_over) >= LARGEST:
+        raise TornCheckpointError(f"{STATE} says that more samples were passed over than there can be")
     if len(state.losses) != len(state.norms):
         raise TornCheckpointError(f"{STATE} has {len(state.losses)} losses and {len(state.norms)} norms")
     tokens = state.samples * (saved.data.sequence_length or 1)  # a run that went on by longer sequences has fewer

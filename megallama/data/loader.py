@@ -171,11 +171,10 @@ class RunData:
         }
 
     def begun_at(self, stages: Sequence[int], passed_over: Sequence[tuple[int, int]] = ()) -> RunData:
-        """The same where stages of the mixture begin at these samples of the run, and training passes over others."""
+        """The same where stages of the mixture begin at these samples, and training passes over others."""
         source = self.train.source
-        if isinstance(source, Mixture):
-            source = source.begun_at([place(first, passed_over) for first in stages])
-        return replace(self, train=self.train.of(source, passed_over))
+        begun = source.begun_at(stages) if isinstance(source, Mixture) else source
+        return replace(self, train=self.train.of(begun, passed_over))
 
 
 def open_data(config: RunConfig, topology: Topology, rank: int, seen: Seen = NOTHING_SEEN) -> RunData:

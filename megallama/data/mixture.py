@@ -16,7 +16,7 @@ from megallama.data.blend import Blend, stage_of
 from megallama.data.dataset import SCANNED_TOKENS, DocumentSplit, Split, split_documents
 from megallama.data.source import LeftOut, Place, Source, Windows, open_source, open_whole, samples_of
 from megallama.errors import UserError
-from megallama.layout.budget import NOTHING_SEEN, Seen, place, run_samples, stage_samples
+from megallama.layout.budget import NOTHING_SEEN, Seen, run_samples, stage_samples
 from megallama.text.tokenizer import load_tokenizer
 
 
@@ -109,8 +109,7 @@ def open_mixture(config: RunConfig, seen: Seen = NOTHING_SEEN) -> Opened:
     as of `open_source`.
     """
     data, splits = config.data, dict[str, dict[Split, DocumentSplit]]()
-    firsts = (place(first, seen.passed_over) for first in stage_samples(config, seen))
-    begins = zip(firsts, data.stages, strict=True)
+    begins = zip(stage_samples(config, seen), data.stages, strict=True)
     blend = Blend([stage_of(first, weights(stage.sources)) for first, stage in begins])
     wanted = sources_of(data)
     elsewhere = {"validation_path": None, "validation_fraction": 0.0}

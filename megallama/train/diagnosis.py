@@ -37,8 +37,8 @@ def diagnose(run: Run, state: TrainState, batches: Sequence[MicroBatch]) -> Path
     if run.mesh.rank == 0:
         try:
             path.write_text("\n\n".join(_page(run, state, norms)) + "\n")
-        except OSError as error:
-            run.metrics.write("notice", text=f"{path} cannot be written ({error.strerror})")
+        except Exception as error:  # the page must not be why a run ends: other ranks wait for this one
+            run.metrics.write("notice", text=f"{path} cannot be written ({type(error).__name__}: {error})")
     return path
 
 

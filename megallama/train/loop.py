@@ -42,7 +42,7 @@ from megallama.train.lr_schedule import next_rate
 from megallama.train.out_of_memory import memory_explained
 from megallama.train.plan_check import check_plan
 from megallama.train.record import locked, recorded
-from megallama.train.rewind import rewound, write_skip
+from megallama.train.rewind import begins_anew, rewound, write_skip
 from megallama.train.run import (
     Ending,
     Finished,
@@ -143,8 +143,8 @@ def loop(run: Run, state: TrainState) -> Ending:
     while ending is None and state.step < run.last_step(state):
         if batch != (batch := batch_at(run.config, state.samples)):
             timer = StepTimer()  # what steps take is of this batch from here on
-        if run.spikes is not None and state.samples in state.stages:
-            run.spikes.remember((), ())  # other data have another loss
+        if run.spikes is not None and begins_anew(run, state, batch):
+            run.spikes.remember((), ())
         run.watchdog.now(f"step of {batch} sequences")
         lr = next_rate(run.config, state.seen)
         with timer, recorded_layers(run, state.step + 1):
@@ -153,28 +153,29 @@ def loop(run: Run, state: TrainState) -> Ending:
             run.saver.prove(state.step)
         state = state.after(batch, applied=result.applied)
         run.reached.step = state.step
-        healthy = result.applied or any(result.vetoed)  # a spike that is kept out leaves nothing behind
+        healthy = state.skipped == 0
         if begun.step > 0:
             check_loaded(run, begun.step, state.step - begun.step, state.skipped, loss)
         if not result.applied:
             write_skip(run, state, batch, loss, result)
-        if state.skipped >= run.config.train.max_skipped:
-            if (back := rewound(run, state)) is not None:
-                (run, state), timer = back, StepTimer()
-                begun, batches = state, prefetched(run.data.train, state.samples)
-                continue
-            diagnose(run, state, inputs)
         check_plan(with_batch(run.config, batch), run.mesh, run.metrics, state.step, timer)
         report_saves(run)
         hopeless = run.saver.failures >= run.config.checkpoint.max_failures
         decision = run.requests.agree(saving=run.saver.busy, give_up=hopeless)
         if decision.lost is not None:
             return abandon(run, state, decision.lost)
+        if state.skipped >= run.config.train.max_skipped:
+            if (back := rewound(run, state)) is not None:
+                (run, state), timer = back, StepTimer()
+                begun, batches = state, prefetched(run.data.train, state.samples)
+                continue
+            diagnose(run, state, inputs)
         last = state.step >= run.last_step(state)
         ending = None if last else ending_after(run, state, decision)
         if due(run.config.health.compare_every, state.step) and (differing := differing_copies(run, state)):
             healthy = False
-            ending = Ending("failed", f"{differing}; {way_back(run.dir, state.step)}")
+            agreed = state.step - run.config.health.compare_every  # what was saved since may have what differs
+            ending = Ending("failed", f"{differing}; {way_back(run.dir, agreed + 1)}")
         evaluate_now, save_now, log_now = (due(n, state.step) or last for n in every)
         if log_now or ending is not None:
             write_train_event(run, state, batch, loss, result.grad_norm, lr, timer.take())
@@ -250,8 +251,10 @@ def train_step(run: Run, batches: list[MicroBatch], lr: float) -> tuple[Tensor, 
     # Where no label counts, the loss is 0 and so is the gradient.
     scale = run.mesh.data.size / count_labels(batches, run.mesh).clamp(min=1)
     loss = run.engine.forward_backward(on_device(batches, run.mesh.device), scale)
-    veto = None if run.spikes is None else partial(run.spikes.judge, mean_loss(loss, run.mesh))
-    return loss, run.engine.step(lr, veto)
+    if run.spikes is None:
+        return loss, run.engine.step(lr)
+    judge = partial(run.spikes.judge, mean_loss(loss, run.mesh))
+    return loss, run.engine.step(lr, lambda norm: judge(largest(norm, run.mesh)))
 
 
 def mean_loss(loss: Tensor, mesh: ParallelMesh) -> Tensor:
@@ -260,6 +263,14 @@ def mean_loss(loss: Tensor, mesh: ParallelMesh) -> Tensor:
     if mesh.world.size > 1:
         dist.all_reduce(total, group=mesh.world.group)
     return total / (mesh.data.size * mesh.tp.size)  # the ranks of tp all have it
+
+
+def largest(norm: Tensor, mesh: ParallelMesh) -> Tensor:
+    """The same bits on every rank: copies of the model compute the norm each for itself, and all must judge alike."""
+    found = norm.clone()
+    if mesh.world.size > 1:
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.world.group)
+    return found
 
 
 def count_labels(batches: list[MicroBatch], mesh: ParallelMesh) -> Tensor:

@@ -3,6 +3,7 @@ section 5.1: back to a checkpoint before the spike, and on with other data)."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,9 @@ from megallama.checkpoint.health import healthy_checkpoints
 from megallama.checkpoint.reading.rollback import return_to
 from megallama.checkpoint.reading.store import damage
 from megallama.checkpoint.state import TrainState, read_saved
+from megallama.errors import SharedError
 from megallama.layout.budget import united
+from megallama.layout.check import check_batching
 from megallama.layout.frozen import frozen_weights
 from megallama.parallel.mesh import sum_losses
 from megallama.parallel.plain import from_first
@@ -58,6 +61,15 @@ def places(run: Run, state: TrainState, samples: int) -> tuple[int, int]:
     return place(state.samples - samples), place(state.samples - 1) + 1
 
 
+def begins_anew(run: Run, state: TrainState, batch: int) -> bool:
+    """Whether the next step, of `batch` sequences, has another batch than the last, or another stage of a mixture.
+
+    Its loss and norm have another level then.
+    """
+    last, now = (run.data.train.place(max(0, sample)) for sample in (state.samples - state.last_batch, state.samples))
+    return batch != state.last_batch or bisect_right(state.stages, last) != bisect_right(state.stages, now)
+
+
 def rewound(run: Run, state: TrainState) -> tuple[Run, TrainState] | None:
     """Where the run goes on after going back before its skipped steps, whose samples it passes over from now on.
 
@@ -71,22 +83,41 @@ def rewound(run: Run, state: TrainState) -> tuple[Run, TrainState] | None:
     path = checkpoint_before(run, state.step - state.skipped)
     if path is None:
         return None
-    undone = return_to(path).set_aside if run.mesh.rank == 0 else {}
+    undone = undo_newer(run, path)
     out = places(run, state, state.skipped_samples)
     back = replace(
         continued(run, path),
         rewinds=state.rewinds + 1,
         passed_over=united([*state.passed_over, out]),
     )
+    check_batching(run.config, run.mesh.world.size, back.seen)  # of an earlier stage of train.batch_ramp
     facts = {"samples": back.samples, "path": str(path), "passed_over": list(out), "set_aside": undone}
     run.metrics.write("rewind", step=back.step, **facts)
     return replace(run, data=run.data.begun_at(back.stages, back.passed_over)), back
 
 
+def undo_newer(run: Run, path: Path) -> dict[str, str]:
+    """Set newer checkpoints than `path` aside, on rank 0; UserError on all ranks where it cannot."""
+    said: dict[str, dict[str, str]] = {}
+    if run.mesh.rank == 0:
+        try:
+            said = {"undone": return_to(path).set_aside}
+        except OSError as error:
+            why = f"{error.filename} cannot be renamed ({error.strerror}); see who owns {path.parent}"
+            said = {"refusal": {"": why}}
+    said = from_first(said, run.mesh.world.group, run.mesh.device)
+    if "refusal" in said:
+        raise SharedError(said["refusal"][""])
+    return said["undone"]
+
+
 def checkpoint_before(run: Run, step: int) -> Path | None:
-    """The newest healthy and sound checkpoint of at most `step` steps that trained the same weights; alike on all."""
+    """The newest healthy and sound checkpoint from before `step` that trained the same weights; alike on all ranks.
+
+    That of `step` itself may be of the update that has ruined them.
+    """
     mesh, frozen = run.mesh, frozen_weights(run.config.model, run.config.train.freeze)
-    found = [str(path) for path in healthy_checkpoints(run.dir / "checkpoints") if step_of(path) <= step]
+    found = [str(path) for path in healthy_checkpoints(run.dir / "checkpoints") if step_of(path) < step]
     for path in map(Path, from_first(found, mesh.world.group, mesh.device)):
         # Moments of what was frozen then are not in it.
         if not damage(path, mesh) and read_saved(path).frozen == frozen:

@@ -68,9 +68,11 @@ def continued(run: Run, path: Path) -> TrainState:
     """Where the run stands that goes on from the checkpoint `path`, which is loaded; every rank must call it."""
     state = load(path, run.engine, run.model)
     state = replace(state, first_batch=schedule_batch(run.config, state.seen))
-    state = in_sequences(run, state, read_saved(path).data.sequence_length)
+    saved = read_saved(path)
+    state = in_sequences(run, state, saved.data.sequence_length)
     if run.spikes is not None:
-        run.spikes.remember(state.losses, state.norms)
+        same = saved.frozen == frozen_weights(run.config.model, run.config.train.freeze)  # else norms are of others
+        run.spikes.remember(*((state.losses, state.norms) if same else ((), ())))
     return replace(state, stages=stage_samples(run.config, state.seen))
 
 

@@ -98,6 +98,7 @@ def shrink(
             # A rate at which a few steps go somewhere, and a clip that every step meets.
             "optimizer": config.optimizer.model_dump() | {"lr": 1e-3, "clip": 0.5},
             "schedule": {"kind": "constant"},
+            "health": {"spike_deviations": None},  # layouts that differ must not be told apart by what they skip
             "evaluation": {"samples": global_batch_size},
             "checkpoint": {"every": 1, "keep": steps + 1, "resume": "never"},
         }

@@ -35,7 +35,10 @@ LATER_KEYS = {
     "objective",
     "layout.context",
     "layout.context_mode",
-    *(f"state.{key}" for key in ("skipped", "skipped_samples", "rewinds", "passed_over", "losses", "norms")),
+    *(
+        f"state.{key}"
+        for key in ("last_batch", "skipped", "skipped_samples", "rewinds", "passed_over", "losses", "norms")
+    ),
 }
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoint-format.md"
 

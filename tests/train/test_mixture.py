@@ -181,3 +181,39 @@ def test_other_samples_are_read_through_a_mixture(objective: list[str], folder: 
         assert pretrain(ranks, run) == [(0, "")] * ranks
         found.append(losses(tmp_path / str(ranks)))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_what_is_passed_over_at_the_begin_of_a_stage_is_not_read_again(folder: Path, tmp_path: Path) -> None:
+    more = ["train.steps=12", "train.max_skipped=2", "checkpoint.every=2", "checkpoint.keep=9"]
+    run = arguments("unused", tmp_path / "run", "data.path=null", "train.global_batch_size=8", *more)
+    later = (6, {"code": 0.5, "maths": 0.5})
+    assert pretrain(1, [*run, stages(folder, FIRST, later)], plant=sevens_from_48_to_64) == [(0, "")]
+    assert [skip["of_data"] for skip in events(tmp_path / "run", "skip")] == [[48, 56], [56, 64]]
+    (rewind,) = events(tmp_path / "run", "rewind")
+    assert (rewind["step"], rewind["passed_over"]) == (4, [48, 64])
+    state = read_saved(tmp_path / "run" / "checkpoints" / "step_00000012").state
+    assert (state.samples, state.updates, state.stages, state.passed_over) == (96, 12, (0, 48), ((48, 64),))
+
+
+def sevens_from_48_to_64() -> None:
+    """These samples, in the order of the data, are sevens, whose gradients are not finite."""
+    import megallama.data.mixture
+    import megallama.train.loop
+
+    mixture: Any = megallama.data.mixture.Mixture
+    train: Any = megallama.train.loop
+    sample, train_step = mixture.sample, train.train_step
+
+    def read(self: Any, number: int) -> Any:
+        found = sample(self, number)
+        return found * 0 + 7 if 48 <= number < 64 else found
+
+    def step(run: Any, batches: Any, lr: float) -> Any:
+        if not all((batch.tokens == 7).all() for batch in batches):
+            return train_step(run, batches, lr)
+        handle = next(iter(run.model.parameters())).register_hook(lambda gradient: gradient * float("nan"))
+        result = train_step(run, batches, lr)
+        handle.remove()
+        return result
+
+    mixture.sample, train.train_step = read, step

@@ -172,3 +172,50 @@ def second_step_stands_out(hashes: Path) -> None:
         return judge(self, loss, norm) | torch.tensor([False, len(seen) == 2])
 
     train.train_step, spikes.judge = watched, judged
+
+
+def test_saves_amid_skipped_steps_replace_none_of_before(byte_dataset: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start = words(byte_dataset, run, "checkpoint.every=1", "checkpoint.keep=1", "train.max_skipped=3")
+    assert pretrain(1, start, plant=partial(spoiled, BAD)) == [(0, "")]
+    (rewind,) = events(run, "rewind")
+    assert (rewind["step"], rewind["passed_over"]) == (33, [136, 148])
+    assert final_loss(run) < 1.5
+
+
+def test_a_rewind_goes_back_behind_the_update_that_ruined_the_weights(byte_dataset: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert pretrain(1, words(byte_dataset, run, "checkpoint.keep=1"), plant=ruined_at_35) == [(0, "")]
+    assert [skip["step"] for skip in events(run, "skip")] == [36, 37]
+    assert [rewind["step"] for rewind in events(run, "rewind")] == [30]
+    assert final_loss(run) < 1.5
+
+
+def ruined_at_35() -> None:
+    """The update of the 35th step makes all weights twelve times as large, once."""
+    import megallama.train.loop
+
+    train: Any = megallama.train.loop
+    original, seen = train.train_step, list[int]()
+
+    def ruin(run: Any, *rest: Any) -> Any:
+        result = original(run, *rest)
+        seen.append(1)
+        if len(seen) == 35:
+            for fragment in run.engine.fragments():
+                fragment.master.mul_(12)
+            run.engine.state_was_loaded(35)
+        return result
+
+    train.train_step = ruin
+
+
+def test_weights_that_are_thawed_have_norms_of_their_own(byte_dataset: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    frozen = 'train.freeze=["model.embed_tokens.weight", "model.layers.0.*", "lm_head.weight"]'
+    more = ["train.steps=30", "health.spike_deviations=6", "checkpoint.every=0"]
+    assert pretrain(1, words(byte_dataset, run, *more, frozen, "train.stop_after=20")) == [(0, "")]
+    assert pretrain(1, words(byte_dataset, run, *more)) == [(0, "")]
+    norms = [event["grad_norm"] for event in events(run, "train")]
+    assert min(norms[20:23]) > 1.5 * max(norms[15:20])
+    assert events(run, "skip") == []
