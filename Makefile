@@ -14,7 +14,7 @@ quickstart: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --hostfile=/dev/null --num_gpus=1 launch/pretrain.py --config configs/quickstart.yaml
 	@echo "--- the model writes:"
 	@$(BIN)/megallama generate $(RUN) --prompt "def main(" --max-tokens 96
-	@$(BIN)/megallama report $(RUN) --force
+	@$(BIN)/megallama report $(RUN)
 	@echo "--- the run is in $(RUN); continue it with: megallama generate $(RUN) --prompt '...'"
 
 test: .venv/installed-dev

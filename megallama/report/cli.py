@@ -16,17 +16,21 @@ BUCKETS = 1000
 """Parts of a curve of one run, about as many as a plot has pixels across."""
 
 
+_HEAD_BYTES = 2000
+"""Of a page, in which it says who made it."""
+
+
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN ...]", help="Run directories, drawn together.")],
     output: Annotated[
         Path | None,
         typer.Option(help="Folder for report.html and report.png, or an .html file. Default: the first RUN."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write over a report that exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write over files that are no report.")] = False,
 ) -> None:
     """Draw the losses, speed, memory and history of runs into one HTML file, which opens anywhere, and one PNG.
 
-    Example: megallama report runs/quickstart --force
+    Example: megallama report runs/quickstart
     """
     # matplotlib takes half a second to import, which other commands need not wait for.
     from megallama.report.differences import differences
@@ -63,11 +67,21 @@ def _targets(output: Path, *, force: bool) -> tuple[Path, Path]:
     else:
         raise UserError(f"--output={output} is neither a folder that exists nor an .html file; make it, or name a file")
     targets = page, page.with_suffix(".png")
+    force = force or _is_report(page)
     for path in targets:
         check_printable("--output", str(path))
         if os.path.lexists(path) and not force:
             raise UserError(f"{path} exists; write over it with --force, or give another --output")
     return targets
+
+
+def _is_report(page: Path) -> bool:
+    """Whether this command has made the file, and with it the picture beside it: a newer one takes their place."""
+    try:
+        with page.open("rb") as file:
+            return b'<meta name="generator" content="megallama report">' in file.read(_HEAD_BYTES)
+    except OSError:
+        return False
 
 
 def _write(contents: dict[Path, bytes]) -> None:

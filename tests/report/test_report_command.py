@@ -218,16 +218,20 @@ def test_bad_input_is_a_sentence(words: list[str], sentence: str, tmp_path: Path
     assert (tmp_path / "old.html").read_text() == (tmp_path / "pic.png").read_text() == "old"
 
 
-def test_force_writes_over_a_report(tmp_path: Path) -> None:
+def test_a_newer_report_takes_the_place_of_an_older_one_and_of_nothing_else_unless_forced(tmp_path: Path) -> None:
     run = plain_run(tmp_path / "run", 3)
     report(run)
-    with pytest.raises(UserError, match=r"report\.html exists; write over it with --force, or give another --output$"):
-        report(run)
     first = (run / "report.html").read_text()
     with (run / METRICS).open("a") as file:
         file.write('{"event": "rewind", "step": 3}\n')
+    report(run)
+    second = (run / "report.html").read_text()
+    assert second != first
+    (run / "report.html").write_text("mine")
+    with pytest.raises(UserError, match=r"report\.html exists; write over it with --force, or give another --output$"):
+        report(run)
     report(run, "--force")
-    assert (run / "report.html").read_text() != first
+    assert (run / "report.html").read_text() == second
 
 
 def test_a_full_disk_leaves_no_half_report(tmp_path: Path) -> None:
