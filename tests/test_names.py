@@ -87,10 +87,10 @@ def test_no_word_of_a_start_reaches_the_terminal_as_it_stands(override: str, tmp
     assert_shows(said.rstrip("\n"), "megallama: ")
 
 
-def test_a_notice_of_a_run_does_not_act_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_notice_of_a_run_does_not_act_on_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     for terminal in (PlainLines(), LivePanel(0)):
         terminal.write({"event": "notice", "text": "continues \x1b[2J[bold]here"})
-        assert capsys.readouterr().out == "continues \\x1b[2J[bold]here\n"
+        assert capfd.readouterr().out == "continues \\x1b[2J[bold]here\n"
 
 
 def test_a_hostile_side_file_does_not_act_on_the_terminal(byte_dataset: str, tmp_path: Path) -> None:
