@@ -3,7 +3,7 @@
 With it, a step judges its loss and norm (`health.spike_deviations`) and writes a `train` event to metrics.jsonl and to
 a log. The pairs take turns in who is first. One process or several on the CPU, or one GPU each; random ids, no dataset.
 
-Example: OMP_NUM_THREADS=1 python benchmarks/monitoring.py configs/quickstart.yaml --ranks 2 --pairs 40
+Example: OMP_NUM_THREADS=1 python benchmarks/monitoring.py configs/quickstart.yaml train.micro_batch_size=4 --ranks 2
 """
 
 from __future__ import annotations
@@ -83,12 +83,13 @@ def measure(launch: Launch, config: RunConfig, folder: Path, pairs: int) -> list
 
 def main(
     config: Annotated[Path, typer.Argument(help="Of the model and the batch.")] = Path("configs/quickstart.yaml"),
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE ...")] = None,
     ranks: Annotated[int, typer.Option(help="Data-parallel processes.", min=1)] = 1,
     pairs: Annotated[int, typer.Option(help="Pairs of steps.", min=1)] = 40,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print the median difference of a pair as a share of a step without monitoring."""
-    run = load_config(config, ["data.path=none"])
+    run = load_config(config, [*(overrides or ()), "data.path=none", "train.steps=1000000"])
     with tempfile.TemporaryDirectory() as folder:
         found = run_ranks(measure, ranks, run, Path(folder), pairs, timeout=3600.0)[0]
     step = median(without for without, _ in found)
