@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megallama.errors import printable
 from megallama.report.axes import Axes, Position
-from megallama.run_dir.events import Event
+from megallama.run_dir.events import RETURNS, Event
 
 MARKS = {
     "resume": "restart",
@@ -18,7 +18,7 @@ MARKS = {
     "checkpoint_failed": "failed save",
 }
 """Events that are marks, and what a report calls them."""
-RETURNED = ("resume", "rollback", "rewind")
+RETURNED = tuple(kind for kind in RETURNS if kind in MARKS)
 """Marks of a run that begins again at their step: none undoes another."""
 MOST_MARKS = 500
 """Of a kind; of more, neighbours are drawn as one."""

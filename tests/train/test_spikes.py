@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_what_is_remembered_goes_on_where_it_was() -> None:
 class NoReads(TorchDispatchMode):
     """Refuses what a host waits for."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert "local_scalar_dense" not in str(func), func
         return func(*args, **(kwargs or {}))
 

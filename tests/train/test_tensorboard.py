@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -49,4 +50,5 @@ def test_without_its_package_nothing_is_written(byte_dataset: str, tmp_path: Pat
 
 
 def hide_tensorboard() -> None:
-    sys.modules["tensorboard"] = None  # type: ignore[assignment]
+    modules: dict[str, Any] = sys.modules
+    modules["tensorboard"] = None
