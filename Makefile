@@ -6,7 +6,7 @@ RUN := runs/quickstart
 # At a time: one waits for its processes to start while the other computes. What is timed runs alone.
 TWO_FILES := --numprocesses 2 --dist loadfile
 
-.PHONY: quickstart test test-layouts test-benchmarks test-peers test-faults test-slurm test-mutants check format clean
+.PHONY: quickstart bench test test-layouts test-benchmarks test-peers test-faults test-slurm test-mutants check format clean
 
 quickstart: .venv/installed
 	$(BIN)/megallama tokenizer train stdlib --output data/quickstart/tokenizer --vocab-size 4096
@@ -16,6 +16,9 @@ quickstart: .venv/installed
 	@$(BIN)/megallama generate $(RUN) --prompt "def main(" --max-tokens 96
 	@$(BIN)/megallama report $(RUN)
 	@echo "--- the run is in $(RUN); continue it with: megallama generate $(RUN) --prompt '...'"
+
+bench: .venv/installed-dev .venv/peers/installed
+	$(BIN)/python benchmarks/bench.py --json runs/bench.json
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest $(TWO_FILES)
@@ -62,6 +65,10 @@ $(BIN)/python:
 .venv/installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ .venv/installed
+
+# Beside the environment, which the versions that they ask for would change.
+.venv/peers/installed: benchmarks/peers.sh | $(BIN)/python
+	bash benchmarks/peers.sh .venv/peers
 
 .venv/chromium/installed: tests/report/install.sh | $(BIN)/python
 	bash tests/report/install.sh .venv/chromium

@@ -1,9 +1,8 @@
-"""Three ways to bring the bf16 gradients of a pipeline into fp32 sums: how far each is from fp32, and what it holds.
+"""Two ways to bring the bf16 gradients of a pipeline into fp32 sums: how far each is from fp32, and what it holds.
 
 - `hand-over`, what training does: hooks add each gradient to its sum as soon as autograd has it, and each stage hands
   over what the weights' part of a split backward wrote past the hooks.
 - `hand-over at the end`: the same, but what went past the hooks stays in `grad`, in bf16, until the step.
-- `grad_dtype`: `grad` itself is fp32, and is added to DeepSpeed's sums once, before the step.
 
 Every way computes the same micro-batches from the same weights, on the CPU; the reference is the run in fp32.
 
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.data.loader import MicroBatch
-from megallama.errors import UserError
+from megallama.errors import UserError, refusing
 from megallama.layout.check import check_config
 from megallama.layout.topology import Topology
 from megallama.model.stages import ModelStages
@@ -38,8 +37,8 @@ from megallama.parallel.mesh import ParallelMesh, build_mesh
 from megallama.parallel.spawn import run_ranks
 from megallama.train.pipeline import Pipeline
 
-Way = Literal["fp32", "hand-over", "hand-over at the end", "grad_dtype"]
-WAYS: tuple[Way, ...] = ("hand-over", "hand-over at the end", "grad_dtype")
+Way = Literal["fp32", "hand-over", "hand-over at the end"]
+WAYS: tuple[Way, ...] = ("hand-over", "hand-over at the end")
 
 
 @dataclass(frozen=True)
@@ -56,17 +55,11 @@ def measure(launch: Launch, config: RunConfig, way: Way) -> Found:
     """One step's gradients of this rank."""
     device = torch.device("cpu")
     launch.prepare(device)
-    import megallama.train.engine
     from megallama.train.run import (
         build_model,
         draw_weights,
     )  # brings deepspeed with it, which looks for a device: after `prepare`
 
-    if way == "grad_dtype":
-        plain = megallama.train.run.deepspeed_config
-        megallama.train.run.deepspeed_config = lambda config, dp: (
-            plain(config, dp) | {"bf16": {"enabled": True, "immediate_grad_update": False}}
-        )
     batching = check_config(config, launch.world_size)
     count = batching.gradient_accumulation_steps
     mesh = build_mesh(Topology(dp=batching.dp_size, **config.parallel.sizes), launch, device)
@@ -75,22 +68,21 @@ def measure(launch: Launch, config: RunConfig, way: Way) -> Found:
     if way == "fp32":
         for parameter in model.parameters():  # the reference differs by its arithmetic, not by its weights
             parameter.data.copy_(parameter.data.bfloat16())
-    if way == "grad_dtype":
-        for parameter in model.parameters():
-            parameter.grad_dtype = torch.float32
     most = [0]
 
     def take(parameters: Iterable[nn.Parameter]) -> None:
         most.append(bytes_held(engine, model))
-        if way == "hand-over":
-            engine._take_gradients(parameters)
+        if way != "hand-over at the end":
+            engine._zero.take(parameters)
 
     assert isinstance(engine._passes, Pipeline)
     batches = micro_batches(config, count, mesh)
     for stage in engine._passes._schedule(count, batches[0].tokens.shape)._stages:
         stage._take = take
     engine.forward_backward(batches, torch.ones(()))
-    return Found(sums(engine, model, way), max(*most, bytes_held(engine, model)))
+    held = max(*most, bytes_held(engine, model))
+    engine._zero.take(model.parameters())
+    return Found(sums(engine, model), held)
 
 
 def micro_batches(config: RunConfig, count: int, mesh: ParallelMesh) -> list[MicroBatch]:
@@ -102,27 +94,15 @@ def micro_batches(config: RunConfig, count: int, mesh: ParallelMesh) -> list[Mic
 
 
 def bytes_held(engine: Any, model: ModelStages) -> int:
-    """Of everything that holds gradients now, in a bf16 run; in fp32 of `grad` alone."""
+    """Of everything that holds gradients now."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    return sum(t.numel() * t.element_size() for t in [*grads, *getattr(engine._zero, "fp32_groups_gradients_flat", [])])
+    return sum(tensor.nbytes for tensor in [*grads, *(group.sums for group in engine._zero._groups)])
 
 
-def sums(engine: Any, model: ModelStages, way: Way) -> dict[str, Tensor]:
-    """The fp32 gradient by parameter, when everything has been brought where the optimizer looks."""
-    parameters = dict(model.named_parameters())
-    if way == "fp32":
-        return {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
-    zero = engine._zero
-    if way == "grad_dtype":
-        zero.update_hp_grads(clear_lp_grads=True)
-    else:
-        engine._take_gradients(model.parameters())
-    names = {parameter: name for name, parameter in parameters.items()}
-    found = {
-        names[parameter]: zero.fp32_groups_gradients[group][index].view(parameter.shape).clone()
-        for group, members in enumerate(zero.bf16_groups)
-        for index, parameter in enumerate(members)
-    }
+def sums(engine: Any, model: ModelStages) -> dict[str, Tensor]:
+    """The fp32 gradient by parameter."""
+    places = engine._zero._sums._places
+    found = {name: places[parameter][1].clone() for name, parameter in model.named_parameters()}
     dist.barrier()
     return found
 
@@ -169,8 +149,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with refusing():
         typer.run(main)
-    except UserError as error:
-        print(f"megallama: {error}", file=sys.stderr)
-        sys.exit(2)

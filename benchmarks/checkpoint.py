@@ -1,12 +1,15 @@
-"""Save and load one checkpoint of a config: megallama's, `torch.save` of the same content, and DeepSpeed's own.
+"""Save and load one checkpoint of a config: megallama's, three of torch's, and DeepSpeed's own.
 
 Random weights and moments, no dataset. The contenders take turns in the same processes, each alone on the disk: it
 saves into an empty folder, what it left unwritten is flushed, the state in memory is set to zero, it loads, and the
 state must be what was saved, to the bit. Then its files are removed.
 
-Not all of them reach the disk before they return. megallama waits for its writing process, which syncs every file.
-torch.save syncs nothing, so the benchmark syncs its file, inside its time. DeepSpeed syncs nothing and is left as it
-is: what it still owes the disk is timed apart, as "unwritten". Loads come from the page cache for all.
+Training may go on after the "stall". megallama and torch's asynchronous Distributed Checkpoint have copied the state by
+then, and processes of theirs write it; the others have saved. "save" is the time until that is done.
+
+Not all is on the disk by then. megallama and the Distributed Checkpoints sync every file. torch.save syncs nothing, so
+the benchmark syncs its file, inside its time. DeepSpeed syncs nothing and is left as it is: what it still owes the disk
+is timed apart, as "unwritten". Loads come from the page cache for all.
 
 Example: python benchmarks/checkpoint.py configs/110m.yaml train.device=cpu --ranks 2 --rounds 3
 """
@@ -30,20 +33,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
+from contenders.checkpoints import Contender, chunks, contenders, state_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megallama.checkpoint.format import folder_name
-from megallama.checkpoint.logical import logical_state
-from megallama.checkpoint.reading.store import load
-from megallama.checkpoint.state import DataIdentity, TrainState, state_document
 from megallama.checkpoint.tensors import is_weight
-from megallama.checkpoint.writing.commit import Retention
-from megallama.checkpoint.writing.saver import Saver
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
-from megallama.errors import UserError
+from megallama.errors import UserError, refusing
 from megallama.layout.check import check_config
 from megallama.layout.counts import count_parameters
 from megallama.layout.topology import Topology
@@ -53,7 +51,7 @@ from megallama.parallel.mesh import ParallelMesh, build_mesh, pick_device
 from megallama.parallel.spawn import run_ranks
 
 if TYPE_CHECKING:
-    from megallama.train.engine import Engine, Fragment
+    from megallama.train.engine import Engine
 
 BYTES_PER_PARAMETER = 12.1
 """Most that a checkpoint of fp32 weights and two moments may take, where the model is not small."""
@@ -63,22 +61,16 @@ DISK_BYTES_PER_PARAMETER = 20
 """Free disk asked for. There is one checkpoint at a time; DeepSpeed's is the largest, 16 in fp32."""
 RANK_TIMEOUT = 3600.0
 """Seconds after which silent ranks are given up."""
-STATE = TrainState(step=1, samples=1, updates=1)
-
-
-@dataclass(frozen=True)
-class Contender:
-    """Saves the engine's state into an empty folder that exists, and loads it from there; every rank calls both."""
-
-    save: Callable[[Path], object]
-    load: Callable[[Path], object]
 
 
 @dataclass(frozen=True)
 class Turn:
     """What one save and one load took."""
 
+    stall_seconds: float
+    """Until the save let training go on."""
     save_seconds: float
+    """Until it had ended."""
     unwritten_seconds: float
     """To bring to the disk what the save had left in the page cache."""
     load_seconds: float
@@ -90,6 +82,19 @@ def measure(
     launch: Launch, config: RunConfig, device: torch.device, folder: Path, rounds: int
 ) -> dict[str, list[Turn]]:
     """The turns of every contender, as one rank of the job sees them."""
+    engine, model, mesh = build(launch, config, device)
+    found = contenders(engine, model, mesh, folder)
+    turns: dict[str, list[Turn]] = {name: [] for name in found}
+    for number in range(rounds):
+        # Back and forth: a disk that slows down steadily favours no one.
+        for name in list(found) if number % 2 == 0 else list(reversed(found)):
+            turns[name].append(take_turn(found[name], name, engine, model, mesh, folder / name))
+    dist.destroy_process_group()
+    return turns
+
+
+def build(launch: Launch, config: RunConfig, device: torch.device) -> tuple[Engine, ModelStages, ParallelMesh]:
+    """This rank's part of a run that has a state to save."""
     launch.prepare(device)
     from megallama.train.run import (
         build_model,
@@ -101,51 +106,7 @@ def measure(
     model, engine = build_model(config, mesh)
     draw_weights(config, model, engine)
     fill_moments(engine, model)
-    found = contenders(engine, model, mesh, folder)
-    turns: dict[str, list[Turn]] = {name: [] for name in found}
-    for number in range(rounds):
-        # Back and forth: a disk that slows down steadily favours no one.
-        for name in list(found) if number % 2 == 0 else list(reversed(found)):
-            turns[name].append(take_turn(found[name], name, engine, model, mesh, folder / name))
-    dist.destroy_process_group()
-    return turns
-
-
-def contenders(engine: Engine, model: ModelStages, mesh: ParallelMesh, folder: Path) -> dict[str, Contender]:
-    """By name, the one that the others are compared with first."""
-
-    def save_file(folder: Path) -> None:
-        state = {fragment.parameter: state_of(fragment) for fragment in engine.fragments()}
-        with (folder / f"rank{mesh.rank}.pt").open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def load_file(folder: Path) -> None:
-        state = torch.load(folder / f"rank{mesh.rank}.pt", weights_only=True, map_location="cpu")
-        for fragment in engine.fragments():
-            for name, tensor in state_of(fragment).items():
-                tensor.copy_(state[fragment.parameter][name])
-        engine.state_was_loaded(STATE.updates)
-
-    # As a run does: its memory lies there from the start.
-    saver = Saver(folder / "megallama", engine, model, mesh, Retention(keep=1))
-
-    def save_ours(_: Path) -> None:
-        saver.save(STATE.step, state_document(STATE, 0.0, True, DataIdentity("", 0), model.config, {}))
-        saver.wait()
-
-    def load_ours(folder: Path) -> None:
-        load(folder / folder_name(STATE.step), engine, model)
-
-    deepspeed = engine._engine
-    return {
-        "torch.save": Contender(save_file, load_file),
-        "megallama": Contender(save_ours, load_ours),
-        "deepspeed": Contender(
-            lambda folder: deepspeed.save_checkpoint(str(folder)), lambda folder: deepspeed.load_checkpoint(str(folder))
-        ),
-    }
+    return engine, model, mesh
 
 
 def take_turn(
@@ -155,19 +116,19 @@ def take_turn(
     if mesh.rank == 0:
         folder.mkdir()
     expected = checksums(engine, model)
-    save_seconds = timed(lambda: contender.save(folder), mesh)
+    contender.prepare()
+    stall_seconds = timed(lambda: contender.save(folder), mesh)
+    save_seconds = stall_seconds + timed(contender.wait, mesh)
     unwritten_seconds = timed(lambda: flush(folder) if mesh.rank == 0 else None, mesh)
     size = sum(path.stat().st_size for path in files(folder))
-    for fragment in engine.fragments():
-        for tensor in state_of(fragment).values():
-            tensor.zero_()
+    forget(engine)
     load_seconds = timed(lambda: contender.load(folder), mesh)
     if checksums(engine, model) != expected:
         raise RuntimeError(f"{name} loaded something else than it had saved")
     dist.barrier(mesh.world.group)
     if mesh.rank == 0:
         shutil.rmtree(folder)
-    return Turn(save_seconds, unwritten_seconds, load_seconds, size)
+    return Turn(stall_seconds, save_seconds, unwritten_seconds, load_seconds, size)
 
 
 def timed(function: Callable[[], object], mesh: ParallelMesh) -> float:
@@ -186,18 +147,6 @@ def meet(mesh: ParallelMesh) -> None:
     dist.barrier(mesh.world.group)
 
 
-def state_of(fragment: Fragment) -> dict[str, Tensor]:
-    """By reference."""
-    return {"master": fragment.master, **fragment.moments}
-
-
-def chunks(engine: Engine, model: ModelStages) -> Iterator[tuple[str, Tensor]]:
-    """This rank's state by reference, named by place: without the padding of vocabularies, which no one need keep."""
-    for name, tensor in logical_state(engine.fragments(), model.shard_slices).items():
-        for offset, chunk in tensor.chunks.items():
-            yield f"{name} {tuple(offset)}", chunk
-
-
 def fill_moments(engine: Engine, model: ModelStages) -> None:
     """Give the moments values that no file system can compress, the same wherever a rank holds the same chunk."""
     for place, chunk in chunks(engine, model):
@@ -206,11 +155,21 @@ def fill_moments(engine: Engine, model: ModelStages) -> None:
             chunk.uniform_()
 
 
+def forget(engine: Engine) -> None:
+    """Set all state to zero."""
+    for fragment in engine.fragments():
+        for tensor in state_of(fragment).values():
+            tensor.zero_()
+
+
 def checksums(engine: Engine, model: ModelStages) -> dict[str, int]:
-    """Of the bits, in their order, of every chunk of this rank's state."""
-    return {
-        place: zlib.crc32(chunk.contiguous().cpu().view(torch.uint8).numpy()) for place, chunk in chunks(engine, model)
-    }
+    """Of every chunk of this rank's state."""
+    return {place: checksum(chunk) for place, chunk in chunks(engine, model)}
+
+
+def checksum(chunk: Tensor) -> int:
+    """Of the bits, in their order."""
+    return zlib.crc32(chunk.contiguous().cpu().view(torch.uint8).numpy().data)
 
 
 def flush(folder: Path) -> None:
@@ -253,11 +212,13 @@ def numbers(mine: Sequence[Turn], reference: Sequence[Turn], parameters: int) ->
     return {
         "bytes": size,
         "bytes_per_parameter": size / parameters,
+        "stall_seconds": median(turn.stall_seconds for turn in mine),
         "save_seconds": median(turn.save_seconds for turn in mine),
         "unwritten_seconds": median(turn.unwritten_seconds for turn in mine),
         "load_seconds": median(turn.load_seconds for turn in mine),
         "save_ratio": median(a.save_seconds / b.save_seconds for a, b in pairs),
         "load_ratio": median(a.load_seconds / b.load_seconds for a, b in pairs),
+        "stall_rounds": [turn.stall_seconds for turn in mine],
         "save_rounds": [turn.save_seconds for turn in mine],
         "load_rounds": [turn.load_seconds for turn in mine],
     }
@@ -271,20 +232,28 @@ def print_report(report: dict[str, Any]) -> None:
         title=f"{report['config']}: {report['parameters']:,} parameters, {report['dtype']}, ranks: {report['ranks']}, "
         f"tensor {report['tensor']}, pipeline {report['pipeline']}, ZeRO {report['zero_stage']}"
     )
-    columns = ("contender", "MiB", "bytes/parameter", "save s", "unwritten s", "load s", "save ratio", "load ratio")
-    for column in columns:
+    seconds = ("stall", "save", "unwritten", "load")
+    for column in (
+        "contender",
+        "MiB",
+        "bytes/parameter",
+        *(f"{what} s" for what in seconds),
+        "save ratio",
+        "load ratio",
+    ):
         table.add_column(column, justify="left" if column == "contender" else "right")
     for name, found in report["contenders"].items():
         table.add_row(
             name,
             f"{found['bytes'] / 2**20:,.1f}",
             f"{found['bytes_per_parameter']:.3f}",
-            *(f"{found[key]:.2f}" for key in ("save_seconds", "unwritten_seconds", "load_seconds")),
+            *(f"{found[key]:.2f}" for key in (f"{what}_seconds" for what in seconds)),
             *(f"{found[key]:.2f}" for key in ("save_ratio", "load_ratio")),
         )
     console.print(table)
     lines = [
-        "ratios are to torch.save, whose file is synced; unwritten: what a sync takes after the save has returned",
+        "ratios are to torch.save, whose file is synced; stall: until training may go on",
+        "unwritten: what a sync takes after the save has ended",
         "loads come from the page cache; what was loaded is what was saved, to the bit",
         f"{report['device']}, torch {report['torch']}; medians of {report['rounds']} rounds",
     ]
@@ -320,7 +289,7 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="Where to write. Default: the system's temporary folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Time saving and loading a checkpoint: megallama, `torch.save` of the same content, and DeepSpeed.
+    """Time saving and loading a checkpoint: megallama, `torch.save` and torch's Distributed Checkpoint, and DeepSpeed.
 
     Exit code 1 if megallama's takes more than 12.1 bytes per parameter, for 100M parameters or more.
     Example: python benchmarks/checkpoint.py configs/110m.yaml train.micro_batch_size=1 --rounds 3
@@ -345,8 +314,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with refusing():
         typer.run(main)
-    except UserError as error:
-        print(f"megallama: {error}", file=sys.stderr)
-        sys.exit(2)

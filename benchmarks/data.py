@@ -44,7 +44,7 @@ from rich.table import Table
 from megallama.corpus.building.build import build_dataset
 from megallama.corpus.reading.blocks import Reading, read_blocks
 from megallama.data.indexed import token_dtype
-from megallama.errors import UserError
+from megallama.errors import UserError, refusing
 from megallama.text.hf_tokenizer import save_hugging_face
 from megallama.text.tokenizer import TiktokenTokenizer, Tokenizer, load_tokenizer
 
@@ -294,8 +294,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with refusing():
         typer.run(main)
-    except UserError as error:
-        print(f"megallama: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from contenders import random_batches
+from contenders.steps import random_batches
 from gpu_kernels import synchronize
 from rich.console import Console
 from rich.table import Table
@@ -54,8 +54,8 @@ def measure(config: RunConfig, lengths: Lengths, steps: int) -> dict[str, list[f
     device = pick_device(config.train.device, 0)
     Launch().prepare(device)
     from megallama.run_dir.metrics import Metrics
-    from megallama.train.loop import train_step  # brings deepspeed, which looks for a device: after `prepare`
     from megallama.train.run import Run, build_model, draw_weights
+    from megallama.train.step import train_step  # brings deepspeed, which looks for a device: after `prepare`
 
     check_config(config, 1)
     mesh = build_mesh(Topology(), Launch(), device)

@@ -17,9 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
-from megallama.layout.counts import LOGITS_AT_ONCE
-from megallama.model.attention import causal_attention
-from megallama.parallel.cross_entropy import linear_cross_entropy
+from megallama.layout.counts import logits_at_once
+from megallama.model.attention import causal_attention, heads_first
+from megallama.parallel.cross_entropy import compiled_kernels, linear_cross_entropy
 from megallama.parallel.mesh import ALONE, pick_device
 from megallama.plan.memory.activations import Tensors, tensors
 
@@ -47,7 +47,7 @@ def seconds(work: Callable[[], object], device: torch.device, times: int = 10) -
 
 def ceilings(of: Tensors, config: RunConfig, device: torch.device, draw: Draw) -> list[str]:
     """Rates of the matmuls of a layer and of the head, forward and for both gradients, and of copies of fp32."""
-    head = max(1, LOGITS_AT_ONCE // of.rows)
+    head = max(1, logits_at_once(of.element) // of.rows)
     matmuls = {
         "qkv": (of.positions, of.hidden, of.qkv),
         "o": (of.positions, of.query, of.hidden),
@@ -72,12 +72,12 @@ def matmul(rows: int, inputs: int, outputs: int, device: torch.device, draw: Dra
 def attention(of: Tensors, config: RunConfig, device: torch.device, draw: Draw) -> list[str]:
     """Attention as the model calls it: the kernel that torch takes, its time, and the time of each that it may take."""
     size, batch = config.model.head_size, config.train.micro_batch_size
-    projected = draw(batch, of.sequence, of.qkv).requires_grad_()
+    projected = draw(of.sequence, batch, of.qkv).requires_grad_()
     widths = [of.query, of.key, of.key]
 
     def both() -> None:
-        q, k, v = (part.unflatten(-1, (-1, size)).transpose(1, 2) for part in projected.split(widths, -1))
-        out = causal_attention(q, k, v)
+        q, k, v = (heads_first(part.unflatten(-1, (-1, size))) for part in projected.split(widths, -1))
+        out = causal_attention(q, k, v.contiguous())
         out.backward(out.detach())
         projected.grad = None
 
@@ -107,6 +107,9 @@ def head(of: Tensors, config: RunConfig, device: torch.device, draw: Draw) -> li
     labels = torch.randint(vocabulary, (of.positions,), device=device)
     rivals: dict[str, Callable[[], Tensor]] = {
         "megallama": lambda: linear_cross_entropy(hidden, weight, labels, 0, vocabulary, ALONE),
+        "megallama, compiled": lambda: linear_cross_entropy(
+            hidden, weight, labels, 0, vocabulary, ALONE, kernels=compiled_kernels()
+        ),
         "F.cross_entropy": lambda: F.cross_entropy((hidden @ weight.t()).float(), labels, reduction="sum"),
     }
     found, losses = [], []

@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from contenders import Step, bare_step, random_batches, transformers_llama, transformers_loss
+from contenders.steps import Step, bare_step, random_batches, transformers_llama, transformers_loss
 from gpu_kernels import synchronize
 from torch import Tensor
 from torch.autograd import DeviceType
@@ -56,7 +56,7 @@ PROFILED = 2
 
 
 def build(name: str, config: RunConfig, device: torch.device) -> Step:
-    """The step of a contender, as `contenders.build` makes it but for where its weights are drawn."""
+    """The step of a contender, as `contenders.steps.build` makes it but for where its weights are drawn."""
     kind, _, suffix = name.partition("-")
     config = config.model_copy(update={"train": config.train.model_copy(update={"compile": suffix == "compile"})})
     if kind == "engine":
@@ -68,17 +68,16 @@ def build(name: str, config: RunConfig, device: torch.device) -> Step:
         reference = transformers_llama(model, config) if kind == "transformers" else None
     if reference is not None:
         return bare_step(reference, transformers_loss(reference), config, device)
-    if config.train.compile:
-        for layer in model.layers.values():
-            layer.compile()
+    if config.train.compile is True:
+        model.compile_parts(layers=True)
     return bare_step(model, model, config, device)
 
 
 def engine_step(config: RunConfig, device: torch.device) -> Step:
     """megallama's own training step, in a world of one process."""
     from megallama.run_dir.metrics import Metrics
-    from megallama.train.loop import train_step  # brings deepspeed, which looks for a device: after `prepare`
     from megallama.train.run import Run, build_model
+    from megallama.train.step import train_step  # brings deepspeed, which looks for a device: after `prepare`
 
     mesh = build_mesh(Topology(), Launch(), device)
     model, engine = build_model(config, mesh)
@@ -88,7 +87,7 @@ def engine_step(config: RunConfig, device: torch.device) -> Step:
     none: Any = None  # a step is given its batches, and saves and heeds nothing
     run = Run(config, mesh, model, engine, none, Metrics([]), none, none, none, none, Peak(1.0, "not used"), None)
     batches = random_batches(config)
-    return lambda: train_step(run, next(batches), config.optimizer.lr)[0]
+    return lambda: train_step(run, next(batches), config.optimizer.lr).loss
 
 
 @torch.no_grad()

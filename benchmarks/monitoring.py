@@ -1,7 +1,8 @@
 """Time what a run pays for watching itself: steps with the default monitoring beside steps without, by turns.
 
-With it, a step judges its loss and norm (`health.spike_deviations`) and writes a `train` event to metrics.jsonl and to
-a log. The pairs take turns in who is first. One process or several on the CPU, or one GPU each; random ids, no dataset.
+With it, a step times what it does on every rank, judges its loss and norm (`health.spike_deviations`) and writes a
+`train` event to metrics.jsonl and to a log. The pairs take turns in who is first. One process or several on the CPU, or
+one GPU each; random ids, no dataset.
 
 Example: OMP_NUM_THREADS=1 python benchmarks/monitoring.py configs/quickstart.yaml train.micro_batch_size=4 --ranks 2
 """
@@ -12,7 +13,7 @@ import json
 import os
 import tempfile
 import time
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -20,7 +21,7 @@ from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
-from contenders import random_batches
+from contenders.steps import random_batches
 from gpu_kernels import synchronize
 
 from megallama.checkpoint.state import TrainState
@@ -29,6 +30,7 @@ from megallama.config.schema import RunConfig
 from megallama.hardware.measure import Peak
 from megallama.layout.check import check_config
 from megallama.layout.topology import Topology
+from megallama.parallel.clock import Clock, Marks
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh, pick_device
 from megallama.parallel.spawn import run_ranks
@@ -36,16 +38,33 @@ from megallama.parallel.spawn import run_ranks
 WARMUP = 3
 
 
+class SwitchedClock(Clock):
+    """A clock that can be without effect."""
+
+    on = True
+
+    def span(self, name: str, *, whole: bool = False) -> AbstractContextManager[None]:
+        return super().span(name, whole=whole) if self.on else nullcontext()
+
+    def take(self) -> Marks:
+        return super().take() if self.on else []
+
+
 def measure(launch: Launch, config: RunConfig, folder: Path, pairs: int) -> list[tuple[float, float]]:
     """Seconds of a step without monitoring and of one with it, of each pair, on this rank."""
     device = pick_device(config.train.device, launch.local_rank)
     launch.prepare(device)
     from megallama.run_dir.metrics import Metrics, open_metrics
-    from megallama.train.loop import train_step  # brings deepspeed, which looks for a device: after `prepare`
-    from megallama.train.run import Run, build_model, build_spikes, draw_weights, write_train_event
+    from megallama.train.run import Run, build_model, build_spikes, draw_weights  # bring deepspeed: after `prepare`
+    from megallama.train.step import train_step
+    from megallama.train.step_timer import StepTimer
+    from megallama.train.stragglers import Stragglers
+    from megallama.train.train_event import write_train_event
 
-    check_config(config, launch.world_size)
-    mesh = build_mesh(Topology(dp=launch.world_size), launch, device)
+    copies = check_config(config, launch.world_size).dp_size
+    mesh = build_mesh(Topology(dp=copies, **config.parallel.sizes), launch, device)
+    clock: Any = mesh.clock
+    clock.__class__ = SwitchedClock
     model, engine = build_model(config, mesh)
     draw_weights(config, model, engine, launch.processors)
     peak = Peak(1e12, "not used")
@@ -56,15 +75,20 @@ def measure(launch: Launch, config: RunConfig, folder: Path, pairs: int) -> list
     watched = replace(bare, metrics=metrics, spikes=build_spikes(config, mesh))
     batches, state, batch = random_batches(config), TrainState(), config.train.global_batch_size
 
+    timer = StepTimer(Stragglers([0] * launch.world_size))
+
     def seconds(run: Run) -> float:
         nonlocal state
-        micro_batches = next(batches)[: batch // (config.train.micro_batch_size * launch.world_size)]
+        clock.on = run is watched
+        micro_batches = next(batches)[: batch // (config.train.micro_batch_size * copies)]
         synchronize(device)
         began = time.perf_counter()
-        loss, result = train_step(run, micro_batches, config.optimizer.lr)
-        state = state.after(batch, applied=result.applied)
+        with timer:
+            step = train_step(run, micro_batches, config.optimizer.lr)
+        state = state.after(batch, applied=step.applied)
         if run is watched:
-            write_train_event(run, state, batch, loss, result.grad_norm, config.optimizer.lr, 1.0)
+            timer.all_ranks(step.seconds)
+            write_train_event(run, state, batch, step, config.optimizer.lr, timer)
         synchronize(device)
         return time.perf_counter() - began
 
@@ -84,7 +108,7 @@ def measure(launch: Launch, config: RunConfig, folder: Path, pairs: int) -> list
 def main(
     config: Annotated[Path, typer.Argument(help="Of the model and the batch.")] = Path("configs/quickstart.yaml"),
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE ...")] = None,
-    ranks: Annotated[int, typer.Option(help="Data-parallel processes.", min=1)] = 1,
+    ranks: Annotated[int, typer.Option(help="Processes; what `parallel` leaves is data-parallel.", min=1)] = 1,
     pairs: Annotated[int, typer.Option(help="Pairs of steps.", min=1)] = 40,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megallama.corpus.building.build import build_dataset
-from megallama.errors import UserError
+from megallama.errors import refusing
 from megallama.hardware.gpus import Gpu, load_hardware
 from megallama.layout.counts import count_parameters
 from megallama.plan.calibrate import LEAST_EVENTS, MeasuredRun, calibrate, read_run
@@ -168,8 +168,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with refusing():
         typer.run(main)
-    except UserError as error:
-        print(f"megallama: {error}", file=sys.stderr)
-        sys.exit(2)

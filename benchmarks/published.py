@@ -27,6 +27,8 @@ from megallama.plan.time.software import find_software, known_software, machine
 from megallama.plan.time.step_time import step_time
 
 FEWEST_RUNS = 3
+GROWN = ("megatron-2024",)
+"""Software of which the runs are of a model that grows with the GPUs."""
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "configs" / "7b.yaml"
 """Every key of it that a step time depends on is given anew."""
@@ -37,6 +39,7 @@ class PublishedRun:
     """One run as its source prints it, with what is assumed where the source is silent."""
 
     name: str
+    model: str
     gpu: Gpu
     gpus: int
     software: str
@@ -71,6 +74,12 @@ class PublishedRun:
         return self.config.tokens_per_step / step_time(self.config, self.gpus, on).total / self.gpus
 
     @property
+    def seconds(self) -> tuple[float, float]:
+        """Of a step: as published, and as predicted."""
+        tokens = self.config.tokens_per_step / self.gpus
+        return tokens / self.measured, tokens / self.predicted
+
+    @property
     def error(self) -> float:
         """Of the predicted step time, as a share of the measured one; above 0 where it predicts too slow a run."""
         return self.measured / self.predicted - 1
@@ -103,6 +112,7 @@ def _run(
     words = " ".join([tree["base"], tree["models"][row["model"]], row["words"]])
     return PublishedRun(
         name=row["run"],
+        model=row["model"],
         gpu=hardware[source["gpu"]],
         gpus=row["gpus"],
         software=source["software"],
@@ -143,6 +153,35 @@ def table(runs: Sequence[PublishedRun]) -> str:
     return "\n".join(lines)
 
 
+def growing(runs: Sequence[PublishedRun]) -> list[list[PublishedRun]]:
+    """Runs that differ in the number of GPUs, by that number: of one model at one sequence length, or of GROWN."""
+    found: dict[tuple[object, ...], list[PublishedRun]] = {}
+    for run in runs:
+        same = () if run.software in GROWN else (run.model, run.config.parallel.tensor, run.config.train.compile)
+        found.setdefault((run.gpu.key, run.software, run.config.data.sequence_length, *same), []).append(run)
+    families = [sorted(family, key=lambda run: run.gpus) for family in found.values()]
+    return [family for family in families if len({run.gpus for run in family}) > 1]
+
+
+def growth_table(families: Sequence[Sequence[PublishedRun]]) -> str:
+    """Step times against the number of GPUs, as Markdown."""
+    lines = [
+        "| run | software | GPUs | step, published s | predicted s | per GPU, of the fewest: published | predicted |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for family in families:
+        first = family[0]
+        for run in family:
+            published, predicted = run.seconds
+            same = run.model == first.model
+            shares = (
+                [f"{run.measured / first.measured:.2f}", f"{run.predicted / first.predicted:.2f}"] if same else ["", ""]
+            )
+            cells = [run.name, run.software, f"{run.gpus:,}", f"{published:.3g}", f"{predicted:.3g}", *shares]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def summary(runs: Sequence[PublishedRun]) -> str:
     """How many are near, in a sentence."""
     errors = [abs(run.error) for run in runs]
@@ -158,8 +197,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare published step times with predictions.")
     parser.add_argument("--commands", action="store_true", help="print the command that plans each run")
     parser.add_argument("--fit", action="store_true", help="print the efficiencies fitted to the marked runs")
+    parser.add_argument("--growth", action="store_true", help="print step times against the number of GPUs")
     arguments = parser.parse_args()
     runs = published_runs()
+    if arguments.growth:
+        print(growth_table(growing(runs)))
+        return
     if arguments.commands:
         print("\n".join(run.command for run in runs))
         return

@@ -35,7 +35,7 @@ from megallama.checkpoint.writing.saver import Saver, SaveResult
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.data.loader import MicroBatch
-from megallama.errors import UserError
+from megallama.errors import UserError, refusing
 from megallama.layout.check import check_config
 from megallama.layout.counts import count_parameters
 from megallama.layout.topology import Topology
@@ -210,8 +210,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with refusing():
         typer.run(main)
-    except UserError as error:
-        print(f"megallama: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -16,16 +16,17 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated, Any
 
+import contenders.steps
 import torch
 import typer
-from contenders import NAMES
+from contenders.steps import NAMES
+from contenders.worker import Build, ContenderError, Round, Worker
 from rich.console import Console
 from rich.table import Table
-from worker import ContenderError, Round, Worker
 
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
-from megallama.errors import UserError
+from megallama.errors import UserError, refusing
 from megallama.hardware.measure import Peak, device_peak, measured_matmul
 from megallama.layout.check import check_config
 from megallama.layout.counts import count_parameters, flops_per_token
@@ -45,10 +46,12 @@ class Settings:
     steps: int
     """Timed steps of each contender in a round."""
     warmup: int
-    """Untimed steps of each contender before its first round; every later round has one."""
+    """Untimed steps of each contender before its first round."""
     rounds: int
-    apart: bool
+    apart: bool = False
     """Start a contender anew in every round and let it be alone on the device."""
+    again: int = 1
+    """Untimed steps before every later round."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,12 @@ class Score:
 
 
 def measure(
-    names: Sequence[str], config: RunConfig, device: torch.device, settings: Settings, notes: list[str]
+    names: Sequence[str],
+    config: RunConfig,
+    device: torch.device,
+    settings: Settings,
+    notes: list[str],
+    build: Build = contenders.steps.build,
 ) -> dict[str, Score]:
     """Every contender that could be run; `notes` gets a line for each that could not."""
     workers: dict[str, Worker] = {}
@@ -88,10 +96,11 @@ def measure(
             for name in list(rounds) if number % 2 == 0 else list(reversed(rounds)):
                 try:
                     if name not in workers:
-                        workers[name] = Worker(name, config, device)
+                        workers[name] = Worker(build, name, config, device)
                         before[name] = workers[name].memory_before_bytes
                     fresh = settings.apart or number == 0
-                    rounds[name].append(workers[name].run(settings.warmup if fresh else 1, settings.steps))
+                    warmup = settings.warmup if fresh else settings.again
+                    rounds[name].append(workers[name].run(warmup, settings.steps))
                 except ContenderError as error:
                     notes.append(f"{name} is left out: {error}")
                     del rounds[name]
@@ -224,7 +233,9 @@ def main(
     steps: Annotated[int, typer.Option(help="Timed steps of each contender in a round.", min=2)] = 10,
     warmup: Annotated[int, typer.Option(help="Untimed steps before the first round.", min=1)] = 5,
     rounds: Annotated[int, typer.Option(help="Turns of each contender.", min=3)] = 5,
-    contenders: Annotated[str, typer.Option(help=f"Comma-separated, from {', '.join(NAMES)}.")] = ",".join(NAMES[:3]),
+    chosen: Annotated[str, typer.Option("--contenders", help=f"Comma-separated, from {', '.join(NAMES)}.")] = ",".join(
+        NAMES[:3]
+    ),
     apart: Annotated[bool, typer.Option("--apart", help="Keep only one contender on the device at a time.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -233,7 +244,7 @@ def main(
     Ratios are relative to the first contender. Exit code 1 if a contender fails or losses differ.
     Example: python benchmarks/step.py configs/110m.yaml train.global_batch_size=16 --steps 20
     """
-    names = list(dict.fromkeys(contenders.split(",")))
+    names = list(dict.fromkeys(chosen.split(",")))
     for name in names:
         if name not in NAMES:
             raise UserError(f"--contenders: {name} is none of {', '.join(NAMES)}")
@@ -255,8 +266,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with refusing():
         typer.run(main)
-    except UserError as error:
-        print(f"megallama: {error}", file=sys.stderr)
-        sys.exit(2)

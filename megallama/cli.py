@@ -15,7 +15,7 @@ import typer
 from megallama.checkpoint.commands.cli import checkpoint_app
 from megallama.cluster.cli import launch
 from megallama.corpus.cli import data_app, tokenizer_app
-from megallama.errors import UserError, refuse_hidden
+from megallama.errors import UserError, refuse_hidden, refusing
 from megallama.evaluation.cli import evaluate
 from megallama.exchange.cli import export_command, import_command
 from megallama.generation.cli import chat, generate, serve
@@ -173,11 +173,9 @@ def _names(words: Sequence[str]) -> list[str]:
 def main() -> None:
     """Run a command; a user's mistake ends in one sentence and exit code 2, a Ctrl-C in one and 130, SIGTERM in 143."""
     try:
-        refuse_hidden(_names(sys.argv[1:]))
-        app()
-    except UserError as error:
-        print(f"megallama: {error}", file=sys.stderr)
-        sys.exit(2)
+        with refusing():
+            refuse_hidden(_names(sys.argv[1:]))
+            app()
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -48,6 +49,16 @@ def alike() -> Iterator[None]:
         raise
     except UserError as error:
         raise SharedError(str(error)) from None
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """End the process where the block raises a UserError: its sentence on stderr, and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"megallama: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 class UnreachableError(UserError):

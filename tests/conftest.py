@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+# Before torch is imported, and for all that is started: of two files at a time, each with a thread for every processor,
+# threads wait for each other in every small kernel. Some tests would take twenty times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from megallama.corpus.building.build import build_dataset
 from megallama.data.indexed import IndexedWriter, token_dtype

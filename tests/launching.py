@@ -6,9 +6,11 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
@@ -16,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from megallama.errors import UserError
@@ -32,6 +35,11 @@ NO_NETWORK = {
     **{name: "http://127.0.0.1:9" for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY")},
     **{name: "" for name in ("NO_PROXY", "no_proxy")},
 }
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None or not Path(sysconfig.get_path("include"), "Python.h").is_file(),
+    reason="torch.compile needs a C++ compiler, g++ or what CXX names, and the headers of Python",
+)
 
 Plant = Callable[[], None]
 
@@ -85,6 +93,7 @@ def clean_environment(home: Path, **variables: str) -> dict[str, str]:
         "HOME": str(home),
         "LANG": "C.UTF-8",
         "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",  # as in conftest.py
         "TORCH_EXTENSIONS_DIR": str(home / "torch-extensions"),
         **variables,
     }

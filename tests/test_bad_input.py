@@ -269,7 +269,7 @@ def cut(path: Path, size: int) -> None:
 
 def write_ranks(path: Path, count: int) -> None:
     """A tiktoken rank file: the single bytes, and pairs of letters."""
-    from megallama.text.tokenizer import rank_lines
+    from megallama.text.rank_file import rank_lines
 
     pairs = (bytes([a, b]) for a in range(97, 123) for b in range(97, 123))
     tokens = [bytes([byte]) for byte in range(256)] + [next(pairs) for _ in range(count - 256)]

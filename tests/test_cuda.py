@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from megallama.model.attention import _attend
 from megallama.verify.compare import read_tensors
 from tests.launching import PRETRAIN, arguments, events, execute
+from tests.train.test_average import DECAY, EXPONENTIAL, LATEST, assert_exponential, assert_latest
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,6 +69,17 @@ def test_losses_are_those_of_a_cpu(byte_dataset: str, tmp_path: Path, dtype: str
     cuda = train(byte_dataset, tmp_path / "cuda", tmp_path / "b", *more, "train.device=cuda")
     assert len(cuda) == 8
     assert cuda == pytest.approx(cpu, rel=tolerance)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_averages_are_those_of_a_plain_loop(byte_dataset: str, tmp_path: Path, stage: int) -> None:
+    """Also that of checkpoints, which lies on the host."""
+    there = [f"zero.stage={stage}", "train.device=cuda", "train.dtype=bf16", "train.steps=6", "evaluation.every=2"]
+    there += ["checkpoint.every=1", "checkpoint.keep=8"]
+    train(byte_dataset, tmp_path / "exponential", tmp_path / "a", *there, *EXPONENTIAL)
+    assert_exponential(tmp_path / "exponential", DECAY)
+    train(byte_dataset, tmp_path / "latest", tmp_path / "b", *there, *LATEST)
+    assert_latest(tmp_path / "latest")
 
 
 @DTYPES
@@ -136,20 +149,33 @@ def test_two_gpus_have_the_losses_of_one(byte_dataset: str, tmp_path: Path, layo
     assert two == pytest.approx(one, rel=1e-3)
 
 
-def test_a_model_that_does_not_fit_ends_in_one_sentence(byte_dataset: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("history", [False, True])
+def test_a_model_that_does_not_fit_ends_in_one_sentence(history: bool, byte_dataset: str, tmp_path: Path) -> None:
     """Its activations do not; a model of such weights would be refused for its checkpoints on a small disk."""
     home = tmp_path / "home"
     home.mkdir()
     batch = ["train.micro_batch_size=4096", "train.global_batch_size=4096"]
+    batch += [f"train.memory_history={str(history).lower()}"]
     words = arguments(byte_dataset, tmp_path / "run", *LARGE, *batch, "train.device=cuda", "train.dtype=bf16")
     done = execute([sys.executable, PRETRAIN, *words], home, timeout=60, CUDA_VISIBLE_DEVICES=VISIBLE)
     assert done.code == 2
     assert len(done.sentences) == 1, done.err
     assert "no memory is left on rank 0" in done.sentences[0]
+    path = tmp_path / "run" / "memory" / "rank_00000.pickle"
+    assert done.sentences[0].endswith(f"; its memory is in {path}")
+    snapshot = pickle.loads(path.read_bytes())
+    assert sum(segment["allocated_size"] for segment in snapshot["segments"]) > 0
+    (recorded, *_) = snapshot["device_traces"]
+    assert any(event["action"] == "oom" for event in recorded) == history
+    assert any("llama.py" in frame["filename"] for event in recorded for frame in event.get("frames", ())) == history
 
 
-def test_a_run_with_deterministic_kernels_is_continued_to_the_bit(byte_dataset: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["none", "cpu"])
+def test_a_run_with_deterministic_kernels_is_continued_to_the_bit(
+    where: str, byte_dataset: str, tmp_path: Path
+) -> None:
     more = ["train.device=cuda", "train.dtype=bf16", "train.deterministic=true", "train.steps=8", "checkpoint.every=4"]
+    more.append(f"zero.offload_optimizer={where}")
     train(byte_dataset, tmp_path / "whole", tmp_path / "a", *more)
     train(byte_dataset, tmp_path / "parts", tmp_path / "b", *more, "train.stop_after=4")
     train(byte_dataset, tmp_path / "parts", tmp_path / "c", *more)

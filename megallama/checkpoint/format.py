@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import stat
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from megallama.errors import UserError
+from megallama.system.on_disk import write_on_disk
 from megallama.system.regular_file import open_regular, read_regular
 
 FORMAT = 1
@@ -38,7 +38,7 @@ LARGEST_STATE = 1 << 20
 _LARGEST_MANIFEST = 1 << 27
 """Bytes: a million files."""
 _PIECE = 1 << 24
-"""Bytes read or written at once."""
+"""Bytes read at once."""
 
 
 class TornCheckpointError(Exception):
@@ -223,26 +223,9 @@ def write_json(path: Path, value: object) -> File:
     return write_bytes(path, json.dumps(value).encode())
 
 
-def write_bytes(path: Path, content: bytes | memoryview) -> File:
-    """Write a new file in pieces, reach the disk before returning, and say what was written."""
-    view, digest = memoryview(content), hashlib.sha256()
-    with path.open("wb", buffering=0) as file:
-        for start in range(0, len(view), _PIECE):
-            piece = view[start : start + _PIECE]
-            digest.update(piece)
-            while piece:
-                piece = piece[file.write(piece) :]
-        os.fsync(file.fileno())
-    return File(len(view), digest.hexdigest())
-
-
-def sync_folder(path: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def write_bytes(path: Path, content: bytes) -> File:
+    """Write a new file, reach the disk before returning, and say what was written."""
+    return File(len(content), write_on_disk(path, content))
 
 
 def _hash_of(content: Any) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from megallama.checkpoint.tensors import moment_name
+from megallama.checkpoint.tensors import average_name, moment_name
 from megallama.parallel.shards import ShardSlice, boxes
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class LogicalTensor(torch.Tensor):
 
 
 def logical_state(fragments: Iterable[Fragment], held: Mapping[str, Sequence[ShardSlice]]) -> dict[str, LogicalTensor]:
-    """Master weights and moments of this rank, by logical name; chunks are views, not copies.
+    """Master weights, moments and averages of this rank, by logical name; chunks are views, not copies.
 
     Those of frozen weights have the type of training; what reads and writes them casts.
     """
@@ -81,4 +81,6 @@ def logical_state(fragments: Iterable[Fragment], held: Mapping[str, Sequence[Sha
                 add(piece.name, piece, offset, fragment.master[here].view(size))
                 for moment, flat_moment in fragment.moments.items():
                     add(moment_name(moment, piece.name), piece, offset, flat_moment[here].view(size))
+                if fragment.average is not None:
+                    add(average_name(piece.name), piece, offset, fragment.average[here].view(size))
     return state

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,8 +20,10 @@ from megallama.checkpoint.format import (
     malformed,
     read_manifest,
 )
-from megallama.config.schema import ModelConfig, Objective
-from megallama.config.values import MOST_REWINDS, MOST_SEQUENCES, MOST_WINDOW, Name, Patterns
+from megallama.checkpoint.tensors import average_name
+from megallama.config.schema import ModelConfig
+from megallama.config.train_keys import Objective
+from megallama.config.values import MOST_AVERAGED, MOST_REWINDS, MOST_SEQUENCES, MOST_WINDOW, Name, Patterns
 from megallama.errors import UserError
 from megallama.layout.budget import NOTHING_SEEN, Seen, place, united
 from megallama.layout.check import check_trained
@@ -137,6 +139,15 @@ class DataIdentity:
     """The stages that have begun, for whoever reads it: the fingerprint covers them."""
 
 
+@dataclass(frozen=True)
+class Averaged:
+    """What the average of the weights in a checkpoint is."""
+
+    kind: Literal["exponential", "latest"]
+    steps: Annotated[tuple[Count, ...], Field(max_length=MOST_AVERAGED)] = ()
+    """latest: of the checkpoints that it is the mean of, the newest first."""
+
+
 class Saved(BaseModel):
     """What a state.json says to whoever goes on from its checkpoint."""
 
@@ -152,6 +163,10 @@ class Saved(BaseModel):
     """What the weights were trained towards; older checkpoints, which do not say, are causal."""
     freeze: Patterns = ()
     """`train.freeze` of the run: what it matches has no moments; where it is empty it is not written."""
+    average: Averaged | None = None
+    """Of the weights that are not frozen; without one it is not written."""
+    z_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """`optimizer.z_loss` of the run, which the norms of its gradients depend on; 0 is not written."""
 
     @property
     def frozen(self) -> frozenset[str]:
@@ -187,19 +202,25 @@ def state_document(
     layout: dict[str, object],
     objective: Objective = "causal",
     freeze: Sequence[str] = (),
+    average: Averaged | None = None,
+    z_loss: float = 0.0,
 ) -> dict[str, object]:
     """What state.json holds: the above, whether the run was going well, the training loss of the step, the layout."""
-    frozen: dict[str, object] = {"freeze": list(freeze)} if freeze else {}
+    extra: dict[str, object] = {"freeze": list(freeze)} if freeze else {}
+    if average is not None:
+        extra["average"] = {key: value for key, value in asdict(average).items() if value}
+    extra |= {"z_loss": z_loss} if z_loss else {}
     mixture = set[str]() if data.mixture else {"stages", "mixture"}
+    ignored = {"block"} if model.qk_norm else {"block", "qk_norm"}  # what is trained is a Llama
     return {
         "state": _without(asdict(state), mixture),
         "loss": loss if math.isfinite(loss) else None,  # JSON knows no NaN
         "healthy": healthy,
         "data": _without(asdict(data), mixture),
-        "model": model.model_dump(mode="json", exclude={"block"}),  # what is trained is a Llama
+        "model": _without(model.model_dump(mode="json"), ignored),
         "objective": objective,
         "layout": layout,
-        **frozen,
+        **extra,
     }
 
 
@@ -236,6 +257,9 @@ def read_saved(path: Path) -> Saved:
         raise TornCheckpointError(f"{STATE} says that more samples were passed over than there can be")
     if len(state.losses) != len(state.norms):
         raise TornCheckpointError(f"{STATE} has {len(state.losses)} losses and {len(state.norms)} norms")
+    average = saved.average
+    if average is not None and (average.kind == "latest") != bool(average.steps):
+        raise TornCheckpointError(f"{STATE} has an average of kind {average.kind} of {len(average.steps)} steps")
     tokens = state.samples * (saved.data.sequence_length or 1)  # a run that went on by longer sequences has fewer
     if tokens < state.step or state.samples > state.step * _LARGEST_BATCH:
         raise TornCheckpointError(f"{STATE} says {state.samples} sequences in {state.step} steps")
@@ -249,6 +273,21 @@ def check_causal(path: Path, saved: Saved) -> None:
             f"{path} was trained with train.objective={saved.objective}: it fills in masked tokens and continues no "
             "text; use a checkpoint of a run with train.objective=causal"
         )
+
+
+def name_of_weight(path: Path, saved: Saved, *, average: bool) -> Callable[[str], str]:
+    """Under which name the checkpoint `path`, which says `saved`, has a weight, or its `average`.
+
+    A frozen weight is its own average. UserError where there is none.
+    """
+    if not average:
+        return lambda weight: weight
+    if saved.average is None:
+        raise UserError(
+            f"{path} holds no average of the weights; leave out --average, or train with train.average.kind=exponential"
+        )
+    frozen = saved.frozen
+    return lambda weight: weight if weight in frozen else average_name(weight)
 
 
 def seen_before(config: RunConfig) -> Seen:

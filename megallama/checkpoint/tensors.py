@@ -43,7 +43,7 @@ _LARGEST_TABLE = 1 << 26
 _LEAST_BLOCKS, _BLOCKS_PER_CHUNK = 1 << 24, 1 << 12
 """Limits of the grid that the edges of a tensor's chunks make; some thousand ranks make a thousandth of it."""
 MOMENTS = EXP_AVG, EXP_AVG_SQ
-_OPTIMIZER = "optimizer."
+_OPTIMIZER, _AVERAGE = "optimizer.", "average."
 
 
 def moment_name(moment: str, weight: str) -> str:
@@ -51,9 +51,19 @@ def moment_name(moment: str, weight: str) -> str:
     return f"{_OPTIMIZER}{moment}.{weight}"
 
 
+def average_name(weight: str) -> str:
+    """The name under which the average of the logical tensor `weight` is stored."""
+    return f"{_AVERAGE}{weight}"
+
+
+def is_average(name: str) -> bool:
+    """Whether the tensor stored under `name` is the average of a weight."""
+    return name.startswith(_AVERAGE)
+
+
 def is_weight(name: str) -> bool:
-    """Whether the tensor stored under `name` is a weight, not a moment of one."""
-    return not name.startswith(_OPTIMIZER)
+    """Whether the tensor stored under `name` is a weight, not a moment or the average of one."""
+    return not name.startswith((_OPTIMIZER, _AVERAGE))
 
 
 class Chunk(BaseModel):

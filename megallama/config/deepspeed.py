@@ -22,9 +22,8 @@ def deepspeed_config(config: RunConfig, ranks: int) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.optimizer.clip,
-        # Stage 1 adds each bf16 gradient to its fp32 sum as soon as autograd has it, and drops it: kept until the end
-        # of the backward they would take 2 bytes per parameter, and a pipeline schedule would never hand them over.
-        "bf16": {"enabled": bf16, "immediate_grad_update": bf16 and config.zero.stage == 1},
+        # The norm tells of a gradient that is not finite: another pass over all of them would find no more.
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},
         # The default would accumulate in the type of the model: a silent loss of gradient in bf16.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": config.zero.communication_dtype,
@@ -41,9 +40,14 @@ def deepspeed_config(config: RunConfig, ranks: int) -> dict[str, Any]:
             "contiguous_gradients": config.zero.stage > 1,
             # Only stage 2 can overlap in unmanaged mode; its gain is small and it holds one more bucket.
             "overlap_comm": False,
+            # Pinned memory would be faster, and comes in powers of two: up to twice what is needed.
+            "offload_optimizer": {"device": config.zero.offload_optimizer, "pin_memory": False},
         },
         # torch's own AdamW: DeepSpeed's would be compiled at start.
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
+        # Its clock waits for the device before every forward and after every step.
+        "timers": {"throughput": {"enabled": False}},
     }

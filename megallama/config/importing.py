@@ -26,11 +26,16 @@ _SAME_NAME = (
 )
 # What Hugging Face's Llama can be switched to and megallama's cannot, with the only value taken here.
 _FIXED: tuple[tuple[str, Any], ...] = (
-    ("model_type", "llama"),
     ("hidden_act", "silu"),
     ("attention_bias", False),
     ("mlp_bias", False),
+    ("use_sliding_window", False),
 )
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+"""Hugging Face's names of what a model can be, by `model_type`: qwen3 is a Llama with `qk_norm`."""
+_LEFT_OUT: Tree = {"rms_norm_eps": 1e-6}
+_LEFT_OUT_OF_QWEN3: Tree = {"head_dim": 128, "num_key_value_heads": 32, "max_position_embeddings": 32768}
+"""What transformers takes where a description leaves it out, and our defaults say otherwise."""
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -45,11 +50,24 @@ def model_from_foreign(foreign: object, name: str) -> Tree:
 
 def model_from_hugging_face(foreign: Tree, name: str) -> Tree:
     """From `config.json` as transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) writes it."""
+    kind = foreign.get("model_type", "llama")
+    if kind not in list(ARCHITECTURES):  # a list looks for what has no hash as well
+        raise UserError(
+            f"{name} has model_type={as_typed(kind)}, which is not Llama's; expected model_type=llama, or qwen3"
+        )
     for key, only in _FIXED:
         if foreign.get(key, only) != only:
             found, expected = as_typed(foreign[key]), as_typed(only)
             raise UserError(f"{name} has {key}={found}, which is not Llama's; expected {key}={expected}")
-    model = {key: foreign[key] for key in _SAME_NAME if foreign.get(key) is not None}
+    layers = foreign.get("layer_types")
+    if layers is not None and (not isinstance(layers, list) or set(map(str, layers)) - {"full_attention"}):
+        raise UserError(
+            f"{name} has layer_types={as_typed(layers)}, which is not Llama's; expected full_attention alone"
+        )
+    left_out = _LEFT_OUT | (_LEFT_OUT_OF_QWEN3 if kind == "qwen3" else {})
+    model = {key: value for key, value in left_out.items() if key not in foreign}
+    model |= {"qk_norm": True} if kind == "qwen3" else {}
+    model |= {key: foreign[key] for key in _SAME_NAME if foreign.get(key) is not None}
     rope: Tree = {}
     for key in ("rope_scaling", "rope_parameters"):
         value = foreign.get(key)

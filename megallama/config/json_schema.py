@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from megallama.config import data_keys
+from megallama.config import data_keys, train_keys
 from megallama.config import schema as other_keys
 from megallama.config.schema import RunConfig
 
@@ -34,7 +34,9 @@ def _field_docstrings() -> Iterator[tuple[str, str, str]]:
 
     Pydantic's `use_attribute_docstrings` parses a file once for each class, in every process: a tenth of a plan.
     """
-    nodes = (node for module in (data_keys, other_keys) for node in ast.parse(inspect.getsource(module)).body)
+    nodes = (
+        node for module in (data_keys, train_keys, other_keys) for node in ast.parse(inspect.getsource(module)).body
+    )
     for node in nodes:
         if not isinstance(node, ast.ClassDef):
             continue

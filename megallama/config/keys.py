@@ -88,14 +88,14 @@ def nearest_key(key: str) -> str | None:
 
 
 def _near(key: str) -> list[str]:
-    """Legal keys near `key`: the same leaf elsewhere, or a near leaf beside it, or a near one anywhere."""
+    """Legal keys near `key`: the same leaf elsewhere, at its depth if any is, or a near one beside it or anywhere."""
     key = key.strip("-").replace("-", "_").lower()
     if key in LEGAL_KEYS:
         return [key]
     parent, _, leaf = key.rpartition(".")
     same_leaf = [legal for legal in LEGAL_KEYS if legal.rpartition(".")[2] == leaf]
     if same_leaf:
-        return same_leaf
+        return [legal for legal in same_leaf if legal.count(".") == key.count(".")] or same_leaf
     siblings = {legal.rpartition(".")[2]: legal for legal in LEGAL_KEYS if legal.rpartition(".")[0] == parent}
     close = difflib.get_close_matches(leaf, siblings, n=1)
     if close:
@@ -174,8 +174,6 @@ _KINDS = {
     "float_parsing": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
-    "model_type": "a mapping of keys",
-    "model_attributes_type": "a mapping of keys",
     "dict_type": "a mapping of names to datasets such as {web: data/web}",
 }
 _LISTS = {
@@ -184,6 +182,12 @@ _LISTS = {
     "optimizer.betas": "a list of two numbers such as [0.9, 0.95]",
     "parallel.layers_per_stage": "a list of whole numbers such as [8, 9, 9, 6]",
     "train.batch_ramp": "a list of up to 64 stages such as [{global_batch_size: 64, until: 252M}]",
+    "train.profile.steps": "a list of up to 1000 steps such as [10, 12]",
+    "train.profile.ranks": "a list of 1 to 1000 ranks such as [0, 1]",
+}
+_SECTIONS = {
+    "train.average": "a mapping of keys such as {kind: exponential}",
+    "train.profile": "a mapping of keys such as {steps: [10, 12]}",
 }
 _TEXTS = {"checkpoint.resume": "the path of a checkpoint such as runs/quickstart/checkpoints/step_00000700"}
 _BOUNDS = {
@@ -207,6 +211,8 @@ def _expectation(detail: ErrorDetails) -> str:
         if key.startswith(MIXTURE):
             return "text" if isinstance(detail["input"], str) and "[" in key else _LISTS[MIXTURE]
         return _LISTS.get(key, detail["msg"])
+    if kind in ("model_type", "model_attributes_type"):
+        return _SECTIONS.get(_key_of(detail), "a mapping of keys")
     if kind in ("string_type", "string_pattern_mismatch", "string_too_short"):
         return _TEXTS.get(_key_of(detail), "text")
     return _KINDS.get(kind, detail["msg"])

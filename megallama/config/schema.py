@@ -6,22 +6,18 @@ sections or against a world size live in `layout.check`.
 
 from __future__ import annotations
 
-from itertools import pairwise
-from math import gcd, prod
-from typing import Annotated, Any, Literal, Self
+from math import prod
+from typing import Annotated, Literal
 
 from pydantic import (
-    AfterValidator,
-    BeforeValidator,
     Field,
-    model_validator,
 )
 
 from megallama.config.data_keys import DataConfig
+from megallama.config.train_keys import TrainConfig
 from megallama.config.values import (
     MOST_LAYERS,
     MOST_PIPELINE,
-    MOST_RAMP_STAGES,
     MOST_RANKS,
     MOST_REWINDS,
     MOST_SEQUENCES,
@@ -32,13 +28,9 @@ from megallama.config.values import (
     Decay,
     LayersPerStage,
     Name,
-    Patterns,
     Real,
     Section,
     Sets,
-    Tokens,
-    refused,
-    tuple_from_list,
 )
 
 IGNORE_INDEX = -100
@@ -47,7 +39,6 @@ IGNORE_INDEX = -100
 
 Schedule = Literal["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"]
 ContextMode = Literal["gather", "ulysses"]
-Objective = Literal["causal", "masked"]
 
 
 class RopeScaling(Section):
@@ -92,6 +83,8 @@ class ModelConfig(Section):
     """Scaling of the rotary frequencies; null for none."""
     tie_word_embeddings: bool = False
     """Share the weights of the embedding and the output head."""
+    qk_norm: bool = False
+    """RMSNorm of each head's queries and keys before the rotation, as in Qwen3 (arXiv 2505.09388, 2302.05442)."""
     block: Literal["llama", "gpt"] = "llama"
     """gpt: an MLP of two matrices and no rotary embedding; only for `megallama plan`, to plan published runs."""
     init: Literal["normal", "kaiming_uniform", "xavier_uniform"] = "normal"
@@ -171,113 +164,8 @@ class ZeroConfig(Section):
     """Elements per collective when reducing gradients and gathering parameters; ZeRO 3 gathers twice as many ahead."""
     communication_dtype: Literal["bf16", "fp32"] = "fp32"
     """Type of gradients in the reduction over the ranks of dp * cp; bf16 halves the bytes and rounds the sums."""
-
-
-class RampStage(Section):
-    """A batch that a run has at its beginning, before that of train.global_batch_size."""
-
-    global_batch_size: int = Field(ge=1, le=MOST_SEQUENCES)
-    """Sequences per optimizer step over all ranks."""
-    until: Tokens
-    """Tokens of the run, such as 252M: the first step that begins with as many seen has the next batch."""
-
-
-def _check_ramp(ramp: tuple[RampStage, ...]) -> tuple[RampStage, ...]:
-    for number, (one, after) in enumerate(pairwise(ramp), 1):
-        if after.until <= one.until:
-            raise refused(
-                f"train.batch_ramp[{number}].until={after.until} is not more than the {one.until} of the stage before; "
-                f"nearest legal: train.batch_ramp[{number}].until={one.until + 1}"
-            )
-    return ramp
-
-
-Ramp = Annotated[
-    tuple[RampStage, ...],
-    Field(max_length=MOST_RAMP_STAGES),
-    AfterValidator(_check_ramp),
-    BeforeValidator(tuple_from_list),
-]
-
-
-_LENGTH_SAID = {
-    False: "train.steps={steps} and train.tokens={tokens} both say how long the run is; leave one of them out, or set "
-    "one to null: train.steps=null or train.tokens=null",
-    True: "train.steps=null and train.tokens=null say no length; use train.steps=chinchilla, or train.tokens=300B",
-}
-
-
-class TrainConfig(Section):
-    """Length of the run, batch size, precision and limits."""
-
-    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | Literal["chinchilla"] | None = "chinchilla"
-    """Optimizer steps; `chinchilla` trains on the compute-optimal tokens for this model size; null with tokens."""
-    tokens: Tokens | None = None
-    """Tokens, instead of steps: 3T, 300B, 1.5e9; the run ends with the first step that reaches them."""
-    objective: Objective = "causal"
-    """causal predicts the next token; masked those that are hidden, from both sides (BERT, arXiv 1810.04805)."""
-    mask_probability: Real = Field(default=0.15, gt=0, le=1)
-    """masked: share of the tokens that are predicted; ends of documents are not among them."""
-    stop_after: int | None = Field(default=None, ge=1, le=MOST_STEPS)
-    """Save and end with exit code 0 after this step; the learning rate still spans the whole run."""
-    micro_batch_size: int = Field(default=1, ge=1, le=MOST_SEQUENCES)
-    """Sequences per forward on one data-parallel rank; those of cp share them."""
-    global_batch_size: int = Field(default=1, ge=1, le=MOST_SEQUENCES)
-    """Sequences per optimizer step over all ranks."""
-    batch_ramp: Ramp = ()
-    """Smaller batches at the beginning, as [{global_batch_size: 64, until: 252M}], until so many tokens are seen."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Type of weights and activations; master weights, moments and gradient sums are always fp32."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto uses CUDA if there is a GPU."""
-    seed: int = Field(default=1234, ge=0, lt=2**63)
-    """Seed of initialisation, sample order and masks, the same at every layout."""
-    recompute: Literal["none", "selective", "full", "offload"] = "none"
-    """Activations recomputed in backward: none, the SwiGLU product, whole layers; offload: their inputs on the host."""
-    freeze: Patterns = ()
-    """Weights that stay as they are, by patterns of their Hugging Face names: model.embed_tokens.weight, "*norm*"."""
-    max_minutes: Annotated[Real, Field(gt=0)] | None = None
-    """Save and end as `requeue`, early enough for the save to end this many minutes after the process began."""
-    max_skipped: int = Field(default=100, ge=1, le=MOST_STEPS)
-    """After this many steps in a row without an update the run goes back (health.max_rewinds), or fails."""
-    compile: bool = False
-    """Run each layer through torch.compile; needs a compiler, and zero.stage below 3."""
-    deterministic: bool = False
-    """Use deterministic kernels only: on a GPU, the backward of attention is otherwise not the same in every run."""
-
-    @property
-    def batches(self) -> tuple[int, ...]:
-        """Sequences per optimizer step, of the ramp's stages and of what follows, ever more."""
-        return (*(stage.global_batch_size for stage in self.batch_ramp), self.global_batch_size)
-
-    @property
-    def common_batch(self) -> int:
-        """The largest number of sequences that divides them all."""
-        return gcd(*self.batches)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _tokens_take_the_place_of_the_default(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("tokens") is not None and "steps" not in given:
-            return {**given, "steps": None}
-        return given
-
-    @model_validator(mode="after")
-    def _one_length(self) -> Self:
-        if (self.steps is None) == (self.tokens is None):
-            raise refused(_LENGTH_SAID[self.tokens is None].format(steps=self.steps, tokens=self.tokens))
-        return self
-
-    @model_validator(mode="after")
-    def _batches_grow(self) -> Self:
-        for number, (batch, after) in enumerate(pairwise(self.batches)):
-            if batch >= after:
-                key = f"train.batch_ramp[{number}].global_batch_size={batch}"
-                last = number + 1 == len(self.batch_ramp)
-                then = "train.global_batch_size" if last else f"train.batch_ramp[{number + 1}].global_batch_size"
-                legal = f"nearest legal: {then}={batch + 1}"
-                raise refused(f"{key} is not less than {then}={after}, which follows; {legal}")
-        return self
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """cpu keeps masters and moments on the host and updates there (ZeRO-Offload, arXiv 2101.06840); at stage 1."""
 
 
 class OptimizerConfig(Section):
@@ -293,6 +181,8 @@ class OptimizerConfig(Section):
     """Decoupled weight decay of matrices and embeddings, not of norms."""
     clip: Real = Field(default=1.0, gt=0)
     """Maximum norm of the global gradient."""
+    z_loss: Real = Field(default=0.0, ge=0)
+    """Adds so much of the mean square of log(sum(exp(logits))) to what is minimised (arXiv 2204.02311); often 1e-4."""
 
 
 class ScheduleConfig(Section):

@@ -52,7 +52,7 @@ MOST_LAYERS, MOST_WIDTH, MOST_SEQUENCES, MOST_RANKS, MOST_STEPS = 2_000, 10**7, 
 """Far beyond any run: a number above them is a slip of the hand, and would keep a plan busy for hours."""
 MOST_PIPELINE, MOST_STAGES = 128, 512
 """A plan lays every action of every rank out in time."""
-MOST_PATTERNS, MOST_SOURCES, MOST_RAMP_STAGES = 256, 10_000, 64
+MOST_PATTERNS, MOST_SOURCES, MOST_RAMP_STAGES, MOST_PROFILED, MOST_AVERAGED = 256, 10_000, 64, 1_000, 1_000
 MOST_WINDOW, MOST_REWINDS = 10_000, 1_000
 """A checkpoint has the numbers of a window, and what its run passed over at each rewind."""
 MOST_NAME_BYTES, MOST_PATH_BYTES = 255, 1000
@@ -107,6 +107,16 @@ Sets = Annotated[
     dict[str, Name],
     AfterValidator(_check_set_names),
     Field(json_schema_extra={"propertyNames": {"pattern": f"^{SET_NAME}$"}}),
+]
+Steps = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=MOST_STEPS)], ...],
+    Field(max_length=MOST_PROFILED),
+    BeforeValidator(tuple_from_list),
+]
+Ranks = Annotated[
+    tuple[Annotated[int, Field(ge=0, lt=MOST_RANKS)], ...],
+    Field(min_length=1, max_length=MOST_PROFILED),
+    BeforeValidator(tuple_from_list),
 ]
 CheckpointPath = Annotated[Name, Field(pattern="/|^step_")]
 """Told from a word by its slash, or by the name of its folder."""

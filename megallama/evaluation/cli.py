@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megallama.generation.cli import DEVICE, DTYPE, RUN
+from megallama.generation.cli import AVERAGE, DEVICE, DTYPE, RUN
 
 if TYPE_CHECKING:
     from megallama.evaluation.score import Score
@@ -25,6 +25,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Windows that are computed together.", min=1, max=4096)] = 8,
     device: Annotated[str, DEVICE] = "auto",
     dtype: Annotated[str, DTYPE] = "auto",
+    average: Annotated[bool, AVERAGE] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print the loss, perplexity and bits per byte of a model on text.
@@ -37,7 +38,7 @@ def evaluate(
     from megallama.evaluation.texts import read_texts, some
     from megallama.generation.load import load_here
 
-    with load_here(path, device, dtype) as (loaded, first):
+    with load_here(path, device, dtype, average=average) as (loaded, first):
         settings = settings_for(loaded, window, stride, packed, batch_size)
         texts = read_texts(data, loaded.tokenizer, text_field)
         chosen = some(texts, limit, data)

@@ -46,6 +46,7 @@ class Megallama(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         device: str | None = None,
         dtype: str = "auto",
         batch_size: object = 1,
+        average: object = False,
         **unknown: object,
     ) -> None:
         """What `--model_args` may hold; lm_eval gives its own `--batch_size` and `--device` the same way.
@@ -54,13 +55,16 @@ class Megallama(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         """
         super().__init__()
         if unknown:
-            raise UserError(f"--model_args {next(iter(unknown))}= is not known; use run, device, dtype, batch_size")
+            known = "run, device, dtype, batch_size, average"
+            raise UserError(f"--model_args {next(iter(unknown))}= is not known; use {known}")
         if run is None:
             raise UserError("--model_args names no run; give run=RUN, a run, a checkpoint or a Hugging Face folder")
         if not str(batch_size).isdecimal() or int(str(batch_size)) < 1:
             raise UserError(f"--batch_size {batch_size} is not known; give a number such as 8")
         self.batch_size = int(str(batch_size))
-        self.loaded = load_alone(Path(str(run)), device or "auto", dtype)
+        if str(average).lower() not in ("true", "false"):
+            raise UserError(f"--model_args average={average} is not known; use true or false")
+        self.loaded = load_alone(Path(str(run)), device or "auto", dtype, average=str(average).lower() == "true")
 
     @classmethod
     def create_from_arg_obj(

@@ -13,6 +13,9 @@ def export_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
     form: Annotated[str, typer.Option("--format", help="hf for transformers, or meta.")] = "hf",
     dtype: Annotated[str, typer.Option(help="Type of the numbers: bf16 or fp32.")] = "bf16",
+    average: Annotated[
+        bool, typer.Option("--average", help="The average of the weights that train.average saves.")
+    ] = False,
 ) -> None:
     """Write the newest healthy checkpoint of a run as a model folder of another program.
 
@@ -20,8 +23,8 @@ def export_command(
     """
     from megallama.exchange.outgoing import export
 
-    path = export(source, out, form, dtype)
-    typer.echo(f"exported {path} to {out}")
+    path = export(source, out, form, dtype, average=average)
+    typer.echo(f"exported {'the average in ' if average else ''}{path} to {out}")
 
 
 def import_command(

@@ -9,11 +9,17 @@ from megallama.config.schema import ModelConfig
 from megallama.layout.counts import count_parameters
 
 
-def model_card(name: str, path: Path, document: dict[str, Any], model: ModelConfig, dtype: str, form: str) -> str:
-    """README.md of the export of the run `name`: of its checkpoint at `path`, whose state.json holds `document`."""
+def model_card(
+    name: str, path: Path, document: dict[str, Any], model: ModelConfig, dtype: str, form: str, *, average: bool = False
+) -> str:
+    """README.md of the export of the run `name`: of its checkpoint at `path`, whose state.json holds `document`.
+
+    Losses that it knows are those of the weights, not of their `average`.
+    """
     state, data, layout = document["state"], document["data"], document["layout"]
     length = data.get("sequence_length")
     facts = {
+        **({"weights": _average(document["average"])} if average else {}),
         "parameters": f"{count_parameters(model).total:,}",
         "layers": model.num_hidden_layers,
         "hidden size": model.hidden_size,
@@ -29,12 +35,19 @@ def model_card(name: str, path: Path, document: dict[str, Any], model: ModelConf
         "type of these files": dtype,
     }
     rows = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
-    head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [llama, megallama]\n---\n\n"
+    tag, what = ("qwen3", "Llama with norms of queries and keys") if model.qk_norm else ("llama", "Llama")
+    head = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [{tag}, megallama]\n---\n\n"
     return (
         f"{head if form == 'hf' else ''}# {name}\n\n"
-        f"A Llama, exported by megallama from `{path.name}`.\n\n| | |\n| --- | --- |\n{rows}\n\n"
+        f"A {what}, exported by megallama from `{path.name}`.\n\n| | |\n| --- | --- |\n{rows}\n\n"
         "## Training data\n\nTo be written.\n\n## Intended use and limits\n\nTo be written.\n"
     )
+
+
+def _average(what: dict[str, Any]) -> str:
+    steps = what.get("steps")
+    kind = f"the mean of those after steps {', '.join(map(str, steps))}" if steps else f"their {what['kind']} average"
+    return f"{kind}; the losses below are those of the last weights"
 
 
 def _loss(value: float | None) -> str:

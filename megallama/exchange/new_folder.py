@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megallama.checkpoint.format import sync_folder
 from megallama.errors import UserError, check_printable
 from megallama.system.lock import beside, output_lock
+from megallama.system.on_disk import sync_folder
 from megallama.system.signals import end_in_order
 
 

@@ -18,7 +18,7 @@ from megallama.checkpoint.format import (
     read_manifest,
 )
 from megallama.checkpoint.reading.inspect import promised
-from megallama.checkpoint.state import check_causal, read_saved
+from megallama.checkpoint.state import check_causal, name_of_weight, read_saved
 from megallama.checkpoint.tensors import Stored
 from megallama.config.schema import ModelConfig
 from megallama.errors import UserError
@@ -35,13 +35,17 @@ FORMATS = ("hf", "meta")
 
 
 class CheckpointWeights:
-    """The weights of a checkpoint; `Weights`. Each is looked at when it is read: UserError if it is not finite."""
+    """The weights of a checkpoint, or their `average`; `Weights`.
 
-    def __init__(self, path: Path, report: Callable[[str], None]) -> None:
+    Each is looked at when it is read: UserError if it is not finite.
+    """
+
+    def __init__(self, path: Path, report: Callable[[str], None], *, average: bool = False) -> None:
         self._path, self._report = path, report
         self._stored = _sound(path, report)
         saved = read_saved(path)
         check_causal(path, saved)  # no program's Llama looks at what follows
+        self._stored_name = name_of_weight(path, saved, average=average)
         self.config: ModelConfig = saved.model
         self.model: dict[str, Any] = self.config.model_dump(mode="json")
         self.shapes = llama_shapes(self.config)
@@ -49,17 +53,18 @@ class CheckpointWeights:
     def read(self, name: str) -> Tensor:
         """One weight in fp32, in memory of its own."""
         self._report(f"{self._path.name}: {name}")
-        tensor = torch.from_numpy(self._stored.read(name))
+        tensor = torch.from_numpy(self._stored.read(self._stored_name(name)))
         if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
             raise UserError(f"the checkpoint {self._path} has {name}, which is not finite; use another")
         return tensor
 
 
-def export(source: Path, out: Path, form: str, dtype: str) -> Path:
+def export(source: Path, out: Path, form: str, dtype: str, *, average: bool = False) -> Path:
     """Make the folder `out` from the checkpoint that `source` means, as `checkpoint_at` tells; returns that.
 
     `form` is one of FORMATS, `dtype` of DTYPES. Memory is that of one tensor. UserError if there is no sound
-    checkpoint, `out` exists or cannot be written, or the format cannot hold the model.
+    checkpoint, or none with an `average` where it is wanted, `out` exists or cannot be written, or the format cannot
+    hold the model.
     """
     if form not in FORMATS:
         raise UserError(f"--format {form} is not known; expected {' or '.join(FORMATS)}")
@@ -69,7 +74,7 @@ def export(source: Path, out: Path, form: str, dtype: str) -> Path:
     folder = run_dir / "tokenizer"
     tokenizer = load_tokenizer(str(folder)) if folder.is_dir() else None
     with new_folder(out) as partial, shown() as report:
-        weights = CheckpointWeights(path, report)
+        weights = CheckpointWeights(path, report, average=average)
         eod_id = None if tokenizer is None else tokenizer.eod_id
         if form == "meta":
             write_meta(weights, weights.config, partial, DTYPES[dtype])
@@ -79,7 +84,7 @@ def export(source: Path, out: Path, form: str, dtype: str) -> Path:
             write_hugging_face(weights, weights.config, partial, DTYPES[dtype], eod_id)
             if tokenizer is not None:
                 save_hugging_face(tokenizer, partial)
-        card = model_card(run_dir.name, path, read_document(path), weights.config, dtype, form)
+        card = model_card(run_dir.name, path, read_document(path), weights.config, dtype, form, average=average)
         (partial / "README.md").write_text(card)
     return path
 

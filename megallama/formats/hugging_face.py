@@ -1,6 +1,7 @@
 """The folder of a Hugging Face Llama: `config.json`, and weights in safetensors, or in `.bin` without its code.
 
-Read one tensor at a time, mapped from the files; written one at a time, so that no more than one is in memory.
+That of a Qwen3 where the model has `qk_norm`. Read one tensor at a time, mapped from the files; written one at a time,
+so that no more than one is in memory.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megallama.config.importing import model_from_hugging_face
+from megallama.config.importing import ARCHITECTURES, model_from_hugging_face
 from megallama.config.keys import as_typed
 from megallama.config.load import parse_json, read_text
 from megallama.config.schema import ModelConfig
@@ -47,7 +48,7 @@ class HuggingFace:
         self._folder = folder
         described = _described(folder / CONFIG)
         # What config.json leaves out has transformers' default, of which this one is not ours.
-        self.model: dict[str, Any] = {"rms_norm_eps": 1e-6, **model_from_hugging_face(described, str(folder / CONFIG))}
+        self.model = model_from_hugging_face(described, str(folder / CONFIG))
         config = model_config(self.model, str(folder / CONFIG))
         self._rows = config.vocab_size
         self._files = {name: file for file in _files(folder) for name in file.shapes if "rotary_emb" not in name}
@@ -80,9 +81,10 @@ def _described(path: Path) -> dict[str, Any]:
     described = parse_json(read_text(path), str(path))
     if not isinstance(described, dict):
         raise UserError(f"{path} is no mapping; expected the config.json of a Llama")
-    if described.get("architectures") not in (None, ["LlamaForCausalLM"]):
-        found = as_typed(described["architectures"])
-        raise UserError(f"{path} has architectures={found}; expected LlamaForCausalLM")
+    kind = described.get("model_type", "llama")
+    expected = ARCHITECTURES.get(kind, "LlamaForCausalLM") if isinstance(kind, str) else "LlamaForCausalLM"
+    if described.get("architectures") not in (None, [expected]):
+        raise UserError(f"{path} has architectures={as_typed(described['architectures'])}; expected {expected}")
     if described.get("quantization_config") is not None:
         raise UserError(f"{path} has a quantization_config; give the folder of the model before it was quantized")
     rope = described.get("rope_parameters")
@@ -171,10 +173,10 @@ def write_hugging_face(
     eod_id: int | None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write into `folder` what transformers loads as a LlamaForCausalLM of `config`, a tensor at a time in memory.
+    """Write into `folder` what transformers loads as a model of `config`, a tensor at a time in memory.
 
-    `eod_id` begins and ends documents; None where it is not known. UserError for numbers too large for `dtype`, OSError
-    if the disk is full.
+    It is a LlamaForCausalLM, or with `qk_norm` a Qwen3ForCausalLM. `eod_id` begins and ends documents; None where it is
+    not known. UserError for numbers too large for `dtype`, OSError if the disk is full.
     """
     shards = _shards(weights.shapes, dtype, shard_bytes)
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
@@ -206,9 +208,11 @@ def config_json(config: ModelConfig, dtype: torch.dtype, eod_id: int | None) -> 
         "tie_word_embeddings",
         "initializer_range",
     )
+    kind = "qwen3" if config.qk_norm else "llama"
+    own = {"sliding_window": None, "use_sliding_window": False} if config.qk_norm else {"mlp_bias": False}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
         **{key: getattr(config, key) for key in same},
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_size,
@@ -216,7 +220,7 @@ def config_json(config: ModelConfig, dtype: torch.dtype, eod_id: int | None) -> 
         "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta},
         "hidden_act": "silu",
         "attention_bias": False,
-        "mlp_bias": False,
+        **own,
         "attention_dropout": 0.0,
         "use_cache": True,
         "bos_token_id": eod_id,

@@ -28,6 +28,7 @@ from megallama.formats.weights import llama_shapes, model_config
 LATEST = "latest_checkpointed_iteration.txt"
 _EMBEDDING, _NORM, _HEAD = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"
 _QKV, _O_PROJ = "self_attention.linear_qkv.weight", "self_attention.linear_proj.weight"
+_Q_NORM, _K_NORM = "self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"
 _FC1, _FC2 = "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"
 _OUTSIDE = {"model.embed_tokens.weight": _EMBEDDING, "model.norm.weight": _NORM, "lm_head.weight": _HEAD}
 # Norms have the first name in transformer-engine's layers and the second in Megatron's own; gate and up are in one
@@ -38,6 +39,8 @@ _IN_LAYER = {
     "self_attn.k_proj": (_QKV,),
     "self_attn.v_proj": (_QKV,),
     "self_attn.o_proj": (_O_PROJ,),
+    "self_attn.q_norm": (_Q_NORM,),
+    "self_attn.k_norm": (_K_NORM,),
     "post_attention_layernorm": ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
     "mlp.gate_proj": (_FC1, f"{_FC1}_w"),
     "mlp.up_proj": (_FC1, f"{_FC1}_v"),
@@ -96,7 +99,8 @@ class Megatron:
         """The keys of `model`: from the arguments of Megatron-LM where there are some, from tensors, and as told."""
         args = read_args(self._folder)
         stated = {} if args is None else model_from_args(args, str(self._folder / COMMON))
-        model = {"tie_word_embeddings": _HEAD not in self._weights, **stated, **told}
+        measured = {"tie_word_embeddings": _HEAD not in self._weights, "qk_norm": self._has(_Q_NORM, 0)}
+        model = {**measured, **stated, **told}
         missing = [key for key in _ASKED if model.get(key) is None]
         if missing:
             raise UserError(

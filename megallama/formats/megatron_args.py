@@ -27,7 +27,6 @@ _FIXED: tuple[tuple[str, Any], ...] = (
     ("activation_func_clamp_value", None),
     ("add_bias_linear", False),
     ("add_qkv_bias", False),
-    ("qk_layernorm", False),
     ("qk_l2_norm", False),
     ("multi_latent_attention", False),
     ("attention_output_gate", False),
@@ -91,6 +90,8 @@ def model_from_args(args: dict[str, Any], where: str) -> dict[str, Any]:
     model: dict[str, Any] = {ours: _number(args, theirs, where) for theirs, ours in _NUMBERS if theirs in args}
     if args.get("untie_embeddings_and_output_weights") is not None:
         model["tie_word_embeddings"] = not args["untie_embeddings_and_output_weights"]
+    if isinstance(args.get("qk_layernorm"), bool):
+        model["qk_norm"] = args["qk_layernorm"]
     if args.get("use_rope_scaling"):
         # The other three numbers are constants of Megatron's RotaryEmbedding, and ours.
         model["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0}

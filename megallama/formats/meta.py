@@ -201,6 +201,8 @@ def params_json(config: ModelConfig) -> dict[str, Any]:
         )
     if config.head_size * config.num_attention_heads != config.hidden_size:
         raise UserError(f"params.json knows no model.head_dim={config.head_size}; use --format hf")
+    if config.qk_norm:
+        raise UserError("params.json knows no model.qk_norm; use --format hf")
     return {
         "dim": config.hidden_size,
         "n_layers": config.num_hidden_layers,

@@ -21,6 +21,7 @@ TOP_P = typer.Option(help="Sample from the likeliest tokens up to this probabili
 MIN_P = typer.Option(help="Sample from tokens of at least this part of the likeliest one's probability.", min=0, max=1)
 PENALTY = typer.Option(help="Above 1, tokens that are in the text become less likely.", min=1e-3, max=1e3)
 GREEDY = typer.Option("--greedy", help="Always take the likeliest token.")
+AVERAGE = typer.Option("--average", help="Take the average of the weights that train.average saves.")
 SEED = typer.Option(help="Random seed.", min=0, max=2**63 - 1)
 
 
@@ -40,6 +41,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends what is written; may be repeated.")] = None,
     device: Annotated[str, DEVICE] = "auto",
     dtype: Annotated[str, DTYPE] = "auto",
+    average: Annotated[bool, AVERAGE] = False,
 ) -> None:
     """Continue a prompt with the newest checkpoint of a run.
 
@@ -50,7 +52,7 @@ def generate(
     from megallama.text.surrogates import without_surrogates
 
     text = _prompt(prompt, prompt_file)
-    with load_here(path, device, dtype) as (loaded, first):
+    with load_here(path, device, dtype, average=average) as (loaded, first):
         sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, greedy, seed)
         told = typer.echo if first else _silence
         head, written = without_surrogates(text), [""] * samples
@@ -76,6 +78,7 @@ def chat(
     seed: Annotated[int, SEED] = 0,
     device: Annotated[str, DEVICE] = "auto",
     dtype: Annotated[str, DTYPE] = "auto",
+    average: Annotated[bool, AVERAGE] = False,
 ) -> None:
     """Talk to a model: it continues a transcript of "User:" and "Assistant:". Ctrl-C ends an answer, Ctrl-D the chat.
 
@@ -85,7 +88,7 @@ def chat(
     from megallama.generation.load import load_alone
 
     sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, greedy, seed)
-    talk(load_alone(path, device, dtype), max_tokens, sampling)
+    talk(load_alone(path, device, dtype, average=average), max_tokens, sampling)
 
 
 def serve(
@@ -99,6 +102,7 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="Texts that are written at once.", min=1, max=4096)] = 32,
     device: Annotated[str, DEVICE] = "auto",
     dtype: Annotated[str, DTYPE] = "auto",
+    average: Annotated[bool, AVERAGE] = False,
 ) -> None:
     """Answer OpenAI's completions and chat completions over HTTP, on this machine unless --host says otherwise.
 
@@ -114,7 +118,7 @@ def serve(
     from megallama.generation.server import listen
 
     with listen(host, port) as door:  # a port that is taken is told before the model is read
-        serve_forever(load_alone(path, device, dtype), door, max_prompt, max_waiting, max_batch)
+        serve_forever(load_alone(path, device, dtype, average=average), door, max_prompt, max_waiting, max_batch)
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

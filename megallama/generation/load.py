@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megallama.checkpoint.commands.listing import checkpoint_at
 from megallama.checkpoint.reading.inspect import inspect, promised
-from megallama.checkpoint.state import check_causal, read_saved
+from megallama.checkpoint.state import check_causal, name_of_weight, read_saved
 from megallama.config.load import parse_json, read_text
 from megallama.config.schema import ModelConfig
 from megallama.errors import UserError
@@ -71,24 +71,32 @@ class Loaded:
         return [*self.prefix, *self.tokenizer.encode(prompt)] or [self.tokenizer.eod_id]
 
 
-def load_model(path: Path, device: torch.device | None = None, dtype: str = "fp32", tp: Axis = ALONE) -> Loaded:
+def load_model(
+    path: Path, device: torch.device | None = None, dtype: str = "fp32", tp: Axis = ALONE, *, average: bool = False
+) -> Loaded:
     """The model of a Hugging Face folder, or of the checkpoint that `path` means by `checkpoint_at`, in `dtype`.
 
-    Each rank of `tp` reads its shards, one tensor at a time. UserError where there is no model, or it is damaged, or
-    does not go with its tokenizer or with tp.
+    With `average`, its weights are the average that the checkpoint has of them. Each rank of `tp` reads its shards, one
+    tensor at a time. UserError where there is no model, or no average, or it is damaged, or does not go with its
+    tokenizer or with tp.
     """
     where = device or torch.device("cpu")
     if (path / CONFIG).is_file():
+        if average:
+            raise UserError(f"{path} is a Hugging Face folder and has no average of the weights; leave out --average")
         return _from_hugging_face(path, where, DTYPES[dtype], tp)
-    return _from_checkpoint(*checkpoint_at(path), where, DTYPES[dtype], tp)
+    return _from_checkpoint(*checkpoint_at(path), where, DTYPES[dtype], tp, average=average)
 
 
-def _from_checkpoint(path: Path, run_dir: Path, device: torch.device, dtype: torch.dtype, tp: Axis) -> Loaded:
+def _from_checkpoint(
+    path: Path, run_dir: Path, device: torch.device, dtype: torch.dtype, tp: Axis, *, average: bool
+) -> Loaded:
     if reasons := inspect(path):  # it reads the files against their hashes
         raise UserError(f"the checkpoint {path} is damaged ({'; '.join(reasons)}); use another")
     saved, stored = read_saved(path), promised(path)
     check_causal(path, saved)
-    model = build(saved.model, lambda name: torch.from_numpy(stored.read(name)), device, dtype, tp)
+    stored_name = name_of_weight(path, saved, average=average)
+    model = build(saved.model, lambda name: torch.from_numpy(stored.read(stored_name(name))), device, dtype, tp)
     folder = run_dir / "tokenizer"
     if not folder.is_dir():
         raise UserError(f"{path} is outside of a run, and has no tokenizer there; give RUN, or RUN/checkpoints/STEP")
@@ -179,7 +187,7 @@ def _check_tp(config: ModelConfig, tp: int) -> None:
 
 
 @contextmanager
-def load_here(path: Path, device: str, dtype: str) -> Iterator[tuple[Loaded, bool]]:
+def load_here(path: Path, device: str, dtype: str, *, average: bool = False) -> Iterator[tuple[Loaded, bool]]:
     """The model as the options `--device` and `--dtype` ask, cut over the ranks that a launcher has started.
 
     Inside, its process group stands; the second value says whether this rank is the first. UserError as `load_model`.
@@ -187,24 +195,25 @@ def load_here(path: Path, device: str, dtype: str) -> Iterator[tuple[Loaded, boo
     launch = Launch.from_environment()
     where, kind = pick(device, dtype, launch)
     if launch.world_size == 1:
-        yield load_model(path, where, kind), True
+        yield load_model(path, where, kind, average=average), True
         return
     # torch 2.13 renames collectives that 2.11 knows by their old names only.
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
     launch.prepare(where)
-    tp = build_mesh(Topology(tp=launch.world_size), launch, where).tp
+    # No one takes the marks of its clock, which would grow with every token.
+    tp = replace(build_mesh(Topology(tp=launch.world_size), launch, where).tp, timed=nullcontext)
     try:
-        yield load_model(path, where, kind, tp), tp.rank == 0
+        yield load_model(path, where, kind, tp, average=average), tp.rank == 0
     finally:
         dist.destroy_process_group()
 
 
-def load_alone(path: Path, device: str, dtype: str) -> Loaded:
+def load_alone(path: Path, device: str, dtype: str, *, average: bool = False) -> Loaded:
     """The same in one process. UserError under a launcher of several."""
     launch = Launch.from_environment()
     if launch.world_size > 1:
         raise UserError(f"{launch.world_size} ranks were started, and this command is of one process; start it alone")
-    return load_model(path, *pick(device, dtype, launch))
+    return load_model(path, *pick(device, dtype, launch), average=average)
 
 
 def pick(device: str, dtype: str, launch: Launch) -> tuple[torch.device, str]:

@@ -49,6 +49,8 @@ class Gpu(BaseModel):
     """Dense bf16 TFLOP/s; of a CPU, of a measured matmul."""
     matmul_tflops: Positive | None = None
     """Best matmul that anybody measured, TFLOP/s."""
+    fp8: bool = False
+    """Whether torch multiplies on it in fp8, at twice the peak: from Ada and Hopper on."""
     memory_gib: Positive | None = None
     """Memory as sold; the driver keeps a few per cent."""
     memory_tb_s: Positive | None = None

@@ -10,10 +10,13 @@ import math
 from megallama.config.data_keys import DataConfig
 from megallama.config.keys import as_typed
 from megallama.config.schema import ModelConfig, RunConfig
+from megallama.config.train_keys import AverageConfig
 from megallama.config.values import MOST_STAGES
 from megallama.errors import UserError
 from megallama.layout.batching import Batching, batching_of
 from megallama.layout.budget import NOTHING_SEEN, Seen, schedule_batch, schedule_steps, total_steps
+from megallama.layout.compiled import why_not_compiled
+from megallama.layout.counts import FORWARD_AGAIN, GATES_AT_ONCE
 from megallama.layout.frozen import frozen_shapes
 from megallama.layout.legal import (
     divisors,
@@ -27,6 +30,9 @@ from megallama.layout.legal import (
 from megallama.layout.schedules import chunks, schedule_of
 from megallama.layout.stages import balanced
 
+FP8_MULTIPLE = 16
+"""cuBLAS takes the sides of matrices of fp8 in multiples of 16 bytes."""
+
 
 def check_config(config: RunConfig, world_size: int, seen: Seen = NOTHING_SEEN) -> Batching:
     """The batching of a run that is legal on `world_size` ranks; UserError for the first thing that is not.
@@ -36,18 +42,16 @@ def check_config(config: RunConfig, world_size: int, seen: Seen = NOTHING_SEEN) 
     """
     batching = check_batching(config, world_size, seen)
     check_steps(config, seen)
+    _check_average(config)
     return batching
 
 
 def check_training(config: RunConfig, world_size: int, seen: Seen = NOTHING_SEEN) -> Batching:
     """`check_config` of what is to be trained, and not planned alone."""
     check_trained(config.model)
-    if config.zero.stage == 3 and config.train.compile:
-        # ZeRO 3 gathers and drops weights in hooks: 12 layers became 26 graphs with 40 breaks.
-        raise UserError(
-            "train.compile=true gains nothing at zero.stage=3, which gathers each layer's weights between its graphs; "
-            "use zero.stage=2, or train.compile=false"
-        )
+    if config.train.compile is True and (reason := why_not_compiled(config)) is not None:
+        raise UserError(reason)
+    _check_profile(config, world_size)
     return check_config(config, world_size, seen)
 
 
@@ -108,6 +112,16 @@ def check_trained(model: ModelConfig) -> None:
         raise UserError(f"model.block={model.block} is for `megallama plan` alone; nearest legal: model.block=llama")
 
 
+def _check_profile(config: RunConfig, world_size: int) -> None:
+    """Refuse ranks to trace that are not there."""
+    for number, rank in enumerate(config.train.profile.ranks):
+        if rank >= world_size:
+            key = f"train.profile.ranks[{number}]"
+            raise UserError(
+                f"{key}={rank} is no rank of a world size of {world_size}; nearest legal: {key}={world_size - 1}"
+            )
+
+
 def check_layout(config: RunConfig, world_size: int) -> None:
     """Refuse layouts that this model cannot be cut into, and pairs of parallelism that do not go together."""
     if config.parallel.context > 1:
@@ -118,6 +132,13 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     _check_stages(config, world_size)
     if config.parallel.pipeline > 1:
         _check_pipeline(config)
+    if config.zero.offload_optimizer == "cpu" and config.zero.stage > 1:
+        raise UserError(
+            f"zero.offload_optimizer=cpu does not go with zero.stage={config.zero.stage}; use zero.stage=1, or "
+            "zero.offload_optimizer=none"
+        )
+    if config.train.matmul != "dtype":
+        _check_fp8(config)
     if config.zero.stage == 0:
         raise UserError("zero.stage=0 is not offered: at dp 1 stage 1 is the same; use zero.stage=1")
     longest = config.model.max_position_embeddings
@@ -142,6 +163,35 @@ def _check_slices(config: RunConfig) -> None:
         f"that context parallelism cuts; nearest legal: data.sequence_length={either(legal)}, "
         f"or parallel.context={either(nearest(legal_contexts(config), cp))}"
     )
+
+
+def _check_fp8(config: RunConfig) -> None:
+    """Refuse matrices that the kernels of fp8 do not take, and what multiplies by itself."""
+    model, parallel, matmul = config.model, config.parallel, config.train.matmul
+    tp = parallel.tensor
+    if config.train.dtype == "fp32":
+        raise UserError(
+            f"train.matmul={matmul} does not go with train.dtype=fp32, whose products are in fp32; use "
+            "train.dtype=bf16, or train.matmul=dtype"
+        )
+    tokens = config.train.micro_batch_size * config.data.sequence_length // parallel.context
+    for size, words in (
+        (model.hidden_size, "model.hidden_size"),
+        (model.num_attention_heads * model.head_size // tp, "model.num_attention_heads * head size / parallel.tensor"),
+        (model.kv_heads * model.head_size // tp, "model.num_key_value_heads * head size / parallel.tensor"),
+        (model.intermediate_size // tp, "model.intermediate_size / parallel.tensor"),
+        (tokens, "train.micro_batch_size * data.sequence_length / parallel.context"),
+    ):
+        if size % FP8_MULTIPLE:
+            raise UserError(
+                f"train.matmul={matmul} multiplies matrices whose sides are multiples of {FP8_MULTIPLE}, and {words} = "
+                f"{size}; nearest legal: {either(nearest_multiples(size, FP8_MULTIPLE))}, or train.matmul=dtype"
+            )
+    if config.train.recompute in FORWARD_AGAIN and 2 * tokens * model.intermediate_size // tp > GATES_AT_ONCE:
+        raise UserError(
+            f"train.matmul={matmul} does not go with train.recompute={config.train.recompute} for so many tokens, of "
+            "which the MLP is computed in tiles; use a smaller train.micro_batch_size, or train.matmul=dtype"
+        )
 
 
 def _check_heads(config: RunConfig) -> None:
@@ -212,11 +262,8 @@ def _check_pipeline(config: RunConfig) -> None:
             f"zero.stage={config.zero.stage} does not go with parallel.pipeline={parallel.pipeline}; "
             f"use zero.stage=1, or parallel.pipeline=1"
         )
-    if config.train.compile and schedule_of(parallel).splits_backward != "never":
-        raise UserError(
-            f"train.compile=true does not go with parallel.schedule={parallel.schedule}, which runs a backward in two "
-            "parts; use train.compile=false, or parallel.schedule=interleaved1f1b"
-        )
+    if config.train.compile is True and (reason := why_not_compiled(config)) is not None:
+        raise UserError(reason)
     if model.tie_word_embeddings and not schedule_of(parallel).v_shaped:
         raise UserError(
             f"model.tie_word_embeddings=true with parallel.pipeline={parallel.pipeline} under {parallel.schedule} puts "
@@ -255,6 +302,30 @@ def check_steps(config: RunConfig, seen: Seen = NOTHING_SEEN) -> None:
         raise UserError(
             f"schedule.min_lr={schedule.min_lr:g} is more than optimizer.lr={config.optimizer.lr:g}; "
             f"nearest legal: schedule.min_lr={config.optimizer.lr:g}"
+        )
+
+
+def _check_average(config: RunConfig) -> None:
+    """Refuse a mean of more checkpoints than are kept, or of none, and keys that the kind of average does not have."""
+    average, keep, unset = config.train.average, config.checkpoint.keep, AverageConfig()
+    for key, kind in (("decay", "exponential"), ("checkpoints", "latest")):
+        value = getattr(average, key)
+        if average.kind != kind and value != getattr(unset, key):
+            raise UserError(
+                f"train.average.{key}={value} is for train.average.kind={kind}, and that is {average.kind}; nearest "
+                f"legal: train.average.kind={kind}, or leave train.average.{key} out"
+            )
+    if average.kind == "latest" and config.checkpoint.every == 0:
+        raise UserError(
+            "train.average.kind=latest is a mean of checkpoints, and checkpoint.every=0 saves the last one alone; "
+            "nearest legal: checkpoint.every=1"
+        )
+    if average.kind == "latest" and keep < average.checkpoints:
+        fewer = f", or train.average.checkpoints={keep}" if keep > 1 else ""
+        raise UserError(
+            f"checkpoint.keep={keep} is less than train.average.checkpoints={average.checkpoints}, which "
+            f"train.average.kind=latest takes the mean of; nearest legal: "
+            f"checkpoint.keep={average.checkpoints}{fewer}"
         )
 
 

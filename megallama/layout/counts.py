@@ -11,20 +11,26 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from megallama.config.schema import ModelConfig, Objective
+    from megallama.config.schema import ModelConfig
+    from megallama.config.train_keys import Objective
 
 Convention = Literal["full", "causal"]
 
 # Each rank's slice of the vocabulary is a multiple of this, for matmul speed (Megatron-LM,
 # --make-vocab-size-divisible-by).
 VOCAB_MULTIPLE = 128
-LOGITS_AT_ONCE = 2**27
-"""Elements of logits that the loss forms at once: half a GiB in fp32."""
+LOGITS_AT_ONCE = 2**29
+"""Bytes of logits that the loss forms at once, beside what they become."""
 GATES_AT_ONCE = 2**27
 """Elements of gate and up that an MLP in tiles forms at once: a quarter of a GiB in bf16."""
 
 FORWARD_AGAIN = ("full", "offload")
 """The values of train.recompute with which a backward runs the forward of whole layers again."""
+
+
+def logits_at_once(size: int) -> int:
+    """Elements of logits, of `size` bytes each, that the loss forms at once."""
+    return LOGITS_AT_ONCE // size
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
         head=0 if model.tie_word_embeddings else vocabulary,
         attention_per_layer=2 * hidden * query_width + 2 * hidden * kv_width,
         mlp_per_layer=model.mlp_matrices * hidden * model.intermediate_size,
-        norms_per_layer=2 * hidden,
+        norms_per_layer=2 * hidden + (2 * model.head_size if model.qk_norm else 0),
         final_norm=hidden,
         layers=model.num_hidden_layers,
         head_matmul=vocabulary,
@@ -106,6 +112,7 @@ def _layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj": (kv_width, hidden),
         "self_attn.v_proj": (kv_width, hidden),
         "self_attn.o_proj": (hidden, query_width),
+        **({f"self_attn.{part}_norm": (model.head_size,) for part in "qk"} if model.qk_norm else {}),
         "post_attention_layernorm": (hidden,),
         "mlp.gate_proj": (width, hidden),
         "mlp.up_proj": (width, hidden),

@@ -47,9 +47,13 @@ def frozen_weights(model: ModelConfig, patterns: Sequence[str]) -> frozenset[str
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """What one checkpoint takes, names and places of tensors left out: weights, and two moments of what is trained."""
+    """What one checkpoint takes, names and places of tensors left out.
+
+    Weights, and of what is trained two moments, and the average if there is one.
+    """
     frozen = sum(map(math.prod, frozen_shapes(config.model, config.train.freeze).values()))
-    return 12 * count_parameters(config.model).total - 8 * frozen
+    total, beside = count_parameters(config.model).total, 8 if config.train.average.kind == "none" else 12
+    return 4 * total + beside * (total - frozen)
 
 
 def frozen_elements(config: RunConfig, layers: Collection[range], first: bool, last: bool) -> int:

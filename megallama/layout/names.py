@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from megallama.config.schema import AXIS_KEYS, ContextMode, ModelConfig, ParallelConfig, RunConfig, Schedule
 from megallama.errors import UserError
@@ -30,6 +30,7 @@ class Layout(Topology):
     accumulation: int | None = None
     """Micro-batches of each rank per step; None for the fewest that the schedule takes."""
     recompute: str = "none"
+    offload_optimizer: Literal["none", "cpu"] = "none"
 
     @property
     def name(self) -> str:
@@ -43,6 +44,7 @@ class Layout(Topology):
         words += [f"{axis}{size}" for axis, size in others.items() if size > 1]
         words += [self.context_mode] if self.context_mode != "gather" else []
         words += [f"zero{self.zero}"]
+        words += ["host"] if self.offload_optimizer == "cpu" else []
         words += ["nosp"] if self.tp > 1 and not self.sequence else []
         words += [f"acc{self.accumulation}"] if self.accumulation else []
         words += [self.recompute] if self.recompute != "none" else []
@@ -74,7 +76,7 @@ class Layout(Topology):
     def apply(self, tree: dict[str, Any]) -> None:
         """Make a dumped configuration run at this layout."""
         tree["parallel"] = self.parallel.model_dump()
-        tree["zero"]["stage"] = self.zero
+        tree["zero"] |= {"stage": self.zero, "offload_optimizer": self.offload_optimizer}
         tree["train"]["recompute"] = self.recompute
         smallest = [*tree["train"]["batch_ramp"], tree["train"]][0]["global_batch_size"]
         tree["train"]["micro_batch_size"] = smallest // (self.dp * self.micro_batches)
@@ -100,6 +102,7 @@ def layout_of(config: RunConfig, dp: int) -> Layout:
         zero=config.zero.stage,
         sequence=parallel.sequence is not False,
         recompute=config.train.recompute,
+        offload_optimizer=config.zero.offload_optimizer,
     )
     micro_batches = gradient_accumulation_steps(config, dp)
     return layout if micro_batches == layout.micro_batches else replace(layout, accumulation=micro_batches)
@@ -118,6 +121,7 @@ _WORDS: dict[str, Callable[[Layout, str], Layout]] = {
     f"({'|'.join(get_args(ContextMode))})": lambda layout, word: replace(layout, context_mode=cast(ContextMode, word)),
     r"zero([1-3])": lambda layout, n: replace(layout, zero=int(n)),
     r"acc([1-9]\d*)": lambda layout, n: replace(layout, accumulation=int(n)),
+    r"(host)": lambda layout, _: replace(layout, offload_optimizer="cpu"),
     r"(nosp)": lambda layout, _: replace(layout, sequence=False),
     r"(selective|full|offload)": lambda layout, word: replace(layout, recompute=word),
 }
@@ -135,7 +139,7 @@ def parse_layout(name: str) -> Layout:
             raise UserError(
                 f"unknown word {word!r} in layout {name!r}; a layout is made of tpN, ppN, dpN, cpN and accN with N "
                 "from 1, zeroN with N from 1 to 3, interleaved1f1b, dualpipev, zbvzerobubble, chunksN with N from 2, "
-                "splitN+N+..., ulysses, nosp, selective, full and offload, as tp2-dp2-zero3 or pp2-dualpipev"
+                "splitN+N+..., ulysses, host, nosp, selective, full and offload, as tp2-dp2-zero3 or pp2-dualpipev"
             )
     if "chunks" in name and SCHEDULES[layout.schedule].stages_per_rank is not None:
         raise UserError(

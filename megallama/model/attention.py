@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import activate_flash_attention_impl
 from torch.nn.attention.bias import causal_lower_right
 
 from megallama.config.schema import RunConfig
+from megallama.layout.compiled import attends_in_blocks
 from megallama.layout.topology import AxisName, context_slices
+from megallama.model.blockwise import blockwise_attention
 from megallama.parallel.collectives import all_to_all, gather
 from megallama.parallel.mesh import ALONE, Axis
 
@@ -28,6 +32,7 @@ AttentionCore = Callable[[Tensor, Tensor, Tensor], Tensor]
 What is rotated by which position is settled before it.
 """
 
+_HOPPER = 9
 LEAST_FLEX_HEAD = 16
 """Triton multiplies no narrower matrices, and with them torch's flex attention."""
 
@@ -43,15 +48,17 @@ class FusedAttention:
     causal: bool
     """Each position attends to itself and those before it; otherwise to all, as in BERT (arXiv 1810.04805)."""
     cp: Axis = ALONE
+    in_blocks: bool = False
+    """On a CPU by `blockwise_attention`, whose scores are rounded to the type of training."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = self._whole(k, v)
         if not self.causal:
-            return _attend(q, k, v, causal=False)
+            return self._attend(q, k, v, causal=False)
         held, found = self._held(k.shape[2]), []
         for part, where in zip(q.split([each.stop - each.start for each in held], dim=2), held, strict=True):
-            found.append(_attend(part, k[:, :, : where.stop], v[:, :, : where.stop], causal=True))
-        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+            found.append(self._attend(part, k[:, :, : where.stop], v[:, :, : where.stop], causal=True))
+        return found[0] if len(found) == 1 else heads_first(torch.cat([sequence_first(each) for each in found]))
 
     def places(self, length: int, device: torch.device) -> Tensor:
         """Where in their sequence the `length` positions of this rank stand."""
@@ -104,8 +111,11 @@ class FusedAttention:
         rows, (k, v) = q.transpose(1, 2).flatten(0, 1), (x.transpose(1, 2).flatten(0, 1) for x in (k, v))
         parts = zip(rows.split([size for size, _ in stretches]), (keys for _, keys in stretches), strict=True)
         each = ((x.transpose(0, 1)[None] for x in (part, k[keys], v[keys])) for part, keys in parts)
-        found = [_attend(*tensors, causal=self.causal).transpose(1, 2)[0] for tensors in each]
+        found = [self._attend(*tensors, causal=self.causal).transpose(1, 2)[0] for tensors in each]
         return torch.cat(found).unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+        return _attend(q, k, v, causal=causal, in_blocks=self.in_blocks and q.device.type == "cpu")
 
     def _held(self, length: int) -> list[slice]:
         return context_slices(length, self.cp.rank, self.cp.size)
@@ -114,7 +124,8 @@ class FusedAttention:
         """Keys and values of the whole sequence, in its order. One collective for both: k and v are small."""
         if self.cp.size == 1:
             return k, v
-        return in_order(gather(torch.stack([k, v]), 3, self.cp), 3, self.cp.size).unbind()
+        whole = in_order(gather(_stacked(k, v), 0, self.cp), 0, self.cp.size)
+        return (heads_first(each) for each in whole.unbind(1))
 
 
 @dataclass(frozen=True)
@@ -125,21 +136,23 @@ class ExchangedAttention(FusedAttention):
     """
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._over(FusedAttention(self.causal), q, k, v)
+        return self._over(self._of_all(), q, k, v)
 
     def within(self, documents: Tensor, head_dim: int) -> AttentionCore:
         """As of FusedAttention."""
-        return partial(self._over, FusedAttention(self.causal).within(documents, head_dim))
+        return partial(self._over, self._of_all().within(documents, head_dim))
+
+    def _of_all(self) -> FusedAttention:
+        return FusedAttention(self.causal, in_blocks=self.in_blocks)
 
     def _over(self, core: AttentionCore, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = self._some_heads(torch.stack([k, v])).unbind()
-        found = by_rank(core(self._some_heads(q), k, v), 2, self.cp.size)
-        return all_to_all(found, 2, 1, self.cp)
+        q, (k, v) = self._some_heads(sequence_first(q)), self._some_heads(_stacked(k, v)).unbind(1)
+        found = sequence_first(core(heads_first(q), heads_first(k), heads_first(v)))
+        return heads_first(all_to_all(by_rank(found, 0, self.cp.size), 0, 2, self.cp))
 
     def _some_heads(self, x: Tensor) -> Tensor:
-        """[..., heads, own positions, head_dim] -> [..., heads / cp, sequence, head_dim]."""
-        heads, sequence = x.dim() - 3, x.dim() - 2
-        return in_order(all_to_all(x, heads, sequence, self.cp), sequence, self.cp.size)
+        """[own positions, ..., heads, head_dim] -> [sequence, ..., heads / cp, head_dim]."""
+        return in_order(all_to_all(x, x.dim() - 2, 0, self.cp), 0, self.cp.size)
 
 
 causal_attention = FusedAttention(causal=True)
@@ -149,7 +162,29 @@ def attention_of(config: RunConfig, axes: Mapping[AxisName, Axis]) -> FusedAtten
     """What trains towards the objective of a run, on a rank with these axes."""
     exchanges = config.parallel.context_mode == "ulysses" and axes["cp"].size > 1  # one rank has nothing to exchange
     kind = ExchangedAttention if exchanges else FusedAttention
-    return kind(config.train.objective == "causal", axes["cp"])
+    in_blocks = attends_in_blocks(config, on_gpu=False)
+    return kind(config.train.objective == "causal", axes["cp"], in_blocks)
+
+
+def use_fastest_kernel(device: torch.device) -> None:
+    """On Hopper, have FlashAttention 3 (arXiv 2407.08608) take the place of torch's second, if its package is there."""
+    if torch.cuda.get_device_capability(device)[0] == _HOPPER and find_spec("flash_attn_interface") is not None:
+        activate_flash_attention_impl("FA3")
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """[sequence, batch, heads, head_dim] as [batch, heads, sequence, head_dim], without a copy."""
+    return x.permute(1, 2, 0, 3)
+
+
+def sequence_first(x: Tensor) -> Tensor:
+    """The inverse of `heads_first`."""
+    return x.permute(2, 0, 1, 3)
+
+
+def _stacked(k: Tensor, v: Tensor) -> Tensor:
+    """Both in one tensor, [sequence, 2, batch, heads, head_dim]: a message for each would take twice the latency."""
+    return torch.stack([sequence_first(k), sequence_first(v)], 1)
 
 
 def in_order(x: Tensor, dim: int, size: int) -> Tensor:
@@ -168,16 +203,27 @@ def by_rank(x: Tensor, dim: int, size: int) -> Tensor:
     return torch.stack([heads, tails.flip(dim)], dim + 1).flatten(dim, dim + 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
-    """By a fused kernel. Causal queries are the last of the positions of the keys."""
-    grouped, queries, keys = q.shape[1] != k.shape[1], q.shape[2], k.shape[2]
-    if not causal or queries == keys:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
-    if q.is_cuda:  # its kernels know the corner; a mask would be as large as the rectangle
-        mask: Tensor = causal_lower_right(queries, keys)
-    else:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, in_blocks: bool = False) -> Tensor:
+    """By a fused kernel. Causal queries are the last of the positions of the keys.
+
+    The heads of all rows are those of one: torch's kernels make gradients, and CUDA's flash attention reads output and
+    gradient, in the order [batch, sequence, heads, head_dim], which is then that of hidden states.
+    """
+    grouped, rows = q.shape[1] != k.shape[1], q.shape[0]
+    queries, keys = q.shape[2], k.shape[2]
+    q, k, v = (each.flatten(0, 1)[None] for each in (q, k, v))
+    if causal and in_blocks:
+        return blockwise_attention(q, k, v)[0].unflatten(0, (rows, -1))
+    mask: Tensor | None = None
+    if causal and queries != keys:
+        if q.is_cuda:  # its kernels know the corner; a mask would be as large as the rectangle
+            mask = causal_lower_right(queries, keys)
+        else:
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    found = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=grouped
+    )
+    return found[0].unflatten(0, (rows, -1))
 
 
 def beginnings(documents: Tensor) -> Tensor:

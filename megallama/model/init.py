@@ -149,7 +149,7 @@ def in_memory(module: nn.Module, dtype: torch.dtype, device: torch.device) -> It
             owners.setdefault(parameter, []).append((each, name))
     for parameter, places in owners.items():
         made = nn.Parameter(torch.zeros(parameter.shape, dtype=dtype, device=device), parameter.requires_grad)
-        made.__dict__.update(parameter.__dict__)
+        made.__dict__.update(parameter.__dict__ | made.__dict__)
         for owner, name in places:
             setattr(owner, name, made)
         yield made

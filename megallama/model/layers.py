@@ -1,8 +1,8 @@
 """Linear layers and embedding cut over tensor-parallel ranks (arXiv 1909.08053, section 3).
 
 With sequence parallelism (arXiv 2205.05198) activations between these layers are cut along the sequence. Hidden states
-are [batch, sequence, hidden] throughout; `SEQUENCE` is their sequence dim. Weights are allocated, not initialised:
-`parallel.init` fills them.
+are [sequence, batch, hidden] throughout, so that what a rank has of them is one piece of memory, and no collective
+copies it. Weights are allocated, not initialised: `model.init` fills them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megallama.parallel import types
-from megallama.parallel.collectives import all_gather, copy_to, reduce_from, reduce_scatter, sum_scatter
-from megallama.parallel.mesh import Axis
+from megallama.parallel.collectives import (
+    all_gather,
+    begin_all_gather,
+    begin_sum,
+    begin_sum_scatter,
+    reduce_from,
+    reduce_scatter,
+)
+from megallama.parallel.mesh import ALONE, Axis
 from megallama.parallel.shards import ShardSlice
 
-SEQUENCE = 1
+SEQUENCE = 0
+"""The sequence dim of hidden states."""
 VOCABULARY_MULTIPLE = 128
 
 
@@ -44,10 +52,29 @@ class GradientFilter:
             self.inputs = self.weights = True
 
 
+class Matmuls:
+    """The three matrix products of a linear layer, in the type of its weight [out, in]."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return F.linear(x, weight)
+
+    def by_input(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """[..., out] -> [..., in]: the gradient of the input."""
+        return grad @ weight
+
+    def by_weight(self, grad: Tensor, x: Tensor) -> Tensor:
+        """[..., out], [..., in] -> [out, in]: the gradient of the weight."""
+        return grad.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+IN_DTYPE = Matmuls()
+
+
 class ColumnParallelLinear(nn.Module):
     """Linear layers over one input, cut along their outputs and fused: one matmul for all of `outputs`.
 
-    [batch, sequence (/ tp with sequence parallelism), in_features] -> [batch, sequence, sum(outputs) / tp]. `outputs`
+    [sequence (/ tp with sequence parallelism), batch, in_features] -> [sequence, batch, sum(outputs) / tp]. `outputs`
     maps each logical layer to its out_features; tp must divide each.
     """
 
@@ -57,7 +84,7 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         assert all(width % tp.size == 0 for width in outputs.values())
         self.in_features, self.outputs, self.tp, self.sequence_parallel = in_features, outputs, tp, sequence_parallel
-        self.part = part
+        self.part, self.matmuls = part, IN_DTYPE
         self.weight = _weight(sum(self.widths), in_features)
 
     @property
@@ -66,10 +93,7 @@ class ColumnParallelLinear(nn.Module):
         return [width // self.tp.size for width in self.outputs.values()]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.sequence_parallel:
-            result: Tensor = _GatherLinear.apply(x, self.weight, self.tp, self.part)  # type: ignore[no-untyped-call]
-            return result
-        return F.linear(copy_to(x, self.tp), self.weight)
+        return column_linear(x, self.weight, self.tp, self.sequence_parallel, self.part, self.matmuls)
 
     def pieces(self) -> tuple[ShardSlice, ...]:
         found, row = [], 0
@@ -86,12 +110,21 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """Linear layer cut along its input; the partial sums meet in one collective.
 
-    [batch, sequence, in_features / tp] -> [batch, sequence (/ tp with sequence parallelism), out_features].
+    [sequence, batch, in_features / tp] -> [sequence (/ tp with sequence parallelism), batch, out_features].
     """
 
-    def __init__(self, name: str, in_features: int, out_features: int, tp: Axis, sequence_parallel: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        tp: Axis,
+        sequence_parallel: bool,
+        part: GradientFilter,
+    ) -> None:
         super().__init__()
         assert in_features % tp.size == 0
+        self.part, self.matmuls = part, IN_DTYPE
         self.name, self.in_features, self.out_features = name, in_features, out_features
         self.tp, self.sequence_parallel = tp, sequence_parallel
         self.weight = _weight(out_features, in_features // tp.size)
@@ -107,7 +140,7 @@ class RowParallelLinear(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """This rank's share of the sum."""
-        return F.linear(x, self.weight)
+        return column_linear(x, self.weight, ALONE, False, self.part, self.matmuls)
 
     def pieces(self) -> tuple[ShardSlice, ...]:
         width = self.in_features // self.tp.size
@@ -148,13 +181,14 @@ class VocabParallel(nn.Module):
 
 
 class VocabParallelEmbedding(VocabParallel):
-    """tokens [batch, sequence] -> [batch, sequence (/ tp with sequence parallelism), hidden]."""
+    """tokens [batch, sequence] -> [sequence (/ tp with sequence parallelism), batch, hidden]."""
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int, tp: Axis, sequence_parallel: bool) -> None:
         super().__init__(name, vocab_size, hidden_size, tp)
         self.sequence_parallel = sequence_parallel
 
     def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens.t()
         if self.tp.size == 1:
             return F.embedding(tokens, self.weight)
         local = tokens - self.first
@@ -168,53 +202,74 @@ class VocabParallelEmbedding(VocabParallel):
 class RMSNorm(nn.Module):
     """Root-mean-square norm (arXiv 1910.07467) over the last dim, computed in fp32; its weight is on every rank.
 
-    Under sequence parallelism each rank sees a part of the sequence and so a part of the weight's gradient: the parts
-    are summed here, inside autograd, so that ZeRO sees whole gradients.
+    Where ranks see parts of what is normalised, of the sequence or of the heads, each has a `share` of the weight's
+    gradient. Whoever trains sums the shares once per step, and finds such weights by the mark `has_share_of_gradient`.
     """
 
-    def __init__(self, name: str, hidden_size: int, eps: float, tp: Axis, sequence_parallel: bool) -> None:
+    def __init__(self, name: str, width: int, eps: float, share: bool) -> None:
         super().__init__()
-        self.name, self.hidden_size, self.eps, self.tp = name, hidden_size, eps, tp
-        self.sequence_parallel = sequence_parallel
-        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.name, self.width, self.eps = name, width, eps
+        self.weight = nn.Parameter(torch.empty(width))
+        if share:
+            self.weight.has_share_of_gradient = True  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = copy_to(self.weight, self.tp) if self.sequence_parallel else self.weight
-        return F.rms_norm(x, (self.hidden_size,), weight, self.eps)
+        return F.rms_norm(x, (self.width,), self.weight, self.eps)
 
     def pieces(self) -> tuple[ShardSlice, ...]:
-        return (ShardSlice(self.name, (self.hidden_size,), (0,), (self.hidden_size,)),)
+        return (ShardSlice(self.name, (self.width,), (0,), (self.width,)),)
 
 
-class _GatherLinear(torch.autograd.Function):
-    """linear(gather(x), weight) that keeps x cut and gathers it again in backward.
+def column_linear(
+    x: Tensor, weight: Tensor, tp: Axis, cut: bool, part: GradientFilter, matmuls: Matmuls = IN_DTYPE
+) -> Tensor:
+    """linear(x, weight), where x is the same on all ranks, or `cut` along the sequence and gathered.
 
-    One more all-gather for 1/tp of the activation memory (arXiv 2205.05198, section 4.2.2).
+    The gradient of x is summed over the ranks, and cut as x is. A cut x is kept cut and gathered again in backward: one
+    more all-gather for 1/tp of the activation memory (arXiv 2205.05198, section 4.2.2).
     """
+    if tp.size == 1 and matmuls is IN_DTYPE:
+        return F.linear(x, weight)
+    result: Tensor = _ColumnLinear.apply(x, weight, tp, cut, part, matmuls)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _ColumnLinear(torch.autograd.Function):
+    """In backward each collective runs beside a matmul that does not need it, as in Megatron-LM."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: Axis, part: GradientFilter) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, tp: Axis, cut: bool, part: GradientFilter, matmuls: Matmuls
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.tp, ctx.part = tp, part
-        return F.linear(all_gather(x, SEQUENCE, tp), weight)
+        ctx.tp, ctx.cut, ctx.part, ctx.matmuls = tp, cut and tp.size > 1, part, matmuls
+        return matmuls.forward(all_gather(x, SEQUENCE, tp) if cut else x, weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
-        grad, grad_x, grad_weight = grads[0], None, None
-        if ctx.part.weights and ctx.needs_input_grad[1]:
-            grad_weight = grad.flatten(0, 1).t() @ all_gather(x, SEQUENCE, ctx.tp).flatten(0, 1)
-        if ctx.part.inputs and ctx.needs_input_grad[0]:
-            grad_x = sum_scatter(grad @ weight, SEQUENCE, ctx.tp)
-        return grad_x, grad_weight, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        (x, weight), tp, grad = ctx.saved_tensors, ctx.tp, grads[0]
+        by_x = ctx.part.inputs and ctx.needs_input_grad[0]
+        by_weight = ctx.part.weights and ctx.needs_input_grad[1]
+        gathered = begin_all_gather(x, tp) if by_weight and ctx.cut else None
+        grad_x = ctx.matmuls.by_input(grad, weight) if by_x else None
+        summed = None
+        if grad_x is not None and tp.size > 1:
+            summed = (begin_sum_scatter if ctx.cut else begin_sum)(grad_x, tp)
+        grad_weight = None
+        if by_weight:
+            grad_weight = ctx.matmuls.by_weight(grad, x if gathered is None else gathered.wait())
+        return grad_x if summed is None else summed.wait(), grad_weight, None, None, None, None
 
     @staticmethod
-    def spmd_typecheck(*, x: Tensor, weight: Tensor, tp: Axis) -> types.Typed:
-        return types.einsum("bsi,oi->bso", types.gather_to_replicate(x, SEQUENCE, tp), weight)
+    def spmd_typecheck(*, x: Tensor, weight: Tensor, tp: Axis, cut: bool) -> types.Typed:
+        if tp.size == 1:
+            return types.einsum("sbi,oi->sbo", x, weight)
+        whole = types.gather_to_replicate(x, SEQUENCE, tp) if cut else types.invariant_to_replicate(x, tp)
+        return types.einsum("sbi,oi->sbo", whole, weight)
 
 
 def _weight(rows: int, columns: int) -> nn.Parameter:
     weight = nn.Parameter(torch.empty(rows, columns))
-    # DeepSpeed counts an unmarked parameter once over the tp ranks: unmarked shards make its norm silently wrong.
+    # The norm counts an unmarked parameter on the first tp rank alone: of unmarked shards it would be silently wrong.
     weight.tensor_model_parallel = True  # type: ignore[attr-defined]
     return weight

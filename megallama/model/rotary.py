@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -42,3 +44,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     left, right = x.chunk(2, dim=-1)
     turned = torch.cat([-right, left], dim=-1)
     return (x * cos + turned * sin).to(x.dtype)
+
+
+@cache
+def compiled_rotate() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`rotate` as one kernel forward and one backward: 8 bytes an element in bf16 instead of 82."""
+    return torch.compile(rotate)

@@ -24,6 +24,7 @@ class ModelStages(nn.Module):
         tp_context: TensorParallelContext,
         *,
         recompute: Recompute = "none",
+        z_loss: float = 0.0,
     ) -> None:
         super().__init__()
         self.config, self.tp_context = config, tp_context
@@ -31,11 +32,13 @@ class ModelStages(nn.Module):
         """Of every stage of the pipeline the rank that holds it."""
         self.stages = nn.ModuleDict(
             {
-                str(stage.index): Llama(config, tp_context, recompute=recompute, layers=stage.layers)
+                str(stage.index): Llama(config, tp_context, recompute=recompute, layers=stage.layers, z_loss=z_loss)
                 for stage in stages
                 if stage.rank == rank
             }
         )
+        self.compiled = False
+        """Whether anything is."""
         models = self.models
         first, last = models[0], models[-1]
         # A V-shaped pipeline ends on the rank where it began: one matrix, two chunks.
@@ -56,6 +59,12 @@ class ModelStages(nn.Module):
         """All decoder layers of this rank."""
         for model in self.models:
             yield from model.layers.values()
+
+    def compile_parts(self, *, layers: bool) -> None:
+        """As of each stage."""
+        self.compiled = True
+        for model in self.models:
+            model.compile_parts(layers=layers)
 
     def freeze(self, names: Set[str]) -> None:
         """Keep the weights of these names as they are; of what is one matrix here they name all or nothing."""

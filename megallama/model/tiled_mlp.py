@@ -29,7 +29,7 @@ def tile(width: int) -> int:
 def tiled_mlp(x: Tensor, gate_up: Tensor, down: Tensor, axis: Axis, part: GradientFilter) -> Tensor:
     """down(silu(gate(x)) * up(x)) of this rank's weights.
 
-    x [batch, sequence / size of `axis`, hidden] is gathered over `axis`; the result, [batch, sequence, hidden], is this
+    x [sequence / size of `axis`, batch, hidden] is gathered over `axis`; the result, [sequence, batch, hidden], is this
     rank's share of a sum. gate_up [2 * width, hidden], down [hidden, width]. Keeps x alone for backward, and sums the
     gradients of the weights over tiles in fp32.
     """
@@ -56,7 +56,7 @@ class _Kept(torch.autograd.Function):
 
     @staticmethod
     def spmd_typecheck(*, x: Tensor) -> types.Typed:
-        return types.einsum("bsi->bsi", x)
+        return types.einsum("sbi->sbi", x)
 
 
 class _TiledMLP(torch.autograd.Function):
@@ -110,11 +110,11 @@ class _TiledMLP(torch.autograd.Function):
     @staticmethod
     def spmd_typecheck(*, x: Tensor, gate_up: Tensor, down: Tensor, axis: Axis) -> types.Typed:
         whole = x if axis.size == 1 else types.gather_to_replicate(x, SEQUENCE, axis)
-        return types.einsum("bsi,wi,ow->bso", whole, gate_up, down)
+        return types.einsum("sbi,wi,ow->sbo", whole, gate_up, down)
 
 
 def _tiles(gate_up: Tensor, *tensors: Tensor) -> Any:
-    """Of each [batch, sequence, hidden] the same tokens [tile, hidden], by reference."""
+    """Of each [sequence, batch, hidden] the same tokens [tile, hidden], by reference."""
     return zip(*(tensor.flatten(0, 1).split(tile(gate_up.shape[0])) for tensor in tensors), strict=True)
 
 

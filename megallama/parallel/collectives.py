@@ -7,10 +7,13 @@ of arXiv 2309.14509. Over an axis of one rank each returns its input.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives
 from torch import Tensor
 
 from megallama.parallel import types
@@ -22,7 +25,8 @@ def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceO
     if axis.size == 1:
         return x
     result = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(result, op=op, group=axis.group)
+    with _timed(axis):
+        dist.all_reduce(result, op=op, group=axis.group)
     return result
 
 
@@ -30,19 +34,16 @@ def all_gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """[..., n, ...] -> [..., n * size, ...]: the ranks' tensors side by side along `dim`."""
     if axis.size == 1:
         return x
-    stacked = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(stacked, x.contiguous(), group=axis.group)
-    return stacked.unflatten(0, (axis.size, -1)).movedim(0, dim).flatten(dim, dim + 1)
+    gathered = begin_all_gather(x, axis).wait()
+    return gathered if dim == 0 else gathered.unflatten(0, (axis.size, -1)).movedim(0, dim).flatten(dim, dim + 1)
 
 
 def sum_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """[..., n, ...] -> [..., n / size, ...]: the sum over the axis, cut along `dim`, this rank's part."""
     if axis.size == 1:
         return x
-    parts = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
-    part = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(part, parts.flatten(0, 1), group=axis.group)
-    return part
+    parts = x if dim == 0 else x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).flatten(0, 1)
+    return begin_sum_scatter(parts, axis).wait()
 
 
 def exchange(x: Tensor, cut: int, joined: int, axis: Axis) -> Tensor:
@@ -52,8 +53,54 @@ def exchange(x: Tensor, cut: int, joined: int, axis: Axis) -> Tensor:
     """
     parts = x.unflatten(cut, (axis.size, -1)).movedim(cut, 0).contiguous()
     found = torch.empty_like(parts)
-    dist.all_to_all_single(found, parts, group=axis.group)
+    with _timed(axis):
+        dist.all_to_all_single(found, parts, group=axis.group)
     return found.movedim(0, joined).flatten(joined, joined + 1)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A collective that has begun: its result is there after `wait`, beside which a rank computes something else."""
+
+    result: Tensor
+    axis: Axis
+
+    def wait(self) -> Tensor:
+        """The result. On a GPU the stream that computes waits, and not the host."""
+        with _timed(self.axis):
+            return _FUNCTIONAL.wait_tensor(self.result)
+
+
+def begin_all_gather(x: Tensor, axis: Axis) -> Pending:
+    """[n, ...] -> [n * size, ...]; `x` must stay as it is until the end."""
+    with _timed(axis):
+        return Pending(_FUNCTIONAL.all_gather_into_tensor(x.contiguous(), axis.size, _name(axis)), axis)
+
+
+def begin_sum_scatter(x: Tensor, axis: Axis) -> Pending:
+    """[n, ...] -> [n / size, ...], this rank's part of the sum; `x` must stay as it is until the end."""
+    with _timed(axis):
+        return Pending(_FUNCTIONAL.reduce_scatter_tensor(x.contiguous(), "sum", axis.size, _name(axis)), axis)
+
+
+def begin_sum(x: Tensor, axis: Axis) -> Pending:
+    """The sum over the axis, as a new tensor."""
+    with _timed(axis):
+        return Pending(_FUNCTIONAL.all_reduce(x, "sum", _name(axis)), axis)
+
+
+_FUNCTIONAL: Any = torch.ops._c10d_functional
+"""torch's collectives in two parts, beginning and end: its compiler keeps what stands between them."""
+
+
+def _name(axis: Axis) -> str:
+    assert axis.group is not None
+    return axis.group.group_name
+
+
+def _timed(axis: Axis) -> AbstractContextManager[None]:
+    """A compiled layer has no clock in it: what it sends counts as its forward and backward."""
+    return nullcontext() if torch.compiler.is_compiling() else axis.timed()
 
 
 class _CopyTo(torch.autograd.Function):

@@ -122,8 +122,11 @@ class Launch:
                 # Blocks that grow waste less of the memory than blocks of many sizes.
                 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-        if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(self.processors)
+        if device.type == "cpu":
+            # Else deepspeed counts the nodes of memory by a program, in every reduction of ZeRO 3.
+            os.environ["LOCAL_SIZE"] = str(self.local_world_size)
+            if "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(self.processors)
 
 
 def _by_torch(said: Said) -> Launch:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megallama.config.schema import AXIS_KEYS
 from megallama.errors import UserError
 from megallama.layout.topology import AXES, AxisName, Topology
+from megallama.parallel.clock import Clock
 from megallama.parallel.join import COLLECTIVE_TIMEOUT, join
 from megallama.parallel.launch import Launch
+from megallama.parallel.plain import of_all
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,8 @@ class Axis:
     group: dist.ProcessGroup | None
     rank: int
     size: int
+    timed: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Entered while this rank talks along the axis."""
 
 
 ALONE = Axis(group=None, rank=0, size=1)
@@ -43,6 +51,9 @@ class ParallelMesh:
     data: Axis
     model: Axis
     world: Axis
+    nodes: tuple[str, ...]
+    """The host of each rank."""
+    clock: Clock
 
     @property
     def tp(self) -> Axis:
@@ -87,23 +98,26 @@ def build_mesh(topology: Topology, launch: Launch, device: torch.device) -> Para
     A rank makes the groups that it is in and that are used, each of its ranks once: five at most, whatever the world.
     """
     join(launch, device)
+    clock = Clock(device)
     made: dict[tuple[int, ...], Any] = {tuple(range(launch.world_size)): dist.group.WORLD}
 
-    def axis(*names: AxisName, of_one: bool = False) -> Axis:
+    def axis(talk: str, *names: AxisName, of_one: bool = False) -> Axis:
         ranks = tuple(topology.peers(launch.rank, names))
         if ranks not in made and (len(ranks) > 1 or of_one):
             # Made by its members: those of other groups neither call nor wait.
             made[ranks] = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT, use_local_synchronization=True)
-        return Axis(made.get(ranks), ranks.index(launch.rank), len(ranks))
+        return Axis(made.get(ranks), ranks.index(launch.rank), len(ranks), partial(clock.span, talk))
 
     return ParallelMesh(
         topology=topology,
         rank=launch.rank,
         device=device,
-        axes={name: axis(name) for name in AXES if name != "dp"},
-        data=axis("dp", "cp", of_one=True),  # DeepSpeed takes none for all ranks
-        model=axis("pp", "tp", of_one=True),
-        world=Axis(dist.group.WORLD, launch.rank, launch.world_size),
+        axes={name: axis(AXIS_KEYS[name], name) for name in AXES if name != "dp"},
+        data=axis("data_parallel", "dp", "cp", of_one=True),  # DeepSpeed takes none for all ranks
+        model=axis("data_parallel", "pp", "tp", of_one=True),
+        world=Axis(dist.group.WORLD, launch.rank, launch.world_size, partial(clock.span, "data_parallel")),
+        nodes=tuple(of_all(socket.gethostname(), dist.group.WORLD, device)),
+        clock=clock,
     )
 
 

@@ -14,7 +14,8 @@ from megallama.system.whole_file import temporary
 
 BUCKETS = 1000
 """Parts of a curve of one run, about as many as a plot has pixels across."""
-
+ALL_BUCKETS = 1600
+"""Of runs that are drawn together, with which a page keeps below two megabytes."""
 
 _HEAD_BYTES = 2000
 """Of a page, in which it says who made it."""
@@ -38,7 +39,7 @@ def report(
     from megallama.report.picture import draw_picture
     from megallama.report.record import read_record
 
-    buckets = max(100, BUCKETS // ((len(runs) + 1) // 2))  # runs that are drawn together share the size of a page
+    buckets = max(100, min(BUCKETS, ALL_BUCKETS // len(runs)))
     records = [read_record(run, name, buckets) for run, name in zip(runs, names_of(runs), strict=True)]
     page, picture = _targets(runs[0] if output is None else output, force=force)
     differing = differences(runs)

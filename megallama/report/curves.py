@@ -12,6 +12,8 @@ from megallama.report.thinning import thinned
 from megallama.run_dir.events import Event
 
 GIB = 2**30
+_MOST_PARTS = 16
+"""Of the time of a step; a run tells eleven at most."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Plot:
     title: str
     unit: str = ""
     logarithmic: bool = False
+    parts: bool = False
+    """Its curves are many parts of one whole: each has its own colour, and runs differ by their dashes."""
 
 
 PLOTS = (
@@ -31,6 +35,7 @@ PLOTS = (
     Plot("grad_norm", "Gradient norm, before clipping", logarithmic=True),
     Plot("tokens_per_second", "Throughput", "tokens/s"),
     Plot("mfu", "MFU", "%"),
+    Plot("breakdown", "Where the time goes", "s", parts=True),
     Plot("memory", "Memory", "GiB"),
 )
 
@@ -75,7 +80,17 @@ def _trained(stand: Sequence[Event], axes: Axes) -> Iterator[Curve]:
     yield curve("tokens_per_second", "tokens/s", lambda e: number(e, "tokens_per_second"))
     yield curve("mfu", "mfu, attention over the whole square", lambda e: _times(number(e, "mfu"), 100))
     yield curve("mfu", "mfu_causal, over the positions seen", lambda e: _times(number(e, "mfu_causal"), 100))
+    yield from _breakdown(train, where)
     yield curve("memory", "measured, rank 0", lambda e: _times(number(e, "peak_memory_bytes"), 1 / GIB))
+
+
+def _breakdown(train: Sequence[Event], where: Sequence[Position]) -> Iterator[Curve]:
+    """The seconds of a step by what they are spent on; a part that an event leaves out took none."""
+    told = [parts if isinstance(parts := event.get("breakdown"), dict) else {} for event in train]
+    for name in list(dict.fromkeys(name for parts in told for name in parts))[:_MOST_PARTS]:
+        values = [number({name: 0.0, **parts}, name) if parts else None for parts in told]
+        if any(values):
+            yield Curve("breakdown", printable(name), "line", where, values)
 
 
 def _perplexity(event: Event) -> float | None:

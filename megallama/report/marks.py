@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megallama.errors import printable
-from megallama.report.axes import Axes, Position
+from megallama.report.axes import Axes, Position, number
 from megallama.run_dir.events import RETURNS, Event
 
 MARKS = {
@@ -14,6 +14,7 @@ MARKS = {
     "rollback": "rollback",
     "rewind": "rewind",
     "skip": "skipped step",
+    "straggler": "straggler",
     "checkpoint": "checkpoint",
     "checkpoint_failed": "failed save",
 }
@@ -58,7 +59,17 @@ def _details(event: Event) -> str:
     match event.get("passed_over"):
         case [first, end]:
             said.append(f"samples from {first} to before {end} passed over")
+    if event["event"] == "straggler":
+        behind, share = number(event, "seconds"), number(event, "share")
+        words = "" if behind is None else f", {behind:.3g} s a step behind"
+        said.append(f"{rank_words(event)}{words}" + ("" if share is None else f", {share:.0%} of a step"))
     return "".join(f": {words}" for words in said)
+
+
+def rank_words(event: Event) -> str:
+    """The rank that a `straggler` event is about, and its host if it tells one."""
+    host = event.get("host")
+    return f"rank {event.get('rank')}" + (f" on {host}" if host is not None else "")
 
 
 def _merged(marks: Sequence[Mark]) -> list[Mark]:

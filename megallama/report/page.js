@@ -23,12 +23,18 @@
   const several = data.runs.length > 1;
   const curves = data.runs.flatMap((run, at) => run.curves.map((curve) => ({ ...curve, run: run.name, at })));
   for (const plot of data.plots) {
-    curves.filter((curve) => curve.plot === plot.key).forEach((curve, order) => {
-      const within = data.runs[curve.at].curves.filter((c) => c.plot === plot.key).findIndex((c) => c.name === curve.name);
+    const drawn = curves.filter((curve) => curve.plot === plot.key), names = [...new Set(drawn.map((curve) => curve.name))];
+    drawn.forEach((curve, order) => {
+      const within = names.indexOf(curve.name), round = Math.floor(within / COLOURS);
       curve.id = `${plot.key}/${order}`;
       curve.label = several ? `${curve.run}: ${curve.name}` : curve.name;
-      curve.colour = (several ? curve.at : within) % COLOURS;
-      curve.dash = several ? within % 4 : Math.floor(within / COLOURS) % 4; // a run has one colour in all plots
+      if (several && !plot.parts) { // a run has one colour in all of these
+        curve.colour = curve.at % COLOURS;
+        curve.dash = within % 4;
+      } else {
+        curve.colour = within % COLOURS;
+        curve.dash = (several ? curve.at + 2 * round : round) % 4;
+      }
       curve.classes = `curve c${curve.colour} d${curve.dash} ${curve.style}`;
     });
   }
@@ -177,9 +183,9 @@
 
   const SHAPES = {
     resume: "M-4-5L5 0L-4 5Z", rollback: "M4-5L-5 0L4 5Z", rewind: "M0-5L-5 0L0 5ZM5-5L0 0L5 5Z",
-    skip: "M-4-4L4 4M-4 4L4-4", checkpoint: "M0-5V5", checkpoint_failed: "M-5 0H5M0-5V5",
+    skip: "M-4-4L4 4M-4 4L4-4", straggler: "M-4-5H4L0 0L4 5H-4L0 0Z", checkpoint: "M0-5V5", checkpoint_failed: "M-5 0H5M0-5V5",
   };
-  const MARK_COLOURS = { resume: 0, rollback: 3, rewind: 7, skip: 1, checkpoint: 2, checkpoint_failed: 4 };
+  const MARK_COLOURS = { resume: 0, rollback: 3, rewind: 7, skip: 1, straggler: 5, checkpoint: 2, checkpoint_failed: 4 };
 
   function drawHistory(figure) {
     const { svg, inside, x, layer } = frame(figure, HEIGHT);

@@ -21,12 +21,13 @@ _HOUR_DIGITS = 6
 
 def draw_page(records: Sequence[Record], differing: dict[str, list[str]]) -> bytes:
     """The page of some runs. `differing`: the values of each run by the keys of their configs that differ."""
-    folder = files("megallama.report")
+    folder, ranks = files("megallama.report"), _rows([record.ranks for record in records])
     parts = {
         "TITLE": escape(", ".join(record.name for record in records)),
         "STYLE": (folder / "page.css").read_text(),
         "SCRIPT": (folder / "page.js").read_text(),
-        "FACTS": _table(records, _facts(records)),
+        "FACTS": _table(records, _rows([record.facts for record in records])),
+        "SLOWEST": f"<h2>Slowest ranks</h2>{_table(records, ranks)}" if ranks else "",
         "DIFFERING": f"<h2>Where the configs differ</h2>{_table(records, differing)}" if differing else "",
         "DATA": _script_data(_data(records)),
     }
@@ -35,9 +36,10 @@ def draw_page(records: Sequence[Record], differing: dict[str, list[str]]) -> byt
     return "".join(parts[piece] if at % 2 else piece for at, piece in enumerate(pieces)).encode("utf-8", "replace")
 
 
-def _facts(records: Sequence[Record]) -> dict[str, list[str]]:
-    names = dict.fromkeys(name for record in records for name in record.facts)
-    return {name: [record.facts.get(name, "") for record in records] for name in names}
+def _rows(columns: Sequence[dict[str, str]]) -> dict[str, list[str]]:
+    """What each column says of every name that any of them has."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    return {name: [column.get(name, "") for column in columns] for name in names}
 
 
 def _table(records: Sequence[Record], rows: dict[str, list[str]]) -> str:
@@ -63,7 +65,14 @@ def _data(records: Sequence[Record]) -> dict[str, Any]:
             for record in records
         ],
         "plots": [
-            {"key": plot.key, "title": plot.title, "unit": plot.unit, "logarithmic": plot.logarithmic} for plot in PLOTS
+            {
+                "key": plot.key,
+                "title": plot.title,
+                "unit": plot.unit,
+                "logarithmic": plot.logarithmic,
+                "parts": plot.parts,
+            }
+            for plot in PLOTS
         ],
         "marks": MARKS,
         "returned": RETURNED,

@@ -15,12 +15,20 @@ from megallama.report.marks import MARKS, RETURNED
 from megallama.report.record import Record
 
 _DASHES = ("-", "--", ":", "-.")
-_SYMBOLS = {"resume": ">", "rollback": "<", "rewind": "8", "skip": "x", "checkpoint": "|", "checkpoint_failed": "+"}
+_SYMBOLS = {
+    "resume": ">",
+    "rollback": "<",
+    "rewind": "8",
+    "skip": "x",
+    "straggler": "d",
+    "checkpoint": "|",
+    "checkpoint_failed": "+",
+}
 _COLUMNS = 2
-_MOST_NAMES = 8
+_MOST_NAMES = 9
 """In the legend of a plot; more would cover it."""
-_BESIDE_TITLE = 80
-"""Characters of names that a line above a plot has room for."""
+_WIDTH, _OF_A_LINE, _OF_A_TITLE = 105, 9, 1.35
+"""Of a plot, of the line before a name in its legend, and of a letter of its title, in letters of a legend."""
 
 
 def draw_picture(records: Sequence[Record]) -> bytes:
@@ -34,7 +42,7 @@ def draw_picture(records: Sequence[Record]) -> bytes:
     _draw_history(axes[len(plots)], records)
     for each in axes[len(plots) + 1 :]:
         each.set_axis_off()
-    figure.subplots_adjust(left=0.06, right=0.99, top=1 - 0.12 / rows, bottom=0.16 / rows, hspace=0.3, wspace=0.2)
+    figure.subplots_adjust(left=0.075, right=0.99, top=1 - 0.12 / rows, bottom=0.16 / rows, hspace=0.3, wspace=0.2)
     made = BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of characters that the font has not: they are drawn as boxes
@@ -44,9 +52,11 @@ def draw_picture(records: Sequence[Record]) -> bytes:
 
 def _draw_plot(axes: Axes, plot: Plot, records: Sequence[Record]) -> None:
     lines, names = list[Line2D](), list[str]()
+    drawn = list(dict.fromkeys(curve.name for record in records for curve in record.curves if curve.plot == plot.key))
     for at, record in enumerate(records):
-        for within, curve in enumerate(curve for curve in record.curves if curve.plot == plot.key):
-            colour, dash = (at, within) if len(records) > 1 else (within, 0)
+        for curve in (curve for curve in record.curves if curve.plot == plot.key):
+            within = drawn.index(curve.name)
+            colour, dash = (at, within) if len(records) > 1 and not plot.parts else (within, at)
             lines.append(_draw_curve(axes, curve, f"C{colour % 10}", _DASHES[dash % len(_DASHES)]))
             names.append(f"{record.name}: {curve.name}" if len(records) > 1 else curve.name)
         for mark in record.marks:
@@ -98,11 +108,28 @@ def _add_legend(axes: Axes, lines: Sequence[Line2D], names: Sequence[str]) -> No
     kept = list(names[:_MOST_NAMES])
     if len(names) > _MOST_NAMES:
         kept[-1] += f", and {len(names) - _MOST_NAMES} more"
-    beside_title = sum(map(len, kept)) < _BESIDE_TITLE
-    place = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.99)} if beside_title else {"loc": "upper right"}
-    columns = len(kept) if beside_title else 1
+    columns = _columns(kept, axes.get_title(loc="left"))
+    place = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.99)} if columns else {"loc": "upper right"}
     # A space: matplotlib leaves out names that begin with an underscore.
     labels = [f" {name}" for name in kept]
-    legend = axes.legend(lines[: len(kept)], labels, fontsize=8, ncols=columns, frameon=not beside_title, **place)
+    legend = axes.legend(
+        lines[: len(kept)],
+        labels,
+        fontsize=8,
+        ncols=columns or 1,
+        columnspacing=1.2,
+        handlelength=1.4,
+        frameon=not columns,
+        **place,
+    )
     for text in legend.get_texts():
         text.set_parse_math(False)  # a name may have dollars in it
+
+
+def _columns(names: Sequence[str], title: str) -> int:
+    """In how many columns a legend of one row, or two, fits beside the title; 0 if it does not."""
+    for rows in (1, 2):
+        columns = [names[at : at + rows] for at in range(0, len(names), rows)]
+        if sum(max(map(len, column)) + _OF_A_LINE for column in columns) + _OF_A_TITLE * len(title) < _WIDTH:
+            return len(columns)
+    return 0

@@ -14,6 +14,7 @@ from megallama.errors import printable
 from megallama.report.axes import Axes, axes_of, forward_only, goodput, number, without_idle_starts
 from megallama.report.curves import GIB, Curve, curves_of
 from megallama.report.marks import MARKS, Mark, marks_of
+from megallama.report.ranks import slow_ranks
 from megallama.run_dir.events import METRICS, Event, read_events, standing
 from megallama.system.regular_file import read_regular
 
@@ -29,6 +30,8 @@ class Record:
     curves: Sequence[Curve]
     marks: Sequence[Mark]
     facts: dict[str, str]
+    ranks: dict[str, str]
+    """Ranks that others have waited for, and in words how often and for how long."""
 
 
 def read_record(run_dir: Path, name: str, buckets: int) -> Record:
@@ -39,7 +42,8 @@ def read_record(run_dir: Path, name: str, buckets: int) -> Record:
     facts = _reached(stand, axes) | _speed(stand) | _history(happened, stand, axes) | _start(events, stand)
     facts |= _environment(run_dir)
     shown = {printable(said): printable(words) for said, words in facts.items() if words}
-    return Record(name, curves_of(stand, axes, buckets), marks_of(happened, stand, axes), shown)
+    marks = marks_of(happened, stand, axes)
+    return Record(name, curves_of(stand, axes, buckets), marks, shown, slow_ranks(stand))
 
 
 def _reached(stand: Sequence[Event], axes: Axes) -> dict[str, str]:

@@ -19,11 +19,12 @@ def thinned(values: Sequence[float | None], buckets: int) -> list[int]:
         return list(range(len(values)))
     known = np.array([np.nan if value is None else value for value in values], float)
     gaps = np.isnan(known)
+    low, high = np.where(gaps, np.inf, known), np.where(gaps, -np.inf, known)  # nanargmin takes several times as long
     kept = {0, len(values) - 1}
     edges = np.linspace(0, len(values), buckets + 1).astype(int).tolist()
     for begin, end in pairwise(edges):
         if gaps[begin:end].any():
             kept.add(begin + int(gaps[begin:end].argmax()))
         if not gaps[begin:end].all():
-            kept.update((begin + int(np.nanargmin(known[begin:end])), begin + int(np.nanargmax(known[begin:end]))))
+            kept.update((begin + int(low[begin:end].argmin()), begin + int(high[begin:end].argmax())))
     return sorted(kept)

@@ -50,13 +50,13 @@ def standing(events: Sequence[Event]) -> list[Event]:
     """Pick the events that stand, in order.
 
     One of `RETURNS` at step s undoes all earlier events of steps above s. Of what remains, the last event of a kind, a
-    step and a split counts. Events without a step stand.
+    step and a split or rank counts. Events without a step stand.
     """
-    kept, seen, limit = list[Event](), set[tuple[str, int, str | None]](), math.inf
+    kept, seen, limit = list[Event](), set[tuple[Any, ...]](), math.inf
     for event in reversed(events):
         step = event.get("step")
         if step is not None:
-            key = (event["event"], step, event.get("split"))
+            key = (event["event"], step, event.get("split"), event.get("rank"))
             if step > limit or key in seen:
                 continue
             seen.add(key)
@@ -83,7 +83,8 @@ def _event(line: bytes, where: str) -> Event:
     try:
         event: Event = json.loads(line.decode())
         name, step = event["event"], event.get("step")
-        if not isinstance(name, str) or not isinstance(event.get("split"), str | None):
+        known = isinstance(event.get("split"), str | None) and isinstance(event.get("rank"), int | None)
+        if not isinstance(name, str) or not known:
             raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{where} is no event of a run; {fix}") from None

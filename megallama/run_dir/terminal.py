@@ -334,12 +334,20 @@ _LINES: dict[str, Callable[[Event], str | list[str]]] = {
         f"step {e['step']}  saved {e['path']} in {e['seconds']:.1f} s, {e['blocked_seconds']:.2f} s of them waited for"
     ),
     "checkpoint_failed": lambda e: f"step {e['step']}  could not be saved, going on: {e['reason']}",
+    "profile": lambda e: (
+        f"step {e['step']}  traced to {e['paths'][0]}"
+        + (f" and {len(e['paths']) - 1} more" if len(e["paths"]) > 1 else "")
+    ),
     "notice": lambda e: e["text"],
     "resume": lambda e: f"step {e['step']}  continues {e['path']}",
     "rollback": lambda e: f"step {e['step']}  went back to {e['path']}",
     "rewind": lambda e: (
         f"step {e['step']}  went back to {e['path']}; the samples from {e['passed_over'][0]} up to "
         f"{e['passed_over'][1]} of the data are passed over"
+    ),
+    "straggler": lambda e: (
+        f"step {e['step']}  rank {e['rank']} on {e['host']} holds the others up: {e['seconds']:.3g} s a step, "
+        f"{e['share']:.0%} of it"
     ),
     "skip": lambda e: f"step {e['step']}  {_SKIPPED[e['reason']]}: update skipped on every rank",
     "stop": lambda e: (

@@ -1,15 +1,12 @@
 """Text to token ids and back: raw bytes, a tiktoken encoding, or a tokenizer.json of Hugging Face.
 
 A tiktoken encoding is loaded by name, from a rank file or from a saved folder, a tokenizer.json by hf_tokenizer.py.
-
-A rank file is tiktoken's own format: one line `base64(token bytes) rank` per token. A saved folder holds
-`ranks.tiktoken` and beside it `megallama_tokenizer.json` with the split pattern, the special tokens and the
-fingerprint.
+A saved folder holds the rank file `ranks.tiktoken` and beside it `megallama_tokenizer.json` with the split pattern, the
+special tokens and the fingerprint.
 """
 
 from __future__ import annotations
 
-import binascii
 import difflib
 import hashlib
 import json
@@ -30,9 +27,10 @@ from megallama.errors import UserError
 from megallama.system.whole_file import put
 from megallama.text.byte_level import byte_level_files
 from megallama.text.hf_tokenizer import HF_FORMAT, load_hugging_face, load_saved
+from megallama.text.rank_file import rank_lines, read_rank_file, read_ranks
 from megallama.text.split_pattern import LLAMA3_PATTERN, R50K_PATTERN, automaton_first, check_pattern
 from megallama.text.surrogates import without_surrogates
-from megallama.text.tokenizer_files import LARGEST_ID, SIDECAR_NAME, read_content, read_sidecar, write_sidecar
+from megallama.text.tokenizer_files import LARGEST_ID, SIDECAR_NAME, read_sidecar, write_sidecar
 
 END_OF_TEXT = "<|endoftext|>"
 RANKS_NAME = "ranks.tiktoken"
@@ -235,42 +233,6 @@ def load_tokenizer(spec: str) -> Tokenizer:
     )
 
 
-def read_rank_file(path: Path) -> dict[bytes, int]:
-    """Token bytes -> rank, of a rank file that stands alone: its ranks are 0, 1, 2, ... UserError if they are not."""
-    ranks = _read_ranks(path)
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise UserError(
-            f"{path} is no complete tiktoken rank file: its {len(ranks)} ranks must be 0 to {len(ranks) - 1}"
-        )
-    return ranks
-
-
-def _read_ranks(path: Path) -> dict[bytes, int]:
-    """Token bytes -> rank. Not tiktoken's own reader: that caches by path and gives the old ranks of a changed file."""
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(read_content(path).splitlines(), start=1):
-        if not line:
-            continue
-        try:
-            encoded, rank = line.split()
-            token = binascii.a2b_base64(encoded, strict_mode=True)
-            if ranks.setdefault(token, int(rank)) != int(rank):
-                raise ValueError("a second rank of one token")
-        except (ValueError, binascii.Error):
-            raise UserError(
-                f"{path}:{number} is no `base64 rank` line of a tiktoken rank file: {line[:40]!r}"
-            ) from None
-    if missing := sum(bytes([byte]) not in ranks for byte in range(256)):
-        raise UserError(f"{path} is no complete tiktoken rank file: {missing} of the 256 single bytes are missing")
-    return ranks
-
-
-def rank_lines(ranks: dict[bytes, int]) -> bytes:
-    """The content of a tiktoken rank file, in order of rank."""
-    ordered = sorted(ranks.items(), key=lambda item: item[1])
-    return b"".join(binascii.b2a_base64(token, newline=False) + b" %d\n" % rank for token, rank in ordered)
-
-
 def tokenizer_from_ranks(ranks: dict[bytes, int]) -> TiktokenTokenizer:
     """GPT-2's split pattern over `ranks`, and one special token after the last rank that ends documents."""
     return TiktokenTokenizer("ranks", ranks, R50K_PATTERN, {END_OF_TEXT: len(ranks)}, END_OF_TEXT)
@@ -334,7 +296,7 @@ def _load_folder(folder: Path) -> Tokenizer:
     try:
         if sidecar["format"] != "bytes":
             rules = {name: sidecar[name] for name in ("pattern", "special_tokens", "end_of_document")}
-            ranks = _read_ranks(folder / RANKS_NAME)
+            ranks = read_ranks(folder / RANKS_NAME)
             found = _fingerprint(rules, rank_lines(ranks))
         expected = sidecar["fingerprint"]
     except (KeyError, FileNotFoundError) as missing:

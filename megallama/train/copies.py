@@ -50,8 +50,9 @@ def unequal(hashes: dict[str, Tensor], axis: Axis) -> list[str]:
         return []
     values = torch.stack(list(hashes.values()))
     least, most = values.clone(), values.clone()
-    dist.all_reduce(least, dist.ReduceOp.MIN, group=axis.group)
-    dist.all_reduce(most, dist.ReduceOp.MAX, group=axis.group)
+    with axis.timed():
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=axis.group)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=axis.group)
     names = [name for name, differs in zip(hashes, (least != most).tolist(), strict=True) if differs]
     return [_who(name, int(hashes[name]), axis, values.device) for name in names]
 

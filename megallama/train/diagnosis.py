@@ -30,9 +30,7 @@ def diagnose(run: Run, state: TrainState, batches: Sequence[MicroBatch]) -> Path
     Every rank must call it: the batches go through the model once more, and their gradients are left where they fall.
     """
     with layer_norms(run) as norms:
-        run.engine.forward_backward(
-            (batch.to(run.mesh.device) for batch in batches), torch.ones((), device=run.mesh.device)
-        )
+        run.engine.forward_backward(batches, torch.ones((), device=run.mesh.device))
     path = run.dir / DIAGNOSIS
     if run.mesh.rank == 0:
         try:

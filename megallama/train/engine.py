@@ -9,16 +9,17 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
-from io import StringIO
 from typing import Any, Protocol
 
 import deepspeed
+import deepspeed.comm.comm as deepspeed_comm
+import deepspeed.runtime.compiler as deepspeed_compiler
 import torch
 import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__ as compatible_ops
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime import bf16_optimizer
 from torch import Tensor, nn
 
 from megallama.checkpoint.tensors import MOMENTS
@@ -26,27 +27,15 @@ from megallama.config.schema import RunConfig
 from megallama.data.loader import MicroBatch
 from megallama.model.init import initialise_owned
 from megallama.model.stages import ModelStages
+from megallama.parallel.clock import Clock, Timed
 from megallama.parallel.mesh import ParallelMesh
 from megallama.parallel.shards import ShardSlice
+from megallama.train.adamw import adamw, parameter_groups
+from megallama.train.average import Average
 from megallama.train.pipeline import Pipeline
+from megallama.train.zero import Share, Zero, ZeroOne, ZeroThree, ZeroTwo
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did."""
-
-    grad_norm: float
-    """Norm of the gradient over all parameters, before clipping; inf when not finite."""
-    applied: bool
-    """False where every rank skipped the update: the gradient was not finite, or the caller's veto said so."""
-    vetoed: tuple[bool, ...] = ()
-    """What the veto said."""
-
-
-Veto = Callable[[Tensor], Tensor]
-"""Takes the gradient's norm, on the device, and returns booleans there: with one of them true there is no update."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +49,8 @@ class Fragment:
     """fp32; of a frozen parameter, which has no master, the weights as they are trained with."""
     moments: Mapping[str, Tensor]
     """AdamW's `exp_avg` and `exp_avg_sq`, fp32; a frozen parameter has none."""
+    average: Tensor | None = None
+    """fp32, perhaps on the host; None without `train.average`, and of a frozen parameter."""
 
 
 class Engine:
@@ -84,6 +75,7 @@ class Engine:
         # a killed build. gloo does without.
         compatible_ops["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
+        deepspeed_comm.cdb = Timed(deepspeed_comm.cdb, mesh.data.timed)
         if self._stage == 3:  # cut one by one, so that a rank never holds more than its part and one weight
             cut, group = deepspeed.zero.Init, mesh.data.group
             cut(_Weights(weights), group, dtype=self._dtype, config_dict_or_path=dict(settings), mpu=_Mpu(mesh))
@@ -92,79 +84,67 @@ class Engine:
         chunks.to(mesh.device)  # what is no parameter
         self._names = {p: name for name, p in chunks.named_parameters() if p.requires_grad}
         self._frozen = {p: name for name, p in chunks.named_parameters() if not p.requires_grad}
-        groups = _groups(self._names)
-        self._fillers = nn.ParameterList(_fillers(groups, mesh.device, self._dtype) if self._stage == 1 else [])
-        chunks.add_module("fillers", self._fillers)  # for as long as DeepSpeed asks the model for names
-        self._optimizer = _adamw(groups, config)
-        self._group_of = {p: index for index, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
-        with redirect_stdout(StringIO()):  # BF16_Optimizer prints memory statistics whatever the log level
-            self._engine, *_ = deepspeed.initialize(
-                model=chunks,
-                optimizer=self._optimizer,
-                config=settings,
-                mpu=_Mpu(mesh),
-                dist_init_required=False,
-            )
-        del chunks.fillers
-        self._zero: Any = self._engine.optimizer
+        groups = parameter_groups(self._names, config.zero.bucket_elements if self._stage == 1 else None)
+        if not groups:  # this rank's part of the model is frozen: DeepSpeed has no optimizer of nothing
+            # Part of the model for as long as DeepSpeed asks it for names.
+            chunks.filler = nn.Parameter(torch.zeros(1, dtype=self._dtype, device=mesh.device))
+            groups = [(False, [chunks.filler])]
+        self._optimizer = adamw(groups, config.optimizer)
+        # It asks whether this is Muon, whose module compiles its kernels as it is imported: seconds.
+        deepspeed_compiler.compile = lambda: lambda kernel: kernel
+        # It collects garbage and prints before and after each group, whatever the log level.
+        bf16_optimizer.see_memory_usage = lambda *_, **__: None
+        self._engine, *_ = deepspeed.initialize(
+            model=chunks,
+            optimizer=self._optimizer,
+            config=settings,
+            mpu=_Mpu(mesh),
+            dist_init_required=False,
+        )
+        chunks._parameters.pop("filler", None)
+        stages: Mapping[int, Callable[..., Zero]] = {1: ZeroOne, 2: ZeroTwo, 3: ZeroThree}
+        self._zero = stages[self._stage](self._engine, self._optimizer, config, mesh, chunks)
+        self._partitions = self._zero.partitions
         self._create_state()
+        settings_of_average = config.train.average
+        self.average = None if settings_of_average.kind == "none" else Average(self._partitions, settings_of_average)
+        """Of the masters that this rank owns, if the run has one."""
+
         self._passes: _Passes = (
-            NoPipeline(self._engine) if mesh.pp.size == 1 else Pipeline(chunks, config, mesh, self._take_gradients)
+            NoPipeline(self._zero, mesh.clock) if mesh.pp.size == 1 else Pipeline(chunks, config, mesh, self._zero.take)
         )
 
-    def forward_backward(self, batches: Iterable[MicroBatch], scale: Tensor) -> Tensor:
-        """Run every micro-batch forward and backward; return the sum of their losses times `scale`, detached.
+    def forward_backward(self, batches: Sequence[MicroBatch], scale: Tensor) -> Tensor:
+        """Run every micro-batch of a step forward and backward; return the sum of their losses times `scale`, detached.
 
-        It is 0 on ranks without the last stage. Gradients add up until `step`, which averages them over data-parallel
-        ranks: a `scale` of data-parallel size over the labels counted in the global batch makes them those of the token
-        mean.
+        It is 0 on ranks without the last stage. Gradients add up, and `step` averages them over data-parallel ranks: a
+        `scale` of data-parallel size over the labels counted in the global batch makes them those of the token mean.
+        At ZeRO 1 those of a call that no step came after are forgotten.
         """
-        return self._passes.forward_backward(batches, scale)
+        self._zero.begin(len(batches))
+        # Each micro-batch is copied while the one before computes.
+        return self._passes.forward_backward((batch.to(self._mesh.device) for batch in batches), scale)
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
         """The summed loss, 0 on ranks without the last stage; touches no gradient."""
         return self._passes.evaluate(batches)
 
-    def step(self, lr: float, veto: Veto | None = None) -> StepResult:
-        """Reduce, clip, update, unless `veto` keeps the update back. Every rank of the mesh must call it.
+    @torch.no_grad()
+    def step(self, lr: float, share: Share | None = None) -> None:
+        """Reduce, clip, update, unless the gradient is not finite or `share` says so; every rank must call it.
 
-        A gradient that is not finite is not shown to the veto.
+        All of that is decided on the device: the host has waited for nothing when this returns, unless the optimizer is
+        on the host.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        for filler in self._fillers:
-            filler.grad = torch.zeros_like(filler)
-        self._take_gradients(self._fillers)
-        with self._vetoed(veto) as said:
-            self._engine.step()
-        norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self._mesh.device)
-        grad_norm, *vetoed = torch.cat([norm.double().view(1), *(each.double() for each in said)]).tolist()
-        applied = bool(self._engine.was_step_applied()) and not any(vetoed)
-        return StepResult(grad_norm, applied, tuple(map(bool, vetoed)))
+        with self._mesh.clock.span("optimizer"):
+            self._zero.step(share or self._sum_squares)
 
-    @contextmanager
-    def _vetoed(self, veto: Veto | None) -> Iterator[list[Tensor]]:
-        """Inside, AdamW does nothing where `veto` says so, found out once there is a norm; what it said.
-
-        `found_inf` is how a gradient scaler tells torch's fused AdamW on the device that a step is to be left out.
-        """
-        said: list[Tensor] = []
-        if veto is None:
-            yield said
-            return
-        optimizer: Any = self._optimizer
-
-        def ask(*_: Any) -> None:
-            if not said:  # ZeRO 1 to 3 update group by group
-                said.append(veto(torch.as_tensor(self._zero._global_grad_norm, device=self._mesh.device)))
-                optimizer.found_inf = said[0].any().float()
-
-        handle = self._optimizer.register_step_pre_hook(ask)
-        try:
-            yield said
-        finally:
-            handle.remove()
-            optimizer.found_inf = None
+    def _sum_squares(self, mine: Tensor) -> tuple[Tensor, Tensor]:
+        total = mine.clone()
+        dist.all_reduce(total, group=self._mesh.world.group)
+        return total.sqrt(), torch.zeros_like(total, dtype=torch.bool)
 
     def fragments(self) -> Iterator[Fragment]:
         """All state on this rank. Over the data-parallel ranks they cover every parameter exactly once."""
@@ -175,7 +155,9 @@ class Engine:
             start, partition, offset, numel = found
             state = self._optimizer.state[partition]
             here = slice(offset, offset + numel)
-            yield Fragment(name, start, partition.detach()[here], {kind: state[kind][here] for kind in MOMENTS})
+            moments = {kind: state[kind][here] for kind in MOMENTS}
+            average = None if self.average is None else self.average.of(partition)[here]
+            yield Fragment(name, start, partition.detach()[here], moments, average)
         for parameter, name in self._frozen.items():
             start, numel = self._part(parameter)
             if numel > 0:
@@ -192,28 +174,31 @@ class Engine:
 
     @torch.no_grad()
     def state_was_loaded(self, updates: int) -> None:
-        """Make the weights follow the masters, after fragments were overwritten with those of `updates` steps."""
+        """Make the weights follow the masters, after fragments were overwritten with those of `updates` steps.
+
+        An average begins anew with the masters.
+        """
         for partition in self._partitions:
             self._optimizer.state[partition]["step"].fill_(updates)
         if self._stage < 3:
             for parameter in self._frozen:
                 self._gather(parameter)
-            self._zero.update_lp_params()
-            return
-        for index in range(len(self._partitions)):
-            self._zero._reassign_or_swap_out_partitioned_parameters(index)
-        kept_whole = self._zero.persistent_parameters
-        if kept_whole:
-            kept_whole[0].all_gather(kept_whole)
+        self._zero.follow_masters()
+        if self.average is not None:
+            self.average.begin(updates)
 
-    @property
-    def _partitions(self) -> list[nn.Parameter]:
-        """The flat fp32 masters that this rank owns."""
-        for name in ("fp32_groups_flat_partition", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-            if hasattr(self._zero, name):  # by class: BF16_Optimizer, ZeRO 1 and 2, ZeRO 3
-                partitions: list[nn.Parameter] = getattr(self._zero, name)
-                return partitions
-        raise AssertionError(f"unknown ZeRO optimizer {type(self._zero).__name__}")
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the weights are their averages, to the bit those of before after it. Every rank must enter it.
+
+        An error ends the run: behind one nothing is put back, which would wait for ranks that are gone.
+        """
+        assert self.average is not None
+        self.average.exchange()
+        self._zero.follow_masters()
+        yield
+        self.average.exchange()
+        self._zero.follow_masters()
 
     def _owned(self, parameter: nn.Parameter) -> tuple[int, nn.Parameter, int, int] | None:
         """(start in the parameter, flat partition, offset in it, elements) of what this rank owns of `parameter`."""
@@ -224,7 +209,8 @@ class Engine:
                 return None
             low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
             return low.start, self._partitions[mapping.param_group_index], high.start, high.numel
-        group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        zero = self._engine.optimizer
+        group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
         start, numel = self._part(parameter)
         return (start, self._partitions[group], offset, numel) if numel > 0 else None
 
@@ -257,19 +243,6 @@ class Engine:
         dist.all_gather(list(parts.split(size)), padded, group=self._data.group)
         flat.copy_(parts[: flat.numel()])
 
-    def _take_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add what a split backward left in `grad` to the fp32 sums, as ZeRO's hooks do with the other gradients.
-
-        In fp32 there is nothing to do: `grad` is the sum.
-        """
-        if not isinstance(self._zero, BF16_Optimizer):
-            return
-        for parameter in parameters:
-            if parameter.grad is not None:
-                any_parameter: Any = parameter
-                group, index = self._group_of[parameter], any_parameter._index_in_param_group
-                self._zero.accumulate_hp_grads_and_remove_lp(parameter, group, index)
-
     def _create_state(self) -> None:
         """AdamW's state, made now instead of in the first step, so that a checkpoint has somewhere to go."""
         for partition in self._partitions:
@@ -300,31 +273,27 @@ class _Passes(Protocol):
 class NoPipeline:
     """One micro-batch after the other through a rank that holds the whole model."""
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
+    def __init__(self, zero: Zero, clock: Clock) -> None:
+        self._zero, self._clock = zero, clock
 
     def forward_backward(self, batches: Iterable[MicroBatch], scale: Tensor) -> Tensor:
-        self._engine.train()
         total = torch.zeros((), dtype=torch.float32, device=scale.device)
         for batch in batches:
-            loss = self._engine(batch.tokens, batch.labels, batch.documents) * scale
-            self._engine.backward(loss)
+            with self._clock.span("forward"):
+                loss = self._zero.forward(batch.tokens, batch.labels, batch.documents) * scale
+            with self._clock.span("backward"):
+                self._zero.backward(loss)
             total += loss.detach()
         return total
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
-        self._engine.eval()
-        losses = [self._engine(batch.tokens, batch.labels, batch.documents) for batch in batches]
+        losses = [self._zero.forward(batch.tokens, batch.labels, batch.documents) for batch in batches]
         return torch.stack(losses).double().sum()
 
 
 class _Mpu:
-    """What DeepSpeed asks of the mesh.
-
-    The norm is summed over `get_model_parallel_group`, which must span all of one model copy; a parameter that is not
-    marked `tensor_model_parallel` counts on tensor-parallel rank 0 only.
-    """
+    """What DeepSpeed asks of the mesh."""
 
     def __init__(self, mesh: ParallelMesh) -> None:
         self._mesh = mesh
@@ -352,33 +321,3 @@ class _Mpu:
 
     def get_tensor_model_parallel_world_size(self) -> int:
         return self._mesh.tp.size
-
-
-def _groups(trained: Iterable[nn.Parameter]) -> dict[bool, list[nn.Parameter]]:
-    """Matrices, which are decayed, and norm weights, which are not; ZeRO 3 says of what it has cut how it was."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter in trained:
-        groups[len(getattr(parameter, "ds_shape", parameter.shape)) >= 2].append(parameter)
-    return groups
-
-
-def _fillers(groups: Mapping[bool, list[nn.Parameter]], device: torch.device, dtype: torch.dtype) -> list[nn.Parameter]:
-    """A zero to train in each group that is empty, since what this rank has of it is frozen.
-
-    DeepSpeed reduces the norm group by group, and pipeline ranks must have as many; with none it ends in an error.
-    """
-    fillers = []
-    for group in groups.values():
-        if not group:
-            filler = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
-            filler.tensor_model_parallel = True  # type: ignore[attr-defined]  # else the norm is of nothing on some
-            group.append(filler)
-            fillers.append(filler)
-    return fillers
-
-
-def _adamw(groups: Mapping[bool, list[nn.Parameter]], config: RunConfig) -> torch.optim.AdamW:
-    decays = {True: config.optimizer.weight_decay, False: 0.0}
-    given = [{"params": group, "weight_decay": decays[matrices]} for matrices, group in groups.items() if group]
-    lr, betas, eps = config.optimizer.lr, config.optimizer.betas, config.optimizer.eps
-    return torch.optim.AdamW(given, lr=lr, betas=betas, eps=eps, fused=True)

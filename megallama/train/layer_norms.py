@@ -34,13 +34,15 @@ def layer_norms(run: Run) -> Iterator[LayerNorms]:
     """
     found = LayerNorms([], [])
     sums = torch.zeros(3, run.config.model.num_hidden_layers, dtype=torch.float64, device=run.mesh.device)
+    add_output = torch.compiler.disable(_add_output)  # compiled layers would be compiled anew for each layer's hook
     with ExitStack() as hooks:
         for model in run.model.models:
             for index, layer in model.layers.items():
-                hooks.callback(layer.register_forward_hook(partial(_add_output, sums, int(index))).remove)
+                hooks.callback(layer.register_forward_hook(partial(add_output, sums, int(index))).remove)
         yield found
     if run.mesh.world.size > 1:
-        dist.all_reduce(sums, group=run.mesh.world.group)
+        with run.mesh.world.timed():
+            dist.all_reduce(sums, group=run.mesh.world.group)
     # Without sequence parallelism every tensor-parallel rank has the same whole output.
     copies = 1 if run.config.parallel.sequence_parallel else run.mesh.tp.size
     squares, elements, gradients = sums.tolist()

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megallama.checkpoint.health import way_back
 from megallama.checkpoint.reading.store import (
@@ -24,8 +23,8 @@ from megallama.checkpoint.reading.store import (
 from megallama.checkpoint.state import TrainState, data_identity
 from megallama.checkpoint.writing.commit import Retention
 from megallama.checkpoint.writing.saver import Saver
-from megallama.config.schema import IGNORE_INDEX, RunConfig
-from megallama.data.loader import MicroBatch, RunData, prefetched
+from megallama.config.schema import RunConfig
+from megallama.data.loader import RunData, prefetched
 from megallama.hardware.measure import device_peak
 from megallama.layout.budget import batch_at, with_batch
 from megallama.layout.frozen import checkpoint_bytes
@@ -35,12 +34,12 @@ from megallama.run_dir.metrics import Metrics
 from megallama.run_dir.outcome import Reached, write_failure, write_outcome
 from megallama.train.copies import differing_copies
 from megallama.train.diagnosis import DIAGNOSIS, diagnose
-from megallama.train.engine import StepResult
-from megallama.train.evaluate import evaluate
+from megallama.train.evaluate import evaluate, evaluate_average
 from megallama.train.layer_norms import recorded_layers
 from megallama.train.lr_schedule import next_rate
 from megallama.train.out_of_memory import memory_explained
 from megallama.train.plan_check import check_plan
+from megallama.train.profile import profiled
 from megallama.train.record import locked, recorded
 from megallama.train.rewind import begins_anew, rewound, write_skip
 from megallama.train.run import (
@@ -51,11 +50,14 @@ from megallama.train.run import (
     build_spikes,
     report_left_out,
     report_start,
-    write_train_event,
+    report_uncompiled,
 )
 from megallama.train.saves import check_loaded, clean_checkpoints, report_saves, save_checkpoint, start_state
+from megallama.train.step import train_step
 from megallama.train.step_timer import StepTimer
 from megallama.train.stop_requests import StopDecision, StopRequests
+from megallama.train.stragglers import Stragglers
+from megallama.train.train_event import write_train_event
 from megallama.train.watchdog import Watchdog
 
 
@@ -90,6 +92,7 @@ def train(config: RunConfig, mesh: ParallelMesh, data: RunData, launch: Launch) 
             state = start_state(run, start, launch.processors)
             run = replace(run, data=data.begun_at(state.stages, state.passed_over))
             report_left_out(run)
+            report_uncompiled(run)
             report_start(run, state)
             reached.step = state.step
             launch.signals.training(elastic=launch.elastic)
@@ -136,37 +139,44 @@ def loop(run: Run, state: TrainState) -> Ending:
     missed = due(run.config.evaluation.every, state.step) and unknown
     if state.step == 0 or (missed and state.step < run.last_step(state)):
         state, _ = evaluate_splits(run, state)
-    timer, batches = StepTimer(), prefetched(run.data.train, state.samples)
+    stages = [run.mesh.topology.coordinate(rank, "pp") for rank in range(run.mesh.world.size)]
+    stragglers = Stragglers(stages)
+    timer, batches = StepTimer(stragglers), prefetched(run.data.train, state.samples)
     batch = batch_at(run.config, state.samples)
-    ending, loss, begun = None, torch.zeros(()), state
+    ending, loss, begun = None, 0.0, state
     healthy: bool | None = None
     while ending is None and state.step < run.last_step(state):
         if batch != (batch := batch_at(run.config, state.samples)):
-            timer = StepTimer()  # what steps take is of this batch from here on
+            timer = StepTimer(stragglers)  # what steps take is of this batch from here on
         if run.spikes is not None and begins_anew(run, state, batch):
             run.spikes.remember((), ())
         run.watchdog.now(f"step of {batch} sequences")
         lr = next_rate(run.config, state.seen)
-        with timer, recorded_layers(run, state.step + 1):
-            loss, result = train_step(run, inputs := next(batches), lr)
-        if result.applied:
+        hopeless = run.saver.failures >= run.config.checkpoint.max_failures
+        wishes = partial(run.requests.wishes, saving=run.saver.busy, give_up=hopeless)
+        with profiled(run, state.step + 1), timer, recorded_layers(run, state.step + 1):
+            with run.mesh.clock.span("data"):
+                inputs = next(batches)
+            step = train_step(run, inputs, lr, wishes)
+            decision = run.requests.decide(step.asked)
+        timer.all_ranks(step.seconds)
+        loss = step.loss
+        if step.applied:
             run.saver.prove(state.step)
-        state = state.after(batch, applied=result.applied)
+        state = state.after(batch, applied=step.applied)
         run.reached.step = state.step
         healthy = state.skipped == 0
         if begun.step > 0:
             check_loaded(run, begun.step, state.step - begun.step, state.skipped, loss)
-        if not result.applied:
-            write_skip(run, state, batch, loss, result)
+        if not step.applied:
+            write_skip(run, state, batch, step)
         check_plan(with_batch(run.config, batch), run.mesh, run.metrics, state.step, timer)
         report_saves(run)
-        hopeless = run.saver.failures >= run.config.checkpoint.max_failures
-        decision = run.requests.agree(saving=run.saver.busy, give_up=hopeless)
         if decision.lost is not None:
             return abandon(run, state, decision.lost)
         if state.skipped >= run.config.train.max_skipped:
             if (back := rewound(run, state)) is not None:
-                (run, state), timer = back, StepTimer()
+                (run, state), timer = back, StepTimer(stragglers)
                 begun, batches = state, prefetched(run.data.train, state.samples)
                 continue
             diagnose(run, state, inputs)
@@ -178,14 +188,16 @@ def loop(run: Run, state: TrainState) -> Ending:
             ending = Ending("failed", f"{differing}; {way_back(run.dir, agreed + 1)}")
         evaluate_now, save_now, log_now = (due(n, state.step) or last for n in every)
         if log_now or ending is not None:
-            write_train_event(run, state, batch, loss, result.grad_norm, lr, timer.take())
+            write_train_event(run, state, batch, step, lr, timer)
         if evaluate_now and ending is None:
             state, finite = evaluate_splits(run, state)
             healthy = healthy and finite
             decision = replace(decision, stop=run.requests.stop)  # one that came meanwhile has ended the evaluation
             ending = None if last else ending_after(run, state, decision)
         if save_now or decision.save or decision.stop is not None:
-            healthy = save_checkpoint(run, state, loss, healthy=healthy)
+            with run.mesh.clock.span("checkpoint", whole=True):
+                healthy = save_checkpoint(run, state, loss, healthy=healthy)
+            run.requests.answer_save()
     return finish(run, state, loss, ending, healthy)
 
 
@@ -212,7 +224,7 @@ def abandon(run: Run, state: TrainState, reason: str) -> Ending:
     return Ending("failed", reason)
 
 
-def finish(run: Run, state: TrainState, loss: Tensor, ending: Ending | None, healthy: bool | None) -> Ending:
+def finish(run: Run, state: TrainState, loss: float, ending: Ending | None, healthy: bool | None) -> Ending:
     """Wait for the last save, repeat it where it failed and may, and record how the run ends.
 
     `healthy` is None where no step was done: then the save that was loaded has told.
@@ -245,49 +257,6 @@ def finish(run: Run, state: TrainState, loss: Tensor, ending: Ending | None, hea
     return ending
 
 
-def train_step(run: Run, batches: list[MicroBatch], lr: float) -> tuple[Tensor, StepResult]:
-    """One optimizer step; the loss is this rank's share of the token mean over the global batch."""
-    # The engine averages over data-parallel ranks; a token mean is the sum over all of them by the count of all.
-    # Where no label counts, the loss is 0 and so is the gradient.
-    scale = run.mesh.data.size / count_labels(batches, run.mesh).clamp(min=1)
-    loss = run.engine.forward_backward(on_device(batches, run.mesh.device), scale)
-    if run.spikes is None:
-        return loss, run.engine.step(lr)
-    judge = partial(run.spikes.judge, mean_loss(loss, run.mesh))
-    return loss, run.engine.step(lr, lambda norm: judge(largest(norm, run.mesh)))
-
-
-def mean_loss(loss: Tensor, mesh: ParallelMesh) -> Tensor:
-    """The token mean over the global batch, on every rank, of each rank's share of it; left on the device."""
-    total = loss.clone()
-    if mesh.world.size > 1:
-        dist.all_reduce(total, group=mesh.world.group)
-    return total / (mesh.data.size * mesh.tp.size)  # the ranks of tp all have it
-
-
-def largest(norm: Tensor, mesh: ParallelMesh) -> Tensor:
-    """The same bits on every rank: copies of the model compute the norm each for itself, and all must judge alike."""
-    found = norm.clone()
-    if mesh.world.size > 1:
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.world.group)
-    return found
-
-
-def count_labels(batches: list[MicroBatch], mesh: ParallelMesh) -> Tensor:
-    """Labels that count in the whole global batch, left on the device so that nothing waits for it."""
-    here = float(sum(int((b.labels != IGNORE_INDEX).sum()) for b in batches))
-    counted = torch.full((), here, device=mesh.device)  # a kernel: a copy from the host would be waited for
-    if mesh.data.size > 1:
-        dist.all_reduce(counted, group=mesh.data.group)
-    return counted
-
-
-def on_device(batches: list[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
-    """Each micro-batch, copied while the one before computes."""
-    for batch in batches:
-        yield batch.to(device)
-
-
 def evaluate_splits(run: Run, state: TrainState) -> tuple[TrainState, bool]:
     """Loss and perplexity on train, validation and named sets, and whether all are finite; validation's in the state.
 
@@ -300,11 +269,14 @@ def evaluate_splits(run: Run, state: TrainState) -> tuple[TrainState, bool]:
         if stop is not None:
             run.metrics.write("notice", text=f"the evaluation of step {state.step} ends before {split}, for {stop}")
             break
-        loss = evaluate(run.engine, data, run.config.evaluation.samples, run.mesh)
+        with run.mesh.clock.span("evaluation", whole=True):
+            loss = evaluate(run.engine, data, run.config.evaluation.samples, run.mesh)
         run.metrics.write("eval", step=state.step, split=split, loss=loss, perplexity=math.exp(min(loss, 700.0)))
         finite = finite and math.isfinite(loss)
         if split == "validation" and math.isfinite(loss):
             state = replace(state, validation_loss=loss)
+    with run.mesh.clock.span("evaluation", whole=True):
+        evaluate_average(run, state)
     return state, finite
 
 

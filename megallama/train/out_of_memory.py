@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -14,15 +16,25 @@ from megallama.layout.batching import dp_size
 from megallama.parallel.mesh import ParallelMesh
 from megallama.plan.memory.ledger import memory_rows
 from megallama.plan.search.changes import nearest_change
+from megallama.system.whole_file import put
 
 # torch has an exception of its own for its CUDA allocator alone: cublas, nccl and its CPU allocator raise plain ones.
 _ON_A_GPU = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _ON_A_CPU = ("can't allocate memory", "not enough memory")
 
+_ENTRIES = 100_000
+"""Allocations and releases that are kept: those of several steps, in some hundred MB of the host's memory."""
+
 
 @contextmanager
 def memory_explained(config: RunConfig, mesh: ParallelMesh) -> Iterator[None]:
-    """Turn an error for want of this rank's memory into a UserError with its largest predicted terms."""
+    """Turn an error for want of this rank's memory into a UserError with its largest predicted terms.
+
+    On CUDA it names a snapshot of the memory, which has the history of it if `train.memory_history` asks for that.
+    """
+    if mesh.device.type == "cuda" and config.train.memory_history:
+        # Python's stacks, and of allocations alone: what released memory that is gone is of no interest.
+        torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=_ENTRIES)
     try:
         yield
     except Exception as error:
@@ -31,7 +43,20 @@ def memory_explained(config: RunConfig, mesh: ParallelMesh) -> Iterator[None]:
         # The ledger of train.device=auto is that of a GPU.
         train = config.train.model_copy(update={"device": mesh.device.type})
         here = config.model_copy(update={"train": train})
-        raise UserError(explanation(here, mesh.world.size, mesh.rank, mesh.pp.rank)) from error
+        sentence = explanation(here, mesh.world.size, mesh.rank, mesh.pp.rank)
+        snapshot = write_snapshot(Path(config.run.dir), mesh) if mesh.device.type == "cuda" else None
+        raise UserError(sentence + (f"; its memory is in {snapshot}" if snapshot else "")) from error
+
+
+def write_snapshot(run_dir: Path, mesh: ParallelMesh) -> Path | None:
+    """Write what the GPU's memory holds, for pytorch.org/memory_viz; None where that fails, for whatever reason."""
+    path = run_dir / "memory" / f"rank_{mesh.rank:05d}.pickle"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        put(path, pickle.dumps(torch.cuda.memory._snapshot(mesh.device)))
+    except Exception:  # the run ends by another error, which is to be said
+        return None
+    return path
 
 
 def out_of_memory(error: BaseException | None, device: torch.device) -> bool:

@@ -38,6 +38,7 @@ from megallama.data.loader import MicroBatch
 from megallama.layout.schedules import Action, action_lists, schedule_of
 from megallama.model.layers import GradientFilter
 from megallama.model.stages import ModelStages
+from megallama.parallel.clock import Clock
 from megallama.parallel.mesh import ParallelMesh
 
 TakeGradients = Callable[[Iterable[nn.Parameter]], None]
@@ -103,9 +104,10 @@ class Pipeline:
         every = list(batches)
         arguments, labels = self._inputs(every)
         schedule = self._schedule(len(every), every[0].tokens.shape)
-        schedule.step(*arguments, **labels, losses=losses, return_outputs=False)
-        for stage in schedule._stages:
-            stage.clear_runtime_states()
+        with self._mesh.pp.timed():
+            schedule.step(*arguments, **labels, losses=losses, return_outputs=False)
+            for stage in schedule._stages:
+                stage.clear_runtime_states()
         return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self._mesh.device)
 
     @torch.no_grad()
@@ -176,7 +178,7 @@ class Pipeline:
         dtype = torch.bfloat16 if self._config.train.dtype == "bf16" else torch.float32
         cut = self._mesh.tp.size if self._config.parallel.sequence_parallel else 1
         tokens = torch.empty(shape, dtype=torch.int64, device="meta")
-        sent = (batch, length // cut, self._config.model.hidden_size)
+        sent = (length // cut, batch, self._config.model.hidden_size)
 
         def hidden() -> Tensor:
             return torch.empty(sent, dtype=dtype, device="meta", requires_grad=True)
@@ -191,6 +193,7 @@ class Pipeline:
                 input_args=tokens if index == 0 else hidden(),
                 output_args=loss if index == count - 1 else hidden(),
                 group=self._mesh.pp.group,
+                clock=self._mesh.clock,
                 part=self._chunks.tp_context.part,
                 take_gradients=self._take,
             )
@@ -202,16 +205,18 @@ class Stage(PipelineStage):
     """torch's stage, with four things mended.
 
     - Weight gradients of a split backward are written into `grad` by torch itself, past the hooks in which ZeRO takes
-      them: left there, bf16 training would lose them silently or add them up in bf16. This one hands them over.
+      them: left there, they would not be in the sums. This one hands them over.
     - A split backward runs autograd functions and recomputation more often than it has to.
     - What is received from other stages lies in memory while it is needed, and not from the first step to the last,
       a buffer for each micro-batch of a step.
     - What is sent lies in memory until it must have arrived, and not until the end of the step.
     """
 
-    def __init__(self, *args: Any, part: GradientFilter, take_gradients: TakeGradients, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, clock: Clock, part: GradientFilter, take_gradients: TakeGradients, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._part, self._take = part, take_gradients
+        self._clock, self._part, self._take = clock, part, take_gradients
         # torch lets go of the graph between the two parts of a backward, before 2.13 too early for Python's functions.
         self._graphs: dict[int, list[GradientEdge]] = {}
         self.order_before: Sequence[_Action] = ()
@@ -231,7 +236,8 @@ class Stage(PipelineStage):
         super().clear_runtime_states()
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        with self._clock.span("forward"):
+            output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         _free(self.args_recv_info[fwd_chunk_id])
         for gradient in self.arrived.get(fwd_chunk_id, ()):
             _wait_batch_p2p(self._sent_gradients.pop(gradient))
@@ -244,7 +250,7 @@ class Stage(PipelineStage):
             outputs, _ = self.fwd_cache[bwd_chunk_id]
             # A first stage that is frozen has no graph.
             self._graphs[bwd_chunk_id] = [get_gradient_edge(output) for output in outputs if output.requires_grad]
-        with nullcontext() if full_backward else self._part.only("inputs"):
+        with self._clock.span("backward"), nullcontext() if full_backward else self._part.only("inputs"):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         if loss is not None and full_backward:
             loss.detach_()  # it is kept to the end of the step, and with its graph what this stage received
@@ -254,10 +260,12 @@ class Stage(PipelineStage):
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         # torch leaves the whole backward of the first stage to this part. It goes through the weights one by one: a
         # layer that is recomputed would be so for each of them.
-        with nullcontext() if self.is_first else self._part.only("weights"), GraphExecGroup():
-            super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
-        del self._graphs[bwd_chunk_id]
-        self._take(self.submod.parameters())
+        part = nullcontext() if self.is_first else self._part.only("weights")
+        with self._clock.span("backward"):
+            with part, GraphExecGroup():
+                super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
+            del self._graphs[bwd_chunk_id]
+            self._take(self.submod.parameters())
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         _allocate(self.args_recv_info[fwd_chunk_id], self.device)

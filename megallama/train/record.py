@@ -71,7 +71,8 @@ def _record(config: RunConfig, mesh: ParallelMesh, tokenizer: Tokenizer, peak: P
         (folder / WANDB_ID).unlink(missing_ok=True)
     with ExitStack() as stack:
         metrics = stack.enter_context(open_metrics(config, folder))
-        shutil.rmtree(folder / "stacks", ignore_errors=True)  # of an earlier hang: who wrote none now would not be seen
+        for name in ("stacks", "memory"):  # of an earlier failure: who wrote none now would not be seen
+            shutil.rmtree(folder / name, ignore_errors=True)
         (folder / "config.yaml").write_text(dump_config(config))
         tokenizer.save(folder / "tokenizer")
         device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"

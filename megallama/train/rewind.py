@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
-
 from megallama.checkpoint.format import step_of
 from megallama.checkpoint.health import healthy_checkpoints
 from megallama.checkpoint.reading.rollback import return_to
@@ -19,12 +17,11 @@ from megallama.errors import SharedError
 from megallama.layout.budget import united
 from megallama.layout.check import check_batching
 from megallama.layout.frozen import frozen_weights
-from megallama.parallel.mesh import sum_losses
 from megallama.parallel.plain import from_first
-from megallama.train.engine import StepResult
 from megallama.train.run import Run
 from megallama.train.saves import continued, report_saves
 from megallama.train.spikes import REASONS, Reason
+from megallama.train.step import Step
 
 Skipped = Literal["nonfinite"] | Reason
 SAID: dict[Skipped, str] = {
@@ -34,23 +31,22 @@ SAID: dict[Skipped, str] = {
 }
 
 
-def reason_of(result: StepResult) -> Skipped:
+def reason_of(step: Step) -> Skipped:
     """Why the step, which was not applied, was skipped."""
-    stood_out = [reason for reason, said in zip(REASONS, result.vetoed, strict=False) if said]
+    stood_out = [reason for reason, said in zip(REASONS, step.vetoed, strict=False) if said]
     return stood_out[0] if stood_out else "nonfinite"
 
 
-def write_skip(run: Run, state: TrainState, batch: int, loss: Tensor, result: StepResult) -> None:
-    """Record that the step of `batch` sequences up to `state` was skipped; every rank must call it."""
-    (total,) = sum_losses([float(loss)], run.mesh)
+def write_skip(run: Run, state: TrainState, batch: int, step: Step) -> None:
+    """Record that `step`, of `batch` sequences up to `state`, was skipped."""
     first, end = places(run, state, batch)
     run.metrics.write(
         "skip",
         step=state.step,
         samples=state.samples,
-        reason=reason_of(result),
-        loss=total / run.mesh.data.size,
-        grad_norm=result.grad_norm,
+        reason=reason_of(step),
+        loss=step.loss,
+        grad_norm=step.grad_norm,
         of_data=[first, end],
     )
 

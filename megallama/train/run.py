@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
 from megallama.checkpoint.state import TrainState
 from megallama.checkpoint.writing.saver import Saver
 from megallama.config.deepspeed import deepspeed_config
 from megallama.config.schema import RunConfig
 from megallama.data.loader import RunData
-from megallama.data.mixture import Mixture
-from megallama.hardware.measure import Peak, peak_memory_bytes
-from megallama.layout.budget import batch_at, samples_at_step, total_steps, with_batch
-from megallama.layout.counts import count_parameters, flops_per_token, kernel_convention
-from megallama.layout.frozen import frozen_matmul, frozen_weights
+from megallama.hardware.compiler import can_compile, needed_to_compile
+from megallama.hardware.measure import Peak
+from megallama.layout.budget import batch_at, total_steps, with_batch
+from megallama.layout.compiled import compiles, compiles_layers
+from megallama.layout.counts import count_parameters
+from megallama.layout.frozen import frozen_weights
 from megallama.layout.names import layout_of
 from megallama.layout.stages import stages
-from megallama.model.attention import attention_of
 from megallama.model.init import in_memory
 from megallama.model.llama import TensorParallelContext
 from megallama.model.stages import ModelStages
-from megallama.parallel.mesh import ParallelMesh, sum_losses
+from megallama.parallel.mesh import ParallelMesh
 from megallama.run_dir.metrics import Metrics
 from megallama.run_dir.outcome import Reached, Status
 from megallama.train.engine import Engine
@@ -87,16 +87,49 @@ class Run:
 def build_model(config: RunConfig, mesh: ParallelMesh) -> tuple[ModelStages, Engine]:
     """This rank's part of the model, all zeros, and the engine around it."""
     settings = deepspeed_config(config, mesh.data.size)
-    attention = attention_of(config, mesh.axes)
-    tp_context = TensorParallelContext(mesh.tp, config.parallel.sequence_parallel, attention=attention)
     with torch.device("meta"):
-        model = ModelStages(config.model, stages(config), mesh.pp.rank, tp_context, recompute=config.train.recompute)
+        model = ModelStages(
+            config.model,
+            stages(config),
+            mesh.pp.rank,
+            TensorParallelContext.of(config, mesh.axes),
+            recompute=config.train.recompute,
+            z_loss=config.optimizer.z_loss,
+        )
     model.freeze(frozen_weights(config.model, config.train.freeze))
-    if config.train.compile:
-        for layer in model.decoder_layers():
-            layer.compile()
+    if config.train.matmul != "dtype":
+        logging.getLogger("torchao").setLevel(logging.ERROR)  # it misses kernels that are not used here
+        from megallama.model.fp8 import Fp8Matmuls
+
+        matmuls = Fp8Matmuls(emulated=config.train.matmul == "fp8_emulated")
+        for stage in model.models:
+            stage.multiply_by(matmuls)
+    compile_parts(model, config, mesh)
     weights = in_memory(model, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32, mesh.device)
     return model, Engine(model, weights, config, mesh, settings)
+
+
+def compile_parts(model: ModelStages, config: RunConfig, mesh: ParallelMesh) -> None:
+    """Mark for torch's compiler what the run wants compiled, or nothing where a rank lacks what it needs.
+
+    Copies of a weight on ranks of which some are compiled would drift apart.
+    """
+    on_gpu = mesh.device.type == "cuda"
+    if not compiles(config, on_gpu):
+        return
+    lacking = torch.tensor(not can_compile(on_gpu), dtype=torch.int32, device=mesh.device)
+    if mesh.world.size > 1:
+        dist.all_reduce(lacking, group=mesh.world.group)
+    if not lacking:
+        model.compile_parts(layers=compiles_layers(config, on_gpu))
+
+
+def report_uncompiled(run: Run) -> None:
+    """Say that a GPU works without a compiler, where one was wanted."""
+    on_gpu = run.mesh.device.type == "cuda"
+    if compiles(run.config, on_gpu) and not run.model.compiled:
+        text = f"nothing is compiled, and steps take longer: a node lacks some of {needed_to_compile(on_gpu)}"
+        run.metrics.write("notice", text=text)
 
 
 def build_spikes(config: RunConfig, mesh: ParallelMesh) -> Spikes | None:
@@ -145,45 +178,3 @@ def report_start(run: Run, state: TrainState) -> None:
         **predictions(here, mesh),
         restarts=run.metrics.restarts,
     )
-
-
-def write_train_event(
-    run: Run, state: TrainState, batch: int, loss: Tensor, grad_norm: float, lr: float, seconds: float
-) -> None:
-    """Record a step of `batch` sequences that took `seconds`; every rank must call it."""
-    config, sequence = run.config, run.config.data.sequence_length
-    (total,) = sum_losses([float(loss)], run.mesh)
-    speed, total_steps = batch * sequence / seconds, run.total_steps(state)
-    left = samples_at_step(config, total_steps, state.seen) - state.samples
-    at_peak, convention = run.peak.flops * run.mesh.world.size, kernel_convention(config.train.objective)
-    flops = partial(flops_per_token, config.model, sequence, frozen=frozen_matmul(config))
-    run.metrics.write(
-        "train",
-        step=state.step,
-        total_steps=total_steps,
-        tokens=state.samples * sequence,
-        samples=state.samples,
-        global_batch_size=batch,
-        loss=total / run.mesh.data.size,
-        grad_norm=grad_norm,
-        lr=lr,
-        seconds=seconds,
-        seconds_left=left / batch * seconds,
-        tokens_per_second=speed,
-        mfu=speed * flops(convention="full") / at_peak,
-        mfu_causal=speed * flops(convention=convention) / at_peak,
-        peak_memory_bytes=peak_memory_bytes(run.mesh.device),
-        **read_by_source(run, state.samples),
-    )
-
-
-def read_by_source(run: Run, samples: int) -> dict[str, dict[str, float]]:
-    """Tokens and epochs that were read of each source of a mixture; nothing without one."""
-    source = run.data.train.source
-    if not isinstance(source, Mixture):
-        return {}
-    found, length = source.epochs(run.data.train.place(samples)), run.config.data.sequence_length
-    return {
-        "source_tokens": {name: read * length for name, (read, _) in found.items()},
-        "source_epochs": {name: float(f"{epochs:.6g}") for name, (_, epochs) in found.items()},
-    }

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
 from megallama.checkpoint.finite import state_is_finite
 from megallama.checkpoint.health import way_back
 from megallama.checkpoint.reading.rollback import pass_over, record_return, return_to
 from megallama.checkpoint.reading.store import (
     Start,
+    has_average,
     load,
     load_initial_weights,
 )
@@ -22,8 +21,8 @@ from megallama.checkpoint.writing.commit import Retention, apply_retention, quar
 from megallama.errors import NotFiniteError
 from megallama.layout.budget import batch_at, schedule_batch, stage_samples
 from megallama.layout.frozen import frozen_weights
-from megallama.parallel.mesh import sum_losses
 from megallama.run_dir.metrics import Metrics
+from megallama.train.average import average_checkpoints
 from megallama.train.run import Run, draw_weights
 
 
@@ -69,9 +68,11 @@ def continued(run: Run, path: Path) -> TrainState:
     state = load(path, run.engine, run.model)
     state = replace(state, first_batch=schedule_batch(run.config, state.seen))
     saved = read_saved(path)
+    report_average(run, path, saved)
     state = in_sequences(run, state, saved.data.sequence_length)
     if run.spikes is not None:
-        same = saved.frozen == frozen_weights(run.config.model, run.config.train.freeze)  # else norms are of others
+        now = frozen_weights(run.config.model, run.config.train.freeze), run.config.optimizer.z_loss
+        same = (saved.frozen, saved.z_loss) == now  # else norms are of others
         run.spikes.remember(*((state.losses, state.norms) if same else ((), ())))
     return replace(state, stages=stage_samples(run.config, state.seen))
 
@@ -100,14 +101,22 @@ def report_thaw(run: Run, saved: Saved) -> None:
             run.metrics.write("notice", text=f"train.freeze has changed: {min(names)}{others} {what}")
 
 
-def check_loaded(run: Run, step: int, done: int, skipped: int, loss: Tensor) -> None:
+def report_average(run: Run, path: Path, saved: Saved) -> None:
+    """Say that an exponential average begins anew, where the checkpoint that is continued has none."""
+    average = run.engine.average
+    if average is not None and average.kind == "exponential" and not has_average(saved, run.engine):
+        text = f"{path.name} has no exponential average of the weights, which begins with the weights at this step"
+        run.metrics.write("notice", text=text)
+
+
+def check_loaded(run: Run, step: int, done: int, skipped: int, loss: float) -> None:
     """NotFiniteError where what was loaded at `step` cannot be trained on, as the steps `done` since then show.
 
     That is so if the first loss is not finite, or if the weights are large beyond measure and two steps were skipped:
     of one its data may be the reason. The last `skipped` steps were. Every rank must call it.
     """
     why = ""
-    if done == 1 and not math.isfinite(*sum_losses([float(loss)], run.mesh)):
+    if done == 1 and not math.isfinite(loss):
         why = "give a loss that is not finite"
     if done == 2 <= skipped and not state_is_finite(run.engine.fragments(), run.mesh, squares=True):
         why = "are too large: no gradient is finite"
@@ -115,15 +124,15 @@ def check_loaded(run: Run, step: int, done: int, skipped: int, loss: Tensor) -> 
         raise NotFiniteError(f"the weights that were loaded at step {step} {why}; {way_back(run.dir, step)}")
 
 
-def save_checkpoint(run: Run, state: TrainState, loss: Tensor, *, healthy: bool) -> bool:
+def save_checkpoint(run: Run, state: TrainState, loss: float, *, healthy: bool) -> bool:
     """Begin to save everything that the run needs to go on; every rank must call it.
 
     Returns whether the checkpoint is healthy: as far as the caller knows, and by its loss and its numbers.
     """
+    average_checkpoints(run, state.step)
     run.watchdog.now("save", patient=True)
     config, mesh = run.config, run.mesh
-    (total,) = sum_losses([float(loss)], mesh)
-    healthy = state_is_finite(run.engine.fragments(), mesh, squares=True) and healthy and math.isfinite(total)
+    healthy = state_is_finite(run.engine.fragments(), mesh, squares=True) and healthy and math.isfinite(loss)
     layout: dict[str, object] = {
         "tensor": config.parallel.tensor,
         "pipeline": config.parallel.pipeline,
@@ -135,11 +144,23 @@ def save_checkpoint(run: Run, state: TrainState, loss: Tensor, *, healthy: bool)
         "dtype": config.train.dtype,
     }
     identity = data_identity(config, run.data.train.fingerprint, config.data.sequence_length, state.step)
-    mean, train = total / mesh.data.size, config.train
+    train = config.train
     losses, norms = ((), ()) if run.spikes is None else run.spikes.remembered
     stages = tuple(first for first in state.stages if first < max(state.samples, 1))
     begun = replace(state, stages=stages, losses=losses, norms=norms)
-    document = state_document(begun, mean, healthy, identity, config.model, layout, train.objective, train.freeze)
+    average = None if run.engine.average is None else run.engine.average.what
+    document = state_document(
+        begun,
+        loss,
+        healthy,
+        identity,
+        config.model,
+        layout,
+        train.objective,
+        train.freeze,
+        average,
+        config.optimizer.z_loss,
+    )
     run.saver.save(state.step, document)
     if not config.checkpoint.asynchronous:
         run.saver.wait()

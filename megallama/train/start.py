@@ -5,7 +5,10 @@ Everything a user can get wrong is found here, before the process groups exist a
 
 from __future__ import annotations
 
+import gc
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,19 +41,27 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     if launch.rank == 0:
         check_trackers(config)
     # torch, which the above does without: it is said at once, and a small `ulimit -v` leaves no room for torch.
-    import torch
+    with _imports():
+        import torch
 
-    from megallama.checkpoint.reading.store import pick_start
-    from megallama.data.loader import open_data
-    from megallama.parallel.agreement import check_same, facts_of
-    from megallama.parallel.join import join
-    from megallama.parallel.mesh import build_mesh, driver_versions, pick_device
+        from megallama.checkpoint.reading.store import pick_start
+        from megallama.data.loader import open_data
+        from megallama.hardware.compiler import check_compiler
+        from megallama.hardware.fp8 import check_fp8
+        from megallama.model.attention import use_fastest_kernel
+        from megallama.parallel.agreement import check_same, facts_of
+        from megallama.parallel.join import join
+        from megallama.parallel.mesh import build_mesh, driver_versions, pick_device
 
     data = open_data(config, topology, launch.rank, seen)
     device = pick_device(config.train.device, launch.local_rank, own=launch.by_tasks)
+    check_fp8(config, device)
+    check_compiler(config, device)
     launch.prepare(device)
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
+    elif device.type == "cuda":
+        use_fastest_kernel(device)
     # torch 2.13 renames collectives that 2.11 knows by their old names only; DeepSpeed and we use the old ones.
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", r"barrier\(\): using the device", UserWarning)  # it is the one that is set
@@ -62,6 +73,18 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     mesh = build_mesh(topology, launch, device)
 
     # deepspeed is imported when the environment that it reads is prepared.
-    from megallama.train.loop import train
+    with _imports():
+        from megallama.train.loop import train
 
     return train(config, mesh, data, launch)
+
+
+@contextmanager
+def _imports() -> Iterator[None]:
+    """Import without looking for garbage, now or later, among half a million objects that stay: 0.8 s of a start."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

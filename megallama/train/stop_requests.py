@@ -1,12 +1,13 @@
 """What people, launchers and the clock ask of a run, and how its ranks agree on the step at which they follow.
 
-Files are looked for by rank 0; after each step all ranks take the union.
+Files are looked for by rank 0; in each step all ranks take the union.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +55,10 @@ class StopRequests:
         self._dir, self._lock, self._mesh, self._launch = run_dir, lock, mesh, launch
         self._deadline = None if max_minutes is None else time.monotonic() - _process_age() + 60 * max_minutes
         self._save_seconds, self._measured = save_bytes / _UNMEASURED_BYTES_PER_SECOND, False
-        self._agreed: float | None = None
-        self._longest_round = 0.0
+        self._asked: float | None = None
+        self._longest_round, self._longest_rest = 0.0, 0.0  # from wishes to wishes, and from them to the end of a step
+        self._lost: str | None = None
+        self._save = False
         self.stop: str | None = None
         """The first reason to save and leave that the ranks have agreed on."""
         if mesh.rank == 0:
@@ -68,27 +71,36 @@ class StopRequests:
         self._save_seconds = max(self._save_seconds, seconds) if self._measured else seconds
         self._measured = True
 
-    def agree(self, *, saving: bool, give_up: bool) -> StopDecision:
-        """The decision of all ranks, the same on each; every rank must call it after each step.
+    def wishes(self, *, saving: bool, give_up: bool) -> list[bool]:
+        """What this rank asks for, to be called once in each step; `decide` takes the union over all ranks.
 
         `saving`: a save is in flight, for which the last one would wait.
         """
         first, now = self._mesh.rank == 0, time.monotonic()
-        if self._agreed is not None:  # since then there was a step, and perhaps an evaluation and a copy for a save
-            self._longest_round = max(self._longest_round, now - self._agreed)
-        self._agreed = now
-        lost = self._lock.lost() if self._lock is not None else None
-        mine = [
-            *self._stops(self._longest_round, saving),
+        if self._asked is not None:  # since then there was a step, and perhaps an evaluation and a copy for a save
+            self._longest_round = max(self._longest_round, now - self._asked)
+        self._asked = now
+        self._lost = self._lock.lost() if self._lock is not None else None
+        return [
+            *self._stops(self._longest_round + self._longest_rest, saving),
             first and (self._dir / SAVE_FILE).exists(),
             give_up,
-            lost is not None,
+            self._lost is not None,
         ]
-        *stops, save, give_up, any_lost = _union(mine, self._mesh)
+
+    def decide(self, asked: Sequence[bool]) -> StopDecision:
+        """What all ranks do after a step, by the wishes of any; the same on each, all of which must call it."""
+        if self._asked is not None:
+            self._longest_rest = max(self._longest_rest, time.monotonic() - self._asked)
+        *stops, save, give_up, any_lost = asked
         self._take(stops)
-        if first and save:
+        self._save = save
+        return StopDecision(self.stop, save, give_up, (self._lost or f"{self._dir} is gone") if any_lost else None)
+
+    def answer_save(self) -> None:
+        """Answer the file that asks for a save, if that was agreed on: until now the run may have gone back."""
+        if self._mesh.rank == 0 and self._save:
             (self._dir / SAVE_FILE).unlink(missing_ok=True)
-        return StopDecision(self.stop, save, give_up, (lost or f"{self._dir} is gone") if any_lost else None)
 
     def came(self, *, saving: bool) -> str | None:
         """The reason for which what can wait is to be left out now, None to go on with it; not one agreed on before.
@@ -108,7 +120,7 @@ class StopRequests:
             first and self._deadline is not None and time.monotonic() + needed > self._deadline,
         ]
 
-    def _take(self, stops: list[bool]) -> str | None:
+    def _take(self, stops: Sequence[bool]) -> str | None:
         """Keep the first reason, and answer the file that asks."""
         if self._mesh.rank == 0 and stops[2]:
             (self._dir / STOP_FILE).unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """A rank that waits for ever is found, says where it stands, and ends.
 
 A thread of its own notices what takes far longer than it did before. It writes the Python stacks of all threads and
-ends the process; the launcher then ends the others. Where the hang holds the interpreter's lock, in which that thread
-could not run, `faulthandler` does the same from outside it.
+the last collectives, and ends the process; the launcher then ends the others. Where the hang holds the interpreter's
+lock, in which that thread could not run, `faulthandler` writes the stacks from outside it and ends the process.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from megallama.parallel.flight_recorder import last_collectives
 from megallama.system.signals import tell
+from megallama.system.whole_file import put
 
 _RECENT = 20
 _STDERR = 2
@@ -87,11 +90,18 @@ class Watchdog:
     def _end(self, phase: Phase) -> None:
         taken = time.monotonic() - phase.began
         sentence = f"{phase.kind} hangs: {taken:.0f} s, where {phase.limit:.0f} s is the most it may take"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("w") as stacks:
-            print(sentence, file=stacks, flush=True)
-            faulthandler.dump_traceback(file=stacks, all_threads=True)
+        where = f"stacks are in {self._path}"
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("w") as stacks:
+                print(sentence, file=stacks, flush=True)
+                faulthandler.dump_traceback(file=stacks, all_threads=True)
+        except OSError as error:  # the disk may be what hangs the run: it ends all the same
+            where = f"stacks cannot be written to {self._path} ({error.strerror})"
         self._hung(sentence)
-        tell(f"{sentence}; stacks are in {self._path}")
+        tell(f"{sentence}; {where}")
+        # After all that must be said: a driver that hangs may hold it until `faulthandler` ends the process.
+        with suppress(Exception):
+            put(self._path.with_name(f"collectives_{self._path.stem}"), last_collectives())
         time.sleep(_GRACE_SECONDS)
         os._exit(1)

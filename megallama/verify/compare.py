@@ -46,6 +46,8 @@ BOUNDS = {
     # Three times the worst of 18 comparisons at 12 layouts, tied and with fewer heads; the loss eight times.
     "bf16": Bounds(loss=5e-4, first_norm=2e-3, gradient=2.5e-2, norm=2.5e-2, update=3e-1),
 }
+FP8 = Bounds(loss=2e-3, first_norm=2.5e-2, gradient=2e-1, norm=5e-2, update=6e-1)
+"""Of train.matmul=fp8: twice the worst of 9 layouts. Each rank scales what it has of a matrix by itself."""
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ def shrink(
                 "mask_probability": config.train.mask_probability,
                 "freeze": shrink_frozen(config.model, config.train.freeze, layers),
                 "dtype": dtype,
+                "matmul": "dtype" if dtype == "fp32" or config.train.matmul == "dtype" else "fp8_emulated",
                 "device": "cpu",
             },
             # A rate at which a few steps go somewhere, and a clip that every step meets.

@@ -30,7 +30,7 @@ from megallama.layout.check import check_training
 from megallama.layout.frozen import frozen_weights
 from megallama.layout.stages import Stage, stages
 from megallama.layout.topology import AXES, AxisName, Topology
-from megallama.model.attention import FusedAttention, attention_of
+from megallama.model.attention import FusedAttention
 from megallama.model.llama import Llama, TensorParallelContext
 from megallama.model.stages import ModelStages
 from megallama.parallel.fake_world import fake_axis, fake_world
@@ -124,7 +124,8 @@ def _check_stage(
     train, parallel, typed = config.train, config.parallel, spmd_types.assert_type
     device, dtype = model.frequencies.device, next(model.parameters()).dtype
     for parameter in model.parameters():
-        typed(parameter, weight_types(cut=hasattr(parameter, "tensor_model_parallel")))
+        cut, share = (hasattr(parameter, mark) for mark in ("tensor_model_parallel", "has_share_of_gradient"))
+        typed(parameter, weight_types(cut=cut, share=share))
     typed(model.frequencies, _types(R))
     batch, length = train.micro_batch_size, config.data.sequence_length
     own = length // parallel.context
@@ -133,7 +134,7 @@ def _check_stage(
         documents = torch.zeros(batch, length, dtype=torch.int64, device=device) if documents is None else documents
         typed(documents, DOCUMENTS)
     first, last, between = stage.index == 0, stage.index == count - 1, hidden_types(config)
-    shape = batch, own // (parallel.tensor if parallel.sequence_parallel else 1), config.model.hidden_size
+    shape = own // (parallel.tensor if parallel.sequence_parallel else 1), batch, config.model.hidden_size
     hidden = typed(torch.zeros(shape, dtype=dtype, device=device, requires_grad=True), between)
     values = _WITHOUT_VALUES if device.type == "meta" else nullcontext()
     with values, typecheck(local=True), _Crossings(axes) as crossings:
@@ -154,9 +155,9 @@ LOSS = _types(V, tp=I)
 """Its sum over the copies and the parts of sequences is what is differentiated: ZeRO sums the gradients."""
 
 
-def weight_types(*, cut: bool) -> Types:
-    """Over dp and cp a share of the gradient, which ZeRO sums. Over tp nobody sums it after backward."""
-    return _types(R, tp=V if cut else I)
+def weight_types(*, cut: bool, share: bool) -> Types:
+    """Over dp and cp a share of the gradient, which ZeRO sums; over tp only of what the engine sums once per step."""
+    return _types(R, tp=V if cut else R if share else I)
 
 
 def hidden_types(config: RunConfig) -> Types:
@@ -168,10 +169,15 @@ def _build(
     config: RunConfig, every: list[Stage], place: int, axes: Mapping[AxisName, Axis], device: torch.device
 ) -> ModelStages:
     """The stages of one place of the pipeline, as the run builds them."""
-    attention, parallel = attention_of(config, axes), config.parallel
-    tp_context = TensorParallelContext(axes["tp"], parallel.sequence_parallel, attention=attention)
     with torch.device(device):
-        chunks = ModelStages(config.model, every, place, tp_context, recompute=config.train.recompute)
+        chunks = ModelStages(
+            config.model,
+            every,
+            place,
+            TensorParallelContext.of(config, axes),
+            recompute=config.train.recompute,
+            z_loss=config.optimizer.z_loss,
+        )
     chunks.freeze(frozen_weights(config.model, config.train.freeze))
     return chunks.to(device, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
 

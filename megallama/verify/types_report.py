@@ -17,9 +17,11 @@ def print_types(report: TypeReport, config: RunConfig, console: Console) -> None
     """A row per axis with what a stage is given and returns, and a row per stage with what was checked in it."""
     wide = [name for name in reversed(TYPED) if getattr(report.topology, name) > 1]
     axes = Table(title="the types along each axis that has more than one rank", title_justify="left")
-    for column in ("axis", "ranks", "tokens", "cut weights", "other weights", "hidden states", "loss"):
+    for column in ("axis", "ranks", "tokens", "cut weights", "norms", "hidden states", "loss"):
         axes.add_column(column, justify="right" if column == "ranks" else "left", no_wrap=True)
-    given = TOKENS, weight_types(cut=True), weight_types(cut=False), hidden_types(config), LOSS
+    cut = weight_types(cut=True, share=False)
+    norms = weight_types(cut=False, share=config.parallel.sequence_parallel)
+    given = TOKENS, cut, norms, hidden_types(config), LOSS
     for name in wide:
         axes.add_row(name, str(getattr(report.topology, name)), *[WORDS[types[name]] for types in given])
     console.print(axes)

@@ -29,7 +29,7 @@ from megallama.model.llama import Llama
 from megallama.parallel.launch import Launch
 from megallama.parallel.spawn import RankFailedError, run_ranks
 from megallama.train.start import start
-from megallama.verify.compare import BOUNDS, Difference, Trace, compare, read_trace, train_losses, worst_difference
+from megallama.verify.compare import BOUNDS, FP8, Difference, Trace, compare, read_trace, train_losses, worst_difference
 from megallama.verify.shrink import GLOBAL_BATCH_SIZE, LAYERS, shrink
 
 Plant = Callable[[], None]
@@ -179,7 +179,7 @@ def _judge(config: RunConfig, layout: Layout, reference: Reference, plant: Plant
         return Verdict(layout, [], None, None, [str(error).strip().splitlines()[-1]])
     trace = read_trace(config)
     difference = compare(trace, reference.trace, reference.initial)
-    bounds = BOUNDS[config.train.dtype]
+    bounds = BOUNDS[config.train.dtype] if config.train.matmul == "dtype" else FP8
     failures = difference.beyond(bounds) + unequal_copies(layout, hashes)
     if resumed is not None and not resumed <= bounds.loss:
         failures.append("resumed")

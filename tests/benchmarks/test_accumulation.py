@@ -18,14 +18,14 @@ def run_accumulation(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
-def test_the_hand_over_holds_least_and_is_as_near_to_fp32_as_any() -> None:
+def test_the_hand_over_holds_less_than_a_late_one_and_is_nearer_to_fp32() -> None:
     layout = ["parallel.pipeline=2", "parallel.schedule=zbvzerobubble", "model.num_hidden_layers=4"]
     done = run_accumulation(*layout, "train.global_batch_size=32", "train.micro_batch_size=1", "--json")
     assert done.returncode == 0, done.stderr
-    taken, late, wide = json.loads(done.stdout).values()
+    taken, late = json.loads(done.stdout).values()
     # 4 of the sum, and 2 of one of two stages, the one with the final norm, until it has handed its gradients over.
-    assert 4 < taken["bytes_per_parameter"] < 5.01 < late["bytes_per_parameter"] < wide["bytes_per_parameter"] == 8
-    assert taken["mean_error"] < 1.05 * wide["mean_error"] < late["mean_error"]
+    assert 4 < taken["bytes_per_parameter"] < 5.01 < late["bytes_per_parameter"]
+    assert 1.05 * taken["mean_error"] < late["mean_error"]
 
 
 def test_a_run_without_a_pipeline_is_refused() -> None:

@@ -19,26 +19,47 @@ def run_checkpoint(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=240)
 
 
-@pytest.mark.parametrize(("ranks", "dtype"), [(1, "fp32"), (2, "bf16")])
-def test_every_contender_has_every_number_and_leaves_nothing(ranks: int, dtype: str, tmp_path: Path) -> None:
-    done = run_checkpoint(
-        f"train.dtype={dtype}", "--ranks", str(ranks), "--rounds", "2", "--folder", str(tmp_path), "--json"
-    )
+@pytest.mark.parametrize(("ranks", "dtype", "tensor"), [(1, "fp32", 1), (2, "fp32", 1), (2, "bf16", 2)])
+def test_every_contender_has_every_number_and_leaves_nothing(
+    ranks: int, dtype: str, tensor: int, tmp_path: Path
+) -> None:
+    words = (f"train.dtype={dtype}", f"parallel.tensor={tensor}", "--ranks", str(ranks), "--rounds", "2")
+    done = run_checkpoint(*words, "--folder", str(tmp_path), "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert (report["parameters"], report["dtype"], report["ranks"]) == (131_520, dtype, ranks)
     # The limit is for models that are not small: here names and places of tensors weigh more than a byte each.
     assert report["limit_bytes_per_parameter"] is None
-    assert tuple(report["contenders"]) == ("torch.save", "megallama", "deepspeed")
+    assert tuple(report["contenders"]) == ("torch.save", "megallama", "dcp", "dcp-async", "deepspeed")
     for found in report["contenders"].values():
         assert len(found["save_rounds"]) == len(found["load_rounds"]) == 2
         assert min(found["save_seconds"], found["load_seconds"], found["save_ratio"], found["load_ratio"]) > 0
         assert found["unwritten_seconds"] >= 0
-        # 4 bytes of weight and 8 of moments; DeepSpeed keeps the weights of the model besides.
-        assert 12 < found["bytes_per_parameter"] < 20
+        assert 0 < found["stall_seconds"] < found["save_seconds"]
+        # 4 bytes of weight and 8 of moments; DeepSpeed keeps the weights of the model besides, and some keep twice
+        # what both tensor-parallel ranks hold.
+        assert 12 < found["bytes_per_parameter"] < 12 * 2
         assert found["bytes"] == pytest.approx(found["bytes_per_parameter"] * 131_520)
-    assert report["contenders"]["megallama"]["bytes_per_parameter"] < 13
+    sizes = {name: found["bytes_per_parameter"] for name, found in report["contenders"].items()}
+    assert sizes["megallama"] < 13
+    assert max(sizes["torch.save"], sizes["dcp"], sizes["dcp-async"]) < 16, "the same content"
+    for name in ("megallama", "dcp-async"):
+        rounds = (report["contenders"][name][f"{what}_rounds"] for what in ("stall", "save"))
+        assert all(stall < save for stall, save in zip(*rounds, strict=True)), "another process writes"
     assert report["contenders"]["torch.save"]["save_ratio"] == report["contenders"]["torch.save"]["load_ratio"] == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_two_tensor_parallel_ranks_saved_is_what_one_rank_loads(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/resharding.py", "configs/debug.yaml", "--rounds", "2", "--json"]
+    command += ["--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["parameters"], report["rounds"]) == (131_520, 2)
+    assert tuple(report["contenders"]) == ("megallama", "dcp")
+    for found in report["contenders"].values():
+        assert min(found["same_seconds"], found["resharded_seconds"], found["ratio"]) > 0
     assert list(tmp_path.iterdir()) == []
 
 

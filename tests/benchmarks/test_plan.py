@@ -40,9 +40,9 @@ LARGE = ["train.global_batch_size=16384", "schedule.warmup_steps=10", "--gpus", 
         (["configs/7b.yaml", "--gpus", "512", "--search", "--gpu", "h100"], 5.0),
     ],
 )
-def test_the_command_answers_in_time(words: list[str], seconds: float) -> None:
+def test_the_command_answers_in_time(words: list[str], seconds: float, slowness: float) -> None:
     """The fastest of five: what others do on the machine only adds."""
-    taken = []
+    taken, bound = [], seconds * slowness
     for _ in range(5):
         began = time.perf_counter()
         subprocess.run(
@@ -52,6 +52,6 @@ def test_the_command_answers_in_time(words: list[str], seconds: float) -> None:
             stdout=subprocess.DEVNULL,
         )
         taken.append(time.perf_counter() - began)
-        if taken[-1] <= seconds:
+        if taken[-1] <= bound:
             return
-    pytest.fail(f"{min(taken):.2f} s")
+    pytest.fail(f"{min(taken):.2f} s of {bound:.2f}")

@@ -15,7 +15,7 @@ from tests.report.written import long_run
 pytestmark = pytest.mark.benchmarks
 
 
-def test_a_long_run_is_drawn_in_three_seconds(tmp_path: Path) -> None:
+def test_a_long_run_is_drawn_in_three_seconds(tmp_path: Path, slowness: float) -> None:
     run, took = long_run(tmp_path / "run", 10_000), []
     for _ in range(3):  # the first one may find files that are not in memory yet
         begun = time.perf_counter()
@@ -26,5 +26,5 @@ def test_a_long_run_is_drawn_in_three_seconds(tmp_path: Path) -> None:
             timeout=60,
         )
         took.append(time.perf_counter() - begun)
-    assert min(took) < 3
+    assert min(took) < 3 * slowness
     assert (run / "report.html").stat().st_size < 2_000_000

@@ -52,7 +52,7 @@ from tests.checkpoint.mutating import mutated
 from tests.launching import ROOT
 
 T = TypeVar("T")
-EXAMPLES = 1000
+EXAMPLES = 500
 DATA = DataIdentity("f" * 64, 7, 2048)
 MODEL = ModelConfig(
     vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=2, head_dim=2
@@ -326,6 +326,10 @@ SENSELESS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no Llama": (
         lambda path: edit(path / STATE, lambda content: content["model"].update(num_key_value_heads=3)),
         "state.json names no Llama: model.num_key_value_heads=3",
+    ),
+    "an average of no checkpoint": (
+        lambda path: edit(path / STATE, lambda content: content.update(average={"kind": "latest"})),
+        "state.json has an average of kind latest of 0 steps",
     ),
     "a nested state": (
         lambda path: rewrite(path / STATE, b"[" * 200_000 + b"]" * 200_000),

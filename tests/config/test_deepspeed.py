@@ -34,6 +34,13 @@ def test_types(dtype: str) -> None:
     assert dictionary(f"zero.communication_dtype={dtype}")["communication_data_type"] == dtype
 
 
+def test_the_optimizer_on_the_host() -> None:
+    assert dictionary()["zero_optimization"]["offload_optimizer"]["device"] == "none"
+    found = dictionary("zero.offload_optimizer=cpu")
+    assert found["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+    assert not found["zero_force_ds_cpu_optimizer"]
+
+
 def test_the_clip() -> None:
     assert dictionary("optimizer.clip=0.25")["gradient_clipping"] == 0.25
 

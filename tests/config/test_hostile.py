@@ -27,7 +27,7 @@ from megallama.run_dir.limits import check_run_dir
 from tests.checkpoint.test_hostile import mutated
 from tests.launching import ROOT
 
-EXAMPLES = 600
+EXAMPLES = 300
 BASES = [("debug.yaml", 1), ("debug.yaml", 4), ("7b.yaml", 128), ("8b.yaml", 64)]
 """Configurations, each with a number of GPUs on which it is legal."""
 FOREIGN = {

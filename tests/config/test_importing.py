@@ -108,6 +108,24 @@ def test_metas_arithmetic_gives_the_published_widths(
     assert meta_intermediate_size(dim, multiple_of, multiplier) == width
 
 
+def test_a_qwen3_is_a_llama_with_norms_and_transformers_defaults(tmp_path: Path) -> None:
+    published = {**HUGGING_FACE, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 64}
+    given = {"sliding_window": None, "use_sliding_window": False, "layer_types": ["full_attention"] * 32}
+    model = imported(tmp_path, published | given | {"rope_theta": 1000000})
+    assert (model.qk_norm, model.head_size, model.kv_heads) == (True, 64, 8)
+    for key in ("head_dim", "num_key_value_heads", "max_position_embeddings"):
+        del published[key]
+    model = imported(tmp_path, published)
+    assert (model.head_dim, model.num_key_value_heads, model.max_position_embeddings) == (128, 32, 32768)
+    assert not imported(tmp_path, HUGGING_FACE).qk_norm
+
+
+def test_an_eps_that_is_left_out_is_that_of_transformers(tmp_path: Path) -> None:
+    for kind in ("llama", "qwen3"):
+        left_out = {key: value for key, value in HUGGING_FACE.items() if key != "rms_norm_eps"}
+        assert imported(tmp_path, left_out | {"model_type": kind}).rms_norm_eps == 1e-6
+
+
 @pytest.mark.parametrize("rope", [{"rope_type": "default"}, None, {"type": "linear", "factor": 2.0}])
 def test_plain_and_linear_rope_of_transformers_4(tmp_path: Path, rope: dict[str, Any] | None) -> None:
     model = imported(tmp_path, {**HUGGING_FACE, "rope_scaling": rope})

@@ -15,6 +15,8 @@ import megallama.system
 
 PACKAGES = (megallama.config, megallama.hardware, megallama.layout, megallama.plan, megallama.run_dir, megallama.system)
 IMPURE = {
+    "megallama.hardware.compiler",
+    "megallama.hardware.fp8",
     "megallama.hardware.measure",
     "megallama.plan.memory.dry_run",
 }
@@ -75,4 +77,11 @@ def test_a_plan_is_made_without_torch_and_deepspeed() -> None:
 def test_no_command_waits_for_the_schema_of_a_run_before_it_needs_it() -> None:
     """Building the schema takes a quarter of a second, half of what `megallama --help` may take."""
     done = run_without_heavy_packages(["megallama.cli"], "assert 'megallama.config.schema' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_process_that_writes_for_a_rank_imports_little() -> None:
+    """A thousand of them start at once, from one disk; that of rank 0 commits as well."""
+    then = "assert not {'pydantic', 'yaml', 'megallama.checkpoint.format'} & sys.modules.keys()"
+    done = run_without_heavy_packages(["megallama.checkpoint.writing.writer"], then)
     assert done.returncode == 0, done.stderr

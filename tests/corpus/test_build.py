@@ -30,7 +30,8 @@ from megallama.corpus.reading.blocks import Reading
 from megallama.data.indexed import open_indexed
 from megallama.data.info import DatasetInfo, read_info
 from megallama.errors import UserError
-from megallama.text.tokenizer import Tokenizer, load_tokenizer, rank_lines
+from megallama.text.rank_file import rank_lines
+from megallama.text.tokenizer import Tokenizer, load_tokenizer
 from tests.faults.runs import wait_for
 
 

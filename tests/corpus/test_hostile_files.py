@@ -28,7 +28,8 @@ from megallama.data.indexed import open_indexed
 from megallama.data.loader import Loader
 from megallama.data.source import open_source
 from megallama.errors import UserError
-from megallama.text.tokenizer import load_tokenizer, rank_lines, tokenizer_from_ranks
+from megallama.text.rank_file import rank_lines
+from megallama.text.tokenizer import load_tokenizer, tokenizer_from_ranks
 from tests.corpus.mutating import (
     EDGES,
     VALUES,

@@ -167,7 +167,10 @@ def test_a_run_that_is_not_there_ends_in_one_sentence(tasks: Path, tmp_path: Pat
     ("arguments", "sentence"),
     [
         ({}, "--model_args names no run; give run=RUN, a run, a checkpoint or a Hugging Face folder"),
-        ({"run": 1, "pretrained": "y"}, "--model_args pretrained= is not known; use run, device, dtype, batch_size"),
+        (
+            {"run": 1, "pretrained": "y"},
+            "--model_args pretrained= is not known; use run, device, dtype, batch_size, average",
+        ),
         ({"run": 1, "batch_size": "auto"}, "--batch_size auto is not known; give a number such as 8"),
         ({"run": 1, "device": "tpu"}, "--device tpu is not known; use auto, cpu or cuda"),
     ],

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from megallama.checkpoint.reading.store import load_weights
 from megallama.checkpoint.state import read_saved
@@ -39,13 +39,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 20_000.0}},
     "tied": {"tie_word_embeddings": True},
     "head_dim": {"head_dim": 32, "num_key_value_heads": 2},
+    "qwen3": {"head_dim": 32, "num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
 }
 
 
-def random_llama(variant: str = "plain", **changes: Any) -> LlamaForCausalLM:
-    """A Llama of transformers with random weights, norms included."""
+def random_llama(variant: str = "plain", **changes: Any) -> PreTrainedModel:
+    """A Llama of transformers, or a Qwen3, with random weights, norms included."""
     torch.manual_seed(7)
-    model = LlamaForCausalLM(LlamaConfig(**(PLAIN | VARIANTS[variant] | changes), attn_implementation="eager")).eval()
+    shape, kind = PLAIN | VARIANTS[variant] | changes, (LlamaForCausalLM, LlamaConfig)
+    if variant == "qwen3":
+        kind = Qwen3ForCausalLM, Qwen3Config
+    model = kind[0](kind[1](**shape, attn_implementation="eager")).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name:
@@ -53,13 +57,13 @@ def random_llama(variant: str = "plain", **changes: Any) -> LlamaForCausalLM:
     return model
 
 
-def save(model: LlamaForCausalLM, folder: Path, **how: Any) -> Path:
+def save(model: PreTrainedModel, folder: Path, **how: Any) -> Path:
     """The folder that transformers writes."""
     model.save_pretrained(folder, **how)
     return folder
 
 
-def meta_state(model: LlamaForCausalLM) -> dict[str, Tensor]:
+def meta_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """The weights in Meta's names and order of rows, channel by channel."""
     config = model.config
     names = {
@@ -91,7 +95,7 @@ def meta_state(model: LlamaForCausalLM) -> dict[str, Tensor]:
     return state
 
 
-def write_meta_folder(model: LlamaForCausalLM, folder: Path, files: int, *, cut_vocabulary: bool = False) -> Path:
+def write_meta_folder(model: PreTrainedModel, folder: Path, files: int, *, cut_vocabulary: bool = False) -> Path:
     """params.json and that many consolidated files, cut as Meta's model parallel layers are."""
     config = model.config
     folder.mkdir()

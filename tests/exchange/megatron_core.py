@@ -31,6 +31,8 @@ class Variant:
     """What Megatron-LM would keep as its arguments; None for megatron-core alone, which keeps none."""
     metadata: dict[str, bool] | None = None
     """How sharded_state_dict lays out layers."""
+    normed: bool = False
+    """qk_layernorm."""
     masters: bool = False
     """bf16 weights, with the fp32 masters of the distributed optimizer beside them."""
 
@@ -69,6 +71,8 @@ VARIANTS = {
     "stacked": Variant(groups=2, metadata={"non_homogeneous_layers": False}),
     "apart": Variant(groups=2, metadata={"singleton_local_shards": True}),
     "masters": Variant(groups=1, masters=True),
+    "normed": Variant(groups=2, normed=True),
+    "normed_args": Variant(groups=1, normed=True, args=arguments(qk_layernorm=True)),
 }
 
 
@@ -134,6 +138,7 @@ def _model(variant: Variant, tp: int) -> Any:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=0.1,
+        qk_layernorm=variant.normed,
         use_cpu_initialization=True,
         persist_layer_norm=False,
         bias_activation_fusion=False,
@@ -142,7 +147,7 @@ def _model(variant: Variant, tp: int) -> Any:
     torch.manual_seed(0)
     model = GPTModel(
         config,
-        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=variant.normed),
         vocab_size=PADDED,
         max_sequence_length=LONGEST,
         position_embedding_type="rope",
@@ -217,6 +222,9 @@ def _losses(model: Any) -> list[float]:
         optimizer.zero_grad()
         loss = _call(model, tokens()[:, 1:]).mean()
         loss.backward()
+        for name, parameter in model.named_parameters():
+            if "q_layernorm" in name or "k_layernorm" in name:  # as finalize_model_grads does: ranks have other heads
+                dist.all_reduce(parameter.grad)
         optimizer.step()
         losses.append(loss.item())
     return losses

@@ -15,7 +15,7 @@ import torch
 from gguf.utility import SafetensorsLocal
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 
 from megallama.checkpoint.state import DataIdentity
 from megallama.checkpoint.writing.beginning import write_beginning
@@ -41,6 +41,7 @@ TRAINED = {
     "linear": ["model.rope_scaling={rope_type: linear, factor: 4}", "model.rope_theta=20000"],
     "tied": ["model.tie_word_embeddings=true", V],
     "padded": ["model.vocab_size=1001", "model.head_dim=16"],
+    "qwen3": ["model.qk_norm=true", "model.num_key_value_heads=2", "optimizer.z_loss=1e-3"],
 }
 
 
@@ -69,7 +70,7 @@ def test_transformers_gives_the_logits_and_the_text_of_what_was_trained(
     path, out = trained(byte_dataset, tmp_path / "run", *TRAINED[variant]), tmp_path / "out"
     export(tmp_path / "run", out, "hf", "fp32")
     theirs, ours = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval(), our_llama(path)
-    assert isinstance(theirs, LlamaForCausalLM)
+    assert isinstance(theirs, Qwen3ForCausalLM if variant == "qwen3" else LlamaForCausalLM)
     assert theirs.dtype == torch.float32
     tokenizer, library = load_tokenizer("bytes"), AutoTokenizer.from_pretrained(out)
     text = "document 7 is about 49 \u00e9\u4e2d\n\n   "
@@ -94,7 +95,7 @@ def test_an_import_has_the_logits_and_its_export_is_the_original(tmp_path: Path,
     import_folder(source, tmp_path / "run", ["data.tokenizer=bytes"], None, None)
     tokens = torch.randint(0, 300, [2, 128], generator=torch.Generator().manual_seed(1))
     ours = our_llama(tmp_path / "run" / "checkpoints" / "step_00000000")
-    theirs = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
+    theirs = type(model).from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
     assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
     export(tmp_path / "run", tmp_path / "out", "hf", dtype)
     before, after = (_tensors(folder) for folder in (source, tmp_path / "out"))
@@ -125,7 +126,7 @@ def test_metas_files_have_the_logits_of_a_forward_in_metas_form(tmp_path: Path, 
     assert (ours(tokens) - meta_logits(state, params, tokens)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("variant", ["grouped", "llama3", "tied"])
+@pytest.mark.parametrize("variant", ["grouped", "llama3", "tied", "qwen3"])
 def test_training_goes_on_with_the_losses_of_a_loop_of_transformers(
     byte_dataset: str, tmp_path: Path, variant: str
 ) -> None:
@@ -143,7 +144,7 @@ def test_training_goes_on_with_the_losses_of_a_loop_of_transformers(
     assert found == pytest.approx(_transformers_losses(model, config), rel=1e-5)
 
 
-def _transformers_losses(model: LlamaForCausalLM, config: Any) -> list[float]:
+def _transformers_losses(model: PreTrainedModel, config: Any) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     loader, losses = open_data(config, Topology(), 0).train, []
     for step in range(3):
@@ -159,11 +160,17 @@ def _transformers_losses(model: LlamaForCausalLM, config: Any) -> list[float]:
     return losses
 
 
-def test_the_reader_of_llama_cpp_finds_every_tensor_by_a_name_that_it_knows(byte_dataset: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "words", "weights"),
+    [(gguf.MODEL_ARCH.LLAMA, [], 4 * 9 + 3), (gguf.MODEL_ARCH.QWEN3, ["model.qk_norm=true"], 4 * 11 + 3)],
+)
+def test_the_reader_of_llama_cpp_finds_every_tensor_by_a_name_that_it_knows(
+    byte_dataset: str, tmp_path: Path, architecture: gguf.MODEL_ARCH, words: list[str], weights: int
+) -> None:
     """Its parser of safetensors and its table of names; its converter script is not in the package."""
-    trained(byte_dataset, tmp_path / "run")
+    trained(byte_dataset, tmp_path / "run", *words)
     export(tmp_path / "run", tmp_path / "out", "hf", "bf16")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 4)
+    names = gguf.get_tensor_name_map(architecture, 4)
     (path,) = (tmp_path / "out").glob("*.safetensors")
     expected, found = _tensors(tmp_path / "out"), SafetensorsLocal(path).tensors
     assert found.keys() == expected.keys()
@@ -173,7 +180,7 @@ def test_the_reader_of_llama_cpp_finds_every_tensor_by_a_name_that_it_knows(byte
         assert torch.equal(read.view(tensor.shape), tensor), name
     mapped = {name: names.get_name(name, try_suffixes=(".weight",)) for name in found}
     assert None not in mapped.values()
-    assert len(set(mapped.values())) == 4 * 9 + 3
+    assert len(set(mapped.values())) == weights
 
 
 ONE_BILLION = ModelConfig(

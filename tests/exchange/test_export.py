@@ -15,12 +15,16 @@ from typer.testing import CliRunner
 
 from megallama.checkpoint.format import TENSORS, complete_checkpoints
 from megallama.checkpoint.reading.store import load_weights
+from megallama.checkpoint.state import DataIdentity
+from megallama.checkpoint.writing.beginning import write_beginning
 from megallama.cli import app
+from megallama.config.schema import ModelConfig
 from megallama.errors import UserError
 from megallama.exchange.incoming import import_folder
 from megallama.exchange.outgoing import export
 from megallama.formats.folder import open_weights
 from megallama.generation.load import load_model
+from megallama.layout.counts import weight_shapes
 from megallama.text.tokenizer import load_tokenizer
 from tests.checkpoint.damaging import flip, rewrite
 
@@ -55,6 +59,26 @@ def test_what_goes_with_the_weights(short_run: Path, tmp_path: Path) -> None:
     assert "| steps | 40 |" in card
     assert f"| tokens | {40 * 4 * 32:,} |" in card
     assert load_file(next((tmp_path / "out").glob("*.safetensors")))["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_a_model_with_norms_of_queries_and_keys_is_a_qwen3_and_nothing_of_metas(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    model = ModelConfig.model_validate(sizes | {"num_attention_heads": 4, "qk_norm": True})
+    draws, shapes = np.random.default_rng(1), weight_shapes(model)
+    path = write_beginning(
+        tmp_path / "checkpoints", model, DataIdentity("-", 1), lambda name: draws.random(shapes[name], np.float32)
+    )
+    export(path, tmp_path / "out", "hf", "fp32")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("qwen3", ["Qwen3ForCausalLM"])
+    assert config["use_sliding_window"] is False and "mlp_bias" not in config
+    assert "tags: [qwen3, megallama]" in (tmp_path / "out" / "README.md").read_text()
+    found, written = open_weights(tmp_path / "out"), load_weights(path)
+    assert found.shapes.keys() == written.keys() >= {"model.layers.1.self_attn.k_norm.weight"}
+    assert all(torch.equal(found.read(name), tensor) for name, tensor in written.items())
+    with pytest.raises(UserError, match=r"params.json knows no model.qk_norm; use --format hf"):
+        export(path, tmp_path / "meta", "meta", "fp32")
+    assert not (tmp_path / "meta").exists()
 
 
 @pytest.mark.parametrize("form", ["hf", "meta"])

@@ -40,8 +40,8 @@ def begin(dataset: str, run: Path, folder: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("variant", "layout"),
-    [("grouped", TP2_PP2), ("tied", TP2_PP2), ("tied", ["zero.stage=3"])],
-    ids=["grouped-tp2-pp2", "tied-tp2-pp2", "tied-dp4-zero3"],
+    [("grouped", TP2_PP2), ("tied", TP2_PP2), ("tied", ["zero.stage=3"]), ("qwen3", TP2_PP2)],
+    ids=["grouped-tp2-pp2", "tied-tp2-pp2", "tied-dp4-zero3", "qwen3-tp2-pp2"],
 )
 def test_every_weight_is_in_its_place(byte_dataset: str, tmp_path: Path, variant: str, layout: list[str]) -> None:
     model = random_llama(variant)
@@ -84,6 +84,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(byte_dataset: str, 
     assert said("model.hidden_size=32").startswith(
         f"megallama: model.hidden_size=32 differs from 64 in {source}; use model.hidden_size=64, or import"
     )
+    assert "model.qk_norm=true differs from false" in said("model.qk_norm=true")
     assert "model.rope_theta=20000.0 differs from 10000.0" in said("model.rope_theta=20000")
     state = load_file(folder / "model.safetensors")
     state["model.norm.weight"][5] = float("inf")

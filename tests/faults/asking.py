@@ -68,6 +68,14 @@ def writers(run: Forked, home: Path) -> dict[int, int]:
     return found
 
 
+def ended(pid: int) -> bool:
+    """Whether all that a process held is closed: its command line is gone before its pipes are."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
 def waiting_orders(pid: int) -> int:
     """Bytes on the input of a writing process that it has not read."""
     with Path(f"/proc/{pid}/fd/0").open("rb", buffering=0) as pipe:

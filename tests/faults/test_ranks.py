@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import signal
 import sys
 import time
@@ -196,8 +197,7 @@ WATCHFUL = ["watchdog.factor=2", "watchdog.least_seconds=4", "watchdog.first_sec
 
 PLACES = {
     "train_step": "in train_step",
-    "requests.agree": "in agree",
-    "write_train_event": "in write_train_event",
+    "write_train_event": "in train_step",
     "evaluate_splits": "in evaluate_splits",
     "save_checkpoint": "in save_checkpoint",
     "finish": "in finish",
@@ -217,11 +217,17 @@ def test_a_rank_that_stands_still_is_noticed_wherever_it_does(place: str, byte_d
         began = time.monotonic()
         wait_for(run.over, timeout=40)
         assert time.monotonic() - began < 30
-    stacks = {path.name: path.read_text() for path in (run_dir / "stacks").iterdir()}
+    stacks = {path.name: path.read_text() for path in (run_dir / "stacks").glob("*.txt")}
     assert stacks.keys() == {"rank_00000.txt", "rank_00002.txt"}
     for text in stacks.values():
         assert " hangs: " in text.splitlines()[0]
         assert PLACES[place] in text
+    for rank in (0, 2):
+        recording = pickle.loads((run_dir / "stacks" / f"collectives_rank_{rank:05d}").read_bytes())
+        begun = [entry for entry in recording["entries"] if not entry["retired"]]
+        asked = [f"in {frame['name']}" for entry in begun for frame in entry["frames"]]
+        waits = "in _save" if place == "finish" else PLACES[place]
+        assert waits in asked, "for the collective that the stopped rank is not in"
     said = outcome(run_dir)
     assert said["status"] == "failed"
     assert " hangs: " in said["reason"]
@@ -231,21 +237,18 @@ def test_a_rank_that_stands_still_is_noticed_wherever_it_does(place: str, byte_d
 def stand_still(place: str, folder: str) -> None:
     """Rank 1 is stopped, by the signal that cannot be caught, in step 3 or where it comes to `place` after that."""
     import megallama.train.loop
-    from megallama.train.stop_requests import StopRequests
 
-    rank = int(os.environ["RANK"])
-    owner: Any = StopRequests if place == "requests.agree" else megallama.train.loop
-    name = place.split(".")[-1]
-    original, calls = getattr(owner, name), []
+    rank, owner = int(os.environ["RANK"]), megallama.train.loop
+    original, calls = getattr(owner, place), []
 
     def stopped(*arguments: Any, **named: Any) -> Any:
-        calls.append(name)
-        if rank == 1 and (len(calls) == 3 or name == "finish"):
+        calls.append(place)
+        if rank == 1 and (len(calls) == 3 or place == "finish"):
             Path(folder, "stopped").touch()
             os.kill(os.getpid(), signal.SIGSTOP)
         return original(*arguments, **named)
 
-    setattr(owner, name, stopped)
+    setattr(owner, place, stopped)
 
 
 def test_a_hang_under_torchrun_ends_the_job(byte_dataset: str, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tests.train.test_rewind import BAD, spoiled, words
 
 pytestmark = pytest.mark.faults
 
-DP2 = ["zero.stage=2"]
+DP2 = ["zero.stage=2", "train.average.kind=exponential"]
 
 
 def test_a_gradient_of_one_rank_of_tp_and_pp_is_skipped_by_all_and_the_run_ends_where_a_clean_one_does(

@@ -20,6 +20,7 @@ from tests.faults.asking import (
     ENDLESS,
     MAY_MOUNT,
     SMALL_FILE,
+    ended,
     limited,
     recorded,
     save,
@@ -254,6 +255,7 @@ def test_a_writer_that_is_killed_costs_one_save_and_is_started_again(
         assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in after.values()] == [10, 10], "training goes first"
         assert after[1 - rank] == before[1 - rank] and after[rank] != before[rank]
         os.kill(after[rank], signal.SIGKILL)  # between two saves: costs none
+        wait_for(lambda: ended(after[rank]), run)  # one that is still dying takes an order, and the save with it
         save(run, run_dir, "checkpoint")
         stop(run_dir)
         assert run.results() == [(75, "")] * 2

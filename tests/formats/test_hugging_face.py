@@ -160,6 +160,41 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+REFUSED_QWEN3: dict[str, tuple[dict[str, Any], str]] = {
+    "windows": ({"use_sliding_window": True}, "use_sliding_window=true"),
+    "a layer with a window": (
+        {"layer_types": ["full_attention", "sliding_attention"] * 2},
+        r"has layer_types=\[.*which is not Llama's; expected full_attention alone",
+    ),
+    "no list of layers": ({"layer_types": 3}, "layer_types=3"),
+    "biases": ({"attention_bias": True}, "attention_bias=true"),
+    "another architecture": (
+        {"architectures": ["Qwen3MoeForCausalLM"]},
+        r'architectures=\["Qwen3MoeForCausalLM"\]; expected Qwen3ForCausalLM',
+    ),
+    "called a Llama": (
+        {"model_type": "llama", "architectures": None},
+        "has model.layers.0.self_attn.k_norm.weight, which is not of a Llama of its description",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_QWEN3)
+def test_a_qwen3_that_is_no_llama_with_norms_is_refused(tmp_path: Path, case: str) -> None:
+    changes, sentence = REFUSED_QWEN3[case]
+    folder = save(random_llama("qwen3"), tmp_path / "model")
+    edit_config(folder, **changes)
+    with pytest.raises(UserError, match=sentence):
+        opened(folder)
+
+
+def test_a_qwen3_without_a_norm_is_refused(tmp_path: Path) -> None:
+    folder = save(random_llama("qwen3"), tmp_path / "model")
+    edit_weights(folder, model__layers__3__self_attn__q_norm__weight=None)
+    with pytest.raises(UserError, match=r"has no model.layers.3.self_attn.q_norm.weight, which a model of its"):
+        opened(folder)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_no_llama_is_refused_by_its_first_offender(folder: Path, case: str, tmp_path: Path) -> None:
     harm, sentence = REFUSED[case]

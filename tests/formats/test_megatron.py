@@ -41,6 +41,7 @@ ARGS = {
     "rotary_base": 500,
     "untie_embeddings_and_output_weights": True,
 }
+Q_NORM, K_NORM = "self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"
 QKV, FC1 = "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight"
 
 
@@ -106,6 +107,25 @@ def test_weights_are_read_whatever_their_names_and_layers(tmp_path: Path, local:
     assert_reads(found, TOLD)
 
 
+@pytest.mark.parametrize(
+    ("args", "told"), [(None, TOLD), ({**ARGS, "qk_layernorm": True}, {})], ids=["of tensors", "of arguments"]
+)
+def test_norms_of_queries_and_keys_are_read(tmp_path: Path, args: dict[str, Any] | None, told: dict[str, Any]) -> None:
+    norms = {"q_norm": torch.randn(2, 6), "k_norm": torch.randn(2, 6)}
+    theirs = {f"decoder.layers.{Q_NORM}": norms["q_norm"], f"decoder.layers.{K_NORM}": norms["k_norm"]}
+    save(tmp_path, {**megatron(), **theirs}, args)
+    weights = Megatron(tmp_path, told)
+    config = ModelConfig(**weights.model)
+    assert config.qk_norm
+    check_shapes(weights, config, "")
+    for name, layers in norms.items():
+        for number, expected in enumerate(layers):
+            assert torch.equal(weights.read(f"model.layers.{number}.self_attn.{name}.weight"), expected)
+    save(tmp_path / "denied", {**megatron(), **theirs}, {**ARGS, "qk_layernorm": False})
+    with pytest.raises(UserError, match=r"q_layernorm.weight, which is not of a Llama of its description"):
+        Megatron(tmp_path / "denied")
+
+
 def test_a_prefix_of_every_name_is_left_out(tmp_path: Path) -> None:
     save(tmp_path, {f"module.{name}": tensor for name, tensor in megatron().items()})
     assert_reads(tmp_path, TOLD)
@@ -162,7 +182,9 @@ def test_a_read_takes_only_the_parts_that_hold_some_of_it(tmp_path: Path) -> Non
     [
         ({f"decoder.layers.{FC1[:-6]}bias": torch.zeros(2, 24)}, "mlp.linear_fc1.bias, which no Llama has"),
         ({"decoder.layers.mlp.router.weight": torch.zeros(2, 4)}, "mlp.router.weight, which no Llama has"),
-        ({"decoder.layers.self_attention.q_layernorm.weight": torch.zeros(2, 6)}, "q_layernorm.weight, which no Llama"),
+        ({f"decoder.layers.{Q_NORM[:-6]}bias": torch.zeros(2, 6)}, "q_layernorm.bias, which no Llama has"),
+        ({f"decoder.layers.{Q_NORM}": torch.zeros(2, 6)}, "has no decoder.layers.0.self_attention.k_layernorm.weight"),
+        ({f"decoder.layers.{K_NORM}": torch.zeros(2, 6)}, "k_layernorm.weight, which is not of a Llama"),
         ({"embedding.position_embeddings.weight": torch.zeros(4, 8)}, "position_embeddings.weight, which no Llama has"),
         ({f"decoder.layers.{FC1}": torch.zeros(2, 12, 8)}, r"linear_fc1.weight in the shape \[2, 12, 8\]"),
         ({f"decoder.layers.{QKV}": torch.zeros(2, 47, 8)}, "has 47 rows in .*linear_qkv.weight"),
@@ -189,6 +211,8 @@ def test_what_no_llama_has_is_named(tmp_path: Path, changed: State, said: str) -
         ({"rotary_interleaved": True}, "rotary_interleaved=true.*expected rotary_interleaved=false"),
         ({"rotary_percent": 0.5}, "rotary_percent=0.5"),
         ({"normalization": "LayerNorm"}, "normalization=LayerNorm"),
+        ({"qk_l2_norm": True}, "qk_l2_norm=true"),
+        ({"qk_layernorm": True}, "has no decoder.layers.0.self_attention.q_layernorm.weight"),
         ({"apply_layernorm_1p": True}, "apply_layernorm_1p=true"),
         ({"swiglu": False}, "swiglu=false"),
         ({"position_embedding_type": "learned_absolute"}, "position_embedding_type=learned_absolute"),

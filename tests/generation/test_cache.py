@@ -31,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tied, own head_dim": {"tie_word_embeddings": True, "head_dim": 12},
     "odd window": {"max_position_embeddings": 11},
     "window of one": {"max_position_embeddings": 1},
+    "norms of queries and keys": {"qk_norm": True, "num_key_value_heads": 1},
 }
 
 
@@ -86,20 +87,24 @@ def test_a_token_costs_no_more_the_more_stand_before_it(monkeypatch: pytest.Monk
     assert tokens.count(1) == 20 * WINDOW
 
 
-def write_as_rank(launch: Launch, kv_heads: int) -> list[list[int]]:
+def write_as_rank(launch: Launch, changes: dict[str, Any]) -> list[list[int]]:
     import torch.distributed as dist
 
     from megallama.parallel.join import join
 
     join(launch, torch.device("cpu"))
     tp = Axis(dist.group.WORLD, launch.rank, launch.world_size)
-    return together(loaded(shape(num_key_value_heads=kv_heads), tp), PROMPTS, 2 * WINDOW)
+    return together(loaded(shape(**changes), tp), PROMPTS, 2 * WINDOW)
 
 
-@pytest.mark.parametrize("kv_heads", [2, 1], ids=["a head for each rank", "a head for both"])
-def test_two_ranks_write_what_one_writes(kv_heads: int) -> None:
-    alone = together(loaded(shape(num_key_value_heads=kv_heads)), PROMPTS, 2 * WINDOW)
-    assert run_ranks(write_as_rank, 2, kv_heads) == [alone, alone]
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_key_value_heads": 2}, {"num_key_value_heads": 1, "qk_norm": True}],
+    ids=["a head for each rank", "a head for both, normalised"],
+)
+def test_two_ranks_write_what_one_writes(changes: dict[str, Any]) -> None:
+    alone = together(loaded(shape(**changes)), PROMPTS, 2 * WINDOW)
+    assert run_ranks(write_as_rank, 2, changes) == [alone, alone]
 
 
 def test_what_stands_behind_a_row_never_reaches_it() -> None:

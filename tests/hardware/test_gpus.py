@@ -54,7 +54,8 @@ def test_one_chip_in_two_forms_shares_its_constants() -> None:
         ("NVIDIA H100 80GB HBM3", 989.4e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA GH200 480GB", 989.4e12),
-        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 3060", None),
     ],
 )
 def test_peak_by_the_name_of_the_driver(device: str, peak: float | None) -> None:

@@ -11,6 +11,7 @@ from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.layout.budget import Seen
 from megallama.layout.check import check_config, check_training
+from megallama.layout.compiled import compiles, compiles_layers
 
 RUN = """\
 model: {vocab_size: 100, hidden_size: 192, intermediate_size: 512, num_hidden_layers: 4, num_attention_heads: 12,
@@ -75,6 +76,9 @@ REFUSED: list[Refusal] = [
     (["zero.stage=2", "parallel.pipeline=2"], 2,
      "zero.stage=2 does not go with parallel.pipeline=2; use zero.stage=1, or parallel.pipeline=1",
      [(["zero.stage=1", "parallel.pipeline=2"], 2), (["zero.stage=2", "parallel.pipeline=1"], 2)]),
+    (["zero.stage=2", "zero.offload_optimizer=cpu"], 1,
+     "zero.offload_optimizer=cpu does not go with zero.stage=2; use zero.stage=1, or zero.offload_optimizer=none",
+     [(["zero.stage=1", "zero.offload_optimizer=cpu"], 1), (["zero.stage=2"], 1)]),
     (["zero.stage=3", "parallel.pipeline=2"], 2, "zero.stage=3 does not go with parallel.pipeline=2",
      [(["zero.stage=1", "parallel.pipeline=2"], 2)]),
     (["parallel.pipeline=8"], 8, "model.num_hidden_layers=4 is fewer than parallel.pipeline * chunks of 1f1b = "
@@ -103,9 +107,26 @@ REFUSED: list[Refusal] = [
      [(["parallel.pipeline=2", "model.tie_word_embeddings=true", "parallel.schedule=zbvzerobubble"], 2),
       (["parallel.pipeline=2", "model.tie_word_embeddings=true", "parallel.schedule=dualpipev"], 2),
       (["model.tie_word_embeddings=true"], 2)]),
+    (["train.matmul=fp8", "train.dtype=fp32"], 1,
+     "train.matmul=fp8 does not go with train.dtype=fp32, whose products are in fp32; use train.dtype=bf16, or "
+     "train.matmul=dtype",
+     [(["train.matmul=fp8", "train.dtype=bf16"], 1), (["train.matmul=dtype", "train.dtype=fp32"], 1)]),
+    (["train.matmul=fp8", "parallel.tensor=2", "model.intermediate_size=528"], 2,
+     "train.matmul=fp8 multiplies matrices whose sides are multiples of 16, and model.intermediate_size / "
+     "parallel.tensor = 264; nearest legal: 256 or 272, or train.matmul=dtype",
+     [(["train.matmul=fp8", "parallel.tensor=2", "model.intermediate_size=512"], 2),
+      (["train.matmul=fp8", "parallel.tensor=2", "model.intermediate_size=544"], 2)]),
+    (["train.matmul=fp8", "data.sequence_length=100"], 1,
+     "train.micro_batch_size * data.sequence_length / parallel.context = 200; nearest legal: 192 or 208",
+     [(["train.matmul=fp8", "data.sequence_length=96"], 1), (["train.matmul=fp8", "data.sequence_length=104"], 1)]),
+    (["train.matmul=fp8", "train.recompute=full", "model.intermediate_size=2097152"], 1,
+     "train.matmul=fp8 does not go with train.recompute=full for so many tokens, of which the MLP is computed in tiles",
+     [(["train.matmul=fp8", "train.recompute=full", "model.intermediate_size=2097152", "train.micro_batch_size=1",
+        "data.sequence_length=32"], 1),
+      (["train.recompute=full", "model.intermediate_size=2097152"], 1)]),
     (["parallel.pipeline=2", "parallel.schedule=dualpipev", "train.compile=true"], 2,
      "train.compile=true does not go with parallel.schedule=dualpipev, which runs a backward in two parts; "
-     "use train.compile=false, or parallel.schedule=interleaved1f1b",
+     "use train.compile=auto, or parallel.schedule=interleaved1f1b",
      [(["parallel.pipeline=2", "parallel.schedule=interleaved1f1b", "train.compile=true"], 2),
       (["parallel.pipeline=2", "parallel.schedule=dualpipev"], 2)]),
     (["parallel.pipeline=2", "parallel.layers_per_stage=[3, 2]"], 2,
@@ -187,6 +208,15 @@ def test_compiled_layers_are_planned_at_zero_3_and_not_trained(tmp_path: Path) -
     check_config(config, 1)
     with pytest.raises(UserError, match=r"^train\.compile=true gains nothing at zero\.stage=3, .*use zero\.stage=2"):
         check_training(config, 1)
+
+
+def test_layers_that_torch_would_keep_whole_are_not_compiled(tmp_path: Path) -> None:
+    cut = ["parallel.tensor=2", "train.compile=true"]
+    with pytest.raises(UserError, match=r"at parallel\.tensor=2, where .* or parallel\.sequence=false$"):
+        check_training(run(tmp_path, cut), 2)
+    check_training(run(tmp_path, [*cut, "parallel.sequence=false"]), 2)
+    by_default = run(tmp_path, cut[:1])
+    assert compiles(by_default, on_gpu=True) and not compiles_layers(by_default, on_gpu=True)
 
 
 def test_a_length_in_tokens_is_checked_with_the_steps_that_it_takes_from_where_the_run_is(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""An independent Llama, that of transformers, gives the same logits, loss and gradients from the same weights."""
+"""An independent Llama, that of transformers, gives the same logits, loss and gradients from the same weights.
+
+With qk_norm it is Qwen3.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from megallama.config.schema import ModelConfig
+from megallama.model.attention import heads_first, sequence_first
 from megallama.model.init import initialise
-from megallama.model.llama import Llama
+from megallama.model.llama import Attention, Llama
+from megallama.model.rotary import rotate
 
 SEQUENCE = 48
 PLAIN: dict[str, Any] = {
@@ -41,6 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "multi_query": {"num_key_value_heads": 1},
     "tied": {"tie_word_embeddings": True},
     "head_dim_apart": {"head_dim": 32, "num_key_value_heads": 2},
+    "qwen3": {"qk_norm": True, "head_dim": 32, "num_key_value_heads": 2, "rope_theta": 500_000.0},
     "llama_3_2": {
         "rope_theta": 500_000.0,
         "rope_scaling": LLAMA3,
@@ -80,6 +86,18 @@ def test_the_comparison_sees_channels_paired_in_the_other_order(monkeypatch: pyt
     assert abs(ours.loss - reference.loss) > 1e-4 * reference.loss
     with pytest.raises(AssertionError):
         assert_same(ours, reference)
+
+
+def test_the_comparison_sees_queries_and_keys_normalised_after_the_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Attention, x: Tensor, cos: Tensor, sin: Tensor, core: None) -> Tensor:
+        projected = self.qkv_proj(x).split(self.qkv_proj.widths, dim=-1)
+        q, k, v = (heads_first(self._split_heads(each)) for each in projected)
+        q, k = self.q_norm(rotate(q, cos, sin)), self.k_norm(rotate(k, cos, sin))
+        return self.o_proj(sequence_first(self.core(q, k, v)).flatten(2))
+
+    monkeypatch.setattr(Attention, "forward", forward)
+    with pytest.raises(AssertionError):
+        assert_same(*both(ModelConfig(**(PLAIN | VARIANTS["qwen3"]))))
 
 
 @pytest.mark.parametrize("variant", ["theta_500000", "llama3_rope", "linear_rope"])
@@ -122,13 +140,15 @@ def random_llama(config: ModelConfig) -> Llama:
     return model
 
 
-def transformers_llama(config: ModelConfig) -> LlamaForCausalLM:
+def transformers_llama(config: ModelConfig) -> nn.Module:
     """The same shape in transformers, with its plain attention: no kernel in common with ours."""
-    shape = config.model_dump(exclude={"init", "rope_theta", "rope_scaling"})
+    shape = config.model_dump(exclude={"init", "rope_theta", "rope_scaling", "qk_norm"})
     shape |= {"num_key_value_heads": config.kv_heads, "head_dim": config.head_size}
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
         rope |= config.rope_scaling.model_dump()
+    if config.qk_norm:
+        return Qwen3ForCausalLM(Qwen3Config(**shape, rope_parameters=rope, attn_implementation="eager"))
     return LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope, attn_implementation="eager"))
 
 

@@ -14,12 +14,16 @@ from torch._dynamo.utils import counters
 
 import megallama.model.llama
 from megallama.config.data_keys import DataConfig
-from megallama.config.schema import IGNORE_INDEX, ModelConfig, Objective
+from megallama.config.load import load_config
+from megallama.config.schema import IGNORE_INDEX, ModelConfig
+from megallama.config.train_keys import Objective
 from megallama.data.loader import Loader, MicroBatch
 from megallama.data.source import open_source
-from megallama.model.attention import AttentionCore, FusedAttention, flex_attention, positions
+from megallama.model.attention import AttentionCore, FusedAttention, attention_of, flex_attention, positions
+from megallama.model.blockwise import blockwise_attention
 from megallama.model.init import initialise
 from megallama.model.llama import Llama, Recompute, TensorParallelContext
+from megallama.parallel.mesh import ALONE
 
 SHAPE = ModelConfig(
     vocab_size=301,
@@ -66,6 +70,57 @@ def test_the_mask_of_a_gpu_is_the_same(objective: Objective) -> None:
     core = FusedAttention(causal=objective == "causal")
     found = flex_attention(q, k, v, block_mask=core.block_mask(documents))
     torch.testing.assert_close(found, core.within(documents, 16)(q, k, v), rtol=1e-10, atol=1e-10)
+
+
+SQUARE, PREFIX = (300, 300), (200, 456)
+"""Queries and keys: whole blocks of queries and a rest; the last of more positions."""
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(("queries", "keys"), [SQUARE, PREFIX])
+def test_attention_in_blocks_is_that_of_the_whole_square(queries: int, keys: int, kv_heads: int) -> None:
+    q, target = random(2, 4, queries, 16, seed=1), random(2, 4, queries, 16, seed=2).detach()
+    k, v = random(2, kv_heads, keys, 16, seed=3), random(2, kv_heads, keys, 16, seed=4)
+    mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    whole = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    found = blockwise_attention(q, k, v)
+    torch.testing.assert_close(found, whole, rtol=1e-10, atol=1e-10)
+    gradients = (torch.autograd.grad((each * target).sum(), (q, k, v)) for each in (found, whole))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_in_blocks_is_one_operator_to_a_compiler(dtype: torch.dtype) -> None:
+    """Of the strides, types and gradients that it says."""
+    q, k, v = (random(1, heads, 140, 16, seed=heads).detach().to(dtype) for heads in (4, 2, 2))
+    torch.library.opcheck(blockwise_attention, tuple(each.requires_grad_() for each in (q, k, v)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "in_blocks"),
+    [
+        (["train.compile=true", "data.sequence_length=512"], True),
+        (["train.compile=true", "data.sequence_length=1024"], False),
+        (["train.compile=true", "data.sequence_length=1024", "train.dtype=bf16"], True),
+        (["train.compile=auto", "data.sequence_length=512", "train.dtype=bf16"], False),
+        (["train.compile=true", "data.sequence_length=512", "train.objective=masked"], False),
+    ],
+)
+def test_blocks_are_for_runs_that_ask_for_a_compiler_and_gain(overrides: list[str], in_blocks: bool) -> None:
+    config = load_config("configs/debug.yaml", ["model.max_position_embeddings=1024", *overrides])
+    assert attention_of(config, {"cp": ALONE}).in_blocks == in_blocks
+
+
+def test_attention_in_blocks_is_as_exact_in_bf16_as_scores_in_bf16_are() -> None:
+    """Twice the error of torch's kernel, which keeps its scores in fp32."""
+    q, k, v = (random(2, 2, 384, 64, seed=seed).detach().bfloat16() for seed in (1, 2, 3))
+    truth = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+
+    def error(found: Tensor) -> float:
+        return float((found - truth).norm() / truth.norm())
+
+    assert error(blockwise_attention(q, k, v)) < 2 * error(F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
 def model(objective: Objective = "causal", recompute: Recompute = "none") -> Llama:

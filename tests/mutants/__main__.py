@@ -3,7 +3,7 @@
 A mistake of gradients must be caught by two of types, layer tests and verify, any other by one; exit code 1 where one
 is not.
 
-Example: python -m tests.mutants --only copy-to-sums-nothing --only norm-without-copy-to
+Example: python -m tests.mutants --only copy-to-sums-nothing --only norm-without-mark
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Literal
 
 from tests.launching import ROOT, clean_environment, kill_all
 from tests.mutants.mutant import Mutant
-from tests.mutants.of_model import ONE_KEY_HEAD
+from tests.mutants.of_model import NORMED, ONE_KEY_HEAD
 
 Answer = Literal["caught", "hangs", "missed", "not there"]
 JUDGES = ("types", "layers", "verify")
@@ -41,11 +41,13 @@ LAYER_TESTS = [
     "tests/parallel/test_mesh.py",
     "tests/parallel/test_types.py",
     "tests/train/test_gradients.py",
+    "tests/train/test_zero.py::test_every_stage_updates_what_one_rank_alone_does",
+    "tests/train/test_zero.py::test_a_step_begins_without_the_gradients_of_the_one_before",
     "tests/train/test_pipeline.py::test_a_split_backward_does_the_work_of_a_whole_one[zbvzerobubble]",
 ]
 TYPED = [
-    ["parallel.tensor=2", "--gpus", "4"],
-    ["parallel.tensor=2", "parallel.sequence=false", "parallel.pipeline=2", "--gpus", "8", *ONE_KEY_HEAD],
+    ["parallel.tensor=2", "--gpus", "4", *NORMED],
+    ["parallel.tensor=2", "parallel.sequence=false", "parallel.pipeline=2", "--gpus", "8", *ONE_KEY_HEAD, *NORMED],
     ["parallel.context=2", "data.document_mask=true", "--gpus", "4"],
     ["parallel.context=2", "parallel.context_mode=ulysses"],
 ]

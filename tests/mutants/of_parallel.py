@@ -10,6 +10,8 @@ LOSS = "parallel/cross_entropy.py"
 MESH = "parallel/mesh.py"
 TOPOLOGY = "layout/topology.py"
 
+Z_LOSS = ("optimizer.z_loss=1e-2",)
+
 OF_PARALLEL = [
     Mutant(
         "copy-to-sums-nothing",
@@ -97,16 +99,16 @@ OF_PARALLEL = [
     Mutant(
         "all-gather-in-reverse",
         COLLECTIVES,
-        "return stacked.unflatten(0, (axis.size, -1)).movedim(0, dim)",
-        "return stacked.unflatten(0, (axis.size, -1)).flip(0).movedim(0, dim)",
+        "    gathered = begin_all_gather(x, axis).wait()\n",
+        "    gathered = begin_all_gather(x, axis).wait().unflatten(0, (axis.size, -1)).flip(0).flatten(0, 1)\n",
         "other",
         "the ranks' parts are put together in the wrong order",
     ),
     Mutant(
         "sum-scatter-interleaves",
         COLLECTIVES,
-        "x.unflatten(dim, (axis.size, -1)).movedim(dim, 0)",
-        "x.unflatten(dim, (-1, axis.size)).movedim(dim + 1, 0)",
+        "parts = x if dim == 0 else x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).flatten(0, 1)",
+        "parts = x.unflatten(dim, (-1, axis.size)).movedim(dim + 1, 0).flatten(0, 1)",
         "other",
         "each rank gets every second row and not a stretch of them",
     ),
@@ -122,16 +124,16 @@ OF_PARALLEL = [
     Mutant(
         "loss-own-maximum",
         LOSS,
-        "logits -= all_reduce(logits.amax(dim=-1), tp, dist.ReduceOp.MAX)[:, None]",
-        "logits -= logits.amax(dim=-1)[:, None]",
+        "largest = all_reduce(own_largest, tp, dist.ReduceOp.MAX)",
+        "largest = own_largest",
         "other",
         "each rank's exponentials are to another base",
     ),
     Mutant(
         "loss-sums-nothing",
         LOSS,
-        "all_reduce(torch.stack([logits.sum(dim=-1), target]), tp)",
-        "torch.stack([logits.sum(dim=-1), target])",
+        "all_reduce(torch.stack([own_sum, target.to(own_sum.dtype)]), tp)",
+        "torch.stack([own_sum, target.to(own_sum.dtype)])",
         "other",
         "the softmax is over this rank's part of the vocabulary",
     ),
@@ -146,10 +148,10 @@ OF_PARALLEL = [
     Mutant(
         "loss-onehot-everywhere",
         LOSS,
-        "-(counts & ~elsewhere).to(logits.dtype)",
-        "-counts.to(logits.dtype)",
+        "torch.where(elsewhere, logits.gather(1, local).squeeze(1), onehot)",
+        "onehot",
         "gradient",
-        "ranks without the label subtract it from their first row",
+        "ranks without the label put its gradient in their first row",
     ),
     Mutant(
         "loss-counts-padding",
@@ -162,11 +164,38 @@ OF_PARALLEL = [
     Mutant(
         "loss-gradient-of-masked-labels",
         LOSS,
-        "logits *= (counts / denominator)[:, None]",
-        "logits *= (1 / denominator)[:, None]",
+        "softmaxes = counts * (1 + 2",
+        "softmaxes = (1 + 2",
         "gradient",
         "positions that count nothing have a gradient",
         reason=ONE_DEVICE,
+    ),
+    Mutant(
+        "z-loss-on-one-shard",
+        LOSS,
+        "2 * z_loss * log_total)",
+        "2 * z_loss * log_total * (first == 0))",
+        "gradient",
+        "the z-loss has a gradient in the first rank's part of the vocabulary alone",
+        words=Z_LOSS,
+    ),
+    Mutant(
+        "z-loss-own-maximum",
+        LOSS,
+        "2 * z_loss * log_total)",
+        "2 * z_loss * (log_total - largest + own_largest))",
+        "gradient",
+        "the logarithm of the z-loss is of each rank's own largest logit",
+        words=Z_LOSS,
+    ),
+    Mutant(
+        "z-loss-shared-out",
+        LOSS,
+        "2 * z_loss * log_total)",
+        "2 * z_loss / tp.size * log_total)",
+        "gradient",
+        "the z-loss is scaled down by the ranks that share the vocabulary",
+        words=Z_LOSS,
     ),
     Mutant(
         "loss-hidden-unscaled",
@@ -206,8 +235,8 @@ OF_PARALLEL = [
     Mutant(
         "data-group-without-dp",
         MESH,
-        'data=axis("dp", "cp", of_one=True)',
-        'data=axis("cp", of_one=True)',
+        'data=axis("data_parallel", "dp", "cp", of_one=True)',
+        'data=axis("data_parallel", "cp", of_one=True)',
         "gradient",
         "copies do not sum their gradients",
         "dp2",
@@ -215,8 +244,8 @@ OF_PARALLEL = [
     Mutant(
         "model-group-without-pp",
         MESH,
-        'model=axis("pp", "tp", of_one=True)',
-        'model=axis("tp", of_one=True)',
+        'model=axis("data_parallel", "pp", "tp", of_one=True)',
+        'model=axis("data_parallel", "tp", of_one=True)',
         "gradient",
         "each stage is clipped by its own norm",
         "pp2",
@@ -224,16 +253,16 @@ OF_PARALLEL = [
     Mutant(
         "model-group-without-tp",
         MESH,
-        'model=axis("pp", "tp", of_one=True)',
-        'model=axis("pp", of_one=True)',
+        'model=axis("data_parallel", "pp", "tp", of_one=True)',
+        'model=axis("data_parallel", "pp", of_one=True)',
         "gradient",
         "each tensor-parallel rank clips by the norm of its shards",
     ),
     Mutant(
         "tp-group-of-copies",
         MESH,
-        "{name: axis(name) for name in AXES",
-        '{name: axis("dp" if name == "tp" else name) for name in AXES',
+        "{name: axis(AXIS_KEYS[name], name) for name in AXES",
+        '{name: axis(AXIS_KEYS[name], "dp" if name == "tp" else name) for name in AXES',
         "other",
         "the ranks of a matmul are of different copies",
         "tp2-dp2",

@@ -6,8 +6,10 @@ from tests.mutants.mutant import Mutant
 from tests.mutants.of_parallel import ONE_DEVICE
 
 ENGINE = "train/engine.py"
+ZERO = "train/zero.py"
+SUMS = "train/gradient_sums.py"
 PIPELINE = "train/pipeline.py"
-LOOP = "train/loop.py"
+STEP = "train/step.py"
 EVALUATE = "train/evaluate.py"
 LOADER = "data/loader.py"
 SAMPLER = "data/sampler.py"
@@ -17,19 +19,45 @@ SPLIT_BACKWARD = "tp2-pp2-zbvzerobubble-acc4-full"
 OF_TRAIN = [
     Mutant(
         "split-gradients-lost",
-        ENGINE,
-        "if not isinstance(self._zero, BF16_Optimizer):",
-        "if True:",
+        ZERO,
+        "        self._sums.take(parameters)",
+        "        return",
         "gradient",
         "what a split backward leaves in bf16 never reaches the fp32 sums",
         "pp2-dualpipev",
         BF16,
     ),
     Mutant(
+        "norm-shares-not-summed",
+        ZERO,
+        "        self._sums.finish()\n        sum_shares(self._shares, self._mesh.tp)\n",
+        "        self._sums.finish()\n",
+        "gradient",
+        "the gradient of a norm is of this rank's part of the sequence",
+    ),
+    Mutant(
+        "norm-shares-not-summed-at-zero-3",
+        ZERO,
+        "if has_share(parameter)], self._mesh.tp)\n        counted = (gradient for",
+        "if False], self._mesh.tp)\n        counted = (gradient for",
+        "gradient",
+        "the gradient of a norm is of this rank's part of the sequence",
+        "tp2-zero3",
+    ),
+    Mutant(
+        "norm-shares-in-another-order",
+        "train/shares.py",
+        "for gradient, whole in zip(gradients, ",
+        "for gradient, whole in zip(reversed(gradients), ",
+        "gradient",
+        "norms get each other's gradients",
+        "tp2-zero3",  # at ZeRO 1 all norms are one piece
+    ),
+    Mutant(
         "loss-unscaled",
         ENGINE,
-        "loss = self._engine(batch.tokens, batch.labels, batch.documents) * scale",
-        "loss = self._engine(batch.tokens, batch.labels, batch.documents)",
+        "loss = self._zero.forward(batch.tokens, batch.labels, batch.documents) * scale",
+        "loss = self._zero.forward(batch.tokens, batch.labels, batch.documents)",
         "gradient",
         "the gradient is that of a sum and not of a mean",
         "dp2",
@@ -43,21 +71,46 @@ OF_TRAIN = [
         "tensor-parallel shards are averaged as if they were copies",
     ),
     Mutant(
-        "norm-over-copies",
-        ENGINE,
-        "return self._mesh.model.group",
-        "return self._mesh.data.group",
+        "gradients-not-summed",
+        SUMS,
+        "if self._data.size == 1:",
+        "if True:",
+        "gradient",
+        "each rank updates its part with its own gradients",
+        "dp2",
+    ),
+    Mutant(
+        "gradients-sent-early",
+        SUMS,
+        "if left == 1:",
+        "if left == self._passes[parameter]:",
+        "other",
+        "a group is sent with the first of the two gradients of an embedding that is the head",
+        "pp2-dualpipev-dp2",
+        words=("model.tie_word_embeddings=true",),
+    ),
+    Mutant(
+        "sums-not-begun-anew",
+        SUMS,
+        "        self._empty = set(self._places)\n        self._incomplete = [len",
+        "        self._incomplete = [len",
+        "other",
+        "the sums of a step begin with those of the step before",
+    ),
+    Mutant(
+        "norm-of-one-rank",
+        STEP,
+        "self._rows[:, 1].sum().sqrt()",
+        "mine[1].sqrt()",
         "gradient",
         "each stage is clipped by its own norm",
         "pp2",
     ),
     Mutant(
         "copies-counted-on-every-rank",
-        ENGINE,
-        """    def get_tensor_model_parallel_rank(self) -> int:
-        return self._mesh.tp.rank""",
-        """    def get_tensor_model_parallel_rank(self) -> int:
-        return 0""",
+        ZERO,
+        "return self._mesh.tp.rank == 0 or",
+        "return True or",
         "gradient",
         "the norm counts the weights of norms once on each tensor-parallel rank",
     ),
@@ -173,7 +226,7 @@ OF_TRAIN = [
     ),
     Mutant(
         "labels-of-one-copy",
-        LOOP,
+        STEP,
         "dist.all_reduce(counted, group=mesh.data.group)",
         "counted *= mesh.data.size",
         "gradient",
@@ -182,8 +235,8 @@ OF_TRAIN = [
     ),
     Mutant(
         "scale-without-copies",
-        LOOP,
-        "scale = run.mesh.data.size / count_labels",
+        STEP,
+        "scale = mesh.data.size / count_labels",
         "scale = 1 / count_labels",
         "gradient",
         "the engine's mean over copies divides a second time",
@@ -191,8 +244,8 @@ OF_TRAIN = [
     ),
     Mutant(
         "labels-that-count-nothing-counted",
-        LOOP,
-        "int((b.labels != IGNORE_INDEX).sum()) for b in batches",
+        STEP,
+        "np.count_nonzero(b.labels.numpy() != IGNORE_INDEX) for b in batches",
         "b.labels.numel() for b in batches",
         "gradient",
         "the mean is over all positions",

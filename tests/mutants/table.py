@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from tests.mutants.every import MUTANTS
 from tests.mutants.judges import CAUGHT, JUDGES, Answer
@@ -42,10 +43,16 @@ def row(verdict: Verdict) -> str:
 
 def write_rows(page: Path, verdicts: Sequence[Verdict]) -> None:
     """Put the rows between the marks of the page, in the order of the list; what was not asked stays as it was."""
-    before, _, rest = page.read_text().partition(BEGIN)
-    table, _, after = rest.partition(END)
-    cells = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
-    known = {name: dict(zip(JUDGES, answers[-len(JUDGES) :], strict=True)) for name, *answers in cells[2:]}
+    known = {name: verdict.answers for name, verdict in written(page).items()}
     known |= {v.mutant.name: {**known.get(v.mutant.name, {}), **v.answers} for v in verdicts}
     rows = [row(Verdict(mutant, known[mutant.name])) for mutant in MUTANTS if mutant.name in known]
-    page.write_text("\n".join([before + BEGIN, heading(), *rows, END + after]))
+    before, _, rest = page.read_text().partition(BEGIN)
+    page.write_text("\n".join([before + BEGIN, heading(), *rows, END + rest.partition(END)[2]]))
+
+
+def written(page: Path) -> dict[str, Verdict]:
+    """The verdicts between the marks of the page, by name, of mutants that there still are."""
+    table = page.read_text().partition(BEGIN)[2].partition(END)[0]
+    cells = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    answers = {name: dict(zip(JUDGES, row[-len(JUDGES) :], strict=True)) for name, *row in cells}
+    return {m.name: Verdict(m, cast(dict[str, Answer], answers[m.name])) for m in MUTANTS if m.name in answers}

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.launching import ROOT
 from tests.mutants.every import MUTANTS
 from tests.mutants.judges import Answer
 from tests.mutants.mutant import Kind, Mutant
-from tests.mutants.table import BEGIN, END, Verdict, write_rows
+from tests.mutants.table import BEGIN, END, Verdict, row, write_rows, written
 
 
 @pytest.mark.parametrize(
@@ -38,3 +39,11 @@ def test_rows_stay_in_order_and_what_was_not_asked_stays_as_it_was(tmp_path: Pat
     assert (before, begin, end, after) == ("before", BEGIN, END, "after")
     assert one.startswith(f"| {first.name} | ") and one.endswith(" | - | - | hangs |")
     assert two.startswith(f"| {second.name} | ") and two.endswith(" | - | caught | caught |")
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_the_page_has_every_mutant_as_it_is_and_caught_by_enough(mutant: Mutant) -> None:
+    page = ROOT / "docs" / "verify.md"
+    verdict = written(page)[mutant.name]
+    assert verdict.enough
+    assert row(verdict) in page.read_text().splitlines()

@@ -38,7 +38,7 @@ def look(launch: Launch, config: RunConfig) -> Seen:
     positions: list[int] = []
 
     def record(layer: nn.Module, inputs: object, hidden: Tensor) -> None:
-        positions.append(hidden.shape[1])
+        positions.append(hidden.shape[0])
 
     for layer in model.decoder_layers():
         layer.register_forward_hook(record)

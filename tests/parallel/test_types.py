@@ -8,6 +8,7 @@ ranks, and else summed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,9 +20,9 @@ from spmd_types.checker import typecheck
 from torch import Tensor
 from torch.distributed._local_tensor import LocalTensorMode
 
-from megallama.model.layers import GradientFilter, _GatherLinear
+from megallama.model.layers import GradientFilter, column_linear
 from megallama.model.tiled_mlp import _Kept, _TiledMLP
-from megallama.parallel.collectives import all_to_all, copy_to, exchange, gather, reduce_from, reduce_scatter
+from megallama.parallel.collectives import Pending, all_to_all, copy_to, exchange, gather, reduce_from, reduce_scatter
 from megallama.parallel.cross_entropy import _LinearCrossEntropy
 from megallama.parallel.fake_world import fake_world
 from megallama.parallel.mesh import Axis
@@ -29,8 +30,8 @@ from megallama.parallel.mesh import Axis
 RANKS = 3
 
 
-def gather_linear(x: Tensor, weight: Tensor, axis: Axis) -> Tensor:
-    return _GatherLinear.apply(x, weight, axis, GradientFilter())
+def column(x: Tensor, weight: Tensor, axis: Axis, cut: bool = False) -> Tensor:
+    return column_linear(x, weight, axis, cut, GradientFilter())
 
 
 # The function, and the type and shape of each of its tensors.
@@ -41,7 +42,8 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], list[tuple[Any, tuple[int, ...
     "gather dim 1": (lambda x, axis: gather(x, 1, axis), [(V, (2, 6))]),
     "reduce_scatter": (lambda x, axis: reduce_scatter(x, 1, axis), [(V, (2, 6))]),
     "all_to_all": (lambda x, axis: all_to_all(x, 1, 2, axis), [(V, (2, 6, 3))]),
-    "gather_linear": (gather_linear, [(V, (2, 6, 4)), (V, (5, 4))]),
+    "column_linear": (column, [(I, (2, 6, 4)), (V, (5, 4))]),
+    "column_linear cut": (partial(column, cut=True), [(V, (2, 6, 4)), (V, (5, 4))]),
 }
 
 
@@ -106,7 +108,12 @@ def swapped(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         ("gather dim 1", "parallel.collectives.sum_scatter", own_part),
         ("reduce_scatter", "parallel.collectives.all_gather", lambda x, dim, axis: torch.cat([x] * axis.size, dim)),
         ("all_to_all", "parallel.collectives._AllToAll.backward", staticmethod(swapped)),
-        ("gather_linear", "model.layers.sum_scatter", own_part),
+        ("column_linear", "model.layers.begin_sum", lambda x, axis: Pending(x, axis)),
+        (
+            "column_linear cut",
+            "model.layers.begin_sum_scatter",
+            lambda x, axis: Pending(own_part(x, 0, axis), axis),
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) and "." not in value else "",
 )
@@ -117,10 +124,10 @@ def test_another_backward_is_found(monkeypatch: pytest.MonkeyPatch, name: str, p
 
 
 def test_every_function_is_here() -> None:
-    """But for the loss and MLPs in tiles, which are not linear: tests/model/test_layers.py holds their gradients."""
+    """But for what is not linear: the loss and MLPs in tiles, whose gradients tests/model holds."""
     ours = {
         each.__name__
         for each in torch.autograd.Function.__subclasses__()
         if each.__module__.startswith(("megallama.model", "megallama.parallel"))
-    } - {_LinearCrossEntropy.__name__, _TiledMLP.__name__, _Kept.__name__}
+    } - {each.__name__ for each in (_LinearCrossEntropy, _TiledMLP, _Kept)}
     assert ours == {"_" + name.split()[0].title().replace("_", "") for name in FUNCTIONS}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import megallama.model.llama
 import megallama.model.tiled_mlp
-from benchmarks.live_bytes import LiveBytes
+from benchmarks.counted.live_bytes import LiveBytes
 from megallama.config.load import load_config
 from megallama.config.schema import RunConfig
 from megallama.data.loader import MicroBatch
@@ -36,6 +36,7 @@ from megallama.plan.memory.ledger import fullest_peak, messages, peak_at
 from megallama.plan.memory.state import rank_parameters
 from megallama.plan.memory.zero_buffers import RankWeights, buffer_row
 from megallama.train.pipeline import Pipeline
+from tests.launching import needs_compiler
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug.yaml"
 SHAPES = {
@@ -43,6 +44,7 @@ SHAPES = {
     "grouped": "vocab_size=1000 hidden_size=96 intermediate_size=320 num_attention_heads=6 num_key_value_heads=2",
     "one_kv": "vocab_size=513 hidden_size=128 intermediate_size=256 num_attention_heads=8 num_key_value_heads=1",
 }
+SHAPES |= {f"{name}_normed": f"{SHAPES[name]} qk_norm=true" for name in ("grouped", "one_kv")}
 
 
 def run(shape: str, *more: str) -> RunConfig:
@@ -63,12 +65,28 @@ TENSOR_PARALLEL = [
     for shape in SHAPES
     for sequence in ("true", "false")
     for recompute in ("none", "selective", "full")
-] + [run("grouped", "parallel.tensor=2", "train.dtype=fp32", "train.micro_batch_size=3")]
+] + [
+    run(shape, "parallel.tensor=2", "train.dtype=fp32", "train.micro_batch_size=3")
+    for shape in ("grouped", "grouped_normed", "one_kv_normed")
+]
 
 
-@pytest.mark.parametrize("config", ALONE, ids=lambda c: f"{c.model.vocab_size}-{c.train.dtype}-{c.train.recompute}")
+def name_of(config: RunConfig) -> str:
+    normed = "-normed" if config.model.qk_norm else ""
+    return f"{config.model.vocab_size}{normed}-{config.train.dtype}-{config.train.recompute}"
+
+
+@pytest.mark.parametrize("config", ALONE, ids=name_of)
 def test_a_rank_alone_keeps_what_the_ledger_says(config: RunConfig) -> None:
     assert planned_bytes(config) == pytest.approx(kept_bytes(config, TensorParallelContext()), rel=1e-6)
+
+
+@needs_compiler
+def test_a_compiled_layer_keeps_little_where_recomputation_is_selective() -> None:
+    words = "train.dtype=bf16", "train.recompute=selective"
+    config = run("grouped", *words, "train.compile=true")
+    assert planned_bytes(config) == pytest.approx(kept_bytes(config, TensorParallelContext()), rel=0.01)
+    assert planned_bytes(config) < 0.9 * planned_bytes(run("grouped", *words))
 
 
 def test_tensor_parallel_ranks_keep_what_the_ledger_says() -> None:
@@ -78,7 +96,8 @@ def test_tensor_parallel_ranks_keep_what_the_ledger_says() -> None:
 
 
 CONTEXT_PARALLEL = [
-    run("grouped", "parallel.context=2", f"parallel.context_mode={mode}", f"train.recompute={recompute}", *more)
+    run(shape, "parallel.context=2", f"parallel.context_mode={mode}", f"train.recompute={recompute}", *more)
+    for shape in ("grouped", "grouped_normed")
     for mode in ("gather", "ulysses")
     for recompute in ("none", "selective", "full")
     for more in (
@@ -120,6 +139,8 @@ def planned_bytes(config: RunConfig) -> int:
 def kept_bytes(config: RunConfig, tp_context: TensorParallelContext) -> int:
     model = ModelStages(config.model, stages(config), 0, tp_context, recompute=config.train.recompute)
     fill(model, config)
+    if config.train.compile is True:
+        model.compile_parts(layers=True)
     rows, length = config.train.micro_batch_size, config.data.sequence_length
     tokens = torch.zeros(rows, length // config.parallel.context, dtype=torch.int64)
     documents = torch.arange(length).expand(rows, -1) // 24 if config.data.documents_apart else None
@@ -141,21 +162,25 @@ def fill(model: ModelStages, config: RunConfig) -> None:
 PIPELINE = [
     run(
         "narrow",
-        *("parallel.pipeline=2", "model.num_hidden_layers=4", f"parallel.schedule={schedule}", "train.device=auto"),
+        f"model.qk_norm={normed}",
+        *("parallel.pipeline=2", "model.num_hidden_layers=4", f"parallel.schedule={schedule}"),
+        *("train.device=auto", "train.compile=false"),
         *("data.sequence_length=256", "model.max_position_embeddings=256", "train.micro_batch_size=4"),
         *("train.global_batch_size=32", f"train.dtype={dtype}", f"train.recompute={recompute}"),
     )
-    for schedule, dtype, recompute in (
-        ("1f1b", "fp32", "none"),
-        ("1f1b", "bf16", "selective"),
-        ("1f1b", "bf16", "full"),
-        ("interleaved1f1b", "bf16", "none"),
-        ("interleaved1f1b", "bf16", "full"),
-        ("dualpipev", "bf16", "none"),
-        ("zbvzerobubble", "bf16", "none"),
-        ("zbvzerobubble", "fp32", "selective"),
-        ("1f1b", "bf16", "offload"),
-        ("zbvzerobubble", "bf16", "offload"),
+    for schedule, dtype, recompute, normed in (
+        ("1f1b", "fp32", "none", False),
+        ("1f1b", "bf16", "selective", False),
+        ("1f1b", "bf16", "full", False),
+        ("interleaved1f1b", "bf16", "none", False),
+        ("interleaved1f1b", "bf16", "full", False),
+        ("dualpipev", "bf16", "none", False),
+        ("zbvzerobubble", "bf16", "none", False),
+        ("zbvzerobubble", "fp32", "selective", False),
+        ("1f1b", "bf16", "offload", False),
+        ("zbvzerobubble", "bf16", "offload", False),
+        ("1f1b", "bf16", "none", True),
+        ("zbvzerobubble", "bf16", "none", True),
     )
 ]
 TILE = 2**16
@@ -195,7 +220,7 @@ def test_a_step_of_a_pipeline_peaks_where_the_ledger_says() -> None:
     for config, *ranks in zip(PIPELINE, *measured, strict=True):
         planned = planned_peaks(config, 8)
         ratios = [plan / peak for plan, peak in zip(planned, ranks, strict=True)]
-        name = f"{config.parallel.schedule} {config.train.dtype} {config.train.recompute}: {ratios}"
+        name = f"{config.parallel.schedule} {name_of(config)}: {ratios}"
         # A split backward that recomputes is planned as if nothing were freed while it does so.
         most = 1.07 if config.parallel.schedule == "zbvzerobubble" and config.train.recompute != "none" else 1.05
         # When an offloaded input comes back depends on when messages arrive, which the ledger does not follow.

@@ -49,19 +49,25 @@ def test_the_total_is_that_of_the_logical_tensors(path: Path) -> None:
 
 
 @every_recipe
-@pytest.mark.parametrize("overrides", [[], ["model.tie_word_embeddings=true", "model.head_dim=6"]], ids=["", "tied"])
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["model.tie_word_embeddings=true", "model.head_dim=6"], ["model.qk_norm=true"]],
+    ids=["", "tied", "qk_norm"],
+)
 def test_names_and_shapes_of_weights_are_those_of_the_logical_tensors(path: Path, overrides: list[str]) -> None:
     model = load_config(path, overrides).model
     with torch.device("meta"):
         llama = Llama(model)
     shapes = {piece.name: piece.shape for pieces in llama.shard_slices.values() for piece in pieces}
     assert weight_shapes(model) == shapes
+    assert count_parameters(model).total == sum(map(prod, shapes.values()))
 
 
 @every_recipe
 def test_a_rank_holds_what_the_plan_says(path: Path) -> None:
     for tp in {1, 2, load_config(path).parallel.tensor}:
-        assert_planned(load_config(path, [f"parallel.tensor={tp}"]))
+        for normed in (False, True):
+            assert_planned(load_config(path, [f"parallel.tensor={tp}", f"model.qk_norm={normed}"]))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -111,7 +117,7 @@ def test_matmuls_are_those_that_torch_counts_also_where_weights_are_frozen(freez
     counted = sum(flops for kernel, flops in counts if str(kernel) in ("aten.mm", "aten.addmm", "aten.bmm"))
     attention = attention_flops_per_token(config.model, 16, "full")
     assert tokens.numel() * (flops_per_token(config.model, 16, "full", frozen_matmul(config)) - attention) == counted
-    (work,) = rank_works(config, Machine(built_in_hardware()["h100-80g"], known_software()["megallama"], 0.5))
+    (work,) = rank_works(config, Machine(built_in_hardware()["h100-80g"], known_software()["megallama"], 0.5), 1)
     assert work.kernels.matmul_flops == counted
     assert work.parameters == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 

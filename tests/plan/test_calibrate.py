@@ -199,6 +199,7 @@ def test_an_environment_that_no_run_wrote_is_one_sentence(
         (b"[]", "is no event of a run; take"),
         (b"3", "is no event of a run; take"),
         (b"{}", "is no event of a run; take"),
+        (b'{"event": "straggler", "rank": [3]}', "is no event of a run; take"),
         (b"", "is no event of a run; take"),
         (b'{"event": "\xff"}', "is no event of a run; take"),
         (b"[" * 100_000, "is no event of a run; take"),

@@ -24,7 +24,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
         ("7b", ["train.micro_batch_size=16"], 128, "a100-40g"),
         ("8b", ["parallel.tensor=1", "zero.stage=1"], 8, "h100"),
         ("8b", ["parallel.tensor=2", "train.micro_batch_size=1"], 8, "l40s"),
-        ("70b", ["parallel.pipeline=1"], 256, "a100-80g"),
+        ("70b", ["parallel.pipeline=1", "train.micro_batch_size=2"], 256, "a100-80g"),
         ("405b", ["train.recompute=none", "parallel.pipeline=8"], 16_384, "h100"),
     ],
 )

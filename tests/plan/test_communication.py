@@ -146,7 +146,7 @@ def sent_bytes(launch: Launch, configs: list[RunConfig]) -> list[Counter[str]]:
 
 SCHEMES = {
     # Bytes of each parameter in a step of three micro-batches, with fp32 gradients and bf16 weights.
-    "megallama ZeRO-1": ("megallama", 1, {"all_reduce": 4, "all_gather": 2}),
+    "megallama ZeRO-1": ("megallama", 1, {"reduce_scatter": 4, "all_gather": 2}),
     "megallama ZeRO-2": ("megallama", 2, {"all_reduce": 12, "all_gather": 2}),
     "sharded optimizer": ("megatron-2024", 1, {"reduce_scatter": 4, "all_gather": 2}),
     "FSDP": ("mosaic-2023", 3, {"reduce_scatter": 12, "all_gather": 12}),

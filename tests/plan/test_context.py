@@ -114,7 +114,7 @@ def test_long_sequences_are_cut_where_a_batch_has_too_few_or_memory_does_not_fit
 
 
 def test_a_run_of_long_sequences_that_does_not_fit_is_sent_to_more_parts() -> None:
-    longer = ("data.sequence_length=262144", "model.max_position_embeddings=262144")
+    longer = ("data.sequence_length=327680", "model.max_position_embeddings=327680")
     large = run("parallel.tensor=1", "zero.stage=3", "train.recompute=offload", *longer)
     with pytest.raises(UserError, match=r"nearest that fits: parallel\.context=2$"):
         refuse_too_large(large, 8, find_gpu("a100-40g"))

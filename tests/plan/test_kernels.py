@@ -44,6 +44,12 @@ BYTES = {
     "separate": ([], 44 * 4096 + 60 * 5120 + 28 * 14336),
     "compiled": (["train.compile=true"], 32 * 4096 + 8 * 5120 + 16 * 14336),
     "on a CPU": (["train.device=cpu"], 252 * 4096 + 60 * 5120 + 28 * 14336),
+    "norms of queries and keys": (["model.qk_norm=true"], 44 * 4096 + 70 * 5120 + 28 * 14336),
+    "these on a CPU": (["model.qk_norm=true", "train.device=cpu"], 252 * 4096 + 174 * 5120 + 28 * 14336),
+    "compiled, product and norms again": (
+        ["train.compile=true", "train.recompute=selective"],
+        40 * 4096 + 8 * 5120 + 22 * 14336,
+    ),
     "the product again": (["train.recompute=selective"], 44 * 4096 + 60 * 5120 + 38 * 14336),
 }
 

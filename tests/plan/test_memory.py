@@ -33,7 +33,7 @@ def test_bf16_state_of_llama_3_8b(stage: int, by_dp: tuple[float, ...]) -> None:
         ("bf16", 1, 6, 12),
         ("bf16", 2, 2, 16),
         ("bf16", 3, 0, 18),
-        ("fp32", 1, 8, 12),
+        ("fp32", 1, 8, 8),
         ("fp32", 2, 4, 16),
         ("fp32", 3, 0, 20),
     ],

@@ -216,7 +216,7 @@ def test_a_config_that_no_layout_mends_is_refused_with_what_is_wrong_with_it() -
 def test_a_model_that_fits_nowhere_is_refused_with_what_is_missing() -> None:
     with pytest.raises(
         UserError,
-        match=r"no layout of 8 h100-80g is legal and fits; the smallest, at tp 4 pp 1, needs 791\.\d GiB more",
+        match=r"no layout of 8 h100-80g is legal and fits; the smallest, at tp 8 pp 1, needs 781\.\d GiB more",
     ):
         search(recipe("405b"), 8, machine(H100))
 

@@ -17,7 +17,7 @@ from megallama.plan.memory.state import rank_parameters
 from megallama.plan.memory.traffic import stage_traffic
 from megallama.plan.time.simulation import makespan, relative_seconds, simulate
 from megallama.plan.time.software import Machine, find_software, known_software, machine
-from megallama.plan.time.step_time import StepTime, rank_works, step_time
+from megallama.plan.time.step_time import StepTime, rank_works, step_time, sum_bytes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 KNOWN = built_in_hardware()
@@ -25,7 +25,9 @@ H100 = KNOWN["h100-80g"]
 ON = Machine(H100, known_software()["megallama"], 0.5)
 FREE = H100.model_copy(update={"node_link_gb_s": 1e9, "nic_gb_s": 1e9})
 PARAMETERS = 8_030_261_248
-ADAM = 28 * PARAMETERS / 3.35e12
+ADAM = PARAMETERS / 3.35e12
+"""For each byte that an update moves."""
+AVERAGES = ("none", "exponential", "latest")
 PLAIN = ["parallel.tensor=1", "parallel.pipeline=1", "train.micro_batch_size=1", "train.recompute=none"]
 
 
@@ -43,9 +45,15 @@ def overlapping(*what: str, gpu: Gpu = H100) -> Machine:
 def test_one_gpu_computes_and_steps_its_optimizer() -> None:
     found = step_time(run(), 1, ON)
     assert found.matmul == pytest.approx(4 * 8192 * 6 * 7_504_658_432 / (0.5 * 989.4e12))
-    assert found.optimizer == pytest.approx(ADAM)
+    assert found.optimizer == pytest.approx(42 * ADAM)
     assert found.tensor == found.pipeline == found.bubble == found.data == 0
     assert found.total == pytest.approx(found.matmul + found.attention + found.memory + found.optimizer)
+
+
+def test_an_average_of_every_update_is_a_pass_of_12_bytes() -> None:
+    by_kind = {kind: step_time(run(f"train.average.kind={kind}", "checkpoint.keep=5"), 1, ON) for kind in AVERAGES}
+    assert by_kind["exponential"].optimizer == pytest.approx(54 * ADAM)
+    assert by_kind["latest"] == by_kind["none"]
 
 
 def test_only_matmuls_and_attention_depend_on_the_efficiency() -> None:
@@ -55,10 +63,10 @@ def test_only_matmuls_and_attention_depend_on_the_efficiency() -> None:
 
 
 def test_sums_of_bf16_gradients_are_a_pass_of_their_own_of_megallama() -> None:
-    """A cast and a sum in fp32: 18 bytes a parameter and micro-batch."""
+    """A copy of the first of four, and a sum of each other: 6 and 10 bytes a parameter."""
     other = Machine(H100, known_software()["megallama"].model_copy(update={"sums": 0.0}), 0.5)
     found = step_time(run(), 1, ON).memory - step_time(run(), 1, other).memory
-    assert found == pytest.approx(4 * 18 * PARAMETERS / 3.35e12)
+    assert found == pytest.approx((6 + 3 * 10) * PARAMETERS / 3.35e12)
 
 
 def test_an_assumed_mfu_takes_the_place_of_everything() -> None:
@@ -79,15 +87,31 @@ def test_tensor_parallel_time_is_that_of_the_collectives_that_a_check_counts(
     counted = stage_traffic(config, stage, 1)
     halves = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
     sent, waits = (sum(halves[kind] * each[kind] for kind in halves) for each in (counted.size, counted.number))
-    found = step_time(config, 4, ON).tensor
-    assert found == pytest.approx(waits * 20e-6 + sent * 3 / 4 / (0.8 * 450e9))
-    assert step_time(config, 4, overlapping("tensor")).tensor == pytest.approx(found / 2)
+    found, norms = step_time(config, 4, overlapping()).tensor, 0.0
+    if cut == "true":  # the sum of norms' gradients, once: two of each layer and the last
+        norms = 40e-6 + 2 * 4 * (2 * 32 + 1) * 4096 * 3 / 4 / (0.8 * 450e9)
+    assert found == pytest.approx(waits * 20e-6 + sent * 3 / 4 / (0.8 * 450e9) + norms)
+    assert step_time(config, 4, overlapping("tensor")).tensor == pytest.approx((found - norms) / 2 + norms)
+
+
+@pytest.mark.parametrize("cut", ["true", "false"])
+def test_what_columns_send_in_backward_hides_behind_their_matmuls(cut: str) -> None:
+    """As much as two of four all-reduces of a layer, however long it takes up to these matmuls."""
+    config = run("parallel.tensor=4", f"parallel.sequence={cut}", micro_batches=1)
+    hidden = step_time(config, 4, overlapping()).tensor - step_time(config, 4, overlapping("columns")).tensor
+    assert hidden == pytest.approx(32 * 2 * (40e-6 + 2 * 2 * 8192 * 4096 * 3 / 4 / (0.8 * 450e9)))
+    slow = overlapping("columns", gpu=H100.model_copy(update={"node_link_gb_s": 1.0}))
+    hidden = (
+        step_time(config, 4, replace(slow, software=overlapping().software)).tensor - step_time(config, 4, slow).tensor
+    )
+    matmuls = 32 * 4 * 8192 * 4096 * (6144 + 2 * 14336) / 4
+    assert hidden == pytest.approx(matmuls / slow.matmul_flops)
 
 
 def test_a_backward_in_two_parts_repeats_the_collectives_of_what_it_computes_again() -> None:
     layout = ["parallel.tensor=8", "parallel.pipeline=2", "parallel.schedule=zbvzerobubble", "train.recompute=full"]
     config = run(*layout, micro_batches=8)
-    works, layers = rank_works(config, ON), [rank.layers for rank in rank_parameters(config)]
+    works, layers = rank_works(config, ON, 8), [rank.layers for rank in rank_parameters(config)]
     for rank, work in enumerate(works):
         once = sum(stage_traffic(config, each, 4).number["all_gather"] for each in stages(config) if each.rank == rank)
         assert work.traffic.number["all_gather"] == once + 2 * layers[rank]
@@ -98,14 +122,14 @@ def test_tensor_parallelism_sends_what_its_paper_says() -> None:
     config = run("parallel.tensor=8", "parallel.sequence=false")
     whole = 32.5 * (4 * 40e-6 + 16 * 8192 * 4096 * 7 / 8 / (0.8 * 450e9))
     # The loss's sums are two and a maximum for each chunk of logits, of 4 bytes a position.
-    assert step_time(config, 8, ON).tensor == pytest.approx(4 * whole, rel=2e-3)
+    assert step_time(config, 8, overlapping()).tensor == pytest.approx(4 * whole, rel=2e-3)
 
 
 def test_a_pipeline_of_unequal_stages_takes_their_sum_and_the_slowest_again() -> None:
     """sum(t) + (m - 1) * max(t), exact where the last is the slowest (arXiv 2104.04473), with messages free."""
     config = run("parallel.pipeline=4", "parallel.layers_per_stage=even", micro_batches=16)
     on = Machine(FREE.model_copy(update={"memory_tb_s": 1e9}), ON.software, 0.5)
-    found, seconds = step_time(config, 4, on), [work.seconds(on, config).total for work in rank_works(config, on)]
+    found, seconds = step_time(config, 4, on), [work.seconds(on, config).total for work in rank_works(config, on, 16)]
     assert found.compute + found.bubble == pytest.approx(sum(seconds) + 15 * max(seconds), rel=1e-2)
 
 
@@ -130,7 +154,7 @@ def test_stages_of_real_models_wait_as_in_the_simulation(
 )
 def test_a_middle_rank_sends_each_of_its_stages_results_there_and_back(schedule: str, messages: int) -> None:
     config = run("parallel.pipeline=4", f"parallel.schedule={schedule}", micro_batches=16)
-    works = rank_works(config, ON)
+    works = rank_works(config, ON, 16)
     assert works[1].messages == messages
     assert sum(work.messages for work in works) == {"1f1b": 6, "interleaved1f1b": 14}.get(schedule, 12)
     one = 40e-6 + 2 * 8192 * 4096 / (0.8 * 450e9)
@@ -139,67 +163,97 @@ def test_a_middle_rank_sends_each_of_its_stages_results_there_and_back(schedule:
 
 
 @pytest.mark.parametrize(
-    ("software", "stage", "per_parameter", "waits", "ranks"),
+    ("software", "stage", "per_parameter", "waits", "updated"),
     [
-        ("megallama", 1, 10, 1.5, 8),
-        ("picotron", 1, 8, 1, 1),
-        ("megatron-2024", 1, 6, 1, 8),
-        ("megallama", 2, 34, 4.5, 8),
-        ("megallama", 3, 32, 6, 8),
+        ("megallama", 1, 6, 1, 42 / 8),
+        ("picotron", 1, 8, 1, 28),
+        ("megatron-2024", 1, 6, 1, 28 / 8),
+        ("megallama", 2, 34, 4.5, 42 / 8),
+        ("megallama", 3, 32, 6, 50 / 8),
     ],
 )
 def test_data_parallelism_moves_the_bytes_of_its_scheme(
-    software: str, stage: int, per_parameter: int, waits: float, ranks: int
+    software: str, stage: int, per_parameter: int, waits: float, updated: float
 ) -> None:
     """For four micro-batches, fp32 gradients and bf16 weights, over all of a node: 7 / 8 of each parameter's bytes."""
     plain = known_software()[software].model_copy(update={"overlap": frozenset()})
-    config = run(f"zero.stage={stage}", "zero.bucket_elements=1000000000", dp=8)
+    # In one group the last gradient has nothing left to hide behind.
+    config = run(f"zero.stage={stage}", f"zero.bucket_elements={10**9 if stage > 1 else 10**10}", dp=8)
     found = step_time(config, 8, Machine(H100, plain, 0.5))
     kept = 4 * 2 * 2 * 10**9 if stage == 3 else 0  # what backward need not gather
     sent = (per_parameter * PARAMETERS - kept) * 7 / 8
-    assert found.data == pytest.approx(9 * waits * 40e-6 + sent / (0.8 * 450e9))
-    assert found.optimizer == pytest.approx(ADAM / ranks)
+    assert found.data == pytest.approx((9 if stage > 1 else 1) * waits * 40e-6 + sent / (0.8 * 450e9))
+    assert found.optimizer == pytest.approx(updated * ADAM)
 
 
-@pytest.mark.parametrize(("stage", "trained", "frozen"), [(1, 10, 0), (2, 34, 0), (3, 32, 16)])
-def test_frozen_weights_are_not_reduced_and_not_stepped(stage: int, trained: int, frozen: int) -> None:
+@pytest.mark.parametrize(("stage", "trained", "frozen", "updated"), [(1, 6, 0, 42), (2, 34, 0, 42), (3, 32, 16, 50)])
+def test_frozen_weights_are_not_reduced_and_not_stepped(stage: int, trained: int, frozen: int, updated: int) -> None:
     """ZeRO 3 gathers them as the others, twice in each of four micro-batches."""
-    config = run(f"zero.stage={stage}", "zero.bucket_elements=1000000000", "train.freeze=['*.mlp.*']", dp=8)
+    bucket = f"zero.bucket_elements={10**9 if stage > 1 else 10**10}"
+    config = run(f"zero.stage={stage}", bucket, "train.freeze=['*.mlp.*']", dp=8)
     mlp = 32 * 3 * 4096 * 14336
     hardly_waiting = H100.model_copy(update={"node_link_gb_s": 1e-3})
     found = step_time(config, 8, Machine(hardly_waiting, known_software()["megallama"], 0.5))
     kept = 4 * 2 * 2 * 10**9 if stage == 3 else 0  # what backward need not gather
     sent = (trained * (PARAMETERS - mlp) + frozen * mlp - kept) * 7 / 8
     assert found.data == pytest.approx(sent / (0.8 * 1e6), rel=1e-6)
-    assert found.optimizer == pytest.approx(28 * (PARAMETERS - mlp) / 8 / 3.35e12)
+    assert found.optimizer == pytest.approx(updated * (PARAMETERS - mlp) / 8 / 3.35e12)
 
 
 SLOW = H100.model_copy(update={"nic_gb_s": 1})
 
 
-@pytest.mark.parametrize(("stage", "behind"), [(1, 1 / 4), (3, 1)])
-def test_overlap_hides_behind_the_last_micro_batch_and_with_zero_3_behind_all(stage: int, behind: float) -> None:
-    config = run("parallel.tensor=8", f"zero.stage={stage}", dp=64)
-    plain, found = (step_time(config, 512, overlapping(*what, gpu=SLOW)) for what in ([], ["data"]))
-    assert plain.data - found.data == pytest.approx(behind * plain.compute)
+SHARDED = known_software()["megatron-2024"]
+
+
+def sharded(*what: str, gpu: Gpu = H100) -> Machine:
+    """A sharded optimizer, were it to hide these."""
+    return Machine(gpu, SHARDED.model_copy(update={"overlap": frozenset(what)}), 0.5)
+
+
+def test_overlap_hides_behind_the_last_micro_batch_and_with_zero_3_behind_all() -> None:
+    for stage, behind, on in ((1, 1 / 4, sharded), (3, 1, overlapping)):
+        config = run("parallel.tensor=8", f"zero.stage={stage}", dp=64)
+        plain, found = (step_time(config, 512, on(*what, gpu=SLOW)) for what in ([], ["data"]))
+        assert plain.data - found.data == pytest.approx(behind * plain.compute)
 
 
 def test_what_is_hidden_leaves_a_layers_part_of_zero_3_and_nothing_of_zero_1() -> None:
-    for stage, left in ((1, 0), (3, 1 / 32)):
+    for stage, left, on in ((1, 0, sharded), (3, 1 / 32, overlapping)):
         config = run(f"zero.stage={stage}", dp=8)
-        plain, found = (step_time(config, 8, overlapping(*what)) for what in ([], ["data"]))
+        plain, found = (step_time(config, 8, on(*what)) for what in ([], ["data"]))
         assert found.data == pytest.approx(left * plain.data)
 
 
 def test_stages_that_are_complete_send_while_the_pipeline_drains() -> None:
     config = run("parallel.tensor=8", "parallel.pipeline=2", "parallel.schedule=interleaved1f1b", dp=64)
-    plain, found = (step_time(config, 1024, overlapping(*what, gpu=SLOW)) for what in ([], ["data"]))
+    plain, found = (step_time(config, 1024, sharded(*what, gpu=SLOW)) for what in ([], ["data"]))
     assert plain.data - found.data == pytest.approx(2 / 4 * plain.compute + plain.bubble)
+
+
+@pytest.mark.parametrize("gpu", [H100, SLOW])
+def test_gradient_sums_at_zero_1_hide_behind_the_last_backward_but_for_the_last_group(gpu: Gpu) -> None:
+    """Of groups of 1e8 parameters; the weights are gathered in the open."""
+    config = run("parallel.tensor=8", dp=64)
+    found, moved = step_time(config, 512, Machine(gpu, ON.software, 0.5)), PARAMETERS / 8 * 63 / 64
+    link, groups = min(0.8 * 450e9, gpu.known("nic_gb_s") * 1e9 * 0.95), 11
+    sums, gather = (groups * 190e-6 + size * moved / link for size in (4, 2))
+    hidden = min(sums - sums / groups, 2 / 3 * found.compute / 4)
+    assert found.data == pytest.approx(gather + sums - hidden, rel=2e-3)
+
+
+def test_gradients_are_copied_first_and_added_later() -> None:
+    for dtype, first, later in (("bf16", 6, 10), ("fp32", 8, 12)):
+        for micro_batches in (1, 4):
+            moved = sum_bytes(run(f"train.dtype={dtype}"), ON.software, micro_batches)
+            assert moved == (first + (micro_batches - 1) * later) / micro_batches
+    assert sum_bytes(run("zero.stage=2"), ON.software, 4) == 18
+    assert sum_bytes(run(), SHARDED, 4) == 0
 
 
 def test_a_tied_matrix_on_one_rank_is_stepped_once() -> None:
     tied = step_time(run("model.tie_word_embeddings=true"), 1, ON)
-    assert step_time(run(), 1, ON).optimizer - tied.optimizer == pytest.approx(28 * 128256 * 4096 / 3.35e12)
+    assert step_time(run(), 1, ON).optimizer - tied.optimizer == pytest.approx(42 * 128256 * 4096 / 3.35e12)
 
 
 @pytest.mark.parametrize(

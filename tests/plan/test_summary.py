@@ -71,7 +71,9 @@ def test_its_figures_are_those_of_the_plan(name: str) -> None:
 def test_a_change_does_what_is_said_of_it(name: str) -> None:
     """It is typed, and the plan of the changed run compared."""
     now, said = planned(*command(name)), screen(*command(name))
-    changes = re.findall(r"(\w+\.\w+=\w+) \(now \w+\): (\d+) % faster(?:,\s+(frees|takes) ([\d.]+) GiB)?,\s+fits", said)
+    changes = re.findall(
+        r"(\w+\.\w+=\w+) \(now \w+\): (\d+) % faster(?:,\s+(frees|takes)\s+([\d.]+) GiB)?,\s+fits", said
+    )
     assert 1 <= len(changes) <= 2
     for typed, percent, way, gib in changes:
         then = planned(*command(name), typed)
@@ -86,14 +88,14 @@ def test_a_change_does_what_is_said_of_it(name: str) -> None:
 
 def test_what_does_not_fit_is_told_with_changes_that_make_it_fit() -> None:
     said = screen(str(CONFIGS / "70b.yaml"), "--gpus=64", "--gpu=a100-40g")
-    assert re.search(r"^memory  does not fit by 2.8 GiB: 41.6 GiB on pipeline rank 0, 38.8 GiB usable$", said, re.M)
+    assert re.search(r"^memory  does not fit by 1.4 GiB: 40.2 GiB on pipeline rank 0, 38.8 GiB usable$", said, re.M)
     assert re.search(
-        r"^better  train.recompute=full \(now selective\): \d+ % slower, frees [\d.]+ GiB, fits$", said, re.M
+        r"^better  train.recompute=offload \(now selective\): \d+ % slower, frees [\d.]+ GiB,\s+fits$", said, re.M
     )
 
 
 def test_a_pipeline_that_mostly_waits_is_called_poor() -> None:
-    assert "Poor: the pipeline waits for 45 % of each step. Try --search." in screen(*command("405b"))
+    assert "Poor: the pipeline waits for 47 % of each step. Try --search." in screen(*command("405b"))
     assert "Poor" not in screen(*command("70b"))
 
 
@@ -105,7 +107,7 @@ def test_a_layout_that_a_change_makes_twice_as_fast_is_called_poor() -> None:
 
 def test_without_a_kind_of_gpu_there_is_memory_and_the_way_to_the_rest() -> None:
     said = screen(str(CONFIGS / "7b.yaml"), "--gpus=128")
-    assert "memory  30.7 GiB on pipeline rank 0; --gpu h100 says whether it" in said
+    assert "memory  28.6 GiB on pipeline rank 0; --gpu h100 says whether it" in said
     assert "tokens/s" not in said
 
 

@@ -31,7 +31,7 @@ UNIT = 0.6
 """Seconds of one part of the work of all stages of a rank: so long that what Python and gloo add is small beside it."""
 
 ROUNDS = 3
-"""At most, of two steps each: whatever else the machine does only adds waiting."""
+"""At most: whatever else the machine does only adds waiting."""
 
 SCHEDULES: list[Schedule] = ["1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble"]
 
@@ -141,7 +141,7 @@ class SleepingStage(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         if self.first:
-            x = torch.zeros(*x.shape, 8, requires_grad=True)
+            x = torch.zeros(*x.t().shape, 8, requires_grad=True)
         weight = Busy.apply(self.weight, 0.0, self.part)  # type: ignore[no-untyped-call]
         x = Busy.apply(x, self.part, self.part) + weight  # type: ignore[no-untyped-call]
         return x.square().sum() if self.last else x
@@ -172,31 +172,23 @@ Step = tuple[float, Done]
 """Seconds of a step on one rank, and what it computed."""
 
 
-def run_steps(launch: Launch, config: RunConfig, micro_batches: int) -> list[Step]:
-    """Two steps, after one that sets up and does not sleep."""
+def run_step(launch: Launch, config: RunConfig, micro_batches: int) -> Step:
+    """A step, after one that sets up and does not sleep."""
     done: Done = []
     record(done)
     mesh = build_mesh(Topology(pp=config.parallel.pipeline), launch, torch.device("cpu"))
     chunks: Any = SleepingChunks(config, mesh.pp.rank)
     pipeline = Pipeline(chunks, config, mesh, lambda _: None)
-    batch = torch.zeros(1, config.data.sequence_length, dtype=torch.int64)
-    steps: list[Step] = []
-    for _ in range(3):
-        torch.distributed.barrier()
-        done.clear()
-        began = time.perf_counter()
-        pipeline.forward_backward([MicroBatch(batch, batch)] * micro_batches, torch.ones(()))
-        torch.distributed.barrier()
-        steps.append((time.perf_counter() - began, list(done)))
-        chunks.begin_to_sleep()
-    return steps[1:]
-
-
-def fastest(steps_by_rank: list[list[Step]]) -> tuple[float, list[Done]]:
-    """Seconds of the fastest step, the same for all ranks, and what each rank computed in it."""
-    steps = zip(*steps_by_rank, strict=True)
-    found = [(max(taken for taken, _ in step), [done for _, done in step]) for step in steps]
-    return min(found, key=lambda step: step[0])
+    tokens = torch.zeros(1, config.data.sequence_length, dtype=torch.int64)
+    batches = [MicroBatch(tokens, tokens)] * micro_batches
+    pipeline.forward_backward(batches, torch.ones(()))
+    chunks.begin_to_sleep()
+    torch.distributed.barrier()
+    done.clear()
+    began = time.perf_counter()
+    pipeline.forward_backward(batches, torch.ones(()))
+    torch.distributed.barrier()
+    return time.perf_counter() - began, done
 
 
 def record(done: Done) -> None:
@@ -227,7 +219,8 @@ def test_stages_of_known_times_wait_as_long_as_simulated_and_run_in_its_order() 
         config = load_config("configs/debug.yaml", [*overrides, "data.sequence_length=4", "train.micro_batch_size=1"])
         lists = action_lists(config.parallel, micro_batches)
         for _ in range(ROUNDS):
-            taken[schedule], found = fastest(run_ranks(run_steps, pp, config, micro_batches))
+            every, found = zip(*run_ranks(run_step, pp, config, micro_batches), strict=True)
+            taken[schedule] = max(every)
             assert [[action for action, _ in done] for done in found] == lists, schedule
             took = medians([entry for done in found for entry in done])
             spans = simulate(lists, took)

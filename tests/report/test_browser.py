@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from megallama.cli import app
 from megallama.run_dir.events import METRICS
 from tests.report.chromium import Page, chromium
-from tests.report.written import long_run, plain_run
+from tests.report.written import PARTS, long_run, plain_run
 
 pytestmark = [
     pytest.mark.peers,
@@ -34,6 +34,7 @@ CURVES = {
     "grad_norm": ["gradient norm"],
     "tokens_per_second": ["tokens/s"],
     "mfu": ["mfu, attention over the whole square", "mfu_causal, over the positions seen"],
+    "breakdown": [name for name in PARTS if name != "context"],
     "memory": ["measured, rank 0", "predicted, fullest rank"],
 }
 KINDS = {
@@ -41,6 +42,7 @@ KINDS = {
     "rollback": "rollback",
     "rewind": "rewind",
     "skip": "skipped step",
+    "straggler": "straggler",
     "checkpoint": "checkpoint",
     "checkpoint_failed": "failed save",
 }
@@ -212,6 +214,7 @@ def test_hovering_shows_the_numbers_of_the_file(one: Page, reports: Path) -> Non
             expected = {
                 "perplexity": lambda told=told: told.get("perplexity", np.exp(told["loss"])),
                 "mfu": lambda told=told, name=name: 100 * told["mfu_causal" if "causal" in name else "mfu"],
+                "breakdown": lambda told=told, name=name: told["breakdown"][name],
                 "memory": lambda told=told: told["peak_memory_bytes"] / 2**30,
             }.get(key, lambda told=told, key=key: told[key])()
             assert number == float(f"{expected:.7g}"), (key, name, step)
@@ -223,6 +226,18 @@ def test_marks_tell_what_happened(one: Page) -> None:
     failed = next(mark for mark in look(one)["history"]["marks"] if mark["kind"] == "checkpoint_failed")
     one.move((failed["box"][0] + failed["box"][2]) / 2, (failed["box"][1] + failed["box"][3]) / 2)
     assert "failed save, step 1200: no space" in one.run("document.getElementById('tip').textContent")
+
+
+def test_a_straggler_and_the_slowest_ranks_are_named(one: Page) -> None:
+    of_one, _ = (mark for mark in look(one)["history"]["marks"] if mark["kind"] == "straggler")
+    one.move((of_one["box"][0] + of_one["box"][2]) / 2, (of_one["box"][1] + of_one["box"][3]) / 2)
+    said = one.run("document.getElementById('tip').textContent")
+    for rank, seconds in ((3, 0.15), (1, 0.13)):
+        assert f"straggler, step 4000: rank {rank} on node7, {seconds} s a step behind, 25% of a step" in said
+    titles = one.run("[...document.querySelectorAll('#facts h2')].map((each) => each.textContent)")
+    assert titles == ["Runs", "Slowest ranks"]
+    heads = one.run("[...document.querySelectorAll('#facts table:last-of-type tbody th')].map((h) => h.textContent)")
+    assert heads[-2:] == ["rank 3 on node7", "rank 1 on node7"]
 
 
 def test_a_drag_narrows_all_plots_and_a_double_click_widens_them(one: Page) -> None:

@@ -86,8 +86,9 @@ def test_a_long_run_makes_a_page_that_can_be_sent(tmp_path: Path) -> None:
 
 def test_many_runs_still_make_a_page_that_can_be_sent(tmp_path: Path) -> None:
     runs = [plain_run(tmp_path / f"run{n}", 2500) for n in range(6)]
-    report(*runs, "--output", tmp_path)
-    assert (tmp_path / "report.html").stat().st_size < MOST_BYTES
+    for some in (runs[:2], runs):
+        report(*some, "--output", tmp_path)
+        assert (tmp_path / "report.html").stat().st_size < MOST_BYTES
 
 
 def test_a_page_names_nothing_outside_of_it(tmp_path: Path) -> None:

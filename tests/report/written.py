@@ -14,6 +14,18 @@ SECONDS = 0.5
 """A step."""
 TOKENS = 1024
 GIB = 2**30
+PARTS = {
+    "data": 0.004,
+    "forward": 0.11,
+    "backward": 0.2,
+    "tensor": 0.06,
+    "context": 0.0,
+    "pipeline": 0.035,
+    "data_parallel": 0.022,
+    "optimizer": 0.015,
+    "other": 0.009,
+}
+"""Seconds of a step; the run has no context parallelism."""
 
 
 class Writer:
@@ -67,11 +79,13 @@ def train_event(step: int, total: int) -> Event:
         "mfu": 0.4 + 0.02 * noise,
         "mfu_causal": 0.37 + 0.02 * noise,
         "peak_memory_bytes": int(2 * GIB + step * 1000),
+        "breakdown": {name: seconds * (1 + 0.02 * noise) for name, seconds in PARTS.items()},
+        "slowest": [[3 if step % 4 else 1, 0.9 * SECONDS], [0, 0.8 * SECONDS]],
     }
 
 
 def long_run(folder: Path, steps: int = 10_000) -> Path:
-    """A run of `steps` steps with three restarts, a rollback, a rewind, two skips and a failed save.
+    """A run of `steps` steps with three restarts, a rollback, a rewind, two skips, two stragglers and a failed save.
 
     Each restart repeats a hundredth of the steps, and comes an hour after the start before it ended.
     """
@@ -86,6 +100,9 @@ def long_run(folder: Path, steps: int = 10_000) -> Path:
         if skipped:
             run.write("skip", step=step, samples=8 * step, reason="gradient")
         run.train(step, **({"grad_norm": None} if skipped else {}))
+        if step == 40 * unit:
+            for rank in (3, 1):
+                run.write("straggler", step=step, rank=rank, host="node7", seconds=0.12 + rank / 100, share=0.25)
         if step % (5 * unit) == 0:
             run.evaluate(step, "train", "validation", "web")
             run.checkpoint(step)

@@ -54,6 +54,11 @@ def test_the_last_line_of_a_kind_a_step_and_a_split_counts() -> None:
     assert standing([*once, back("resume", 4), twice]) == [once[0], back("resume", 4), twice]
 
 
+def test_stragglers_of_one_step_all_stand() -> None:
+    late = [{"event": "straggler", "step": 4, "rank": rank} for rank in (2, 3)]
+    assert standing([*late, *late]) == late
+
+
 def test_a_torn_last_line_is_not_read(tmp_path: Path) -> None:
     put(tmp_path, *trained(1, 2))
     with (tmp_path / METRICS).open("a") as file:
@@ -66,6 +71,7 @@ def test_a_torn_last_line_is_not_read(tmp_path: Path) -> None:
     [
         *("[]", "3", "{}", "", '{"event": "train"}', '{"event": "rollback", "step": "4"}', '{"event": ["a"]}'),
         '{"event": "eval", "step": 1, "split": ["a"]}',
+        '{"event": "straggler", "step": 1, "rank": [1]}',
     ],
 )
 def test_a_line_that_no_run_writes_is_one_sentence(line: str, tmp_path: Path) -> None:

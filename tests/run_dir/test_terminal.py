@@ -26,11 +26,11 @@ START = {
     "ranks": 16,
     "parameters": 6738415616,
     "layout": "tp2-pp4-dp2-zero1-acc16",
-    "tokens_per_step": 4194304,
+    "tokens_per_step": 262144,
     "total_steps": 1000,
     "device": "NVIDIA H100 80GB HBM3",
-    "predicted_memory_bytes": 161 << 30,
-    "predicted_seconds": 5.25,
+    "predicted_memory_bytes": int(28.93 * 2**30),
+    "predicted_seconds": 1.88,
     "restarts": 2,
 }
 STOP = {"event": "stop", "step": 60, "status": "requeue", "reason": "stopped by SIGTERM"}
@@ -44,12 +44,12 @@ def step(number: int, loss: float = 2.5) -> dict[str, Any]:
         "loss": loss,
         "grad_norm": 0.25,
         "lr": 1.2e-4,
-        "seconds": 5.0,
-        "seconds_left": 5.0 * (1000 - number),
-        "tokens_per_second": 1234567.0,
-        "mfu": 0.432,
-        "mfu_causal": 0.411,
-        "peak_memory_bytes": 158 << 30,
+        "seconds": 1.88,
+        "seconds_left": 1.88 * (1000 - number),
+        "tokens_per_second": 140000.0,
+        "mfu": 0.378,
+        "mfu_causal": 0.364,
+        "peak_memory_bytes": int(28.1 * 2**30),
     }
 
 
@@ -110,11 +110,11 @@ def test_the_panel_shows_all_of_it_in_any_window(window: Window, columns: int, r
     assert max(map(len, panel_lines)) < columns
     assert [label for label in LABELS if label not in text] == []
     assert "step 60/1000  6.0%" in panel_lines[0]
-    expected = ["2.8100 -0.1", "2.2500 at step 40", "1.20e-04", "0.250", "1,234,567 tok/s", "43.2% full", "158.00 GiB",
-                "1:18:20", "step 100, in 0", "2"]  # fmt: skip
+    expected = ["2.8100 -0.1", "2.2500 at step 40", "1.20e-04", "0.250", "140,000 tok/s", "37.8% full", "28.10 GiB",
+                "0:29:27", "step 100, in 0", "2"]  # fmt: skip
     assert [value for value in expected if value not in text] == []
     if columns >= 44:
-        for value in ("█▇▆▆▅▄▃▃▂▁", "43.2% full, 41.1% causal", "158.00 GiB, plan 161.00 GiB"):
+        for value in ("█▇▆▆▅▄▃▃▂▁", "37.8% full, 36.4% causal", "28.10 GiB, plan 28.93 GiB"):
             assert value in text, text
     assert text.count("loss") == 1
 
@@ -151,8 +151,8 @@ def test_events_are_lines_above_and_the_end_is_plain(window: Window) -> None:
     assert shown[:7] == [
         "parameters  6,738,415,616",
         "layout      tp2-pp4-dp2-zero1-acc16 on 16 ranks, NVIDIA H100 80GB HBM3",
-        "steps       1,000, of 4,194,304 tokens",
-        "predicted   161.00 GiB on the fullest rank, 5.25 s a step, 1:24:00 in all",
+        "steps       1,000, of 262,144 tokens",
+        "predicted   28.93 GiB on the fullest rank, 1.88 s a step, 0:30:05 in all",
         "continues   at step 40, restart 2",
         "step 2  saved runs/[bold]x[/] in 1.0 s, 0.00 s of them waited for",
         "step 4  gradient not finite: update skipped on every rank",

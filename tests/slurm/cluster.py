@@ -22,6 +22,19 @@ UNPACKED = Path(sys.prefix) / "slurm"
 """Where `make test-slurm` puts Debian's packages; empty where Slurm is installed."""
 NODES = ("n1", "n2", "n3")
 READY_SECONDS = 30.0
+ENDED = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "LAUNCH_FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "TIMEOUT",
+}
+"""A job passes through others, for a moment through SIGNALING too."""
 
 CONFIGURATION = """
 ClusterName=mini
@@ -150,7 +163,7 @@ class Cluster:
 
     def ended(self, job: str, timeout: float = 180.0) -> dict[str, str]:
         """The job, when it has ended."""
-        self.wait(lambda: self.job(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), timeout)
+        self.wait(lambda: self.job(job)["JobState"] in ENDED, timeout)
         return self.job(job)
 
     def nodes(self, job: str) -> list[str]:

@@ -60,8 +60,8 @@ def test_a_job_that_comes_back_with_one_node_instead_of_two_goes_on_there(
     assert json.loads((run_dir / "environment.json").read_text())["topology"]["dp"] == 1
     ours, theirs = losses_by_step(run_dir), losses_by_step(straight)
     assert ours.keys() == theirs.keys()
-    for step, loss in theirs.items():
-        assert float.fromhex(ours[step]) == pytest.approx(float.fromhex(loss), rel=1e-5)
+    for step, loss in theirs.items():  # in bf16, where a last bit of a master turns a rounding over
+        assert float.fromhex(ours[step]) == pytest.approx(float.fromhex(loss), rel=2e-4)
 
 
 def test_a_job_that_reaches_its_time_limit_saves_and_comes_back_until_it_is_done(

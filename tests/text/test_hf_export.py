@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from megallama.corpus.train_tokenizer import learn_ranks
 from megallama.text.hf_tokenizer import save_hugging_face
+from megallama.text.rank_file import rank_lines
 from megallama.text.split_pattern import LLAMA3_PATTERN
 from megallama.text.tokenizer import (
     LONGEST_RUN,
@@ -23,7 +24,6 @@ from megallama.text.tokenizer import (
     TiktokenTokenizer,
     Tokenizer,
     load_tokenizer,
-    rank_lines,
     tokenizer_from_ranks,
 )
 

@@ -13,16 +13,9 @@ import pytest
 import tiktoken
 
 from megallama.errors import UserError
+from megallama.text.rank_file import rank_lines, read_rank_file
 from megallama.text.split_pattern import LLAMA3_PATTERN, R50K_PATTERN
-from megallama.text.tokenizer import (
-    LONGEST_RUN,
-    LONGEST_TEXT,
-    load_tokenizer,
-    rank_lines,
-    read_rank_file,
-    safe_pieces,
-    tokenizer_from_ranks,
-)
+from megallama.text.tokenizer import LONGEST_RUN, LONGEST_TEXT, load_tokenizer, safe_pieces, tokenizer_from_ranks
 
 TEXTS = ["", "plain", "naïve 日本語 🙂 \u0000\r\n\t", "<|endoftext|> <|begin_of_text|>", " \n  \n x", "é" * 100]
 

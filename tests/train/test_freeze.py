@@ -130,6 +130,7 @@ LAYOUTS = {
     "dp2-zero3": (2, ["zero.stage=3", "train.recompute=full"]),
     "tp2": (2, ["parallel.tensor=2"]),
     "pp2": (2, ["parallel.pipeline=2"]),
+    "pp2-host": (2, ["parallel.pipeline=2", "zero.offload_optimizer=cpu"]),
 }
 MORE_LAYOUTS = {
     "tp2-nosp": (2, ["parallel.tensor=2", "parallel.sequence=false", "train.recompute=selective"]),
@@ -219,10 +220,9 @@ def count_state(launch: Launch, words: list[str]) -> dict[str, int]:
     def plant() -> None:
         import megallama.train.loop
 
-        original = megallama.train.loop.on_device
+        original = megallama.train.loop.train_step
 
-        def train_step(run: Any, batches: Any, lr: float) -> Any:
-            loss = run.engine.forward_backward(original(batches, run.mesh.device), torch.ones(()))
+        def count(run: Any) -> None:
             fragments, partitions = list(run.engine.fragments()), run.engine._partitions
             held["moments"] = sum(moment.numel() for f in fragments for moment in f.moments.values())
             state = [tensor for p in partitions for tensor in run.engine._optimizer.state[p].values()]
@@ -230,7 +230,11 @@ def count_state(launch: Launch, words: list[str]) -> dict[str, int]:
             frozen = [p for p in run.model.parameters() if not p.requires_grad]
             assert len(frozen) == 1 + 6 + 2 + 1, "q, k and v are one, and so are gate and up"
             held["gradients of frozen"] = sum(p.grad is not None for p in frozen)
-            return loss, run.engine.step(lr)
+
+        def train_step(run: Any, *rest: Any) -> Any:
+            step = run.engine.step
+            run.engine.step = lambda *given: (count(run), step(*given))[1]
+            return original(run, *rest)
 
         megallama.train.loop.train_step = train_step
 

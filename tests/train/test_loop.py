@@ -7,8 +7,6 @@ import json
 import math
 import os
 import re
-import shutil
-import sysconfig
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -31,6 +29,7 @@ from tests.launching import (
     arguments,
     events,
     losses,
+    needs_compiler,
     pretrain,
     pretrain_here,
 )
@@ -184,6 +183,9 @@ def test_the_norm_reported_is_the_unclipped_one_and_the_update_the_clipped(
     assert float(total_norm(moments)) / 0.1 == pytest.approx(clip, rel=1e-4)
 
 
+HOST = "zero.offload_optimizer=cpu"
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -192,8 +194,10 @@ def test_the_norm_reported_is_the_unclipped_one_and_the_update_the_clipped(
         ["zero.stage=1"],
         ["zero.stage=2"],
         ["zero.stage=3"],
+        ["zero.stage=1", HOST],
+        ["parallel.tensor=2", HOST, "train.dtype=bf16"],
     ],
-    ids=["tp2", "tp2-zero3", "dp2-zero1", "dp2-zero2", "dp2-zero3"],
+    ids=["tp2", "tp2-zero3", "dp2-zero1", "dp2-zero2", "dp2-zero3", "dp2-host", "tp2-host-bf16"],
 )
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
     overrides: list[str], byte_dataset: str, tmp_path: Path
@@ -209,15 +213,19 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
     assert (state["step"], state["samples"], state["updates"]) == (4, 16, 3)
 
 
+AVERAGE = "train.average.kind=exponential"
 PIPELINES = {
     f"{schedule} {dtype}": [f"parallel.schedule={schedule}", f"train.dtype={dtype}", *PP2]
     for schedule in ("1f1b", "interleaved1f1b", "dualpipev", "zbvzerobubble")
     for dtype in ("fp32", "bf16")
 }
+PIPELINES["dualpipev bf16"].append(AVERAGE)
 IN_EVERY_RUN = ("1f1b fp32", "dualpipev bf16")
 
 
-@pytest.mark.parametrize("overrides", [["zero.stage=1"], ["zero.stage=3"], *(PIPELINES[name] for name in IN_EVERY_RUN)])
+@pytest.mark.parametrize(
+    "overrides", [["zero.stage=1"], ["zero.stage=3", AVERAGE], *(PIPELINES[name] for name in IN_EVERY_RUN)]
+)
 def test_evaluation_touches_nothing(overrides: list[str], byte_dataset: str, tmp_path: Path) -> None:
     assert_evaluation_touches_nothing(overrides, byte_dataset, tmp_path)
 
@@ -241,10 +249,7 @@ def assert_evaluation_touches_nothing(overrides: list[str], dataset: str, folder
 
 
 @pytest.mark.layouts
-@pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None or not Path(sysconfig.get_path("include"), "Python.h").is_file(),
-    reason="torch.compile needs a C++ compiler, g++ or what CXX names, and the headers of Python",
-)
+@needs_compiler
 def test_a_compiled_pipeline_trains_as_one_that_is_not(byte_dataset: str, tmp_path: Path) -> None:
     pipeline = ["parallel.pipeline=2", "parallel.schedule=interleaved1f1b", "model.num_hidden_layers=4"]
     plain, compiled, cache = tmp_path / "plain", tmp_path / "compiled", tmp_path / "cache"
@@ -255,6 +260,21 @@ def test_a_compiled_pipeline_trains_as_one_that_is_not(byte_dataset: str, tmp_pa
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-6)
     evaluated = [[event["loss"] for event in events(run_dir, "eval")] for run_dir in (compiled, plain)]
     assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-6)
+
+
+def test_a_run_that_insists_on_a_compiler_is_told_what_is_missing(byte_dataset: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    refused = pretrain(2, arguments(byte_dataset, run_dir, "train.compile=true"), plant=without_compiler)
+    sentence = (
+        "megallama: train.compile=true needs a C++ compiler and the headers of Python, and some of it is not here; "
+        "install it, or use train.compile=auto\n"
+    )
+    assert [code for code, _ in refused] == [2, 2]
+    assert sentence in [said for _, said in refused]
+
+
+def without_compiler() -> None:
+    os.environ["CXX"] = "no-compiler"
 
 
 def compile_into(folder: str) -> None:
@@ -288,17 +308,21 @@ def watch_evaluations(launch: Launch, words: list[str], between: int) -> list[tu
     def plant() -> None:
         import megallama.train.loop
 
-        evaluate, count = megallama.train.loop.evaluate_splits, megallama.train.loop.count_labels
+        evaluate, original = megallama.train.loop.evaluate_splits, megallama.train.loop.train_step
 
         def watched(run: Any, state: Any) -> Any:
             return around(seen, run, lambda: evaluate(run, state))
 
-        def train_step(run: Any, batches: Any, lr: float) -> Any:
-            scale = run.mesh.data.size / count(batches, run.mesh)
-            loss = run.engine.forward_backward(megallama.train.loop.on_device(batches, run.mesh.device), scale)
+        def between_passes(run: Any) -> Any:
+            return around(seen, run, lambda: megallama.train.loop.evaluate(run.engine, run.data.train, 4, run.mesh))
+
+        def train_step(run: Any, *rest: Any) -> Any:
+            step = run.engine.step
             if between:
-                around(seen, run, lambda: megallama.train.loop.evaluate(run.engine, run.data.train, 4, run.mesh))
-            return loss, run.engine.step(lr)
+                run.engine.step = lambda *given: (between_passes(run), step(*given))[1]
+            done = original(run, *rest)
+            run.engine.step = step
+            return done
 
         megallama.train.loop.evaluate_splits = watched
         megallama.train.loop.train_step = train_step
@@ -323,14 +347,15 @@ def poison_next_gradient(parameter: Tensor) -> None:
 
 
 def state_hash(run: Any) -> str:
-    """Of this rank's weights, their gradients, master weights and moments, and of its random generator."""
+    """Of this rank's weights, their gradients, master weights, moments and averages, and of its random generator."""
     digest = hashlib.sha256(torch.get_rng_state().numpy().tobytes())
     for parameter in run.model.parameters():
         held = getattr(parameter, "ds_tensor", parameter)  # what ZeRO 3 keeps of a parameter
         for tensor in (held, parameter.grad):
             digest.update(b"none" if tensor is None else tensor.detach().cpu().view(torch.uint8).numpy().tobytes())
     for fragment in run.engine.fragments():
-        for tensor in (fragment.master, *fragment.moments.values()):
+        average = [] if fragment.average is None else [fragment.average]
+        for tensor in (fragment.master, *fragment.moments.values(), *average):
             digest.update(tensor.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 

@@ -208,11 +208,11 @@ def sevens_from_48_to_64() -> None:
         found = sample(self, number)
         return found * 0 + 7 if 48 <= number < 64 else found
 
-    def step(run: Any, batches: Any, lr: float) -> Any:
+    def step(run: Any, batches: Any, *rest: Any) -> Any:
         if not all((batch.tokens == 7).all() for batch in batches):
-            return train_step(run, batches, lr)
+            return train_step(run, batches, *rest)
         handle = next(iter(run.model.parameters())).register_hook(lambda gradient: gradient * float("nan"))
-        result = train_step(run, batches, lr)
+        result = train_step(run, batches, *rest)
         handle.remove()
         return result
 

@@ -15,9 +15,13 @@ import megallama.train.loop
 from megallama.checkpoint.format import complete_checkpoints
 from megallama.checkpoint.writing.saver import Saver
 from megallama.config.load import load_config
+from megallama.errors import UserError
+from megallama.layout.topology import AXES, Topology
+from megallama.parallel.clock import Clock
+from megallama.parallel.mesh import ALONE, ParallelMesh
 from megallama.plan.memory.ledger import memory_rows
 from megallama.plan.search.changes import nearest_change
-from megallama.train.out_of_memory import explanation, out_of_memory
+from megallama.train.out_of_memory import explanation, memory_explained, out_of_memory
 from tests.launching import CONFIG, ROOT, arguments, pretrain
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -124,3 +128,15 @@ def test_only_the_memory_of_the_device_counts() -> None:
     assert out_of_memory(on_gpu, CUDA) and out_of_memory(wrapped, CUDA)
     assert not out_of_memory(on_cpu, CUDA) and not out_of_memory(MemoryError(), CUDA)
     assert not out_of_memory(RuntimeError("shapes differ"), CPU)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is a snapshot: tests/test_cuda.py")
+def test_a_snapshot_that_cannot_be_written_hides_nothing(tmp_path: Path) -> None:
+    config = load_config(CONFIG, [f"run.dir={tmp_path}", "train.device=cuda"])
+    axes = {name: ALONE for name in AXES}
+    clock = Clock(torch.device("cpu"))
+    mesh = ParallelMesh(Topology(), 0, CUDA, axes, ALONE, ALONE, ALONE, (), clock)
+    with pytest.raises(UserError) as error, memory_explained(config, mesh):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB.")
+    assert str(error.value) == explanation(config, 1, 0, 0)
+    assert list(tmp_path.glob("memory/*")) == []

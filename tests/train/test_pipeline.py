@@ -19,6 +19,7 @@ from megallama.config.schema import RunConfig
 from megallama.data.loader import MicroBatch
 from megallama.layout.check import check_config
 from megallama.layout.topology import Topology
+from megallama.parallel.issued import COLLECTIVES
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import build_mesh
 from megallama.parallel.spawn import run_ranks
@@ -48,14 +49,13 @@ class Cost:
 
 
 class Work(TorchDispatchMode):
-    """FLOPs of matmuls and attention, and collectives, messages between stages left out."""
+    """FLOPs of matmuls and attention, and collectives."""
 
     flops, collectives = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        name = str(func)
-        self.collectives += name.startswith("c10d.") and "send" not in name and "recv" not in name
+        self.collectives += str(func) in COLLECTIVES
         if func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
         return result

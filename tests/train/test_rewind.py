@@ -130,6 +130,7 @@ def test_the_trace_of_a_run_leaves_out_what_the_run_passed_over(byte_dataset: st
         pytest.param(1, ["train.dtype=fp32"], id="fp32"),
         pytest.param(2, ["zero.stage=2"], id="zero2"),
         pytest.param(2, ["zero.stage=3"], id="zero3"),
+        pytest.param(1, ["zero.offload_optimizer=cpu"], id="host"),
     ],
 )
 def test_a_spike_changes_neither_weights_nor_moments(
@@ -216,6 +217,16 @@ def test_weights_that_are_thawed_have_norms_of_their_own(byte_dataset: str, tmp_
     more = ["train.steps=30", "health.spike_deviations=6", "checkpoint.every=0"]
     assert pretrain(1, words(byte_dataset, run, *more, frozen, "train.stop_after=20")) == [(0, "")]
     assert pretrain(1, words(byte_dataset, run, *more)) == [(0, "")]
+    norms = [event["grad_norm"] for event in events(run, "train")]
+    assert min(norms[20:23]) > 1.5 * max(norms[15:20])
+    assert events(run, "skip") == []
+
+
+def test_gradients_with_another_z_loss_have_norms_of_their_own(byte_dataset: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    more = ["train.steps=24", "health.spike_deviations=6", "checkpoint.every=0"]
+    assert pretrain(1, words(byte_dataset, run, *more, "train.stop_after=20")) == [(0, "")]
+    assert pretrain(1, words(byte_dataset, run, *more, "optimizer.z_loss=1")) == [(0, "")]
     norms = [event["grad_norm"] for event in events(run, "train")]
     assert min(norms[20:23]) > 1.5 * max(norms[15:20])
     assert events(run, "skip") == []

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from megallama.layout.topology import Topology
+from megallama.parallel.clock import Clock
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import ALONE, ParallelMesh
-from megallama.train.stop_requests import StopRequests, _process_age
+from megallama.train.stop_requests import StopDecision, StopRequests, _process_age
 
 Make = Callable[[float], StopRequests]
 
@@ -23,12 +24,17 @@ Make = Callable[[float], StopRequests]
 @pytest.fixture
 def requests(tmp_path: Path) -> Make:
     """Makes the requests of a run that has so many seconds left."""
-    mesh = ParallelMesh(Topology(), 0, torch.device("cpu"), {}, ALONE, ALONE, ALONE)
+    mesh = ParallelMesh(Topology(), 0, torch.device("cpu"), {}, ALONE, ALONE, ALONE, (), Clock(torch.device("cpu")))
 
     def make(seconds: float) -> StopRequests:
         return StopRequests(tmp_path, None, mesh, (_process_age() + seconds) / 60, 10**9, Launch())
 
     return make
+
+
+def decided(run: StopRequests, *, saving: bool) -> StopDecision:
+    """After a step that takes no time, of a run of one rank."""
+    return run.decide(run.wishes(saving=saving, give_up=False))
 
 
 @pytest.mark.parametrize(
@@ -41,13 +47,13 @@ def test_a_run_leaves_while_there_is_time_to_save(
     run = requests(100.0)
     run.save_took(save_seconds)
     run.save_took(1.0)
-    stop = run.agree(saving=saving, give_up=False).stop
+    stop = decided(run, saving=saving).stop
     assert stop == ("train.max_minutes" if leaves else None)
 
 
 def test_before_a_save_was_measured_a_disk_is_taken_to_be_slow(requests: Make) -> None:
-    assert requests(5.0).agree(saving=False, give_up=False).stop == "train.max_minutes"
-    assert requests(20.0).agree(saving=False, give_up=False).stop is None
+    assert decided(requests(5.0), saving=False).stop == "train.max_minutes"
+    assert decided(requests(20.0), saving=False).stop is None
 
 
 def test_the_age_of_a_process_counts_from_before_its_first_import() -> None:
@@ -67,7 +73,7 @@ def test_a_stop_file_is_for_the_start_that_was_there_when_it_was_made(
     os.utime(stop, (began + age, began + age))
     run = requests(1000.0)
     assert stop.exists() is obeyed
-    assert run.agree(saving=False, give_up=False).stop == ("the file STOP" if obeyed else None)
+    assert decided(run, saving=False).stop == ("the file STOP" if obeyed else None)
     assert not stop.exists()
 
 
@@ -85,4 +91,4 @@ def test_a_stop_that_was_heard_in_an_evaluation_is_followed_at_the_next_step(tmp
     assert run.came(saving=False) == "the file STOP"
     assert not (tmp_path / "STOP").exists()
     assert run.came(saving=False) is None
-    assert run.agree(saving=False, give_up=False).stop == "the file STOP"
+    assert decided(run, saving=False).stop == "the file STOP"

@@ -38,12 +38,12 @@ def record(folder: str) -> None:
 
     original: Callable[..., Any] = megallama.train.loop.train_step
 
-    def recorded(run: Any, batches: Any, lr: float) -> Any:
+    def recorded(run: Any, batches: Any, *rest: Any) -> Any:
         with Path(folder, f"rows-{run.mesh.rank}.jsonl").open("a") as file:
             for batch in batches:
                 for row in batch.tokens.tolist():
                     file.write(json.dumps(row) + "\n")
-        return original(run, batches, lr)
+        return original(run, batches, *rest)
 
     megallama.train.loop.train_step = recorded
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.flight_recorder.components.loader import read_dir
 
 from megallama.train.watchdog import Watchdog
 
@@ -27,6 +30,27 @@ def call_that_keeps_the_interpreter():
 
 watchdog.now("step")
 call_that_keeps_the_interpreter()
+"""
+
+
+HANGS = """
+import sys, time
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from megallama.parallel.join import join
+from megallama.parallel.launch import Launch
+from megallama.train.watchdog import Watchdog
+
+def ask_for_a_sum(device):
+    dist.all_reduce(torch.ones(3, 5, device=device))
+
+device = torch.device(sys.argv[2])
+join(Launch(), device)
+ask_for_a_sum(device)
+watchdog = Watchdog(Path(sys.argv[1]), print, 2.0, 0.5, 1.0)
+watchdog.now("step")
+time.sleep(60)
 """
 
 
@@ -62,3 +86,40 @@ def test_a_hang_that_keeps_the_interpreter_is_ended_from_outside_it(tmp_path: Pa
     assert done.returncode == 1
     assert "call_that_keeps_the_interpreter" in done.stderr
     assert not (tmp_path / "stacks.txt").exists(), "no Python ran that could have written it"
+
+
+def test_a_hang_ends_where_no_stacks_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "stacks").touch()
+    words = [sys.executable, "-c", HANGS, tmp_path / "stacks" / "rank_00003.txt", "cpu"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "Timeout" not in done.stderr, "it is not for `faulthandler`, a minute later"
+    assert "step hangs: 1 s, where 1 s is the most it may take; stacks cannot be written to " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [
+        ("cpu", "gloo"),
+        pytest.param(
+            "cuda:0",
+            "nccl",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch sees"),
+            ],
+        ),
+    ],
+)
+def test_the_last_collectives_are_written_beside_the_stacks(device: str, backend: str, tmp_path: Path) -> None:
+    stacks = tmp_path / "stacks" / "rank_00003.txt"
+    done = subprocess.run([sys.executable, "-c", HANGS, stacks, device], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert f"step hangs: 1 s, where 1 s is the most it may take; stacks are in {stacks}" in done.stderr
+    assert {path.name for path in stacks.parent.iterdir()} == {"rank_00003.txt", "collectives_rank_00003"}
+    of_rank, _ = read_dir(Namespace(trace_dir=str(stacks.parent), prefix=None))  # as torchfrtrace does
+    assert of_rank["collectives_rank_00003"]["rank"] == 3
+    (entry,) = of_rank["collectives_rank_00003"]["entries"]
+    assert entry["profiling_name"] == f"{backend}:all_reduce"
+    assert entry["input_sizes"] == [[3, 5]]
+    assert "ask_for_a_sum" in [frame["name"] for frame in entry["frames"]]

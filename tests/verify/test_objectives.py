@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 
 import megallama.data.loader
-import megallama.train.run
+import megallama.model.llama
 from megallama.data.masking import Masking
 from megallama.layout.names import parse_layout
 from megallama.model.attention import causal_attention
@@ -62,7 +62,7 @@ def masks_of_its_own_on_each_rank() -> None:
 
 
 def causal_attention_after_all() -> None:
-    patch.object(megallama.train.run, "attention_of", lambda config, axes: causal_attention).start()
+    patch.object(megallama.model.llama, "attention_of", lambda config, axes: causal_attention).start()
 
 
 @pytest.mark.parametrize(

@@ -10,22 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from megallama.cli import app
 from megallama.config.load import load_config
 from megallama.errors import UserError
-from megallama.model.layers import RowParallelLinear, _GatherLinear
-from megallama.model.llama import DecoderLayer
+from megallama.model.layers import RMSNorm, RowParallelLinear, _ColumnLinear, column_linear
+from megallama.model.llama import DecoderLayer, _head_norm
 from megallama.parallel import types
 from megallama.parallel.collectives import all_gather, copy_to
-from megallama.parallel.mesh import Axis
+from megallama.parallel.mesh import ALONE, Axis
 from megallama.verify.types import TypeReport, check_types
 
 CONFIG = "configs/debug.yaml"
 TP = "parallel.tensor=2"
 CP = "parallel.context=2"
+NORMED = "model.qk_norm=true"
 ULYSSES = ("parallel.context_mode=ulysses", "model.num_key_value_heads=4")
 
 
@@ -58,6 +60,12 @@ def check(*overrides: str, gpus: int = 8, **others: Any) -> TypeReport:
         [CP, TP, "data.document_mask=true", "train.recompute=full"],
         [CP, TP, *ULYSSES, "data.document_mask=true"],
         [CP, "train.objective=masked", "parallel.pipeline=2"],
+        [TP, NORMED, "optimizer.z_loss=1e-4"],
+        [TP, NORMED, "parallel.sequence=false", "parallel.pipeline=2", "parallel.schedule=zbvzerobubble"],
+        ["parallel.tensor=4", NORMED, "model.num_key_value_heads=2", "train.recompute=full"],
+        ["parallel.tensor=4", NORMED, "model.num_key_value_heads=2", "parallel.sequence=false"],
+        [CP, TP, NORMED],
+        [CP, TP, NORMED, *ULYSSES, "data.document_mask=true"],
     ],
     ids=" ".join,
 )
@@ -81,14 +89,13 @@ def test_documents_of_any_length_fit(overrides: list[str]) -> None:
 def test_every_collective_of_a_layer_is_seen() -> None:
     (stage,) = check(TP).stages
     assert stage.crossings["tp"] == {
-        "CopyTo": 5,  # of the weights of norms
-        "GatherLinear": 4,
+        "ColumnLinear": 4,
         "ReduceScatter": 5,  # one of them behind the embedding
         "Gather": 1,
         "LinearCrossEntropy": 1,
     }
-    (stage,) = check(TP, "parallel.sequence=false").stages
-    assert stage.crossings["tp"] == {"ReduceFrom": 5, "CopyTo": 5, "LinearCrossEntropy": 1}
+    (stage,) = check(TP, "parallel.sequence=false", NORMED).stages
+    assert stage.crossings["tp"] == {"ReduceFrom": 5, "ColumnLinear": 4, "CopyTo": 1, "LinearCrossEntropy": 1}
     (stage,) = check(CP).stages
     assert stage.crossings["cp"] == {"Gather": 2}
     (stage,) = check(CP, *ULYSSES).stages
@@ -99,8 +106,16 @@ def left_out(x: Tensor, *_: object) -> Tensor:
     return x
 
 
-def twice(x: Tensor, axis: Axis) -> Tensor:
-    return copy_to(copy_to(x, axis), axis)
+def uncopied(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+    return F.linear(x, weight)
+
+
+def twice(x: Tensor, weight: Tensor, tp: Axis, *rest: Any) -> Tensor:
+    return column_linear(copy_to(x, tp), weight, tp, *rest)
+
+
+def unshared(name: str, width: int, eps: float, share: bool) -> RMSNorm:
+    return RMSNorm(name, width, eps, share=False)
 
 
 def unmarked(rows: int, columns: int) -> nn.Parameter:
@@ -134,23 +149,31 @@ def cut_back(x: Tensor, dim: int, axis: Axis) -> Tensor:
     return CutBack.apply(x, dim, axis)
 
 
+def of_one_rank(norm: str) -> Callable[..., nn.Module]:
+    """Its weight's gradient stays that of this rank's heads."""
+    return lambda name, config, tp: _head_norm(name, config, ALONE if name == norm else tp)
+
+
 NO_SEQUENCE = (TP, "parallel.sequence=false")
+NORM_LINE = "return F.rms_norm(x, (self.width,), self.weight, self.eps)"
 FEW_HEADS = ("parallel.tensor=4", "model.num_key_value_heads=2", "parallel.sequence=false")
 
 
 @pytest.mark.parametrize(
     ("name", "broken", "overrides", "line"),
     [
-        ("layers.copy_to", left_out, NO_SEQUENCE, "return F.linear(copy_to(x, self.tp), self.weight)"),
+        ("layers.column_linear", uncopied, NO_SEQUENCE, "return column_linear(x, self.weight, self.tp, "),
         ("llama.copy_to", left_out, NO_SEQUENCE, "return linear_cross_entropy("),
-        ("layers.copy_to", twice, NO_SEQUENCE, "return F.linear(copy_to(x, self.tp), self.weight)"),
+        ("layers.column_linear", twice, NO_SEQUENCE, "types.invariant_to_replicate(x, tp)"),
         ("layers._weight", unmarked, NO_SEQUENCE, "return reduce_from(partial, self.tp)"),
-        ("layers.copy_to", left_out, (TP,), "return F.rms_norm(x, (self.hidden_size,), weight, self.eps)"),
-        ("layers.reduce_from", left_out, NO_SEQUENCE, "return F.rms_norm(x, (self.hidden_size,), weight, self.eps)"),
+        ("llama.RMSNorm", unshared, (TP,), NORM_LINE),
+        ("llama._head_norm", of_one_rank("q_norm"), (TP, NORMED), NORM_LINE),
+        ("llama._head_norm", of_one_rank("k_norm"), (*FEW_HEADS, NORMED), NORM_LINE),
+        ("layers.reduce_from", left_out, NO_SEQUENCE, NORM_LINE),
         ("layers.RowParallelLinear.forward", not_summed, NO_SEQUENCE, "x = x + self.self_attn("),
         ("llama.gather", cut_back, (TP,), "return linear_cross_entropy("),
-        ("llama.gather", cut_back, FEW_HEADS, "return F.scaled_dot_product_attention("),
-        ("attention.gather", cut_back, (CP, TP), "return F.scaled_dot_product_attention("),
+        ("llama.gather", cut_back, FEW_HEADS, "found = F.scaled_dot_product_attention("),
+        ("attention.gather", cut_back, (CP, TP), "found = F.scaled_dot_product_attention("),
     ],
     ids=[
         "column",
@@ -158,6 +181,8 @@ FEW_HEADS = ("parallel.tensor=4", "model.num_key_value_heads=2", "parallel.seque
         "column twice",
         "unmarked",
         "norm",
+        "norm of queries",
+        "norm of keys",
         "embedding",
         "row",
         "gathered hidden states",
@@ -168,7 +193,7 @@ FEW_HEADS = ("parallel.tensor=4", "model.num_key_value_heads=2", "parallel.seque
 def test_a_planted_fault_is_found_at_its_line(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
-    broken: Callable[..., Tensor],
+    broken: Callable[..., object],
     overrides: tuple[str, ...],
     line: str,
 ) -> None:
@@ -191,9 +216,9 @@ def test_a_stage_that_hands_on_another_type_is_found(monkeypatch: pytest.MonkeyP
 
 
 def test_a_function_without_types_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(_GatherLinear, "spmd_typecheck")
+    monkeypatch.delattr(_ColumnLinear, "spmd_typecheck")
     fault = check(TP).fault
-    assert fault is not None and "_GatherLinear" in fault.sentence
+    assert fault is not None and "_ColumnLinear" in fault.sentence
 
 
 def test_the_command_exits_with_1_and_says_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +226,7 @@ def test_the_command_exits_with_1_and_says_the_line(monkeypatch: pytest.MonkeyPa
     right = CliRunner().invoke(app, arguments)
     assert right.exit_code == 0 and "every type fits" in right.stdout
     assert json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)["mesh"]["dp"] == 2
-    monkeypatch.setattr("megallama.model.layers.copy_to", left_out)
+    monkeypatch.setattr("megallama.model.layers.column_linear", uncopied)
     wrong = CliRunner().invoke(app, arguments)
     assert wrong.exit_code == 1
     assert "megallama/model/layers.py" in wrong.stdout and "Invariant type on axis tp" in wrong.stdout

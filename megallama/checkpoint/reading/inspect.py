@@ -10,7 +10,7 @@ import numpy as np
 
 from megallama.checkpoint.format import STATE, TornCheckpointError, damaged_files, plain, read_manifest
 from megallama.checkpoint.state import read_saved
-from megallama.checkpoint.tensors import EXP_AVG_SQ, MOMENTS, Shape, Stored, moment_name
+from megallama.checkpoint.tensors import EXP_AVG_SQ, MOMENTS, Shape, Stored, average_name, moment_name
 from megallama.config.schema import ModelConfig
 from megallama.errors import UserError
 from megallama.layout.counts import weight_shapes
@@ -43,7 +43,8 @@ def promised(path: Path) -> Stored:
     """The tensors of the checkpoint at `path`, whose JSON files say what docs/checkpoint-format.md promises.
 
     Step, position and model are possible ones; each tensor of the model is there, with both moments unless it was
-    frozen, and no other, of the right shape, each element in one place and each place for one element.
+    frozen and its average if there is one, and no other, of the right shape, each element in one place and each place
+    for one element.
     TornCheckpointError where that is not so; no number is read. UserError for a format that this version does not know.
     """
     saved, stored = read_saved(path), Stored(path)
@@ -51,7 +52,7 @@ def promised(path: Path) -> Stored:
     if model.num_hidden_layers > len(stored.shapes):  # before its tensors are counted up: it may say a billion
         raise TornCheckpointError(f"{STATE} says {model.num_hidden_layers} layers, of which tensors are missing")
     try:
-        expected = expected_shapes(model, saved.frozen)
+        expected = expected_shapes(model, saved.frozen, averaged=saved.average is not None)
     except UserError as error:
         raise TornCheckpointError(f"{STATE}: {error}") from None
     _refuse("missing", [name for name in expected if name not in stored.shapes])
@@ -84,11 +85,13 @@ def wrong_numbers(stored: Stored, files: Iterable[str], report: Report = lambda 
     ]
 
 
-def expected_shapes(model: ModelConfig, frozen: Set[str] = frozenset()) -> dict[str, Shape]:
-    """Every tensor of a checkpoint of `model`: its weights, and two moments of each that is not `frozen`."""
+def expected_shapes(model: ModelConfig, frozen: Set[str] = frozenset(), *, averaged: bool = False) -> dict[str, Shape]:
+    """Every tensor of a checkpoint of `model`: its weights; of each that is not `frozen` two moments, and the average
+    of an `averaged` one."""
     weights = weight_shapes(model)
     trained = {name: shape for name, shape in weights.items() if name not in frozen}
-    return weights | {moment_name(moment, name): shape for moment in MOMENTS for name, shape in trained.items()}
+    found = weights | {moment_name(moment, name): shape for moment in MOMENTS for name, shape in trained.items()}
+    return found | ({average_name(name): shape for name, shape in trained.items()} if averaged else {})
 
 
 def _refuse(what: str, names: Sequence[str]) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import count, zip_longest
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -29,13 +27,14 @@ from megallama.checkpoint.format import (
 )
 from megallama.checkpoint.health import candidates
 from megallama.checkpoint.logical import logical_state
-from megallama.checkpoint.reading.foreign import check_foreign, fill, fitting, stretched, wrong_foreign_numbers
+from megallama.checkpoint.reading.foreign import check_foreign, fill, wrong_foreign_numbers
 from megallama.checkpoint.reading.inspect import inspect, promised, wrong_numbers
 from megallama.checkpoint.reading.rollback import asked_step, find, last_return
+from megallama.checkpoint.reading.same_run import Identify, check_same_model, check_same_run
 from megallama.checkpoint.reading.storage import ShardReader
-from megallama.checkpoint.state import DataIdentity, StageWeights, TrainState, read_saved
-from megallama.checkpoint.tensors import Stored, is_weight
-from megallama.config.schema import ModelConfig, Objective, RunConfig
+from megallama.checkpoint.state import Saved, TrainState, read_saved
+from megallama.checkpoint.tensors import Stored, is_average, is_weight
+from megallama.config.schema import ModelConfig, RunConfig
 from megallama.errors import SharedError, UserError, alike
 from megallama.formats.folder import program_of
 from megallama.layout.check import check_batching
@@ -47,10 +46,6 @@ from megallama.run_dir.trackers import TENSORBOARD
 
 if TYPE_CHECKING:
     from megallama.train.engine import Engine
-
-
-Identify = Callable[[int, int], DataIdentity]
-"""What a position in the run's data counts in, where its sequences have so many tokens, after so many steps."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +61,26 @@ class Start:
 
 
 def load(path: Path, engine: Engine, model: ModelStages) -> TrainState:
-    """Overwrite weights, moments and position with those of `path`; every rank must call it.
+    """Overwrite weights, moments, average and position with those of `path`; every rank must call it.
 
-    Moments that were not saved, of weights frozen until then, stay as they are: zero in a new engine.
+    Moments that were not saved, of weights frozen until then, stay as they are: zero in a new engine. An average that
+    was not begins with the weights, and so does one of another kind.
     """
-    state, reader = read_saved(path).state, ShardReader(path)
+    saved, reader = read_saved(path), ShardReader(path)
     wanted = logical_state(engine.fragments(), model.shard_slices)
-    dcp.load({name: tensor for name, tensor in wanted.items() if name in reader.names}, storage_reader=reader)
-    engine.state_was_loaded(state.updates)
-    return state
+    stored = {name: tensor for name, tensor in wanted.items() if name in reader.names}
+    dcp.load({name: tensor for name, tensor in stored.items() if not is_average(name)}, storage_reader=reader)
+    engine.state_was_loaded(saved.state.updates)
+    if has_average(saved, engine):
+        assert engine.average is not None
+        dcp.load({name: tensor for name, tensor in stored.items() if is_average(name)}, storage_reader=reader)
+        engine.average.what = saved.average
+    return saved.state
+
+
+def has_average(saved: Saved, engine: Engine) -> bool:
+    """Whether a checkpoint that says `saved` has an average that the engine goes on with."""
+    return engine.average is not None and saved.average is not None and saved.average.kind == engine.average.kind
 
 
 def load_initial_weights(path: Path, engine: Engine, model: ModelStages) -> None:
@@ -122,7 +128,7 @@ def pick_start(config: RunConfig, identify: Identify) -> Start:
         tried = [start.resume] if start.back and start.resume is not None else found
         known = next((path for path in tried if not _senseless(path)), None)
         if known is not None:
-            _check_same_run(known, config, identify)
+            check_same_run(known, config, identify)
         if found:
             return start
         if torn := named_checkpoints(folder):
@@ -150,7 +156,7 @@ def pick_start(config: RunConfig, identify: Identify) -> Start:
         )
         raise UserError(f"checkpoint.init_from={weights} is not a complete checkpoint; use {fix}")
     _refuse_damaged_weights(weights, _senseless(weights))
-    _check_same_model(weights, config.model, "checkpoint.init_from")
+    check_same_model(weights, config.model, "checkpoint.init_from")
     return Start(weights=weights)
 
 
@@ -243,7 +249,7 @@ def confirm(start: Start, config: RunConfig, identify: Identify, mesh: ParallelM
     for path in map(Path, from_first([str(path) for path in named], mesh.world.group, mesh.device)):
         reasons = damage(path, mesh)
         if not reasons:
-            _check_same_run(path, config, identify)
+            check_same_run(path, config, identify)
             # What was checked before is how the newest goes on, and this one may be older.
             check_batching(config, mesh.world.size, read_saved(path).state_at(config.data.sequence_length).seen)
             return replace(start, resume=path), damaged
@@ -298,92 +304,3 @@ def _refuse_to_start_over(folder: Path, reasons: list[str]) -> NoReturn:
         f"{folder} has held checkpoints and none is whole now ({'; '.join(reasons)}); put one back, or start over with "
         "checkpoint.resume=never, which deletes nothing"
     )
-
-
-def _check_same_run(path: Path, config: RunConfig, identify: Identify) -> None:
-    """UserError when the checkpoint of the run directory is of another model, objective or data than the run."""
-    _check_same_model(path, config.model, "run.dir")
-    _check_same_objective(path, config.train.objective)
-    _check_same_data(path, config, identify)
-
-
-def _check_same_model(path: Path, model: ModelConfig, named_by: str) -> None:
-    """UserError when the checkpoint, which the key `named_by` leads to, is of another model than the run."""
-    saved, wanted = fitting(read_saved(path).model), fitting(model)
-    free = stretched(saved, wanted) if named_by == "checkpoint.init_from" else ()
-    for key, value in wanted.items():
-        if saved[key] != value and key not in free:
-            theirs, ours = json.dumps(saved[key]), json.dumps(value)
-            raise UserError(
-                f"model.{key}={ours} differs from {theirs} in the checkpoint {path}; "
-                f"use model.{key}={theirs}, or another {named_by}"
-            )
-
-
-def _check_same_objective(path: Path, objective: Objective) -> None:
-    """UserError when the checkpoint's model has learnt something else than what the run trains it to do."""
-    saved = read_saved(path).objective
-    if saved != objective:
-        raise UserError(
-            f"train.objective={objective} differs from {saved} in the checkpoint {path}; use train.objective={saved}, "
-            f"or another run.dir with checkpoint.init_from={path}"
-        )
-
-
-def _check_same_data(path: Path, config: RunConfig, identify: Identify) -> None:
-    """UserError when a position in the checkpoint's data would be another position in the run's."""
-    state, saved = (found := read_saved(path)).state, found.data
-    now = config.data.sequence_length
-    if config.data.pack == "one" and saved.sequence_length not in (None, now):
-        raise UserError(
-            f"data.sequence_length={now} differs from {saved.sequence_length} in the checkpoint {path}, and with "
-            f"data.pack=one its position would point elsewhere; use data.sequence_length={saved.sequence_length}, or "
-            f"another run.dir with checkpoint.init_from={path}"
-        )
-    data = identify(saved.sequence_length or now, state.step)
-    if saved.seed != data.seed:
-        raise UserError(
-            f"train.seed={data.seed} differs from {saved.seed} in the checkpoint {path}, so its position in the data "
-            f"would point elsewhere; use train.seed={saved.seed}, or another run.dir with checkpoint.init_from={path}"
-        )
-    if saved.fingerprint != data.fingerprint:
-        if differ := next((pair for pair in zip_longest(saved.mixture, data.mixture) if _differ(*pair)), None):
-            before, after = _stage_words(*differ), _stage_words(*differ[::-1])
-            raise UserError(
-                f"what was read until step {state.step} is {before} in the checkpoint {path}, and {after} in the run; "
-                f"leave it as it was and change a stage from_step={state.step} or later, or use another run.dir with "
-                f"checkpoint.init_from={path}"
-            )
-        length = "" if saved.sequence_length else ", or data.sequence_length"
-        source = "the sources of data.mixture" if data.mixture else "data.path"
-        keys = f"{source}, data.pack, data.document_mask, data.truncate, data.pad"
-        raise UserError(
-            f"the data of the run ({keys} or the split{length}) is not that of the checkpoint {path}; "
-            f"use the same data, or another run.dir with checkpoint.init_from={path}"
-        )
-
-
-def _parts(stage: StageWeights | None) -> dict[str, float]:
-    """Of each source of a stage, its part of the samples, however the weights are written."""
-    return {name: weight / sum(stage.weights.values()) for name, weight in stage.weights.items()} if stage else {}
-
-
-def _differ(one: StageWeights | None, other: StageWeights | None) -> set[str]:
-    """The sources that have not the same part in both; all where the stages begin at different steps."""
-    parts, others = _parts(one), _parts(other)
-    apart = one is None or other is None or one.from_step != other.from_step
-    return {
-        name
-        for name in parts | others
-        if apart or not math.isclose(parts.get(name, 0), others.get(name, 0), rel_tol=1e-9)
-    }
-
-
-def _stage_words(stage: StageWeights | None, other: StageWeights | None) -> str:
-    """`data.mixture (web 0.6, books 0.4 from step 500)`: three of the sources that are not alike in `other`."""
-    if stage is None:
-        return f"no stage from_step={other.from_step}" if other and other.from_step else "data.path"
-    found = sorted(_differ(stage, other))
-    said = [f"{name} {stage.weights.get(name, 0):g}" for name in found[:3]]
-    more = [f"{len(found) - 3} more"] if len(found) > 3 else []
-    return f"data.mixture ({', '.join(said + more)} from step {stage.from_step})"

@@ -27,7 +27,6 @@ from megallama.checkpoint.format import (
     named_step,
     read_manifest,
     step_of,
-    sync_folder,
     why_torn,
     write_bytes,
     write_json,
@@ -36,6 +35,7 @@ from megallama.checkpoint.format import (
 from megallama.checkpoint.health import is_healthy
 from megallama.checkpoint.state import read_saved
 from megallama.errors import UserError
+from megallama.system.on_disk import sync_folder
 
 PARTIAL, DROPPED, TORN, UNDONE = "partial", "dropped", "torn", "undone"
 """What follows a checkpoint's name and a dot: being written, being deleted, not whole, undone by a return."""

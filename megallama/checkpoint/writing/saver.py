@@ -70,7 +70,7 @@ class Saver:
             # A piece that is the whole tensor is on every tp rank, bit for bit: the first writes it.
             self._held = {name: tuple(p for p in ps if p.size != p.shape) for name, ps in self._held.items()}
         self._snapshot = Snapshot(self._state(), mesh.rank, self._group)
-        self._writer = Writer(self._snapshot.descriptor, self._snapshot.size)
+        self._writer = Writer(self._snapshot.descriptor, self._snapshot.size, commits=mesh.rank == 0)
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[SaveResult] | None = None
         self._results: list[SaveResult] = []

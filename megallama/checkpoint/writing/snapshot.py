@@ -59,7 +59,7 @@ class Snapshot:
             torch.frombuffer(self._memory, dtype=torch.float32, count=plan.elements) if self.size else torch.empty(0)
         )
         self._copies = {index: image[start : start + shape.numel()].view(shape) for index, start, shape in plan.chunks}
-        refused = torch.tensor(_pin(image) if plan.device.type == "cuda" else 0)
+        refused = torch.tensor(_pin(image) if plan.on_gpu else 0)
         dist.all_reduce(refused, op=dist.ReduceOp.MAX, group=group)  # rank 0 tells what any node's driver says
         self.notice = _slower(int(refused), int(largest)) if refused else ""
         """Why saves are slower than they could be; empty where they are not."""
@@ -80,7 +80,8 @@ class _Places(StorageWriter):
         self.elements = 0
         self.chunks: list[tuple[MetadataIndex, int, torch.Size]] = []
         """Which part of which tensor, its first element in the file, its shape."""
-        self.device = torch.device("cpu")
+        self.on_gpu = False
+        """Whether any of them is."""
         self.tensors: dict[str, Any] = {}
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -103,7 +104,7 @@ class _Places(StorageWriter):
             place = {"file": self._file, "start": ELEMENT * self.elements}
             results.append(WriteResult(item.index, ELEMENT * chunk.numel(), place))
             self.chunks.append((item.index, self.elements, chunk.shape))
-            self.elements, self.device = self.elements + chunk.numel(), chunk.device
+            self.elements, self.on_gpu = self.elements + chunk.numel(), self.on_gpu or chunk.is_cuda
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done

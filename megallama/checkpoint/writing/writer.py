@@ -1,7 +1,8 @@
 """A process that writes what is in shared memory to the disk.
 
-A thread would slow training down through the interpreter's lock. It imports no torch, so it starts at once and takes
-few megabytes. It takes orders as lines of JSON on its input, answers each with one line, and ends with its parent.
+A thread would slow training down through the interpreter's lock. It imports no torch, and where it does not commit
+nothing but the standard library, so it starts at once and takes few megabytes. It takes orders as lines of JSON on its
+input, answers each with one line, and ends with its parent.
 """
 
 from __future__ import annotations
@@ -16,12 +17,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megallama.checkpoint.format import File, write_bytes
-from megallama.checkpoint.writing.commit import Retention, apply_retention, commit
+from megallama.system.on_disk import write_on_disk
 from megallama.system.signals import deaf
 
 Answer = dict[str, Any]
@@ -35,10 +34,13 @@ _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 
 
 class Writer:
-    """The process, as the one that gives it orders sees it. It reads the memory behind `descriptor`."""
+    """The process, as the one that gives it orders sees it. It reads the memory behind `descriptor`.
 
-    def __init__(self, descriptor: int, size: int) -> None:
-        self._descriptor, self._size = descriptor, size
+    Only where it `commits` does it make checkpoints of files, and delete old ones.
+    """
+
+    def __init__(self, descriptor: int, size: int, *, commits: bool) -> None:
+        self._descriptor, self._size, self._commits = descriptor, size, commits
         self._process = self._start()
 
     @property
@@ -66,7 +68,7 @@ class Writer:
         self._process.communicate()
 
     def _start(self) -> subprocess.Popen[str]:
-        words = [str(self._descriptor), str(self._size), str(os.getpid())]
+        words = [str(self._descriptor), str(self._size), str(os.getpid()), str(int(self._commits))]
         with deaf(_NOT_HEARD):  # Slurm signals every process of a job, a terminal all that it shows
             return subprocess.Popen(
                 [sys.executable, "-m", "megallama.checkpoint.writing.writer", *words],
@@ -77,16 +79,16 @@ class Writer:
             )
 
 
-def main(descriptor: int, size: int, parent: int) -> None:
+def main(descriptor: int, size: int, parent: int, commits: int) -> None:
     """Carry out orders until the input ends."""
     _stay_behind(parent)
     with mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) as memory, memoryview(memory) as view:
         orders: dict[str, Callable[..., Answer]] = {
             "write": lambda path, bytes: _write(Path(path), view[:bytes]),
-            "commit": _commit,
-            "apply_retention": _apply_retention,
             "drop": _drop,
         }
+        if commits:
+            orders |= _orders_of_commits()
         for line in sys.stdin:
             order = json.loads(line)
             began = time.process_time()
@@ -100,23 +102,29 @@ def main(descriptor: int, size: int, parent: int) -> None:
 def _write(path: Path, content: memoryview) -> Answer:
     path.parent.parent.mkdir(exist_ok=True)  # and no more: a run directory that is gone is not made anew
     path.parent.mkdir(exist_ok=True)
-    return asdict(write_bytes(path, content))
+    return {"bytes": len(content), "sha256": write_on_disk(path, content)}
 
 
-def _commit(
-    partial: str,
-    final: str,
-    written: dict[str, dict[str, Any]],
-    documents: dict[str, object],
-    saved: float,
-    versions: dict[str, str],
-) -> Answer:
-    files = {name: File(**file) for name, file in written.items()}
-    return {"warnings": commit(Path(partial), Path(final), files, documents, saved, versions)}
+def _orders_of_commits() -> dict[str, Callable[..., Answer]]:
+    # Imported at the start: the files of a program may be others by the time of the first save.
+    from megallama.checkpoint.format import File
+    from megallama.checkpoint.writing.commit import Retention, apply_retention, commit
 
+    def commit_files(
+        partial: str,
+        final: str,
+        written: dict[str, dict[str, Any]],
+        documents: dict[str, object],
+        saved: float,
+        versions: dict[str, str],
+    ) -> Answer:
+        files = {name: File(**file) for name, file in written.items()}
+        return {"warnings": commit(Path(partial), Path(final), files, documents, saved, versions)}
 
-def _apply_retention(path: str, retention: dict[str, int], proven: bool) -> Answer:
-    return {"warnings": apply_retention(Path(path), Retention(**retention), proven=proven)}
+    def apply(path: str, retention: dict[str, int], proven: bool) -> Answer:
+        return {"warnings": apply_retention(Path(path), Retention(**retention), proven=proven)}
+
+    return {"commit": commit_files, "apply_retention": apply}
 
 
 def _drop(path: str) -> Answer:

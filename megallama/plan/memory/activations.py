@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megallama.config.schema import RunConfig
-from megallama.layout.counts import FORWARD_AGAIN, GATES_AT_ONCE, LOGITS_AT_ONCE, padded_vocabulary
+from megallama.layout.compiled import attends_in_blocks, compiles, compiles_layers
+from megallama.layout.counts import FORWARD_AGAIN, GATES_AT_ONCE, logits_at_once, padded_vocabulary
 from megallama.layout.stages import Stage
 
 
@@ -49,6 +50,16 @@ class Tensors:
     """The width of gate and up projection together; of a GPT's MLP, which has no gate, that of the product."""
     rows: int
     """The rows of the vocabulary on this rank, with its padding."""
+    qk_norm: bool
+    """Queries and keys are normalised head by head."""
+    sums: int
+    """Bytes of the softmax sums that attention keeps for each position."""
+    rotation: int
+    """Bytes of each element that is rotated, on the way: if not compiled, it turned, and three products in fp32."""
+    fp8: int
+    """Bytes of each element of a factor while it is cast for a matmul in fp8; 0 without."""
+    compiled: bool
+    """Each layer is one program."""
     fused_norm: bool
     """A GPU's norm keeps its input and one number per position; a CPU's keeps what it computes in fp32 on the way."""
 
@@ -80,7 +91,10 @@ def tensors(config: RunConfig) -> Tensors:
     positions = config.train.micro_batch_size * config.data.sequence_length // parallel.context
     gathers, exchanges = model.kv_heads % tp != 0, parallel.context_mode == "ulysses"
     apart = config.data.documents_apart
-    copied = apart and config.train.device == "cpu"  # a GPU has one kernel for all documents and slices
+    on_gpu = config.train.device != "cpu"
+    copied = apart and not on_gpu  # a GPU has one kernel for all documents and slices
+    # Then a kernel's backward needs neither its output nor its sums.
+    in_blocks = attends_in_blocks(config, on_gpu)
     if parallel.context > 1:
         copied |= exchanges or (config.train.objective == "causal" and not apart)
     heads = model.num_attention_heads // tp
@@ -91,7 +105,7 @@ def tensors(config: RunConfig) -> Tensors:
         sequence=config.data.sequence_length,
         context=parallel.context,
         exchanges=exchanges,
-        outputs=2 if copied else 1,
+        outputs=2 if copied and not in_blocks else 1,
         between=positions // tp if parallel.sequence_parallel else positions,
         hidden=model.hidden_size,
         query=query,
@@ -102,7 +116,12 @@ def tensors(config: RunConfig) -> Tensors:
         width=model.intermediate_size // tp,
         up=(model.mlp_matrices - 1) * model.intermediate_size // tp,
         rows=padded_vocabulary(model.vocab_size, tp) // tp,
-        fused_norm=config.train.device != "cpu",
+        qk_norm=model.qk_norm,
+        sums=0 if in_blocks else 4 * heads,
+        rotation=0 if compiles(config, on_gpu) else 14 if config.train.dtype == "bf16" else 16,
+        fp8=0 if config.train.matmul == "dtype" else 2 if compiles_layers(config, on_gpu) else 9,
+        compiled=compiles_layers(config, on_gpu),
+        fused_norm=on_gpu,
     )
 
 
@@ -120,15 +139,19 @@ def norm_bytes(of: Tensors) -> int:
 def layer_bytes(of: Tensors, recompute: str) -> int:
     """A decoder layer.
 
-    Attention: the input of qkv; its whole output, since the values are a view of it (or, where heads are gathered, the
-    picked values); rotated queries and keys; attention's output, which is o_proj's input; the logarithm of each softmax
-    sum. MLP: the input of gate_up and its output; silu(gate) and the product, unless selective recomputation forms them
-    again. Full recomputation keeps the layer's input alone, and offload on a GPU moves it to the host.
+    Attention: the input of qkv; rotated queries and keys, and the values, in memory of their own; attention's output,
+    which is o_proj's input; the logarithm of each softmax sum. MLP: the input of gate_up and its output; silu(gate) and
+    the product, unless selective recomputation forms them again, which in a compiled layer does so with the two
+    normalised inputs (compile_keeping_little). Full recomputation keeps the layer's input alone, and offload on a GPU
+    moves it to the host.
     """
     if recompute in FORWARD_AGAIN:
         return of.state if recompute == "full" or not of.fused_norm else 0
     mlp = of.element * of.up * (1 if recompute == "selective" else 2)
-    return 2 * norm_bytes(of) + 2 * of.state + attention_bytes(of) + of.positions * mlp
+    norms = 2 * norm_bytes(of) + 2 * of.state
+    if of.compiled and recompute == "selective":
+        norms = 2 * of.state + 2 * 4 * of.between
+    return norms + attention_bytes(of) + of.positions * mlp
 
 
 def attention_bytes(of: Tensors) -> int:
@@ -137,10 +160,24 @@ def attention_bytes(of: Tensors) -> int:
     Context-parallel ranks keep the keys and values that came from all of them, in the order of the sequence, and none
     of their own.
     """
-    read = of.positions * (of.element * (1 + of.outputs) * of.query + 4 * of.heads)
-    if of.context > 1:
-        return read + 2 * of.element * of.keys
-    return read + of.positions * of.element * (of.key + (of.key if of.gathers_heads else of.qkv))
+    read = of.positions * (of.element * (1 + of.outputs) * of.query + of.sums) + head_norm_bytes(of)
+    read += 2 * 8 * of.heads if of.gathers_heads else 0  # the numbers of the heads that are picked
+    return read + 2 * of.element * of.keys
+
+
+def head_norm_bytes(of: Tensors) -> int:
+    """The norms of queries and keys, as in `norm_bytes`: what they read, if it is kept by nothing else, and the rest.
+
+    Queries, and keys unless these were picked from gathered heads, are views of the projection's whole output.
+    """
+    if not of.qk_norm:
+        return 0
+    width = of.query + of.key
+    each = 4 * of.heads * width // of.query
+    if not of.norm_keeps_input:
+        return of.positions * (2 * 4 * width + each)
+    picked = of.key if of.gathers_heads else 0
+    return of.positions * (of.element * (picked + of.qkv) + (0 if of.fused_norm else 4 * width) + each)
 
 
 def in_tiles(of: Tensors, recompute: str) -> bool:
@@ -154,7 +191,8 @@ def waiting_layer_bytes(of: Tensors, recompute: str) -> int:
     torch keeps these for the weights' part (torch.distributed.pipelining, stage_backward_input).
     """
     gates = 0 if in_tiles(of, recompute) else of.up
-    outputs = of.element * of.positions * (of.qkv + gates) + 2 * of.whole_state
+    normed = of.query + of.key if of.qk_norm else 0
+    outputs = of.element * of.positions * (of.qkv + normed + gates) + 2 * of.whole_state
     return outputs + 2 * of.state
 
 
@@ -212,21 +250,18 @@ def stage_bytes(config: RunConfig, of: Tensors, stage: Stage, count: int) -> Sta
 
 def logits_chunk(of: Tensors) -> int:
     """Positions whose logits are held at once."""
-    return min(of.positions, max(1, LOGITS_AT_ONCE // of.rows))
+    return min(of.positions, max(1, logits_at_once(4) // of.rows))
 
 
 def logits_bytes(of: Tensors) -> int:
-    """Logits held at once: fp32, and the gradient that they become in bf16; those of two chunks where there are two."""
-    chunk = logits_chunk(of)
-    each = of.rows * (6 if of.element == 2 else 4)
-    return each * (chunk + min(chunk, of.positions - chunk))
+    """Logits held at once: fp32, and the gradient that they become in bf16. Compiled, the loss holds a little less."""
+    return logits_chunk(of) * of.rows * (6 if of.element == 2 else 4)
 
 
 def loss_forward_bytes(of: Tensors) -> int:
     """The most beside what it keeps: logits, or one chunk of them and its part of the weight's gradient; its input."""
-    chunk = logits_chunk(of) * of.rows * (6 if of.element == 2 else 4)
     gathered = of.state if of.between < of.positions else 0
-    return max(logits_bytes(of), chunk + of.element * of.rows * of.hidden) + of.whole_state + gathered
+    return logits_bytes(of) + of.element * of.rows * of.hidden + of.whole_state + gathered
 
 
 def loss_backward_bytes(of: Tensors) -> int:
@@ -248,19 +283,39 @@ def layer_backward_bytes(of: Tensors, recompute: str) -> int:
 
     The gradient of the layer's output, what is computed again, and the fullest of: the gradients of the product and of
     the down projection's weight; those of the product and its two factors, when the product is gone; that of the gate
-    and up projection's weight, when all of the MLP is gone but its gradient; of gathered keys and values four tensors
+    and up projection's weight beside the gathered input and the sum of its gradient under way, when all of the MLP is
+    gone but its gradient; of gathered keys and values four tensors
     that are as large as either, while slices' gradients are added, ordered and scattered.
     """
     gathered = of.whole_state if of.between < of.positions else 0
     product, weight = of.element * of.positions * of.width, of.element * of.hidden * of.width
     gates, gate_weights = of.element * of.positions * of.up, of.element * of.hidden * of.up
-    moments = [gathered + product + weight, gates, gathered + of.state + gate_weights - gates]
+    moments = [gathered + product + weight, gates, 2 * gathered + of.state + gate_weights - gates]
     if in_tiles(of, recompute):
         moments, gates = [2 * gathered + of.whole_state + _tiles_bytes(of)], 0
     if of.context > 1 and not of.exchanges:
         kept = 2 * gates + norm_bytes(of) + of.state
         moments.append(4 * of.element * of.keys + 2 * of.element * of.positions * of.query - kept)
-    return recomputed_bytes(of, recompute) + of.state + max(moments)
+    whole = recomputed_bytes(of, recompute) + max(moments) + fp8_bytes(of)
+    return max(of.state + whole, rotating_bytes(of, recompute))
+
+
+def rotating_bytes(of: Tensors, recompute: str) -> int:
+    """What a layer that is computed again holds while it rotates its queries.
+
+    The gradient of its output; what came back of inputs, its own and the next; its input, normalised and projected; and
+    values.
+    """
+    if recompute not in FORWARD_AGAIN:
+        return 0
+    moved = 0 if layer_bytes(of, recompute) else 2
+    projected = of.element * (of.qkv + of.key) + of.rotation * of.query
+    return norm_bytes(of) + (2 + moved) * of.state + of.positions * projected
+
+
+def fp8_bytes(of: Tensors) -> int:
+    """The largest factor of a matmul in fp8: fp8 and a copy in another order, or fp32 on the way if not compiled."""
+    return of.fp8 * max(of.positions, of.hidden) * max(of.up, of.qkv)
 
 
 def _tiles_bytes(of: Tensors) -> int:
@@ -271,4 +326,4 @@ def _tiles_bytes(of: Tensors) -> int:
 def layer_weights_bytes(of: Tensors, recompute: str) -> int:
     """The same of the weights' part of a split backward: the gradient of the largest weight."""
     largest = _tiles_bytes(of) if in_tiles(of, recompute) else of.element * of.hidden * of.up
-    return recomputed_bytes(of, recompute) + largest
+    return max(recomputed_bytes(of, recompute) + largest + fp8_bytes(of), rotating_bytes(of, recompute))

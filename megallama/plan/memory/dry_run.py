@@ -8,7 +8,7 @@ torch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -22,7 +22,7 @@ from megallama.config.schema import RunConfig
 from megallama.layout.check import check_config, check_trained
 from megallama.layout.stages import Stage, stages
 from megallama.layout.topology import AXES, AxisName, Topology
-from megallama.model.attention import attention_of
+from megallama.model import attention
 from megallama.model.llama import Llama, TensorParallelContext
 from megallama.model.offload import OffloadedInputs
 from megallama.model.stages import ModelStages
@@ -92,7 +92,8 @@ def check_rank(config: RunConfig, world_size: int, rank: int) -> list[Comparison
     topology = Topology(dp=check_config(config, world_size).dp_size, **parallel.sizes)
     # Tokens without content are of one document: what documents add is neither planned nor counted here.
     data = config.data.model_copy(update={"document_mask": False, "pad": "right"})
-    config = config.model_copy(update={"data": data})
+    train = config.train.model_copy(update={"compile": False})  # a compiled layer may keep less
+    config = config.model_copy(update={"data": data, "train": train})
     place = topology.coordinate(rank, "pp")
     every = stages(config)
     mine = [stage for stage in every if stage.rank == place]
@@ -100,8 +101,7 @@ def check_rank(config: RunConfig, world_size: int, rank: int) -> list[Comparison
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     with fake_world(world_size, rank), FakeTensorMode(), torch.device("cpu"), _kernels_of(config), _default(dtype):
         axes: dict[AxisName, Axis] = {name: fake_axis(topology, rank, name) for name in AXES if name != "dp"}
-        attention = attention_of(config, axes)
-        tp_context = TensorParallelContext(axes["tp"], parallel.sequence_parallel, attention=attention)
+        tp_context = TensorParallelContext.of(config, axes)
         chunks = ModelStages(config.model, every, place, tp_context, recompute=config.train.recompute)
         weights = list(chunks.parameters())
         found = [
@@ -118,7 +118,7 @@ def _run_stage(config: RunConfig, stage: Stage, count: int, model: Llama) -> lis
     batch, length = config.train.micro_batch_size, config.data.sequence_length // config.parallel.context
     tokens = torch.zeros(batch, length, dtype=torch.int64)
     cut = config.parallel.tensor if config.parallel.sequence_parallel else 1
-    hidden = torch.zeros(batch, length // cut, config.model.hidden_size, requires_grad=True)
+    hidden = torch.zeros(length // cut, batch, config.model.hidden_size, requires_grad=True)
     last = stage.index == count - 1
     with Issued() as issued:
         kept = KeptForBackward(model.parameters())
@@ -169,10 +169,15 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
     return result
 
 
-def _kernels_of(config: RunConfig) -> AbstractContextManager[object]:
+@contextmanager
+def _kernels_of(config: RunConfig) -> Iterator[None]:
     """Those of the device that is planned for."""
-    gpu = patch.multiple(F, rms_norm=fused_norm, scaled_dot_product_attention=fused_attention)
-    return nullcontext() if config.train.device == "cpu" else gpu
+    with ExitStack() as stack:
+        if config.train.device != "cpu":
+            kernels = patch.multiple(F, rms_norm=fused_norm, scaled_dot_product_attention=fused_attention)
+            stack.enter_context(kernels)
+            stack.enter_context(patch.object(attention, "blockwise_attention", fused_attention))
+        yield
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from megallama.plan.memory.activations import (
     tensors,
 )
 from megallama.plan.memory.in_flight import Moment, fullest
-from megallama.plan.memory.state import GIB, MemoryRow, RankParameters, rank_parameters, state_rows
+from megallama.plan.memory.state import GIB, MemoryRow, RankParameters, offloaded_rows, rank_parameters, state_rows
 from megallama.plan.memory.zero_buffers import (
     RankWeights,
     after_backward,
@@ -93,13 +93,32 @@ def memory_rows(config: RunConfig, dp_size: int) -> list[list[MemoryRow]]:
     return found
 
 
-def host_bytes(config: RunConfig, dp_size: int) -> list[int]:
-    """Pinned host memory of a rank at each place of the pipeline: the layers' inputs of `train.recompute: offload`."""
+def host_rows(config: RunConfig, dp_size: int) -> list[list[MemoryRow]]:
+    """Host memory of a rank at each place of the pipeline, beside its process.
+
+    State of the optimizer for `zero.offload_optimizer: cpu`; inputs of layers for `train.recompute: offload`; an
+    average of checkpoints and, at a save, the weights of one.
+    """
     moments = fullest(config.parallel, gradient_accumulation_steps(config, dp_size))
     every, of = stages(config), tensors(config)
     each = of.state if config.train.recompute == "offload" and config.train.device != "cpu" else 0
-    layers = [[each * len(every[index].layers) for index in rank.stages] for rank in rank_parameters(config)]
-    return [max(sum(map(mul, at.kept, mine)) for at in here) for mine, here in zip(layers, moments, strict=True)]
+    found, ranks = list[list[MemoryRow]](), dp_size * config.parallel.context
+    for rank, here in zip(rank_parameters(config), moments, strict=True):
+        layers = [each * len(every[index].layers) for index in rank.stages]
+        inputs = max(sum(map(mul, at.kept, layers)) for at in here)
+        mine = -(-(rank.total - rank.frozen) // ranks) if config.train.average.kind == "latest" else 0
+        rows = (
+            *offloaded_state(config, rank, ranks),
+            MemoryRow("host_memory", "inputs of layers in flight", "pinned, of the fullest rank", inputs),
+            MemoryRow("host_average", "average of checkpoints", f"4 B * {mine}, as much again at a save", 8 * mine),
+        )
+        found.append([row for row in rows if row.size])
+    return found
+
+
+def host_bytes(config: RunConfig, dp_size: int) -> list[int]:
+    """The bytes of it."""
+    return [sum(row.size for row in rows) for rows in host_rows(config, dp_size)]
 
 
 def rank_bytes(config: RunConfig, world_size: int) -> list[int]:
@@ -109,12 +128,27 @@ def rank_bytes(config: RunConfig, world_size: int) -> list[int]:
 
 def held_rows(config: RunConfig, rank: RankParameters, ranks: int) -> list[MemoryRow]:
     """State that lies on the rank, of which ZeRO cuts some over `ranks`; what only fills up in a row of its own."""
-    dtype, stage = config.train.dtype, config.zero.stage
-    rows = state_rows(dtype, stage, rank.sharded + rank.replicated, ranks, rank.frozen)
-    fillers = rank.padding + sum(-part % (2 * ranks) for part in (rank.sharded + rank.padding, rank.replicated))
-    padding = sum(row.size for row in state_rows(dtype, stage, fillers, ranks))
+    dtype, stage, offloaded = config.train.dtype, config.zero.stage, config.zero.offload_optimizer == "cpu"
+    more = {"averaged": config.train.average.kind == "exponential", "offloaded": offloaded}
+    rows = state_rows(dtype, stage, rank.sharded + rank.replicated, ranks, rank.frozen, **more)
+    fillers = _fillers(rank, ranks)
+    padding = sum(row.size for row in state_rows(dtype, stage, fillers, ranks, **more))
     words = f"{rank.padding} vocabulary rows' and {fillers - rank.padding} ZeRO's elements, all kinds"
     return [*rows, MemoryRow("padding", "padding", words, padding)]
+
+
+def offloaded_state(config: RunConfig, rank: RankParameters, ranks: int) -> list[MemoryRow]:
+    """State of the rank that lies in host memory, with what only fills up; none without an offload."""
+    if config.zero.offload_optimizer == "none":
+        return []
+    trained = rank.sharded + rank.replicated - rank.frozen + _fillers(rank, ranks)
+    averaged = config.train.average.kind == "exponential"
+    return [replace(row, key=f"host_{row.key}") for row in offloaded_rows(trained, ranks, averaged=averaged)]
+
+
+def _fillers(rank: RankParameters, ranks: int) -> int:
+    """Elements that only fill up: the vocabulary's, and ZeRO's."""
+    return rank.padding + sum(-part % (2 * ranks) for part in (rank.sharded + rank.padding, rank.replicated))
 
 
 def fullest_peak(

@@ -5,6 +5,7 @@ As DeepSpeed 0.19 holds them. Activations, the CUDA context and the allocator's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megallama.config.schema import RunConfig
@@ -26,15 +27,25 @@ class MemoryRow:
     """Bytes."""
 
 
-def state_rows(dtype: str, stage: int, parameters: int, ranks: int, frozen: int = 0) -> list[MemoryRow]:
+def state_rows(
+    dtype: str,
+    stage: int,
+    parameters: int,
+    ranks: int,
+    frozen: int = 0,
+    *,
+    averaged: bool = False,
+    offloaded: bool = False,
+) -> list[MemoryRow]:
     """Resident state of a rank that holds `parameters` before ZeRO cuts them over `ranks` (dp below, or dp * cp); those
-    `frozen` are weights alone.
+    `frozen` are weights alone. If they are `averaged`, an exponential average lies beside the masters. What is
+    `offloaded` is in `offloaded_rows`.
 
-    bf16 with fp32 gradient sums: stage 1 is `BF16_Optimizer` (runtime/bf16_optimizer.py), which adds each bf16 gradient
-    to a whole fp32 sum as it appears, 6 + 12/dp bytes per parameter; stage 2 keeps its part of the sums alone, 2 +
-    16/dp (DeepSpeed's own estimator adds 2/dp for bf16 gradients, which are gone by then); stage 3 cuts the weights as
-    well, 18/dp; what it gathers is no state. fp32: DeepSpeed clones an fp32 master even from fp32 weights, 8 + 12/dp
-    bytes at stage 1 (zero/stage_1_and_2.py); stages 2 and 3 then follow with gradients, and weights, cut as well.
+    bf16 with fp32 gradient sums: at stage 1 each bf16 gradient is added to a whole fp32 sum as it appears, 6 + 12/dp
+    bytes per parameter; stage 2 keeps its part of the sums alone, 2 + 16/dp (DeepSpeed's own estimator adds 2/dp for
+    bf16 gradients, which are gone by then); stage 3 cuts the weights as well, 18/dp; what it gathers is no state. fp32:
+    at stage 1 a rank's part of the weights is its master, 8 + 8/dp (train/zero.py); at stages 2 and 3 DeepSpeed clones
+    an fp32 master even from fp32 weights (zero/stage_1_and_2.py), 4 + 16/dp and 20/dp.
     """
     assert stage in (1, 2, 3), stage
     weight, cut_gradients = 2 if dtype == "bf16" else 4, ranks if stage >= 2 else 1
@@ -43,9 +54,24 @@ def state_rows(dtype: str, stage: int, parameters: int, ranks: int, frozen: int 
     kinds = (
         (f"{dtype} weights", weight, parameters, ranks if stage == 3 else 1),
         (gradients, 4, parameters - frozen, cut_gradients),
-        ("fp32 master weights", 4, parameters - frozen, ranks),
+        *([("fp32 master weights", 4, parameters - frozen, ranks)] if dtype == "bf16" or stage > 1 else []),
         ("fp32 Adam moments", 8, parameters - frozen, ranks),
+        *([("fp32 average", 4, parameters - frozen, ranks)] if averaged else []),
     )
+    return _rows(kinds[:2] if offloaded else kinds)
+
+
+def offloaded_rows(trained: int, ranks: int, *, averaged: bool = False) -> list[MemoryRow]:
+    """State in host memory with `zero.offload_optimizer: cpu`, of a rank that trains so many: also the gradients of an
+    update, which are copied there.
+    """
+    kinds = [("fp32 master weights", 4), ("fp32 Adam moments", 8), ("fp32 gradients of the update", 4)]
+    kinds += [("fp32 average", 4)] if averaged else []
+    return _rows([(name, size, trained, ranks) for name, size in kinds])
+
+
+def _rows(kinds: Sequence[tuple[str, int, int, int]]) -> list[MemoryRow]:
+    """Of each the name, the bytes of an element, the elements, and over how many ranks they are cut."""
     return [
         MemoryRow(name.replace(" ", "_"), name, f"{size} B * {count} / {cut}", -(-count * size // cut))
         for name, size, count, cut in kinds

@@ -6,6 +6,7 @@ Bytes are those of the whole message: the tensor that is reduced, what an all-ga
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megallama.config.schema import RunConfig
@@ -27,6 +28,10 @@ class Traffic:
             self.number[kind] += times
             self.size[kind] += times * size
 
+    def only(self, kind: str) -> Traffic:
+        """Those of one kind."""
+        return Traffic(Counter({kind: self.number[kind]}), Counter({kind: self.size[kind]}))
+
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(self.number + other.number, self.size + other.size)
 
@@ -46,6 +51,42 @@ def stage_traffic(config: RunConfig, stage: Stage, count: int, backwards: int = 
         found.add("all_gather", of.whole_state, int(cut))
     if stage.index == count - 1:
         _add_head(found, of, cut)
+    return found
+
+
+def norm_shares(config: RunConfig, stage: Stage, count: int) -> list[int]:
+    """The widths of norms of stage `stage` of `count` of whose gradients each tensor-parallel rank has a share."""
+    model, parallel = config.model, config.parallel
+    found = [model.hidden_size] * 2 if parallel.sequence_parallel else []
+    if model.qk_norm and parallel.tensor > 1:
+        found += [model.head_size] * 2
+    last = [model.hidden_size] if parallel.sequence_parallel and stage.index == count - 1 else []
+    return found * len(stage.layers) + last
+
+
+def step_traffic(config: RunConfig, mine: Sequence[Stage], count: int) -> Traffic:
+    """The tensor-parallel collective of a step, whatever its micro-batches, of a rank with the stages `mine`.
+
+    Those shares summed, in fp32 and all together. Where data-parallel ranks share the optimizer, each sends its part.
+    """
+    found, elements = Traffic(), sum(sum(norm_shares(config, stage, count)) for stage in mine)
+    found.add("all_reduce", 4 * elements, int(elements > 0))
+    return found
+
+
+def beside_matmuls(config: RunConfig, layers: int) -> Traffic:
+    """Of the collectives of so many layers those that run beside a matmul: of the columns, in backward.
+
+    The gather of the input runs beside the matmul of its gradient, and the sum of that beside the matmul of the
+    weight's. Gate and up in tiles wait for both.
+    """
+    found, of = Traffic(), tensors(config)
+    columns = layers * (1 if in_tiles(of, config.train.recompute) else 2)
+    if config.parallel.sequence_parallel:
+        found.add("all_gather", of.whole_state, columns)
+        found.add("reduce_scatter", of.whole_state, columns)
+    elif config.parallel.tensor > 1:
+        found.add("all_reduce", of.whole_state, columns)
     return found
 
 
@@ -80,7 +121,6 @@ def _add_layers(found: Traffic, config: RunConfig, of: Tensors, layers: int, bac
         # Forward, the gradients of the rows' outputs, and the columns' inputs for their weights' gradients.
         found.add("all_gather", of.whole_state, 6 * layers + gathered)
         found.add("reduce_scatter", of.whole_state, 4 * layers + again)
-        found.add("all_reduce", of.element * of.hidden, 2 * layers)  # the norms' weights
     else:
         found.add("all_reduce", of.whole_state, 4 * layers + again)
     if of.gathers_heads:
@@ -94,7 +134,6 @@ def _add_head(found: Traffic, of: Tensors, cut: bool) -> None:
     if cut:
         found.add("all_gather", of.whole_state)
         found.add("reduce_scatter", of.whole_state)
-        found.add("all_reduce", of.element * of.hidden)
     else:
         found.add("all_reduce", of.whole_state)
     chunk = logits_chunk(of)

@@ -96,21 +96,22 @@ def start_bytes(config: RunConfig, weights: RankWeights) -> int:
 
 
 def step_bytes(config: RunConfig, weights: RankWeights) -> int:
-    """Temporaries of the optimizer step: DeepSpeed copies gradients to one flat tensor.
+    """Temporaries of the optimizer step.
 
-    `BF16_Optimizer` has all gradient sums in one bucket whatever its size (engine.py, allreduce_bucket), and casts it
-    where bf16 crosses the ranks; ZeRO-1 in fp32 goes by buckets, and copies its part when it has let go of the others'
-    (zero/stage_1_and_2.py, step); ZeRO-2 copies its part of them in fp32, and the norm
-    of a gradient is taken of a copy in fp64 and its square; ZeRO-3 copies its part.
+    ZeRO-1 casts gradient sums where bf16 crosses the ranks, and has all casts until the last is there; gloo copies what
+    it sends, nccl does not. DeepSpeed copies
+    a rank's gradients to one flat tensor at ZeRO-2 in fp32 and at ZeRO-3 (zero/stage_1_and_2.py, zero/stage3.py).
     """
     zero, fp32 = config.zero, config.train.dtype == "fp32"
     if zero.stage == 3:
         return 4 * min(weights.mine, STEP_AT_ONCE)
     if zero.stage == 2:
-        return max(16 * min(weights.largest, weights.mine), 4 * weights.mine if fp32 else 0)
-    if fp32:
-        return 4 * max(min(weights.total, zero.bucket_elements), 2 * weights.mine - weights.total)
-    return weights.total * (6 if zero.communication_dtype == "bf16" else 4)
+        return 4 * weights.mine if fp32 else 0
+    if weights.ranks == 1:
+        return 0
+    cast = 2 if zero.communication_dtype == "bf16" else 0
+    copied = _sent_bytes(config) if config.train.device == "cpu" else 0
+    return (cast + copied) * weights.total
 
 
 def _bucket_bytes(config: RunConfig) -> int:

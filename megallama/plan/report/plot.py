@@ -26,7 +26,7 @@ SUFFIXES = (".png", ".svg", ".pdf")
 COMPONENTS = (
     *("bf16_weights", "fp32_weights", "fp32_gradients", "fp32_gradient_sums", "fp32_master_weights"),
     *("fp32_Adam_moments", "padding", "activations", "waiting_gradients", "logits", "transients"),
-    *("buffers", "overhead"),
+    *("buffers", "overhead", "fp32_average"),
 )
 """Keys of the ledger; each has one colour in every picture."""
 

@@ -11,7 +11,7 @@ from megallama.layout.budget import batches_of, planned_tokens, steps_words, tot
 from megallama.layout.check import check_config
 from megallama.layout.counts import count_parameters, flops_per_token, hardware_flops_per_token, padded_vocabulary
 from megallama.layout.frozen import frozen_matmul
-from megallama.plan.memory.ledger import host_bytes, memory_rows, rank_bytes
+from megallama.plan.memory.ledger import host_rows, memory_rows, rank_bytes
 from megallama.plan.memory.state import GIB, MemoryRow, rank_parameters
 from megallama.plan.report.table import Part, Row
 
@@ -42,12 +42,13 @@ def _parameters(config: RunConfig) -> Part:
     each = f"{count.attention_per_layer} + {count.mlp_per_layer} + {count.norms_per_layer}"
     matmul = f"{layers} * {count.matmul_per_layer} + {model.vocab_size} * {hidden}"
     mlp = f"{model.mlp_matrices} * {hidden} * {model.intermediate_size}"
+    norms = f"2 * {hidden} + 2 * {size}" if model.qk_norm else f"2 * {hidden}"
     tp = config.parallel.tensor
     padded = padded_vocabulary(model.vocab_size, tp)
     rows = [
         Row("attention_per_layer", "attention, per layer", f"2 * {hidden} * {heads}", count.attention_per_layer),
         Row("mlp_per_layer", "MLP, per layer", mlp, count.mlp_per_layer),
-        Row("norms_per_layer", "norms, per layer", f"2 * {hidden}", count.norms_per_layer),
+        Row("norms_per_layer", "norms, per layer", norms, count.norms_per_layer),
         Row("per_layer", "one layer", each, count.per_layer),
         Row("layers", "all layers", f"{layers} * {count.per_layer}", layers * count.per_layer),
         Row("embedding", "embedding", f"{model.vocab_size} * {hidden}", count.embedding),
@@ -129,9 +130,9 @@ def memory_parts(config: RunConfig, dp_size: int) -> list[Part]:
             for i, (rows, size) in enumerate(zip(ranks, sums, strict=True))
         ]
         parts.append(Part("memory_by_pipeline_rank", "Memory by pipeline rank, GiB", tuple(each)))
-    if most := max(host_bytes(config, dp_size)):
-        row = Row("host_memory", "inputs of layers in flight", "pinned, of the fullest rank", most, "GiB")
-        parts.append(Part("host_memory", "Host memory of one rank, beside a process", (row,)))
+    if host := max(host_rows(config, dp_size), key=lambda rows: sum(row.size for row in rows)):
+        found = tuple(Row(row.key, row.name, row.how, row.size, "GiB") for row in host)
+        parts.append(Part("host_memory", "Host memory of one rank, beside a process", found))
     return parts
 
 

@@ -105,9 +105,8 @@ def _layout(config: RunConfig, world_size: int) -> str:
     if parallel.pipeline > 1:
         chunks = "" if schedule_of(parallel).stages_per_rank else f" x{parallel.chunks}"
         words.append(f"{parallel.schedule}{chunks}")
-    return ", ".join(
-        [*words, f"ZeRO-{config.zero.stage}", f"micro-batch {train.micro_batch_size}", f"recompute {train.recompute}"]
-    )
+    zero = f"ZeRO-{config.zero.stage}{' offloaded' if config.zero.offload_optimizer == 'cpu' else ''}"
+    return ", ".join([*words, zero, f"micro-batch {train.micro_batch_size}", f"recompute {train.recompute}"])
 
 
 def _memory(config: RunConfig, world_size: int) -> str:

@@ -17,10 +17,11 @@ from megallama.plan.report.table import Part, Row
 from megallama.plan.time.communication import NODE_LATENCY, Group, data_traffic, latency, ring_bandwidth
 from megallama.plan.time.software import Machine
 from megallama.plan.time.step_time import (
-    OPTIMIZER_BYTES,
+    HOST_MEMORY_GB_S,
     StepTime,
     context_group,
     data_group,
+    optimizer_bytes,
     rank_works,
     slowest_work,
     step_time,
@@ -122,10 +123,12 @@ def _step_time(config: RunConfig, world_size: int, on: Machine, step: StepTime) 
         return Part("step_time", title, (Row("total", "one step", how, step.total, "s"),))
     batching, parallel = check_batching(config, world_size), config.parallel
     copies = data_group(config, batching.dp_size)
-    works = rank_works(config, on)
+    works = rank_works(config, on, batching.gradient_accumulation_steps)
     work = slowest_work(works, config, on)
     bandwidth, each = on.gpu.known("memory_tb_s"), f"{batching.gradient_accumulation_steps} micro-batches"
     matmul = f"{each} * {work.kernels.matmul_flops:.4g} FLOPs at {on.efficiency:.1%} of {on.gpu.peak_tflops} TFLOP/s"
+    if work.kernels.fp8_flops:
+        matmul += f", and {work.kernels.fp8_flops:.4g} in fp8 at twice that"
     share = on.software.attention_rate(on.gpu)
     attention = f"{each} * {work.kernels.attention_flops:.4g} FLOPs at {share:.2g} of that rate"
     moved = work.kernels.bytes_moved + work.sums
@@ -136,7 +139,10 @@ def _step_time(config: RunConfig, world_size: int, on: Machine, step: StepTime) 
         Row("compute", "compute", "matmuls + attention + memory", step.compute, "s"),
     ]
     if parallel.tensor > 1:
-        how = f"{each} * {_collectives(work.traffic, on.gpu, Group(parallel.tensor))}{_hidden(on, 'tensor')}"
+        how = f"{each} * {_collectives(work.traffic, on.gpu, Group(parallel.tensor))}"
+        how += _hidden(on, "tensor") or _hidden(on, "columns")
+        if norms := work.once.size["all_reduce"]:
+            how += f"; of norms' gradients {_bytes(norms)} at once"
         rows.append(Row("tensor", "tensor-parallel communication", how, step.tensor, "s"))
     if parallel.context > 1:
         how = f"{each} * {_collectives(work.context, on.gpu, context_group(config))}, {parallel.context_mode}"
@@ -155,9 +161,13 @@ def _step_time(config: RunConfig, world_size: int, on: Machine, step: StepTime) 
     if copies.size > 1:
         traffic = data_traffic(config, on.software, parameters, batching.gradient_accumulation_steps)
         how = f"ZeRO-{config.zero.stage}: {_collectives(traffic, on.gpu, copies)}"
-        rows.append(Row("data", "data-parallel communication", how + _hidden(on, "data"), step.data, "s"))
+        own = on.software.gradients == "zero" and config.zero.stage == 1
+        hidden = ", sums behind the last backward but for the last group" if own else _hidden(on, "data")
+        rows.append(Row("data", "data-parallel communication", how + hidden, step.data, "s"))
     share = on.software.optimizer_ranks(copies.size)
-    how = f"{OPTIMIZER_BYTES} B * {parameters:.4g} parameters / {share} copies over {bandwidth} TB/s"
+    where = f"{optimizer_bytes(config, on.software)} B * {parameters:.4g} parameters / {share} copies over"
+    host = config.zero.offload_optimizer == "cpu"
+    how = f"{where} {HOST_MEMORY_GB_S} GB/s of the host, and the way there" if host else f"{where} {bandwidth} TB/s"
     rows.append(Row("optimizer", "optimizer", how, step.optimizer, "s"))
     rows.append(Row("total", "one step", "sum, of the slowest pipeline rank", step.total, "s"))
     return Part("step_time", title, tuple(rows))
@@ -176,7 +186,8 @@ def _collectives(traffic: Traffic, gpu: Gpu, group: Group) -> str:
 def _hidden(on: Machine, what: str) -> str:
     if what not in on.software.overlap:
         return ""
-    return ", half of it behind matmuls" if what == "tensor" else ", behind computation where there is enough"
+    halves = {"tensor": ", half of it behind matmuls", "columns": ", those of columns in backward behind their matmuls"}
+    return halves.get(what, ", behind computation where there is enough")
 
 
 def _bytes(size: float) -> str:

@@ -55,8 +55,10 @@ def single_changes(config: RunConfig, world_size: int, node: int) -> list[Change
     kind, batch, cp = modes.index(train.recompute), train.micro_batch_size, parallel.context
     keys: list[tuple[str, str, Any]] = []
     keys += [("train", "micro_batch_size", batch // n) for n in range(2, batch + 1) if batch % n == 0]
-    keys += [("zero", "stage", n) for n in ZERO_STAGES if n > zero.stage and (n < 3 or not train.compile)]
+    keys += [("zero", "stage", n) for n in ZERO_STAGES if n > zero.stage and (n < 3 or train.compile is not True)]
     keys += [("train", "recompute", each) for each in modes[kind + 1 :]]
+    if (world_size, zero.offload_optimizer) == (1, "none") and train.device != "cpu":  # GPUs share a host's memory
+        keys.append(("zero", "offload_optimizer", "cpu"))
     keys += [("parallel", "tensor", 2 * parallel.tensor)] if 2 * parallel.tensor <= node else []
     keys += [("parallel", "context", 2 * cp)] if 2 * cp * LEAST_PART <= config.data.sequence_length else []
     keys += [("parallel", "pipeline", 2 * parallel.pipeline), ("parallel", "pipeline", parallel.pipeline // 2)]
@@ -64,7 +66,8 @@ def single_changes(config: RunConfig, world_size: int, node: int) -> list[Change
     keys += [("train", "micro_batch_size", 2 * batch)]
     keys += [("train", "recompute", each) for each in modes[:kind]]
     keys += [("zero", "stage", n) for n in ZERO_STAGES if n < zero.stage]
-    keys += [] if train.compile or zero.stage == 3 else [("train", "compile", True)]
+    if train.compile is False:
+        keys.append(("train", "compile", "auto"))
     if parallel.pipeline > 1:
         keys += [("parallel", "schedule", name) for name in SCHEDULES if name != parallel.schedule]
     if isinstance(parallel.layers_per_stage, tuple):  # a list of other stages is another change

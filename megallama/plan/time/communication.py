@@ -77,8 +77,9 @@ def message_seconds(gpu: Gpu, stride: int, size: float) -> float:
 def data_traffic(config: RunConfig, software: Software, parameters: int, micro_batches: int) -> Traffic:
     """Collectives of a step between data-parallel copies, of a rank that trains `parameters` before ZeRO cuts them.
 
-    DeepSpeed's ZeRO 1 all-reduces gradient sums, though a rank needs its part of them only, and gathers the weights
-    (runtime/bf16_optimizer.py). ZeRO 2 all-reduces in every micro-batch (zero/stage_1_and_2.py, allreduce_and_scatter).
+    ZeRO 1 scatters gradient sums once in a step, in groups of `zero.bucket_elements` (train/gradient_sums.py), and
+    gathers the weights. DeepSpeed's ZeRO 2 all-reduces in every micro-batch (zero/stage_1_and_2.py,
+    allreduce_and_scatter).
     ZeRO 3 scatters in every micro-batch and gathers twice (arXiv 1910.02054, section 7), but for the weights that it
     still has, for which `stage3_max_live_parameters` are twice a bucket; a tied table as two.
     """
@@ -88,7 +89,7 @@ def data_traffic(config: RunConfig, software: Software, parameters: int, micro_b
     element = 2 if config.train.dtype == "bf16" else 4
     summed = software.gradients
     if summed == "zero":
-        summed = "all_reduce" if zero.stage < 3 else "reduce_scatter"
+        summed = "all_reduce" if zero.stage == 2 else "reduce_scatter"
     found.add(summed, gradient // buckets, (rounds if zero.stage > 1 else 1) * buckets)
     if software.gradients == "all_reduce":
         return found

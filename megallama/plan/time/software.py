@@ -14,6 +14,7 @@ from megallama.config.load import parse_yaml
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.hardware.gpus import Gpu
+from megallama.layout.compiled import compiles
 from megallama.layout.counts import count_parameters
 from megallama.layout.schedules import schedule_of
 
@@ -45,8 +46,9 @@ class Software(BaseModel):
     name: str
     generation: str | None = None
     """The constant of matmuls that it shares with others; its own name where None."""
-    overlap: frozenset[Literal["tensor", "pipeline", "data"]] = frozenset()
-    """Communication that hides behind computation where there is enough of it."""
+    overlap: frozenset[Literal["tensor", "columns", "pipeline", "data"]] = frozenset()
+    """Communication that hides behind computation where there is enough of it; `columns`: of the tensor-parallel that
+    of column-parallel layers in backward, beside their matmuls."""
     kernels: Kernels = "config"
     """Norms, rotations and activations: one kernel each, by a compiler or by hand, or torch's own."""
     loss: Kernels = "separate"
@@ -62,7 +64,9 @@ class Software(BaseModel):
     def fuses(self, what: Literal["kernels", "loss"], config: RunConfig) -> bool:
         """Whether these are one kernel each in that run."""
         chosen: Kernels = getattr(self, what)
-        return config.train.compile if chosen == "config" else chosen == "fused"
+        if chosen == "config":
+            return compiles(config, config.train.device != "cpu")
+        return chosen == "fused"
 
     def optimizer_ranks(self, dp: int) -> int:
         """Copies that share the state of the optimizer."""
@@ -76,16 +80,19 @@ class Software(BaseModel):
         """What backward computes again of the layers of a run.
 
         A backward in two parts computes again in each; that of DualPipeV is whole but for a few. Recomputation of a
-        layer stops at the input of the down projection.
+        layer stops at the input of the down projection; in fp8 after it, since a function keeps its input when it is
+        done.
         """
         recompute = config.train.recompute
         if recompute == "none":
             return Recomputed()
         times = 2.0 if schedule_of(config.parallel).splits_backward == "always" else 1.0
-        if recompute == "selective":
-            return self.selective or Recomputed(activation=times)
         model = config.model
         down = model.hidden_size * model.intermediate_size / count_parameters(model).matmul_per_layer
+        fp8 = config.train.matmul != "dtype"
+        if recompute == "selective":
+            return self.selective or Recomputed(activation=times, matmul=times * down if fp8 else 0.0)
+        down = 0.0 if fp8 else down
         return Recomputed(matmul=times * (1 - down), attention=times, elementwise=times)
 
 

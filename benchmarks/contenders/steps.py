@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from contenders import apart, floor
 from torch import Tensor, nn
 
 from megallama.config.schema import ModelConfig, RunConfig
@@ -21,16 +22,20 @@ from megallama.layout.topology import Topology
 from megallama.model.init import initialise
 from megallama.model.llama import Llama
 from megallama.parallel.launch import Launch
-from megallama.parallel.mesh import build_mesh
+from megallama.parallel.mesh import ParallelMesh, build_mesh
 from megallama.run_dir.metrics import Metrics
 
-NAMES = ("engine", "bare", "transformers", "engine-compile", "bare-compile", "transformers-compile")
+if TYPE_CHECKING:
+    from megallama.train.engine import Engine
+
+PEERS = ("engine", "bare", "transformers", "transformers-autocast", "litgpt")
+NAMES = (*PEERS, *(f"{name}-compile" for name in PEERS))
 
 POOL = 4
 """Global batches that are drawn and then cycled: the model learns them by heart, so that wrong updates would show."""
 
-Step = Callable[[], Tensor]
-"""One optimizer step; returns the token mean of the loss before it, on the device."""
+Step = Callable[[], Tensor | float]
+"""One optimizer step; returns the token mean of the loss before it, which may be on the device."""
 SummedLoss = Callable[[Tensor, Tensor], Tensor]
 """(tokens, labels) of a micro-batch -> the sum of its losses."""
 
@@ -50,42 +55,50 @@ def random_batches(config: RunConfig) -> Iterator[list[MicroBatch]]:
 
 def build(name: str, config: RunConfig, device: torch.device) -> Step:
     """The step of one contender of NAMES; raises what keeps it from being built."""
-    kind, _, suffix = name.partition("-")
-    config = config.model_copy(update={"train": config.train.model_copy(update={"compile": suffix == "compile"})})
+    if name == floor.NAME:
+        return floor.floor_step(config, device)
+    kind, *how = name.split("-")
+    config = config.model_copy(update={"train": config.train.model_copy(update={"compile": "compile" in how})})
     if kind == "engine":
-        return engine_step(config, device)
+        batches, (step, _) = random_batches(config), engine_step(config, build_mesh(Topology(), Launch(), device))
+        return lambda: step(next(batches))
     model = initialised_llama(config)
     if kind == "bare":
-        if config.train.compile:
-            for layer in model.layers.values():
-                layer.compile()
+        if config.train.compile is True:
+            model.compile_parts(layers=True)
         return bare_step(model, model, config, device)
+    if kind == "litgpt":
+        peer = apart.litgpt_llama(model, config)
+        return bare_step(peer, apart.litgpt_loss(peer), config, device)
     reference = transformers_llama(model, config)
-    return bare_step(reference, transformers_loss(reference), config, device)
+    return bare_step(reference, transformers_loss(reference), config, device, autocast="autocast" in how)
 
 
-def engine_step(config: RunConfig, device: torch.device) -> Step:
-    """megallama's own training step, in a world of one process."""
+def engine_step(config: RunConfig, mesh: ParallelMesh) -> tuple[Callable[[list[MicroBatch]], float], Engine]:
+    """megallama's own training step of given micro-batches, and the engine in it; all ranks of `mesh` call both."""
     # Imported here: it brings deepspeed with it, of which the other contenders stay free.
-    from megallama.train.loop import train_step
     from megallama.train.run import Run, build_model, draw_weights
+    from megallama.train.step import train_step
 
-    check_config(config, 1)
-    mesh = build_mesh(Topology(), Launch(), device)
+    check_config(config, mesh.world.size)
     model, engine = build_model(config, mesh)
     draw_weights(config, model, engine, Launch().processors)
     none: Any = None  # a step is given its batches, and saves and heeds nothing
     run = Run(config, mesh, model, engine, none, Metrics([]), none, none, none, none, Peak(1.0, "not used"), None)
-    batches = random_batches(config)
-    return lambda: train_step(run, next(batches), config.optimizer.lr)[0]
+    return lambda batches: train_step(run, batches, config.optimizer.lr).loss, engine
 
 
-def bare_step(model: nn.Module, summed_loss: SummedLoss, config: RunConfig, device: torch.device) -> Step:
-    """A loop as one would write it for one device, around `model`, whose loss `summed_loss` is."""
+def bare_step(
+    model: nn.Module, summed_loss: SummedLoss, config: RunConfig, device: torch.device, *, autocast: bool = False
+) -> Step:
+    """A loop as one would write it for one device, around `model`, whose loss `summed_loss` is.
+
+    In bf16 the weights are copies of fp32 masters, or with `autocast` the masters themselves, cast in every forward.
+    """
     model.to(device).train()
-    weights = list(model.parameters())
-    masters = [nn.Parameter(weight.detach().clone()) for weight in weights] if config.train.dtype == "bf16" else weights
-    if config.train.dtype == "bf16":
+    weights, copies = list(model.parameters()), config.train.dtype == "bf16" and not autocast
+    masters = [nn.Parameter(weight.detach().clone()) for weight in weights] if copies else weights
+    if copies:
         for weight in weights:  # the parameters alone: rotary frequencies stay fp32
             weight.data = weight.data.bfloat16()
     optimizer = adamw(masters, config)
@@ -97,7 +110,8 @@ def bare_step(model: nn.Module, summed_loss: SummedLoss, config: RunConfig, devi
         total = torch.zeros((), device=device)
         for batch in micro_batches:
             tokens, labels = batch.tokens.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
-            loss = summed_loss(tokens, labels) * scale
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                loss = summed_loss(tokens, labels) * scale
             loss.backward()
             total += loss.detach()
             if masters is not weights:

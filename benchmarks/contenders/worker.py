@@ -7,16 +7,21 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
-from contenders import Step, build
+from contenders.steps import Step
 
 from megallama.config.schema import RunConfig
 from megallama.hardware.measure import peak_memory_bytes
 from megallama.parallel.launch import Launch
+
+Build = Callable[[str, RunConfig, torch.device], Step]
+"""Makes the step of the contender of a name; a function of a module, which crosses processes."""
 
 
 class ContenderError(Exception):
@@ -34,16 +39,16 @@ class Round:
     losses: list[float]
     """Before each step."""
     peak_memory_bytes: int
-    """So far: allocated on the device, or resident in the process on a CPU."""
+    """During timed steps: allocated on the device, or resident in the process on a CPU."""
 
 
 class Worker:
     """A contender in a process of its own, which computes only while `run` waits for it."""
 
-    def __init__(self, name: str, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, build: Build, name: str, config: RunConfig, device: torch.device) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, name, config, device), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, build, name, config, device), daemon=True)
         self._process.start()
         theirs.close()
         before = self._receive()
@@ -75,12 +80,12 @@ class Worker:
         return answer
 
 
-def _serve(connection: Connection, name: str, config: RunConfig, device: torch.device) -> None:
+def _serve(connection: Connection, build: Build, name: str, config: RunConfig, device: torch.device) -> None:
     """Build the contender, then run rounds until the other end closes."""
     os.dup2(2, 1)  # what libraries print must not mix with the report
     Launch().prepare(device)
     try:
-        before = _resident_bytes() if device.type == "cpu" else 0
+        before = resident_bytes("VmRSS") if device.type == "cpu" else 0
         step = build(name, config, device)
         connection.send(before)
         while True:
@@ -101,10 +106,13 @@ def _round(step: Step, warmup: int, steps: int, device: torch.device) -> Round:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         losses, seconds = _time_on_cuda(step, steps)
+        peak = peak_memory_bytes(device)
     else:
+        forget_peak()
         losses, seconds = _time_on_cpu(step, steps)
+        peak = resident_bytes("VmHWM")
     spent = time.process_time() - began
-    return Round(seconds, spent, [float(loss) for loss in losses], peak_memory_bytes(device))
+    return Round(seconds, spent, [float(loss) for loss in losses], peak)
 
 
 def _time_on_cuda(step: Step, steps: int) -> tuple[list[torch.Tensor], list[float]]:
@@ -127,7 +135,12 @@ def _time_on_cpu(step: Step, steps: int) -> tuple[list[torch.Tensor], list[float
     return losses, [end - begin for begin, end in pairwise(marks)]
 
 
-def _resident_bytes() -> int:
-    """Now, in this process."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident_bytes(which: str) -> int:
+    """Of this process, now (VmRSS), or the most since `forget_peak` (VmHWM)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
+    return int(line.split()[1]) * 1024
+
+
+def forget_peak() -> None:
+    """Let the most that this process held be what it holds now: a compiler held more than the steps do."""
+    Path("/proc/self/clear_refs").write_text("5")
