@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import threading
@@ -182,7 +183,11 @@ def test_a_port_that_is_taken_is_told_at_once_under_python(tmp_path: Path) -> No
             **by_hand(0, "127.0.0.1", port),
         )
     assert (outcome.code, outcome.out) == (2, "")
-    assert_one_sentence(outcome.err, [f"port {port}, where the ranks are to meet", "in use", f"(port {port + 1}"])
+    assert_one_sentence(outcome.err, [f"port {port}, where the ranks are to meet", "in use"])
+    # Other programs may hold the ports that follow.
+    free = re.search(r"\(port (\d+) is free\)", outcome.err)
+    assert free is not None
+    assert port < int(free[1]) < port + 100
 
 
 def test_a_port_that_is_taken_ends_deepspeed(byte_dataset: str, tmp_path: Path) -> None:
