@@ -25,7 +25,7 @@ from megallama.config.schema import ModelConfig
 from megallama.config.train_keys import Objective
 from megallama.config.values import MOST_AVERAGED, MOST_REWINDS, MOST_SEQUENCES, MOST_WINDOW, Name, Patterns
 from megallama.errors import UserError
-from megallama.layout.budget import NOTHING_SEEN, Seen, place, united
+from megallama.layout.budget import NOTHING_SEEN, Seen, begun_stages, place, united
 from megallama.layout.check import check_trained
 from megallama.layout.frozen import frozen_weights
 from megallama.system.regular_file import read_regular
@@ -179,18 +179,18 @@ class Saved(BaseModel):
 
 
 def data_identity(
-    config: RunConfig, fingerprint: Callable[[int, int], str], sequence_length: int, step: int
+    config: RunConfig, fingerprint: Callable[[int, int], str], sequence_length: int, seen: Seen
 ) -> DataIdentity:
-    """What the position of a checkpoint of `step` counts in, of a run with such sequences, which have a `fingerprint`.
+    """What the position of a checkpoint counts in, of a run with such sequences that is as far as `seen`.
 
-    What the run reads later is not in it, and may change.
+    What the run reads later is not in it, and may change. `fingerprint` is that of the data's first stages.
     """
+    count = begun_stages(config, seen)
     begun = tuple(
         StageWeights(stage.from_step, {source.called: source.weight for source in stage.sources})
-        for stage in config.data.stages
-        if stage.from_step < max(step, 1)
+        for stage in config.data.stages[:count]
     )
-    return DataIdentity(fingerprint(sequence_length, step), config.train.seed, sequence_length, begun)
+    return DataIdentity(fingerprint(sequence_length, count), config.train.seed, sequence_length, begun)
 
 
 def state_document(

@@ -73,9 +73,9 @@ class Loader:
         self._masking, self._document_mask = masking, document_mask
         self._cp_rank, self._cp_size = cp_rank, cp_size
 
-    def fingerprint(self, sequence_length: int, step: int = 0) -> str:
+    def fingerprint(self, sequence_length: int, stages: int = 1) -> str:
         """SHA-256 of what a position means besides the seed: the source's, and what is hidden from what."""
-        found = self.source.fingerprint(sequence_length, step)
+        found = self.source.fingerprint(sequence_length, stages)
         if self._masking is not None:
             found = hashlib.sha256(f"{found}/{self._masking.mask_id}/{self._masking.eod_id}".encode()).hexdigest()
         if self._document_mask:

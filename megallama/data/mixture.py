@@ -65,25 +65,25 @@ class Mixture:
         found = zip(self.blend.names, self.parts, self.blend.read(samples), strict=True)
         return {name: (read, read / part.samples_per_epoch) for name, part, read in found}
 
-    def fingerprint(self, sequence_length: int, step: int = 0) -> str:
-        return self._hash([part.fingerprint(sequence_length) for part in self.parts], step)
+    def fingerprint(self, sequence_length: int, stages: int = 1) -> str:
+        return self._hash([part.fingerprint(sequence_length) for part in self.parts], stages)
 
     @property
     def content_hash(self) -> str:
-        return self._hash([part.content_hash for part in self.parts], max(self.steps) + 1)
+        return self._hash([part.content_hash for part in self.parts], len(self.steps))
 
-    def _hash(self, parts: Sequence[str], step: int) -> str:
-        """Over the stages that have begun when `step` steps are done, the first at the least.
+    def _hash(self, parts: Sequence[str], stages: int) -> str:
+        """Over so many stages from the first.
 
         One source alone is what data.path names: such a run goes on with stages that are still to come.
         """
         digest, by_name = hashlib.sha256(b"mixture"), dict(zip(self.blend.names, parts, strict=True))
-        begun = [number for number, begins in enumerate(self.steps) if begins == 0 or begins < step]
-        if len(begun) == 1 and len(self.blend.stages[0].names) == 1:
-            return by_name[self.blend.stages[0].names[0]]
-        for number in begun:
-            for name, share in self.blend.stages[number].shares.items():
-                digest.update(f"/{self.steps[number]}/{name}/{share}/{by_name[name]}".encode())
+        begun = self.blend.stages[:stages]
+        if len(begun) == 1 and len(begun[0].names) == 1:
+            return by_name[begun[0].names[0]]
+        for step, stage in zip(self.steps, begun, strict=False):
+            for name, share in stage.shares.items():
+                digest.update(f"/{step}/{name}/{share}/{by_name[name]}".encode())
         return digest.hexdigest()
 
     def begun_at(self, firsts: Sequence[int]) -> Mixture:

@@ -67,8 +67,10 @@ class Source(Protocol):
         By the index, not by ids, which end documents in some data alone. What fills up a sample is one more.
         """
 
-    def fingerprint(self, sequence_length: int, step: int = 0) -> str:
-        """SHA-256 of what a position means besides the seed: the data of `step` steps, in samples of that length."""
+    def fingerprint(self, sequence_length: int, stages: int = 1) -> str:
+        """SHA-256 of what a position means besides the seed: the data of the first `stages` stages of a mixture, in
+        samples of that length.
+        """
 
     @property
     def left_out(self) -> LeftOut:
@@ -131,7 +133,7 @@ class Windows:
         cut = len(offsets) - offsets.searchsorted(end, side="right")
         return LeftOut(int(offsets[-1] - end), int(cut), 0)
 
-    def fingerprint(self, sequence_length: int, step: int = 0) -> str:
+    def fingerprint(self, sequence_length: int, stages: int = 1) -> str:
         parts = [self.split.dataset.fingerprint, self.split.first_document, self.split.end_document, sequence_length]
         return hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()
 
@@ -188,7 +190,7 @@ class Documents(Windows):
         beyond = np.concatenate([sizes[sizes > length] - length for sizes in offsets.lengths()])
         return LeftOut(int(beyond.sum()), len(beyond), len(offsets) - 1 - self.samples_per_epoch)
 
-    def fingerprint(self, sequence_length: int, step: int = 0) -> str:
+    def fingerprint(self, sequence_length: int, stages: int = 1) -> str:
         empty = self.split.end_document - self.split.first_document - self.samples_per_epoch
         left_out = f"/{empty} empty left out" if empty else ""
         kept = "/its last tokens" if self.truncate == "last" else ""

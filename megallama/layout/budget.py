@@ -123,9 +123,17 @@ def stage_samples(config: RunConfig, seen: Seen = NOTHING_SEEN) -> tuple[int, ..
     Stages that have begun stay where they began, whatever the batches are now; others begin by the batches to come.
     """
     steps = [stage.from_step for stage in config.data.stages]
-    begun = seen.stages[: sum(step < seen.step for step in steps)]
+    begun = seen.stages[: len(steps)]
     left = steps[len(begun) :]  # behind `seen` in a run of other data alone, which is refused
     return (*begun, *(samples_at_step(config, max(step, seen.step), seen) if step else 0 for step in left))
+
+
+def begun_stages(config: RunConfig, seen: Seen) -> int:
+    """How many stages of `data.mixture` a run that is as far as `seen` has read from, the first included.
+
+    One that went back and passed over samples comes to a stage before the step that the stage names.
+    """
+    return max(len(seen.stages), sum(stage.from_step < max(seen.step, 1) for stage in config.data.stages))
 
 
 def schedule_batch(config: RunConfig, seen: Seen) -> float:

@@ -143,11 +143,12 @@ def save_checkpoint(run: Run, state: TrainState, loss: float, *, healthy: bool) 
         "zero_stage": config.zero.stage,
         "dtype": config.train.dtype,
     }
-    identity = data_identity(config, run.data.train.fingerprint, config.data.sequence_length, state.step)
     train = config.train
     losses, norms = ((), ()) if run.spikes is None else run.spikes.remembered
-    stages = tuple(first for first in state.stages if first < max(state.samples, 1))
+    newest = run.data.train.place(max(0, state.samples - 1))
+    stages = tuple(first for first in state.stages if first <= newest)
     begun = replace(state, stages=stages, losses=losses, norms=norms)
+    identity = data_identity(config, run.data.train.fingerprint, config.data.sequence_length, begun.seen)
     average = None if run.engine.average is None else run.engine.average.what
     document = state_document(
         begun,

@@ -105,7 +105,7 @@ def test_stages_that_have_begun_stay_where_they_began_and_others_follow_the_batc
     config = config_of([{"from_step": step, "sources": sources(paths)} for step in (0, 5, 9)], batch=8)
     assert stage_samples(config) == (0, 40, 72)
     # Seven steps of 4 samples were done, and the run goes on with 8.
-    seen = Seen(7, 28, 4, (0, 20, 36))
+    seen = Seen(7, 28, 4, (0, 20))
     assert stage_samples(config, seen) == (0, 20, 28 + 2 * 8)
     data = open_data(config, Topology(), 0).begun_at(stage_samples(config, seen))
     assert isinstance(data.train.source, Mixture)
@@ -135,16 +135,16 @@ def test_sources_of_one_size_have_orders_of_their_own() -> None:
 
 
 def test_the_identity_covers_what_was_read_and_not_what_comes_later(paths: dict[str, str]) -> None:
-    def fingerprint(step: int, *stages: tuple[int, dict[str, float]]) -> str:
+    def fingerprint(begun: int, *stages: tuple[int, dict[str, float]]) -> str:
         tree = [{"from_step": begins, "sources": sources(paths, **weights)} for begins, weights in stages]
-        return open_mixture(config_of(tree)).train.fingerprint(9, step)
+        return open_mixture(config_of(tree)).train.fingerprint(9, begun)
 
     first, later, other = (0, {"web": 1.0, "books": 1.0}), (5, {"web": 1.0}), (5, {"code": 1.0})
-    assert fingerprint(5, first) == fingerprint(5, first, later) == fingerprint(5, first, other)
-    assert len({fingerprint(6, first), fingerprint(6, first, later), fingerprint(6, first, other)}) == 3
-    assert fingerprint(0, first) != fingerprint(0, (0, {"web": 2.0, "books": 1.0}))
-    assert fingerprint(0, first) == fingerprint(0, (0, {"books": 2.0, "web": 2.0}))
-    assert fingerprint(6, first, later) != fingerprint(6, first, (4, later[1]))
+    assert fingerprint(1, first) == fingerprint(1, first, later) == fingerprint(1, first, other)
+    assert len({fingerprint(2, first), fingerprint(2, first, later), fingerprint(2, first, other)}) == 3
+    assert fingerprint(1, first) != fingerprint(1, (0, {"web": 2.0, "books": 1.0}))
+    assert fingerprint(1, first) == fingerprint(1, (0, {"books": 2.0, "web": 2.0}))
+    assert fingerprint(2, first, later) != fingerprint(2, first, (4, later[1]))
 
 
 def test_the_tail_of_each_source_is_held_out(paths: dict[str, str]) -> None:

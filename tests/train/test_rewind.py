@@ -16,6 +16,7 @@ import torch
 
 from megallama.checkpoint.state import read_saved, seen_before
 from megallama.config.load import load_config
+from megallama.corpus.building.build import build_dataset
 from megallama.data.mixture import open_train
 from megallama.data.trace import trace
 from megallama.run_dir.events import standing_events
@@ -121,6 +122,30 @@ def test_the_trace_of_a_run_leaves_out_what_the_run_passed_over(byte_dataset: st
     assert seen.passed_over == ((136, 144),)
     traced = [each.sample for each in trace(config, open_train(config, seen), (33, 36), seen=seen)]
     assert traced == [*range(128, 136), *range(144, 152)]
+
+
+def test_a_stage_that_going_back_brought_forward_has_begun(byte_dataset: str, tmp_path: Path) -> None:
+    (tmp_path / "later.jsonl").write_text(2 * (json.dumps({"text": "What comes later. " * 200}) + "\n"))
+    build_dataset([str(tmp_path / "later.jsonl")], str(tmp_path / "later"), "bytes", workers=1)
+
+    def mixture(later: float) -> str:
+        begun = {"from_step": 0, "sources": [{"path": byte_dataset, "weight": 1}]}
+        weights = {byte_dataset: 1 - later, str(tmp_path / "later"): later}
+        sources = [{"path": path, "weight": weight} for path, weight in weights.items()]
+        return f"data.mixture={json.dumps([begun, {'from_step': 39, 'sources': sources}])}"
+
+    run = tmp_path / "run"
+    start = words(byte_dataset, run, "data.path=null", mixture(0.5), "train.stop_after=39")
+    assert pretrain(1, start, plant=partial(spoiled, BAD)) == [(0, "")]
+    saved = read_saved(run / "checkpoints" / "step_00000039")
+    assert (saved.state.samples, saved.state.passed_over) == (39 * BATCH, ((136, 144),))
+    # Sample 148 of the run is number 156 of the data, with which the stage begins.
+    assert (saved.state.stages, len(saved.data.mixture)) == ((0, 39 * BATCH), 2)
+    go_on = [*start, "train.global_batch_size=2", "train.steps=41", "train.stop_after=null"]
+    ((code, said),) = pretrain(1, [*go_on, mixture(0.25)])
+    assert (code, "change a stage from_step=40 or later" in said) == (2, True), said
+    assert pretrain(1, go_on) == [(0, "")]
+    assert saved_state(run, 41).stages == (0, 39 * BATCH)
 
 
 @pytest.mark.parametrize(

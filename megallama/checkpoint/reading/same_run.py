@@ -13,9 +13,10 @@ from megallama.checkpoint.state import DataIdentity, StageWeights, read_saved
 from megallama.config.schema import ModelConfig, RunConfig
 from megallama.config.train_keys import Objective
 from megallama.errors import UserError
+from megallama.layout.budget import Seen
 
-Identify = Callable[[int, int], DataIdentity]
-"""What a position in the run's data counts in, where its sequences have so many tokens, after so many steps."""
+Identify = Callable[[int, Seen], DataIdentity]
+"""What a position in the run's data counts in, where its sequences have so many tokens and it is so far."""
 
 
 def check_same_run(path: Path, config: RunConfig, identify: Identify) -> None:
@@ -58,7 +59,7 @@ def _check_same_data(path: Path, config: RunConfig, identify: Identify) -> None:
             f"data.pack=one its position would point elsewhere; use data.sequence_length={saved.sequence_length}, or "
             f"another run.dir with checkpoint.init_from={path}"
         )
-    data = identify(saved.sequence_length or now, state.step)
+    data = identify(saved.sequence_length or now, state.seen)
     if saved.seed != data.seed:
         raise UserError(
             f"train.seed={data.seed} differs from {saved.seed} in the checkpoint {path}, so its position in the data "
@@ -67,9 +68,10 @@ def _check_same_data(path: Path, config: RunConfig, identify: Identify) -> None:
     if saved.fingerprint != data.fingerprint:
         if differ := next((pair for pair in zip_longest(saved.mixture, data.mixture) if _differ(*pair)), None):
             before, after = _stage_words(*differ), _stage_words(*differ[::-1])
+            later = max([state.step, *(stage.from_step + 1 for stage in saved.mixture)])
             raise UserError(
                 f"what was read until step {state.step} is {before} in the checkpoint {path}, and {after} in the run; "
-                f"leave it as it was and change a stage from_step={state.step} or later, or use another run.dir with "
+                f"leave it as it was and change a stage from_step={later} or later, or use another run.dir with "
                 f"checkpoint.init_from={path}"
             )
         length = "" if saved.sequence_length else ", or data.sequence_length"
