@@ -13,6 +13,8 @@ import pytest
 from megallama.corpus.building.build import build_dataset
 from megallama.corpus.train_tokenizer import learn_ranks
 from megallama.errors import UserError
+from megallama.parallel.launch import Launch
+from megallama.parallel.spawn import run_ranks
 from megallama.text import checked
 from megallama.text.checked import CHECKED, CheckedEncoder, checked_encoder
 from megallama.text.hf_tokenizer import save_hugging_face
@@ -149,17 +151,24 @@ def test_what_is_no_text_to_a_tokenizer_is_none_to_gigatoken(tmp_path: Path) -> 
         assert [fast._ids(text).tolist() for text in ("END", "日本")] == [some.encode("END"), some.encode("日本")]
 
 
-def test_gigatoken_forgets_words(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checked, "MOST_REMEMBERED", 16 << 20)
-    monkeypatch.setattr(checked, "CHARACTERS_PER_LOOK", 200_000)
+def test_gigatoken_forgets_words(tokenizer: Tokenizer) -> None:
+    # In a process of its own: one that has trained keeps what is freed.
+    (most,) = run_ranks(most_remembered, 1, tokenizer)
+    assert most < 192 << 20
+
+
+def most_remembered(_: Launch, tokenizer: Tokenizer) -> int:
+    """Bytes that a process grows by while it encodes six million words, of which it may remember 16 MiB."""
+    checked.MOST_REMEMBERED, checked.CHARACTERS_PER_LOOK = 16 << 20, 200_000
     fast = checked_encoder(tokenizer)
     assert isinstance(fast, CheckedEncoder)
     letters = np.random.default_rng(0).integers(ord("a"), ord("z"), 48_000_000, np.uint8).reshape(-1, 8)
     letters[:, 0] = ord(" ")
-    text, before = letters.tobytes().decode(), psutil.Process().memory_info().rss
+    text, before, most = letters.tobytes().decode(), psutil.Process().memory_info().rss, 0
     for begin in range(0, len(text), 200_000):
         fast._ids(text[begin : begin + 200_000])
-        assert psutil.Process().memory_info().rss < before + (192 << 20)
+        most = max(most, psutil.Process().memory_info().rss - before)
+    return most
 
 
 @pytest.mark.parametrize("content", ["import a_library_that_is_not_there", "class Tokenizer: pass"])
