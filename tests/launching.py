@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -61,6 +62,12 @@ class Outcome:
     def sentences(self) -> list[str]:
         """What megallama itself said on stderr."""
         return [line for line in self.err.splitlines() if line.startswith("megallama: ")]
+
+    def seconds_since(self, what: str) -> float:
+        """From when a process printed `what` and its time.time() to stderr until the command was gone."""
+        printed = re.search(rf"{what} (\S+)", self.err)
+        assert printed, self.err
+        return self.ended - float(printed[1])
 
 
 def arguments(dataset: str, run_dir: Path, *more: str) -> list[str]:
@@ -121,6 +128,11 @@ def execute(command: Sequence[str], home: Path, *, timeout: float = 120.0, **var
             process.wait()
         texts = [(home / name).read_text(errors="replace") for name in ("out.log", "err.log")]
     return Outcome(code, *texts, seconds, ended, left_over)
+
+
+def without_progress(stderr: str) -> list[str]:
+    """The lines of a build but those that a slow one, which takes more than ten seconds, says on its way."""
+    return [line for line in stderr.splitlines() if not line.startswith("tokenising: ")]
 
 
 def outliving(home: Path, seconds: float = 3.0) -> list[int]:
@@ -190,8 +202,8 @@ def load_pretrain() -> Any:
 
 
 def events(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, of one kind or all; NaN and Infinity, which are no JSON, are refused."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    """The whole lines of metrics.jsonl, of one kind or all; NaN and Infinity, which are no JSON, are refused."""
+    lines = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]  # a run may be writing the last one
     found = [json.loads(line, parse_constant=_refuse) for line in lines]
     return [event for event in found if kind in (None, event["event"])]
 

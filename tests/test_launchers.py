@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
-import socket
 import sys
 from pathlib import Path
+from random import SystemRandom
 
 import pytest
 
+from megallama.parallel.door import _is_free
 from tests.launching import BIN, PRETRAIN, ROOT, Outcome, arguments, events, execute, losses
 
 # Raises on rank 1 of the world in step 2, while rank 0 waits for it in a collective.
@@ -93,9 +93,7 @@ def test_an_exception_on_one_rank_ends_the_whole_run(launcher: str, byte_dataset
     command = torchrun(2) if launcher == "torchrun" else deepspeed("--num_gpus=2")
     outcome = execute([*command, str(script), *arguments(byte_dataset, tmp_path / "run")], tmp_path)
     assert outcome.code != 0
-    raised = re.search(r"raised at (\S+)", outcome.err)
-    assert raised, outcome.err
-    assert outcome.ended - float(raised[1]) < 15
+    assert outcome.seconds_since("raised at") < 30, "no launcher had to kill the other rank, 30 s after it noticed"
     # Rank 0 may report after it that its peer is gone.
     assert outcome.sentences[0] == "megallama: rank 1 failed", outcome.err
     report = outcome.err.partition("megallama: rank 1 failed\n")[2]
@@ -119,7 +117,10 @@ def assert_trained(outcome: Outcome, run_dir: Path, num_ranks: int) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """One that is bound later: below those that Linux gives to connections, of which one might take it meanwhile.
+
+    And at random, since tests run beside each other.
+    """
+    while not _is_free(port := SystemRandom().randrange(20_000, 29_000)):
+        pass
+    return port

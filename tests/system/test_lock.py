@@ -26,10 +26,26 @@ from megallama.data.indexed import open_indexed
 from megallama.errors import UserError
 from megallama.system.lock import LOCK, Lock, Place, RunLock, beside, output_lock
 from megallama.text.tokenizer import load_tokenizer
-from tests.launching import ROOT
+from tests.launching import ROOT, without_progress
 from tests.plan.test_calibrate import made_run
 
-MEGALLAMA = [sys.executable, "-c", "from megallama.cli import main; main()"]
+MEGALLAMA = "from megallama.cli import main; main()"
+# Stands still as soon as it has written something to X.bin: a signal from outside might come when it has ended.
+HALTING = """
+import os, signal
+from megallama.cli import main
+from megallama.data.indexed import IndexedWriter
+
+copy = IndexedWriter.copy
+
+def copy_and_halt(*words):
+    copy(*words)
+    IndexedWriter.copy = copy
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+IndexedWriter.copy = copy_and_halt
+main()
+"""
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
@@ -51,18 +67,20 @@ def sources(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def build(folder: Path, letter: str, *more: str) -> list[str]:
-    return [*MEGALLAMA, "data", "build", f"{folder}/{letter}.jsonl", "--output", f"{folder}/X", *more]
+def build(folder: Path, letter: str, *more: str, script: str = MEGALLAMA) -> list[str]:
+    words = ["data", "build", f"{folder}/{letter}.jsonl", "--output", f"{folder}/X", *more]
+    return [sys.executable, "-c", script, *words]
 
 
 @contextmanager
 def halted_build(folder: Path) -> Iterator[subprocess.Popen[str]]:
     """A build of a.jsonl that stands still in the middle of X.bin."""
-    with subprocess.Popen(build(folder, "a", "--workers", "1"), stderr=subprocess.PIPE, text=True) as first:
+    command = build(folder, "a", "--workers", "1", script=HALTING)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as first:
         try:
-            wait_for(lambda: any(path.stat().st_size for path in folder.glob("X.bin.*.tmp")))
-            first.send_signal(signal.SIGSTOP)
+            wait_for(lambda: state(first.pid) == "T" or first.poll() is not None)
             assert first.poll() is None
+            assert any(path.stat().st_size for path in folder.glob("X.bin.*.tmp"))
             yield first
         finally:
             first.kill()
@@ -113,15 +131,16 @@ def test_a_build_whose_lock_was_removed_replaces_nothing(sources: Path) -> None:
         first.send_signal(signal.SIGCONT)
         _, said = first.communicate()
     assert first.returncode == 2
-    assert said.startswith(f"megallama: --output {sources}/X is no longer this command's: its lock ")
-    assert "nothing was replaced" in said
+    (sentence,) = without_progress(said)
+    assert sentence.startswith(f"megallama: --output {sources}/X is no longer this command's: its lock ")
+    assert "nothing was replaced" in sentence
     assert letters(sources) == {"b"}
     assert names(sources) == DONE
 
 
 def test_workers_end_with_a_build_that_is_killed_and_the_next_is_whole(sources: Path) -> None:
     with subprocess.Popen(build(sources, "a", "--workers", "2"), stderr=subprocess.DEVNULL) as first:
-        wait_for(lambda: list(sources.glob("X.parts/*.shard")))
+        wait_for(lambda: list(sources.glob("X.parts/*.shard.*.tmp")))  # one that is being written
         workers = children(first.pid)
         assert len(workers) >= 2
         first.kill()
@@ -138,11 +157,16 @@ def children(pid: int) -> list[int]:
     return [int(word) for path in found for word in path.read_text().split()]
 
 
-def alive(pid: int) -> bool:
+def state(pid: int) -> str:
+    """As the kernel tells it: T where it stands still, Z where it has ended; empty where it is gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
+        return ""
+
+
+def alive(pid: int) -> bool:
+    return state(pid) not in ("", "Z")
 
 
 def test_a_dataset_that_is_read_stays_what_it_was_while_it_is_replaced(sources: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallama.parallel.clock import SPANS, Clock
@@ -46,7 +46,7 @@ def test_a_slowed_rank_is_named_with_its_delay(name: str, where: str, byte_datas
     assert pretrain(ranks, words, plant=plant) == [(0, "")] * ranks
     (found,) = (event for event in events(run, "straggler") if event["rank"] == slow)
     assert found["host"] == socket.gethostname()
-    assert found["seconds"] == pytest.approx(DELAY, rel=0.2)
+    assert 0.6 * DELAY < found["seconds"] < 2 * DELAY, "the machine may hold up one rank more than the other"
     late = [event for event in events(run, "train") if event["step"] > 3]
     slowest = [event["slowest"][0][0] for event in late]
     assert slowest.count(slow) > len(late) / 2, "the machine may hold up another once"
@@ -86,6 +86,7 @@ def slowed(rank: int, where: str) -> None:
     train.prefetched = patched
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 10), min_size=2, max_size=9))
 def test_the_median_of_the_others_leaves_each_out(values: list[float]) -> None:
     expected = [median(values[:place] + values[place + 1 :]) for place in range(len(values))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch.distributed.flight_recorder.components.loader import read_dir
 
+import megallama.train.watchdog
 from megallama.train.watchdog import Watchdog
 
 FACTOR, LEAST, FIRST = 4.0, 0.2, 30.0
@@ -54,8 +56,24 @@ time.sleep(60)
 """
 
 
+class Clock:
+    """What the watchdog takes for the time."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
 @pytest.fixture
-def watchdog(tmp_path: Path) -> Iterator[Watchdog]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(megallama.train.watchdog, "time", made)
+    return made
+
+
+@pytest.fixture
+def watchdog(tmp_path: Path, clock: Clock) -> Iterator[Watchdog]:
     made = Watchdog(tmp_path / "stacks.txt", pytest.fail, FACTOR, LEAST, FIRST)
     yield made
     made.close()
@@ -68,12 +86,12 @@ def limit(watchdog: Watchdog, kind: str, *, patient: bool = False) -> float:
     return watchdog._phase.limit
 
 
-def test_a_phase_may_take_a_multiple_of_the_recent_ones_of_its_kind(watchdog: Watchdog) -> None:
+def test_a_phase_may_take_a_multiple_of_the_recent_ones_of_its_kind(watchdog: Watchdog, clock: Clock) -> None:
     assert limit(watchdog, "step") == FIRST
-    for seconds in (0.1, 0.1, 0.4):
-        time.sleep(seconds)
+    for seconds in (1.0, 1.0, 3.0):
+        clock.now += seconds
         watchdog.now("step")
-    assert limit(watchdog, "step") == pytest.approx(FACTOR * 0.1, rel=0.2)
+    assert limit(watchdog, "step") == FACTOR * 1.0
     assert limit(watchdog, "evaluation") == FIRST
     assert limit(watchdog, "evaluation") == LEAST
     assert limit(watchdog, "evaluation", patient=True) == FIRST
@@ -82,7 +100,7 @@ def test_a_phase_may_take_a_multiple_of_the_recent_ones_of_its_kind(watchdog: Wa
 def test_a_hang_that_keeps_the_interpreter_is_ended_from_outside_it(tmp_path: Path) -> None:
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", LOCKED, tmp_path / "stacks.txt"], capture_output=True, text=True)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 50, "the call would return after 60 s"
     assert done.returncode == 1
     assert "call_that_keeps_the_interpreter" in done.stderr
     assert not (tmp_path / "stacks.txt").exists(), "no Python ran that could have written it"
@@ -94,7 +112,7 @@ def test_a_hang_ends_where_no_stacks_can_be_written(tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "Timeout" not in done.stderr, "it is not for `faulthandler`, a minute later"
-    assert "step hangs: 1 s, where 1 s is the most it may take; stacks cannot be written to " in done.stderr
+    assert re.search(r"step hangs: \d+ s, where 1 s is the most it may take; stacks cannot be written to ", done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +133,8 @@ def test_the_last_collectives_are_written_beside_the_stacks(device: str, backend
     stacks = tmp_path / "stacks" / "rank_00003.txt"
     done = subprocess.run([sys.executable, "-c", HANGS, stacks, device], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert f"step hangs: 1 s, where 1 s is the most it may take; stacks are in {stacks}" in done.stderr
+    said = rf"step hangs: \d+ s, where 1 s is the most it may take; stacks are in {re.escape(str(stacks))}"
+    assert re.search(said, done.stderr), done.stderr
     assert {path.name for path in stacks.parent.iterdir()} == {"rank_00003.txt", "collectives_rank_00003"}
     of_rank, _ = read_dir(Namespace(trace_dir=str(stacks.parent), prefix=None))  # as torchfrtrace does
     assert of_rank["collectives_rank_00003"]["rank"] == 3
