@@ -83,7 +83,7 @@ def test_a_part_of_another_file_is_found_by_the_hash_and_fetched_again(tmp_path:
 
 
 def test_a_server_that_falls_silent_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(module, "SILENT_SECONDS", 1.0)
     gates = [threading.Event(), threading.Event()]
     with serving(Served(CONTENT, gates=[*gates])) as served:
         fetched(served, tmp_path)

@@ -73,9 +73,9 @@ def test_bytes_alone_need_no_text() -> None:
 
 
 def test_4096_entries_on_the_standard_library_take_seconds(tmp_path: Path) -> None:
-    begin = time.monotonic()
+    begin = time.process_time()  # of all threads: what else the machine does is not in it
     tokenizer, _ = train_tokenizer(["stdlib"], str(tmp_path / "tok"), 4096)
-    assert time.monotonic() - begin < 60
+    assert time.process_time() - begin < 120
     text = Path(__file__).read_text(encoding="utf-8")
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(text) / len(tokenizer.encode(text)) > 2.5

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -60,6 +60,7 @@ def plainly(loaded: Loaded, ids: list[int], window: int, stride: int) -> list[fl
     return found
 
 
+@settings(deadline=None)
 @given(length=st.integers(0, 60), size=st.integers(1, 20), data=st.data())
 def test_every_token_counts_once_with_its_context(length: int, size: int, data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, size))

@@ -195,7 +195,7 @@ def test_killed_before_any_operation_on_the_disk_and_repeated(what: str, least: 
     for number in range(3):
         (tmp_path / "text" / f"{number}.jsonl").write_text('{"text": "%s"}\n{"text": "again"}\n' % ("x" * 50 * number))
     code = [sys.executable, "-c", EVERY_OPERATION, what, str(tmp_path)]
-    done = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     print(f"killed before each of {done.stdout.strip()} operations")
     assert int(done.stdout) > least

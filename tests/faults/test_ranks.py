@@ -158,13 +158,12 @@ def test_a_second_start_is_refused_and_the_first_does_not_notice(
 
 
 def test_a_lock_that_nobody_holds_is_no_obstacle(byte_dataset: str, tmp_path: Path) -> None:
+    """One that was taken for held would be waited for in vain, and the start be refused."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     # Process 1 is alive and has nothing to do with it: what counts is who holds the lock.
     (run_dir / "lock").write_text('{"host": "elsewhere", "pid": 1, "job": "17"}')
-    began = time.monotonic()
     assert pretrain(1, words(byte_dataset, run_dir, ALONE, "train.steps=4")) == [(0, "")]
-    assert time.monotonic() - began < 10
     assert "elsewhere" not in (run_dir / "lock").read_text()
 
 
@@ -174,12 +173,13 @@ def test_what_the_holder_of_the_lock_saved_last_is_continued(byte_dataset: str, 
     arguments = words(byte_dataset, run_dir, DP2, "train.steps=4")
     assert pretrain(2, [*arguments, "train.stop_after=3"]) == [(0, "")] * 2
     (run_dir / "checkpoints").rename(kept)
-    with (run_dir / "lock").open("a") as lock, forked(2, arguments, tmp_path) as run:
+    with (run_dir / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        wait_for(lambda: waits_for(run_dir / "lock", run), run)
-        kept.rename(run_dir / "checkpoints")
-        fcntl.flock(lock, fcntl.LOCK_UN)
-        assert run.results() == [(0, "")] * 2
+        with forked(2, arguments, tmp_path) as run:
+            wait_for(lambda: waits_for(run_dir / "lock", run), run)
+            kept.rename(run_dir / "checkpoints")
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            assert run.results() == [(0, "")] * 2
     assert steps(run_dir, "resume") == [3]
     assert steps(run_dir, "train") == [1, 2, 3, 4]
 
@@ -235,20 +235,24 @@ def test_a_rank_that_stands_still_is_noticed_wherever_it_does(place: str, byte_d
 
 
 def stand_still(place: str, folder: str) -> None:
-    """Rank 1 is stopped, by the signal that cannot be caught, in step 3 or where it comes to `place` after that."""
+    """Rank 1 is stopped, by the signal that cannot be caught, where it comes to `place` for the third time."""
     import megallama.train.loop
+    from megallama.checkpoint.writing.saver import Saver
 
-    rank, owner = int(os.environ["RANK"]), megallama.train.loop
-    original, calls = getattr(owner, place), []
+    rank, name = int(os.environ["RANK"]), place
+    owner: Any = megallama.train.loop
+    if place == "finish":  # the third save, for which the others wait there, may be done before rank 1 comes to it
+        owner, name = Saver, "_save"
+    original, calls = getattr(owner, name), []
 
     def stopped(*arguments: Any, **named: Any) -> Any:
-        calls.append(place)
-        if rank == 1 and (len(calls) == 3 or place == "finish"):
+        calls.append(name)
+        if rank == 1 and len(calls) == 3:
             Path(folder, "stopped").touch()
             os.kill(os.getpid(), signal.SIGSTOP)
         return original(*arguments, **named)
 
-    setattr(owner, place, stopped)
+    setattr(owner, name, stopped)
 
 
 def test_a_hang_under_torchrun_ends_the_job(byte_dataset: str, tmp_path: Path) -> None:
@@ -257,7 +261,7 @@ def test_a_hang_under_torchrun_ends_the_job(byte_dataset: str, tmp_path: Path) -
         wait_for(lambda: recorded(run_dir, "train"), run)
         os.kill(run.ranks()[1], signal.SIGSTOP)
         # Limit and grace, and the half minute that torchrun gives to a rank that does not go.
-        assert run.process.wait(60) != 0
+        assert run.process.wait(110) != 0
         assert outliving(tmp_path) == []
     assert outcome(run_dir)["status"] == "failed"
     assert outcome(run_dir)["step"] >= 1

@@ -40,7 +40,8 @@ from tests.test_launchers import free_port
 
 pytestmark = pytest.mark.faults
 
-STEPS = 24
+STEPS = 60
+"""A second or two of them: a test that the machine holds up must not find the run over."""
 REQUEUE = 75
 INTERRUPTED = 130
 FIRST_PRESS = "megallama: Ctrl-C: this step is finished and saved; once more ends at once, without the save"
@@ -127,7 +128,10 @@ def test_a_signal_before_the_first_step_waits_for_it(
     moment: str, byte_dataset: str, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     arguments = words(byte_dataset, tmp_path / "run", ALONE, f"train.steps={STEPS}", "checkpoint.every=0")
-    with cold([*command("python", 1), *arguments], tmp_path) as run:
+    # Seconds of evaluations before the first step, of which those that have not begun by the signal are left out.
+    sets = ", ".join(f"set{number}: {byte_dataset}" for number in range(20))
+    evaluations = [f"evaluation.sets={{{sets}}}", "evaluation.samples=200"]
+    with cold([*command("python", 1), *arguments, *evaluations], tmp_path) as run:
         maps = Path(f"/proc/{run.process.pid}/maps")
         if moment == "torch is loaded":
             wait_for(lambda: "libtorch" in maps.read_text(), run)

@@ -211,6 +211,7 @@ def record(done: Done) -> None:
 
 
 @pytest.mark.benchmarks
+@pytest.mark.timeout(900)
 def test_stages_of_known_times_wait_as_long_as_simulated_and_run_in_its_order() -> None:
     pp, micro_batches = 4, 8
     taken: dict[Schedule, float] = {}
@@ -226,7 +227,7 @@ def test_stages_of_known_times_wait_as_long_as_simulated_and_run_in_its_order() 
             spans = simulate(lists, took)
             waiting = 1 - sum(span.end - span.start for rank in spans for span in rank) / (taken[schedule] * pp)
             print(f"{schedule}: waiting {waiting:.1%}, simulated {bubble(spans):.1%}")
-            simulated_waiting = pytest.approx(bubble(spans), rel=0.1, abs=0.01)
+            simulated_waiting = pytest.approx(bubble(spans), rel=0.1, abs=0.02)
             if waiting == simulated_waiting:
                 break
         # Time that a stage loses in itself would else be on both sides of what follows.

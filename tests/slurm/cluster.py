@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from random import SystemRandom
 
 from tests.launching import BIN, ROOT
-from tests.test_launchers import free_port
 
 UNPACKED = Path(sys.prefix) / "slurm"
 """Where `make test-slurm` puts Debian's packages; empty where Slurm is installed."""
@@ -85,13 +85,14 @@ class Cluster:
             (folder / name).mkdir()
         for number in range(8):
             (folder / "gpu" / f"gpu{number}").symlink_to("/dev/null")  # what is no device file is not counted
-        first = _free_ports(len(NODES))
+        controller = _free_ports(1 + len(NODES))
+        first = controller + 1
         plugins = UNPACKED / "usr/lib/x86_64-linux-gnu/slurm-wlm"
         (folder / "slurm.conf").write_text(
             CONFIGURATION.format(
                 host=socket.gethostname(),
                 user=pwd.getpwuid(os.getuid()).pw_name,
-                port=free_port(),
+                port=controller,
                 folder=folder,
                 nodes=f"n[1-{len(NODES)}]",
                 first=first,
@@ -232,13 +233,16 @@ def slurm_is_here() -> bool:
 
 
 def _free_ports(count: int) -> int:
-    """The first of so many free ports in a row."""
+    """The first of so many free ports in a row.
+
+    Above those of the jobs' rendezvous, and below those that the system gives to anybody before the daemons have begun.
+    """
     while True:
-        first = free_port()
+        first = SystemRandom().randrange(31000, 32000)
         with suppress(OSError):
             for port in range(first, first + count):
                 with socket.socket() as listener:
-                    listener.bind(("127.0.0.1", port))
+                    listener.bind(("", port))
             return first
 
 

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -17,7 +17,7 @@ from tests.launching import ROOT, events
 from tests.slurm.cluster import NODES, Cluster
 from tests.slurm.runs import STEPS, log, small, steps_done, wait_for_steps
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 WITHOUT_LOOK = {"MEGALLAMA_PREFLIGHT": "no"}
 """Ten seconds less for each start; the first test, that of two jobs and those of bad nodes have the look."""
@@ -98,7 +98,8 @@ def test_a_job_survives_signals_a_requeue_and_preemption(
     ):
         wait_for_steps(cluster, run_dir, 5)
         asked = time.monotonic()
-        cluster.call(*words)
+        with standing_still(cluster, job, run_dir):
+            cluster.call(*words)
         wait_for_restarts(cluster, job, count + 1)
         times[" ".join(words[:-1])] = time.monotonic() - asked
         cluster.wait(lambda count=count: len(events(run_dir, "stop")) > count, 30)  # scontrol requeues, then ends it
@@ -107,7 +108,8 @@ def test_a_job_survives_signals_a_requeue_and_preemption(
     assert [(stop["status"], stop["reason"]) for stop in stops] == [("requeue", reason) for reason in reasons]
 
     wait_for_steps(cluster, run_dir, 5)
-    urgent = cluster.submit("--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=true")
+    with standing_still(cluster, job, run_dir):
+        urgent = cluster.submit("--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=true")
     wait_for_restarts(cluster, job, 4)
     assert cluster.ended(urgent)["JobState"] == "COMPLETED"
     assert [(stop["status"], stop["reason"]) for stop in events(run_dir, "stop")[3:]] == [("requeue", reasons[0])]
@@ -256,6 +258,31 @@ def rank_zero(cluster: Cluster, job: str) -> psutil.Process:
         if process.environ().get("RANK") == "0" and process.cmdline()[1:2] == ["launch/pretrain.py"]
     ]
     return found
+
+
+@contextmanager
+def standing_still(cluster: Cluster, job: str, run_dir: Path) -> Iterator[None]:
+    """Rank 0 takes no step until what is asked of the job here has reached it, or a fast machine has done all by then.
+
+    A signal waits for it. Slurm wakes what it is about to end.
+    """
+    rank = rank_zero(cluster, job)
+    rank.suspend()
+    try:
+        yield
+        cluster.wait(lambda: (run_dir / "STOP").exists() or is_signalled(rank.pid), 60)
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            rank.resume()
+
+
+def is_signalled(pid: int) -> bool:
+    """Whether a signal waits for a process, or it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+    return re.search(r"^(State:\s+Z|ShdPnd:\s+0*[1-9a-f])", status, re.MULTILINE) is not None
 
 
 def said(folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from tests.faults.runs import assert_same_run, outcome, saved_steps
 from tests.launching import ROOT
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import STEPS, small, wait_for_steps
+from tests.slurm.test_jobs import standing_still
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 ODD = "a 100%j, $(touch PWNED) `run` 'a' \"b\" *;n#1é"
 """What a shell, sbatch and srun would each take for something else."""
@@ -34,11 +36,14 @@ def test_launch_sends_shows_and_stops_a_run_which_goes_on_later(
     assert f"Comment={ODD} a\\b" in cluster.call("scontrol", "show", "job", job)
     assert "already; see it with --status" in launch("--nodes", "2", "--per-node", "1", check=False)
     wait_for_steps(cluster, run_dir, 5)
-    status = launch("--status")
+    with ThreadPoolExecutor() as pool:
+        with standing_still(cluster, job, run_dir):  # what is asked here takes as long as all steps
+            status = launch("--status")
+            stopping = pool.submit(launch, "--stop")
+        said = stopping.result()
     assert "RUNNING on n[1-2]" in status
     assert "PENDING (Dependency)" in status
     assert "last start: running" in status
-    said = launch("--stop")
     assert "it waited, and is cancelled" in said
     assert "it is asked to save and end" in said
     assert outcome(run_dir)["status"] == "requeue"

@@ -17,7 +17,7 @@ from tests.slurm.cluster import NODES, Cluster
 from tests.slurm.runs import small
 from tests.slurm.test_jobs import said, submit
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="a node with its own mounts needs root")
 
 
