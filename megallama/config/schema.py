@@ -267,7 +267,7 @@ class LoggingConfig(Section):
     """Logging."""
 
     every: int = Field(default=1, ge=1, le=MOST_STEPS)
-    """Steps between `train` events; each one synchronizes with the device once."""
+    """Steps between `train` events."""
     layers_every: int = Field(default=0, ge=0, le=MOST_STEPS)
     """Steps between `layers` events, with norms of each layer's output and of its gradient; 0 for none."""
     wandb: WandbConfig | None = None

@@ -12,11 +12,18 @@ from torch.utils._triton import has_triton
 
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
+from megallama.layout.compiled import compiles_attention
 
 
 def check_compiler(config: RunConfig, device: torch.device) -> None:
-    """UserError where train.compile=true has no compiler here."""
+    """UserError where train.compile=true, or the attention of documents, has no compiler here."""
     on_gpu = device.type == "cuda"
+    if compiles_attention(config, on_gpu) and not can_compile(on_gpu):
+        key = "data.document_mask=true" if config.data.document_mask else "data.pad=left"
+        raise UserError(
+            f"{key} needs {needed_to_compile(on_gpu)} for attention on a GPU, and some of it is not here; install it, "
+            f"or use {'data.document_mask=false' if config.data.document_mask else 'data.pad=right'}"
+        )
     if config.train.compile is True and not can_compile(on_gpu):
         raise UserError(
             f"train.compile=true needs {needed_to_compile(on_gpu)}, and some of it is not here; install it, or use "

@@ -15,8 +15,7 @@ from megallama.config.values import MOST_STAGES
 from megallama.errors import UserError
 from megallama.layout.batching import Batching, batching_of
 from megallama.layout.budget import NOTHING_SEEN, Seen, schedule_batch, schedule_steps, total_steps
-from megallama.layout.compiled import why_not_compiled
-from megallama.layout.counts import FORWARD_AGAIN, GATES_AT_ONCE
+from megallama.layout.compiled import mlp_in_tiles, why_not_compiled
 from megallama.layout.frozen import frozen_shapes
 from megallama.layout.legal import (
     divisors,
@@ -187,7 +186,7 @@ def _check_fp8(config: RunConfig) -> None:
                 f"train.matmul={matmul} multiplies matrices whose sides are multiples of {FP8_MULTIPLE}, and {words} = "
                 f"{size}; nearest legal: {either(nearest_multiples(size, FP8_MULTIPLE))}, or train.matmul=dtype"
             )
-    if config.train.recompute in FORWARD_AGAIN and 2 * tokens * model.intermediate_size // tp > GATES_AT_ONCE:
+    if mlp_in_tiles(config):
         raise UserError(
             f"train.matmul={matmul} does not go with train.recompute={config.train.recompute} for so many tokens, of "
             "which the MLP is computed in tiles; use a smaller train.micro_batch_size, or train.matmul=dtype"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from megallama.config.schema import RunConfig
+from megallama.layout.counts import FORWARD_AGAIN, GATES_AT_ONCE
 from megallama.layout.schedules import schedule_of
 
+LEAST_FLEX_HEAD = 16
+"""Triton multiplies no narrower matrices, and with them torch's flex attention."""
 TORCHS_BLOCK = 512
 """Keys that torch's attention on a CPU takes at a time."""
 
@@ -28,7 +31,26 @@ def why_not_compiled(config: RunConfig) -> str | None:
             f"train.compile=true would keep the inputs of layers whole at parallel.tensor={config.parallel.tensor}, "
             "where sequence parallelism cuts them; use train.compile=auto, or parallel.sequence=false"
         )
+    if mlp_in_tiles(config):
+        # Tiles are no part of a graph, and torch drops a layer whose recomputation it cannot trace to the end.
+        return (
+            f"train.compile=true does not go with train.recompute={config.train.recompute} for so many tokens, of "
+            "which the MLP is computed in tiles; use train.compile=auto, or train.recompute=selective"
+        )
     return None
+
+
+def mlp_in_tiles(config: RunConfig) -> bool:
+    """Whether a backward computes the MLP of a micro-batch again in tiles (model/tiled_mlp.py)."""
+    model, parallel = config.model, config.parallel
+    tokens = config.train.micro_batch_size * config.data.sequence_length // parallel.context
+    gates = 2 * model.intermediate_size // parallel.tensor
+    return config.train.recompute in FORWARD_AGAIN and tokens * gates > GATES_AT_ONCE
+
+
+def compiles_attention(config: RunConfig, on_gpu: bool) -> bool:
+    """Whether attention is compiled in any case: on a GPU that of documents, which else would hold whole squares."""
+    return on_gpu and config.data.documents_apart and config.model.head_size >= LEAST_FLEX_HEAD
 
 
 def attends_in_blocks(config: RunConfig, on_gpu: bool) -> bool:

@@ -7,7 +7,7 @@ another row, is another document.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import pairwise
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import activate_flash_attention_impl
-from torch.nn.attention.bias import causal_lower_right
 
 from megallama.config.schema import RunConfig
-from megallama.layout.compiled import attends_in_blocks
+from megallama.layout.compiled import LEAST_FLEX_HEAD, attends_in_blocks
 from megallama.layout.topology import AxisName, context_slices
 from megallama.model.blockwise import blockwise_attention
 from megallama.parallel.collectives import all_to_all, gather
@@ -33,8 +33,6 @@ What is rotated by which position is settled before it.
 """
 
 _HOPPER = 9
-LEAST_FLEX_HEAD = 16
-"""Triton multiplies no narrower matrices, and with them torch's flex attention."""
 
 
 @dataclass(frozen=True)
@@ -135,15 +133,18 @@ class ExchangedAttention(FusedAttention):
     Tensors go from all heads of a part of the sequence to a part of the heads of all of it, and back.
     """
 
+    of_all: FusedAttention = field(init=False)
+    """Over the whole sequence. Made here: torch's compiler makes no such object inside a graph."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "of_all", FusedAttention(self.causal, in_blocks=self.in_blocks))
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._over(self._of_all(), q, k, v)
+        return self._over(self.of_all, q, k, v)
 
     def within(self, documents: Tensor, head_dim: int) -> AttentionCore:
         """As of FusedAttention."""
-        return partial(self._over, self._of_all().within(documents, head_dim))
-
-    def _of_all(self) -> FusedAttention:
-        return FusedAttention(self.causal, in_blocks=self.in_blocks)
+        return partial(self._over, self.of_all.within(documents, head_dim))
 
     def _over(self, core: AttentionCore, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, (k, v) = self._some_heads(sequence_first(q)), self._some_heads(_stacked(k, v)).unbind(1)
@@ -216,14 +217,21 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, in_blocks: bool = 
         return blockwise_attention(q, k, v)[0].unflatten(0, (rows, -1))
     mask: Tensor | None = None
     if causal and queries != keys:
-        if q.is_cuda:  # its kernels know the corner; a mask would be as large as the rectangle
-            mask = causal_lower_right(queries, keys)
-        else:
-            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        if _flash_takes(q, k, v):  # and the last query sees the last key; a mask would be as large as the rectangle
+            found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+            return found[0].unflatten(0, (rows, -1))
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     found = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=grouped
     )
     return found[0].unflatten(0, (rows, -1))
+
+
+def _flash_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether CUDA's flash attention takes them as they are; torch's own way to it pads heads to multiples of 8."""
+    if not q.is_cuda or q.shape[-1] % 8:
+        return False
+    return can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, q.shape[1] != k.shape[1]))
 
 
 def beginnings(documents: Tensor) -> Tensor:

@@ -140,7 +140,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grads[0]
-        by_hidden = None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype)
+        by_hidden = None
+        if grad_hidden is not None:
+            # In fp32: a scale that is rounded to bf16 would be off by one factor for all, another one at another dp.
+            by_hidden = torch.mul(grad_hidden, scale.view(1), out=torch.empty_like(grad_hidden))
         by_weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
         return by_hidden, by_weight, None, None, None, None, None, None, None
 

@@ -13,7 +13,7 @@ from megallama.checkpoint.health import healthy_checkpoints
 from megallama.checkpoint.reading.rollback import return_to
 from megallama.checkpoint.reading.store import damage
 from megallama.checkpoint.state import TrainState, read_saved
-from megallama.errors import SharedError
+from megallama.errors import SharedError, UserError
 from megallama.layout.budget import united
 from megallama.layout.check import check_batching
 from megallama.layout.frozen import frozen_weights
@@ -74,6 +74,7 @@ def rewound(run: Run, state: TrainState) -> tuple[Run, TrainState] | None:
     if state.rewinds >= run.config.health.max_rewinds:
         return None
     run.watchdog.now("rewind", patient=True)
+    run.requests.no_step()
     run.saver.wait()
     report_saves(run)
     path = checkpoint_before(run, state.step - state.skipped)
@@ -86,7 +87,6 @@ def rewound(run: Run, state: TrainState) -> tuple[Run, TrainState] | None:
         rewinds=state.rewinds + 1,
         passed_over=united([*state.passed_over, out]),
     )
-    check_batching(run.config, run.mesh.world.size, back.seen)  # of an earlier stage of train.batch_ramp
     facts = {"samples": back.samples, "path": str(path), "passed_over": list(out), "set_aside": undone}
     run.metrics.write("rewind", step=back.step, **facts)
     return replace(run, data=run.data.begun_at(back.stages, back.passed_over)), back
@@ -108,14 +108,23 @@ def undo_newer(run: Run, path: Path) -> dict[str, str]:
 
 
 def checkpoint_before(run: Run, step: int) -> Path | None:
-    """The newest healthy and sound checkpoint from before `step` that trained the same weights; alike on all ranks.
+    """The newest healthy and sound checkpoint from before `step` that the run can go on from; alike on all ranks.
 
-    That of `step` itself may be of the update that has ruined them.
+    That of `step` itself may be of the update that has ruined them. It trained the same weights, and its batch, of an
+    earlier stage of `train.batch_ramp`, goes with the ranks of now.
     """
     mesh, frozen = run.mesh, frozen_weights(run.config.model, run.config.train.freeze)
     found = [str(path) for path in healthy_checkpoints(run.dir / "checkpoints") if step_of(path) < step]
     for path in map(Path, from_first(found, mesh.world.group, mesh.device)):
         # Moments of what was frozen then are not in it.
-        if not damage(path, mesh) and read_saved(path).frozen == frozen:
+        if not damage(path, mesh) and read_saved(path).frozen == frozen and _goes_with_ranks(run, path):
             return path
     return None
+
+
+def _goes_with_ranks(run: Run, path: Path) -> bool:
+    try:
+        check_batching(run.config, run.mesh.world.size, read_saved(path).state_at(run.config.data.sequence_length).seen)
+    except UserError:
+        return False
+    return True

@@ -58,8 +58,13 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     check_fp8(config, device)
     check_compiler(config, device)
     launch.prepare(device)
+    if config.zero.offload_optimizer == "cpu" and device.type == "cuda":
+        # Launchers give the ranks of GPUs one thread each, with which an update on the host takes many times as long.
+        torch.set_num_threads(max(launch.processors, torch.get_num_threads()))
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
+        # Nothing here reads memory that it has not written, and filling all of it first takes time.
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010  # torch does not type it
     elif device.type == "cuda":
         use_fastest_kernel(device)
     # torch 2.13 renames collectives that 2.11 knows by their old names only; DeepSpeed and we use the old ones.

@@ -88,6 +88,10 @@ class StopRequests:
             self._lost is not None,
         ]
 
+    def no_step(self) -> None:
+        """What takes time from here to the next wishes is no step's: none that takes as long need be waited for."""
+        self._asked = None
+
     def decide(self, asked: Sequence[bool]) -> StopDecision:
         """What all ranks do after a step, by the wishes of any; the same on each, all of which must call it."""
         if self._asked is not None:

@@ -219,6 +219,17 @@ def test_layers_that_torch_would_keep_whole_are_not_compiled(tmp_path: Path) -> 
     assert compiles(by_default, on_gpu=True) and not compiles_layers(by_default, on_gpu=True)
 
 
+def test_layers_whose_mlp_is_in_tiles_are_not_compiled(tmp_path: Path) -> None:
+    tokens = ["data.sequence_length=32768", "model.max_position_embeddings=32768", "train.micro_batch_size=8"]
+    many = [*tokens, "train.recompute=full"]
+    with pytest.raises(UserError, match=r"train\.recompute=full for so many tokens, .* or train\.recompute=selective$"):
+        check_training(run(tmp_path, [*many, "train.compile=true"]), 2)
+    check_training(run(tmp_path, [*tokens, "train.recompute=selective", "train.compile=true"]), 2)
+    by_default = run(tmp_path, many)
+    assert compiles(by_default, on_gpu=True) and not compiles_layers(by_default, on_gpu=True)
+    assert compiles_layers(run(tmp_path, [*many, "train.micro_batch_size=2"]), on_gpu=True)
+
+
 def test_a_length_in_tokens_is_checked_with_the_steps_that_it_takes_from_where_the_run_is(tmp_path: Path) -> None:
     """3,064 sequences by 8: 383 steps. After 120 of them by 16: 252, while a new run by 16 takes 192."""
     by_16 = ["train.steps=null", f"train.tokens={3064 * 120}", "schedule.warmup_steps=200"]

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
+from megallama.config.schema import ModelConfig
 from megallama.layout.topology import Topology, context_slices
 from megallama.model.attention import ExchangedAttention, FusedAttention, by_rank, in_order
+from megallama.model.init import initialise
+from megallama.model.llama import Llama, Recompute, TensorParallelContext
 from megallama.parallel.issued import Issued
 from megallama.parallel.launch import Launch
 from megallama.parallel.mesh import Axis, build_mesh
@@ -16,6 +20,15 @@ from megallama.parallel.spawn import run_ranks
 LENGTH, HEADS, KV_HEADS, WIDTH = 48, 8, 4, 16
 DOCUMENTS = torch.tensor([[0] * 7 + [1] + [2] * 40, [0] * 48, [0] * 30 + [1] * 17 + [2]], dtype=torch.int32)
 KINDS = (FusedAttention, ExchangedAttention)
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+SHAPE = ModelConfig(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -54,6 +67,26 @@ def as_a_whole(launch: Launch) -> None:
 @pytest.mark.parametrize("cp", [2, 4])
 def test_attention_and_its_gradients_are_those_of_a_whole_sequence(cp: int) -> None:
     run_ranks(as_a_whole, cp)
+
+
+def graphs_of_a_layer(launch: Launch) -> list[int]:
+    """How many graphs torch's compiler makes of a decoder layer, by recomputation."""
+    cp, found = build_mesh(Topology(cp=launch.world_size), launch, torch.device("cpu")).axes["cp"], []
+    for recompute in RECOMPUTE:
+        made = Llama(SHAPE, TensorParallelContext(attention=ExchangedAttention(True, cp)), recompute=recompute)
+        initialise(made, made.shard_slices, seed=0, num_layers=1, scheme="llama", std=0.02)
+        torch._dynamo.reset()
+        counters.clear()
+        for layer in made.layers.values():
+            layer.compile(backend="aot_eager")
+        tokens = torch.zeros(1, LENGTH // cp.size, dtype=torch.long)
+        made(tokens, tokens).backward()
+        found.append(counters["stats"]["unique_graphs"])
+    return found
+
+
+def test_a_layer_that_exchanges_heads_is_one_graph() -> None:
+    assert run_ranks(graphs_of_a_layer, 2) == [[1, 1, 1]] * 2
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])

@@ -201,6 +201,19 @@ def test_compiled_passes_over_logits_find_the_same(tp: int, vocabulary: int) -> 
     run_ranks(cross_entropy, tp, vocabulary, 10 * rows, 0.2, False, True)  # five tokens, of 8 bytes a logit
 
 
+def test_a_gradient_in_bf16_has_the_scale_of_the_loss_and_not_one_rounded_to_bf16() -> None:
+    """1.5029 is 1.5 in bf16."""
+    draws, norms = torch.Generator().manual_seed(0), []
+    hidden, weight = (torch.randn(rows, 64, generator=draws).bfloat16() for rows in (512, 128))
+    labels = torch.randint(128, (512,), generator=draws)
+    for scale in (1.0, 1.5029):
+        given = hidden.clone().requires_grad_()
+        (linear_cross_entropy(given, weight, labels, 0, 128, ALONE) * torch.tensor(scale)).backward()
+        assert given.grad is not None and given.grad.dtype == torch.bfloat16
+        norms.append(float(given.grad.double().norm()))
+    assert norms[1] / norms[0] == pytest.approx(1.5029, rel=3e-4)
+
+
 @pytest.mark.parametrize("kernels", [IN_PLACE, pytest.param(None, marks=[needs_compiler, pytest.mark.layouts])])
 def test_in_bf16_the_label_of_a_token_that_is_as_good_as_known_keeps_its_gradient(
     kernels: SoftmaxKernels | None,

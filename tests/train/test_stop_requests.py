@@ -51,6 +51,20 @@ def test_a_run_leaves_while_there_is_time_to_save(
     assert stop == ("train.max_minutes" if leaves else None)
 
 
+def test_what_is_no_step_needs_no_time_before_the_end(requests: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As going back to a checkpoint, which takes half of the time that there is."""
+    now = time.monotonic()
+    run = requests(100.0)
+    run.save_took(1.0)
+    monkeypatch.setattr("megallama.train.stop_requests.time.monotonic", lambda: now)
+    assert decided(run, saving=False).stop is None
+    run.no_step()
+    now += 60
+    assert decided(run, saving=False).stop is None
+    now += 60
+    assert decided(run, saving=False).stop == "train.max_minutes"
+
+
 def test_before_a_save_was_measured_a_disk_is_taken_to_be_slow(requests: Make) -> None:
     assert decided(requests(5.0), saving=False).stop == "train.max_minutes"
     assert decided(requests(20.0), saving=False).stop is None

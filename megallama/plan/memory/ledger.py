@@ -101,7 +101,8 @@ def host_rows(config: RunConfig, dp_size: int) -> list[list[MemoryRow]]:
     """
     moments = fullest(config.parallel, gradient_accumulation_steps(config, dp_size))
     every, of = stages(config), tensors(config)
-    each = of.state if config.train.recompute == "offload" and config.train.device != "cpu" else 0
+    offloads = config.train.recompute == "offload" and config.train.device != "cpu"
+    each = 1 << (of.state - 1).bit_length() if offloads else 0  # as torch gives pinned memory
     found, ranks = list[list[MemoryRow]](), dp_size * config.parallel.context
     for rank, here in zip(rank_parameters(config), moments, strict=True):
         layers = [each * len(every[index].layers) for index in rank.stages]
@@ -109,7 +110,9 @@ def host_rows(config: RunConfig, dp_size: int) -> list[list[MemoryRow]]:
         mine = -(-(rank.total - rank.frozen) // ranks) if config.train.average.kind == "latest" else 0
         rows = (
             *offloaded_state(config, rank, ranks),
-            MemoryRow("host_memory", "inputs of layers in flight", "pinned, of the fullest rank", inputs),
+            MemoryRow(
+                "host_memory", "inputs of layers in flight", "pinned, in powers of two, of the fullest rank", inputs
+            ),
             MemoryRow("host_average", "average of checkpoints", f"4 B * {mine}, as much again at a save", 8 * mine),
         )
         found.append([row for row in rows if row.size])

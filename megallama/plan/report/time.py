@@ -167,7 +167,7 @@ def _step_time(config: RunConfig, world_size: int, on: Machine, step: StepTime) 
     share = on.software.optimizer_ranks(copies.size)
     where = f"{optimizer_bytes(config, on.software)} B * {parameters:.4g} parameters / {share} copies over"
     host = config.zero.offload_optimizer == "cpu"
-    how = f"{where} {HOST_MEMORY_GB_S} GB/s of the host, and the way there" if host else f"{where} {bandwidth} TB/s"
+    how = f"{where} {HOST_MEMORY_GB_S} GB/s of a node, and the way there" if host else f"{where} {bandwidth} TB/s"
     rows.append(Row("optimizer", "optimizer", how, step.optimizer, "s"))
     rows.append(Row("total", "one step", "sum, of the slowest pipeline rank", step.total, "s"))
     return Part("step_time", title, tuple(rows))

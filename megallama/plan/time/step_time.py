@@ -223,17 +223,21 @@ def step_time(config: RunConfig, world_size: int, on: Machine, *, simulated: boo
         pipeline=m * messages,
         bubble=bubble,
         data=_data(config, on, parameters, group, m, slowest.compute, bubble),
-        optimizer=optimizer_seconds(config, on, parameters / sharing),
+        optimizer=optimizer_seconds(config, on, parameters / sharing, world_size),
     )
 
 
-def optimizer_seconds(config: RunConfig, on: Machine, parameters: float) -> float:
-    """The update of so many parameters; on the host, gradients go there first and weights come back after it."""
+def optimizer_seconds(config: RunConfig, on: Machine, parameters: float, world_size: int) -> float:
+    """The update of so many parameters; on the host, gradients go there first and weights come back after it.
+
+    The ranks of a node share the memory of their host, and each has a way there of its own.
+    """
     moved = optimizer_bytes(config, on.software) * parameters
     if config.zero.offload_optimizer == "none":
         return moved / (on.gpu.known("memory_tb_s") * 1e12)
     crossing = 4 + (2 if config.train.dtype == "bf16" else 4)
-    return moved / (HOST_MEMORY_GB_S * 1e9) + crossing * parameters / (PAGEABLE_GB_S * 1e9)
+    sharing = min(world_size, int(on.gpu.gpus_per_node or 1))
+    return sharing * moved / (HOST_MEMORY_GB_S * 1e9) + crossing * parameters / (PAGEABLE_GB_S * 1e9)
 
 
 def optimizer_bytes(config: RunConfig, software: Software) -> int:
