@@ -200,7 +200,7 @@ OF_PARALLEL = [
     Mutant(
         "loss-hidden-unscaled",
         LOSS,
-        "grad_hidden * scale.to(grad_hidden.dtype)",
+        "torch.mul(grad_hidden, scale.view(1), out=torch.empty_like(grad_hidden))",
         "grad_hidden",
         "gradient",
         "the gradient of the hidden states is that of a sum and not of a mean",

@@ -60,6 +60,14 @@ def test_state_is_what_engine_and_optimizer_hold(world_size: int) -> None:
         assert sum(rows.values()) + sum(sizes.values()) - average == pytest.approx(held, rel=0.01), name
 
 
+def test_inputs_on_the_host_are_in_pinned_memory_which_comes_in_powers_of_two() -> None:
+    """11 positions of 384 channels in bf16, 8,448 bytes, of each of the layers that are in flight."""
+    config = run("data.sequence_length=11", "train.recompute=offload", "train.device=cuda", "train.dtype=bf16")
+    (rank,) = host_rows(config, 1)
+    (row,) = rank
+    assert row.size == config.model.num_hidden_layers * 16384
+
+
 @pytest.mark.layouts
 def test_state_of_pipeline_and_tensor_parallel_ranks() -> None:
     config = run("parallel.pipeline=2", "parallel.tensor=2", "train.dtype=bf16", "model.num_hidden_layers=24")

@@ -17,7 +17,7 @@ from megallama.plan.memory.state import rank_parameters
 from megallama.plan.memory.traffic import stage_traffic
 from megallama.plan.time.simulation import makespan, relative_seconds, simulate
 from megallama.plan.time.software import Machine, find_software, known_software, machine
-from megallama.plan.time.step_time import StepTime, rank_works, step_time, sum_bytes
+from megallama.plan.time.step_time import PAGEABLE_GB_S, StepTime, rank_works, step_time, sum_bytes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 KNOWN = built_in_hardware()
@@ -48,6 +48,13 @@ def test_one_gpu_computes_and_steps_its_optimizer() -> None:
     assert found.optimizer == pytest.approx(42 * ADAM)
     assert found.tensor == found.pipeline == found.bubble == found.data == 0
     assert found.total == pytest.approx(found.matmul + found.attention + found.memory + found.optimizer)
+
+
+def test_ranks_of_a_node_share_the_memory_of_its_host() -> None:
+    """Each of 8 ranks has an eighth of the state and its own way there, and all of them one memory."""
+    alone, node = (step_time(run("zero.offload_optimizer=cpu", dp=dp), dp, ON).optimizer for dp in (1, 8))
+    crossing = 6 * PARAMETERS / (PAGEABLE_GB_S * 1e9)
+    assert alone - crossing == pytest.approx(node - crossing / 8)
 
 
 def test_an_average_of_every_update_is_a_pass_of_12_bytes() -> None:

@@ -200,6 +200,26 @@ def second_step_stands_out(hashes: Path) -> None:
     train.train_step, spikes.judge = watched, judged
 
 
+def test_a_batch_that_does_not_go_with_the_ranks_is_not_gone_back_to(byte_dataset: str, tmp_path: Path) -> None:
+    run, ramp = tmp_path / "run", f"train.batch_ramp=[{{global_batch_size: 2, until: {20 * 2 * 32}}}]"
+    length = ["train.steps=null", f"train.tokens={(20 * 2 + 20 * 4) * 32}", "checkpoint.every=15"]
+    start = words(byte_dataset, run, ramp, *length)
+    assert pretrain(1, [*start, "train.stop_after=22"]) == [(0, "")]
+    saved = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
+    assert saved == ["step_00000015", "step_00000022"]
+    assert pretrain(2, start, plant=all_stand_out) == [(1, "")] * 2
+    assert events(run, "rewind") == []
+    assert json.loads((run / "outcome.json").read_text())["reason"].startswith("2 steps in a row were skipped")
+    assert {path.name for path in (run / "checkpoints").glob("step_*")} >= set(saved)
+
+
+def all_stand_out() -> None:
+    from megallama.train.spikes import Spikes
+
+    judge: Any = lambda self, loss, norm: torch.tensor([True, False])  # noqa: E731
+    Spikes.judge = judge
+
+
 def test_saves_amid_skipped_steps_replace_none_of_before(byte_dataset: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     start = words(byte_dataset, run, "checkpoint.every=1", "checkpoint.keep=1", "train.max_skipped=3")
