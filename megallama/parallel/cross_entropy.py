@@ -127,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None and grad_weight.dtype == grad_logits.dtype:
-                grad_weight.addmm_(grad_logits.t(), hidden[part])  # in one pass, without a product beside the sum
+                torch.addmm(grad_weight, grad_logits.t(), hidden[part], out=grad_weight)  # no product beside the sum
             elif grad_weight is not None:
                 grad_weight += grad_logits.t() @ hidden[part]
             del logits, grad_logits  # before those of the next chunk

@@ -218,7 +218,7 @@ OF_PARALLEL = [
     Mutant(
         "loss-last-chunk-alone",
         LOSS,
-        "grad_weight.addmm_(grad_logits.t(), hidden[part])",
+        "torch.addmm(grad_weight, grad_logits.t(), hidden[part], out=grad_weight)",
         "grad_weight = grad_logits.t() @ hidden[part]",
         "gradient",
         "the gradient of the head is of the last chunk of tokens",
