@@ -33,8 +33,11 @@ LARGEST = 1 << 53
 """The largest integer in a checkpoint: up to here every reader of JSON has them exactly."""
 Count = Annotated[int, Field(ge=0, lt=LARGEST)]
 _YEAR_9000 = 2.2e11
-LARGEST_STATE = 1 << 20
-"""Bytes; a state has seven kilobytes, and half of this with the longest `health.window`."""
+LARGEST_STATE = 1 << 24
+"""Bytes; a state has seven kilobytes, half a MiB more with the longest `health.window`, and the sources of a mixture.
+
+They come from a configuration, which has a MiB at most, and is here without its short forms.
+"""
 _LARGEST_MANIFEST = 1 << 27
 """Bytes: a million files."""
 _PIECE = 1 << 24

@@ -39,7 +39,8 @@ Batch = Annotated[int, Field(ge=1, lt=_LARGEST_BATCH)]
 Part = Annotated[float, Field(gt=0, lt=_LARGEST_BATCH, allow_inf_nan=False)]
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Loss = Annotated[float, Field(allow_inf_nan=False)]
-Measured = Annotated[float, Field(ge=-1e30, le=1e30)]
+Measured = Annotated[float, Field(ge=-1e60, le=1e60)]
+"""Whose squares can be added up; the norm of a gradient in fp32 is below."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megallama.cluster.job import check_resume
 from megallama.cluster.job_file import JOB_FILE, Allocation, job_file, log_of, log_pattern
 from megallama.cluster.queue import Job, cancel_waiting, my_jobs, of_run, submit
 from megallama.cluster.starts import read_starts
@@ -64,6 +65,7 @@ def launch(
     elif stop:
         end_run(run_dir)
     else:
+        check_resume(config)
         ranks = config.parallel.model_ranks
         asked = nodes or -(-ranks // per_node)
         check_training(config, asked * per_node, seen_before(config))

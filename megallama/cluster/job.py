@@ -14,11 +14,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megallama.checkpoint.format import complete_checkpoints
+from megallama.checkpoint.health import is_healthy
 from megallama.checkpoint.state import newest_seen
 from megallama.cluster.job_file import log_pattern
 from megallama.cluster.starts import Starts, newest_step, read_starts, write_starts
 from megallama.cluster.verdict import bad_nodes, read_reports, refuse_apart
 from megallama.config.load import load_config
+from megallama.config.schema import RunConfig
 from megallama.errors import UserError, printable
 from megallama.layout.budget import total_steps
 from megallama.layout.check import check_training
@@ -42,13 +45,14 @@ def begin(arguments: argparse.Namespace) -> None:
     run_dir = Path(config.run.dir).absolute()
     log_pattern(run_dir)
     check_run_dir(Path(config.run.dir), checkpoint_bytes(config))
+    check_resume(config)
     seen = newest_seen(config)
     try:
         check_training(config, nodes * per_node, seen)
     except UserError as error:
         raise UserError(f"{nodes} nodes of {per_node} ranks: {error}") from None
     steps = total_steps(config, seen)
-    if seen.step >= steps:
+    if seen.step >= steps and _goes_on_from_newest(config):
         print(f"{run_dir} has done all {steps} steps", file=sys.stderr)
         return
     starts = read_starts(run_dir).again(_job(), newest_step(run_dir))
@@ -60,6 +64,21 @@ def begin(arguments: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"run.dir={run_dir} cannot be written ({error.strerror}); use another run.dir") from None
     print(run_dir)
+
+
+def check_resume(config: RunConfig) -> None:
+    """UserError for a job that would begin its run anew each time that Slurm starts it again."""
+    if config.checkpoint.resume == "never":
+        raise UserError(
+            "checkpoint.resume=never would begin the run anew each time that Slurm starts the job again; use another "
+            f"run.dir than {config.run.dir}, or move what is there away"
+        )
+
+
+def _goes_on_from_newest(config: RunConfig) -> bool:
+    """Whether a start continues the newest checkpoint, and goes back to none before it."""
+    newest = next(iter(complete_checkpoints(Path(config.run.dir) / "checkpoints")), None)
+    return config.checkpoint.resume in ("auto", "must") and newest is not None and is_healthy(newest)
 
 
 def nodes(arguments: argparse.Namespace) -> None:

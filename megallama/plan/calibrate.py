@@ -19,6 +19,7 @@ from megallama.config.load import load_config, parse_yaml, read_text
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.hardware.gpus import USER_FILE, Gpu, gpu_of_driver, load_hardware
+from megallama.layout.budget import with_batch
 from megallama.plan.report.table import Part, Row
 from megallama.plan.report.time import check_type
 from megallama.plan.time.kernels import SWIGLU_ELEMENTS
@@ -85,7 +86,12 @@ def read_run(folder: Path) -> MeasuredRun:
         raise UserError(
             f"{folder}/environment.json is not what a run of this version writes ({where}); train again"
         ) from None
-    seconds = steady_seconds(read_timed(folder / METRICS), config.logging.every)
+    events = read_timed(folder / METRICS)
+    batch = next((e["global_batch_size"] for e in reversed(events) if "global_batch_size" in e), None)
+    if config.train.batch_ramp and type(batch) is int:  # steps of one batch alone are those of one plan
+        config = with_batch(config, batch)
+        events = [e for e in events if e["event"] != "train" or e.get("global_batch_size") == batch]
+    seconds = steady_seconds(events, config.logging.every)
     if len(seconds) < LEAST_EVENTS:
         raise UserError(
             f"--calibrate={folder} has {len(seconds)} train events of steady steps, and {LEAST_EVENTS} are needed; "

@@ -87,8 +87,9 @@ def axes_of(events: Sequence[Event], stand: Sequence[Event], where: str) -> Axes
                     f"{where} has a train event of step {event['step']} without tokens; take it out, or train again"
                 )
             tokens[event["step"]] = seen
-    if len(tokens) == 1:
-        raise UserError(f"{where} has no train event; give a run that has trained a step")
+    if not any(event["event"] == "train" for event in stand):
+        since = "" if len(tokens) == 1 else " since it went back or was started again"
+        raise UserError(f"{where} has no train event{since}; give a run that has trained a step")
     timed = all(number(event, "time") is not None for event in events)
     taken = dict(_seconds_after(stand))
     steps = sorted(tokens)

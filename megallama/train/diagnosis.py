@@ -29,8 +29,9 @@ def diagnose(run: Run, state: TrainState, batches: Sequence[MicroBatch]) -> Path
 
     Every rank must call it: the batches go through the model once more, and their gradients are left where they fall.
     """
+    copies = torch.full((), float(run.mesh.data.size), device=run.mesh.device)  # a step's scale has them as well
     with layer_norms(run) as norms:
-        run.engine.forward_backward(batches, torch.ones((), device=run.mesh.device))
+        run.engine.forward_backward(batches, copies)
     path = run.dir / DIAGNOSIS
     if run.mesh.rank == 0:
         try:

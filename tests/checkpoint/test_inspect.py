@@ -30,6 +30,7 @@ from megallama.checkpoint.format import (
     write_manifest,
 )
 from megallama.checkpoint.reading.inspect import inspect
+from megallama.checkpoint.state import read_saved
 from megallama.checkpoint.tensors import Stored, read_places
 from megallama.errors import UserError
 from tests.checkpoint.damaging import (
@@ -199,6 +200,22 @@ def test_a_sound_checkpoint_has_nothing_wrong_and_every_file_and_tensor_is_read(
     read: list[str] = []
     assert inspect(checkpoint, read.append) == []
     assert len(read) == 6 + 6  # each file against its hash, then its numbers
+
+
+def test_a_state_may_name_all_that_a_configuration_has_room_for(checkpoint: Path) -> None:
+    """120 stages of a thousand sources each, and norms as large as those of gradients in fp32 can be."""
+    weights = {f"source-{number:04d}": 1.0 for number in range(1000)}
+    mixture = [{"from_step": step, "weights": weights} for step in range(120)]
+
+    def grow(content: dict[str, Any]) -> None:
+        content["data"]["mixture"] = mixture
+        content["state"] |= {"losses": [1.0], "norms": [1e40]}
+
+    edit(checkpoint / STATE, grow)
+    assert (checkpoint / STATE).stat().st_size > 2 << 20
+    assert inspect(checkpoint) == []
+    saved = read_saved(checkpoint)
+    assert (len(saved.data.mixture), saved.state.norms) == (120, (1e40,))
 
 
 @pytest.mark.parametrize("name", ALL)

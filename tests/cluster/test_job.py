@@ -7,11 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from megallama.checkpoint.format import folder_name
+from megallama.checkpoint.format import STATE, folder_name
+from megallama.cli import app
 from megallama.cluster.job import main
 from megallama.cluster.starts import Starts, read_starts, write_starts
+from megallama.errors import UserError
 from megallama.run_dir.outcome import write_outcome
+from tests.checkpoint.damaging import edit
 from tests.launching import CONFIG
 
 
@@ -76,6 +80,33 @@ def test_a_run_that_is_done_is_not_started(short_run: Path, capsys: pytest.Captu
     found = capsys.readouterr()
     assert found.out == ""
     assert "has done all 40 steps" in found.err
+
+
+def test_a_run_that_is_to_go_back_is_started_though_all_its_steps_are_done(
+    short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a person, or since what it saved last is not healthy."""
+    shutil.copytree(short_run / "checkpoints", tmp_path / "checkpoints")
+    begin(tmp_path, "train.steps=40", "checkpoint.resume=40")
+    assert capsys.readouterr().out == f"{tmp_path}\n"
+    edit(tmp_path / "checkpoints" / folder_name(40) / STATE, lambda state: state.update(healthy=False))
+    begin(tmp_path, "train.steps=40")
+    assert capsys.readouterr().out == f"{tmp_path}\n"
+
+
+def test_a_job_that_would_begin_anew_at_each_start_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        begin(tmp_path, "checkpoint.resume=never")
+    assert capsys.readouterr().err == (
+        "megallama: checkpoint.resume=never would begin the run anew each time that Slurm starts the job again; use "
+        f"another run.dir than {tmp_path}, or move what is there away\n"
+    )
+    launched = CliRunner().invoke(
+        app, ["launch", CONFIG, f"run.dir={tmp_path}", "checkpoint.resume=never", "--per-node", "1"]
+    )
+    assert isinstance(launched.exception, UserError)
 
 
 def test_a_config_that_does_not_fit_the_allocation_names_both(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,28 @@ def test_every_weight_is_in_its_place(byte_dataset: str, tmp_path: Path, variant
     weights = load_weights(tmp_path / "run" / "checkpoints" / "step_00000001")
     for name, tensor in model.named_parameters():
         assert torch.equal(weights[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["folder", "checkpoint"])
+def test_nodes_whose_copies_differ_do_not_begin(kind: str, byte_dataset: str, tmp_path: Path) -> None:
+    """One path, and another file system behind it on the second node: here another working directory."""
+    for rank, change in ((0, 0.0), (1, 1e-3)):
+        model = random_llama("grouped")
+        next(iter(model.parameters())).data += change
+        folder = save(model, tmp_path / str(rank) / "folder")
+        run = tmp_path / f"run{rank}"
+        assert pretrain(1, begin(byte_dataset, run, folder)) == [(0, "")]
+        (run / "checkpoints" / "step_00000001").rename(tmp_path / str(rank) / "checkpoint")
+    words = [word for word in begin(byte_dataset, tmp_path / "run", folder) if "init_from" not in word]
+    words.append(f"checkpoint.init_from={kind}")
+    sentence = f"checkpoint.init_from={kind} is not for rank 1 what it is for rank 0; give all nodes the same copy\n"
+    for code, said in pretrain(2, words, plant=partial(own_directory, str(tmp_path))):
+        assert (code, said.endswith(sentence)) == (2, True), said
+    assert not (tmp_path / "run").exists()
+
+
+def own_directory(folder: str) -> None:
+    os.chdir(Path(folder, os.environ["RANK"]))
 
 
 def test_metas_folder_and_the_import_of_it_begin_alike(byte_dataset: str, tmp_path: Path) -> None:

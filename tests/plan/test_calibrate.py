@@ -16,6 +16,7 @@ from megallama.config.load import dump_config, load_config
 from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.hardware.gpus import built_in_hardware, find_gpu, load_hardware
+from megallama.layout.budget import with_batch
 from megallama.plan.calibrate import (
     LEAST_EVENTS,
     MeasuredStep,
@@ -65,6 +66,20 @@ def test_a_plan_with_the_new_default_gives_the_measured_step_time(tmp_path: Path
     assert step_time(load_config(CONFIG), 128, machine(gpu)).total == pytest.approx(20.0, rel=1e-3)
     assert {row.key: row.value for row in part.rows}["efficiency"] == gpu.efficiency["calibrated"]
     assert str(home / ".config" / "megallama" / "hardware.yaml") in part.note
+
+
+def test_steps_of_a_ramp_are_fitted_by_the_batch_that_they_had(tmp_path: Path, home: Path) -> None:
+    """As long as the plan says at an efficiency of 0.5: for the batch of the ramp, which is half of the last one."""
+    run, batch = made_run(tmp_path / "run", 20.0), 512
+    ramp = f"train.batch_ramp=[{{global_batch_size: {batch}, until: 100000000000}}]"
+    config = load_config(run / "config.yaml", [ramp])
+    (run / "config.yaml").write_text(dump_config(config))
+    seconds = step_time(with_batch(config, batch), 128, replace(machine(find_gpu("h100")), efficiency=0.5)).total
+    events = [event | {"global_batch_size": 256} for event in train_events(dict.fromkeys(range(1, 9), 1.0))]
+    events += [event | {"global_batch_size": batch} for event in train_events(dict.fromkeys(range(9, 20), seconds))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    calibrate(run)
+    assert find_gpu("h100").efficiency["calibrated"] == pytest.approx(0.5, rel=1e-3)
 
 
 def test_what_the_file_has_already_is_kept(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.hardware.gpus import find_gpu
 from megallama.layout.check import check_config
+from megallama.layout.compiled import why_not_compiled
 from megallama.layout.legal import divisors
 from megallama.plan.memory.ledger import rank_bytes
 from megallama.plan.report.search import POOR, SLOW, search_parts
@@ -88,6 +89,12 @@ def test_ties_come_first_the_simplest_of_them_before_the_others_and_then_the_fas
     for one in (small.found[0], small.found[-1]):
         assert one.size == max(rank_bytes(one.config, 16))
     assert tied[0].seconds == step_time(tied[0].config, 16, machine(H100)).total
+
+
+def test_what_insists_on_compiled_layers_is_given_no_layout_that_cannot_have_them() -> None:
+    found = search(recipe("7b", "train.compile=true"), 16, machine(H100))
+    assert found.found and all(why_not_compiled(one.config) is None for one in found.found)
+    assert any("train.compile=true" in why for why in found.rejected)
 
 
 def test_interleaving_is_tried_up_to_as_many_stages_as_a_rank_has_layers() -> None:

@@ -244,6 +244,18 @@ def test_a_run_that_has_not_trained_is_a_sentence(tmp_path: Path) -> None:
         read_record(tmp_path / "run", "run", ALL)
 
 
+def test_a_run_none_of_whose_steps_stand_is_a_sentence(tmp_path: Path) -> None:
+    """It was killed before it saved, and has begun again."""
+    run = Writer(tmp_path / "run", 3)
+    run.start(0, 0)
+    run.train(1)
+    run.start(0, 1)
+    with pytest.raises(UserError, match=r"has no train event since it went back or was started again; give a run"):
+        read_record(tmp_path / "run", "run", ALL)
+    run.train(1)
+    assert len(curve(read_record(tmp_path / "run", "run", ALL), "loss", "train").values) == 1
+
+
 def test_a_run_that_is_done_and_started_again_keeps_its_goodput_and_its_end(tmp_path: Path) -> None:
     def trained(folder: Path) -> Writer:
         run = Writer(folder, 10)

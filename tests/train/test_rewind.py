@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -211,6 +212,18 @@ def test_a_batch_that_does_not_go_with_the_ranks_is_not_gone_back_to(byte_datase
     assert events(run, "rewind") == []
     assert json.loads((run / "outcome.json").read_text())["reason"].startswith("2 steps in a row were skipped")
     assert {path.name for path in (run / "checkpoints").glob("step_*")} >= set(saved)
+
+
+def test_the_norms_of_a_diagnosis_do_not_depend_on_the_layout(byte_dataset: str, tmp_path: Path) -> None:
+    pages = []
+    for ranks in (1, 2):
+        run = tmp_path / str(ranks)
+        assert pretrain(ranks, words(byte_dataset, run), plant=all_stand_out) == [(1, "")] * ranks
+        page = (run / "diagnosis.txt").read_text()
+        pages.append(
+            [float(each) for pair in re.findall(r"^layer \d+: (\S+), (\S+)$", page, re.MULTILINE) for each in pair]
+        )
+    assert pages[0] == pytest.approx(pages[1], rel=1e-2) and len(pages[0]) > 2
 
 
 def all_stand_out() -> None:

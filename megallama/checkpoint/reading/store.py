@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from megallama.checkpoint.format import (
     LATEST,
+    MANIFEST,
     STATE,
     TENSORS,
     TornCheckpointError,
@@ -220,17 +223,45 @@ def agree(pick: Callable[[], Start], mesh: ParallelMesh) -> Start:
 
 @alike()
 def check_weights(start: Start, model: ModelConfig, mesh: ParallelMesh) -> None:
-    """Hold every byte of weights to begin from against its hash. UserError if they are damaged.
+    """Hold every byte of weights to begin from against its hash. UserError if they are damaged, or not alike on all.
 
     Those of another program have no hash, and must be finite. Ranks share the reading: every rank must call it.
     """
     if start.weights is None:
         return
+    copies = of_all(_copy_of(start.weights), mesh.world.group, mesh.device)
+    if other := next((rank for rank, copy in enumerate(copies) if copy != copies[0]), None):
+        raise UserError(
+            f"checkpoint.init_from={start.weights} is not for rank {other} what it is for rank 0; give all nodes the "
+            "same copy"
+        )
     if program_of(start.weights) is None:
         _refuse_damaged_weights(start.weights, damage(start.weights, mesh))
     else:
         mine = wrong_foreign_numbers(start.weights, model, mesh.rank, mesh.world.size)
         _refuse_damaged_weights(start.weights, _all_of(mine, mesh))
+
+
+def _copy_of(weights: Path) -> str:
+    """SHA-256 of what tells copies of two contents apart: a checkpoint's manifest, which has the hash of each file.
+
+    Else, of the files of weights, their names and sizes, and pieces from all over them.
+    """
+    if program_of(weights) is None:
+        return hashlib.sha256((weights / MANIFEST).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    for path in sorted(path for path in weights.rglob("*") if path.suffix in _OF_WEIGHTS):
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"/{path.relative_to(weights)}/{size}/".encode())
+            for piece in range(_PIECES):
+                file.seek(size * piece // _PIECES)
+                digest.update(file.read(_PIECE))
+    return digest.hexdigest()
+
+
+_OF_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
+_PIECES, _PIECE = 64, 4096
 
 
 @alike()

@@ -10,6 +10,7 @@ from megallama.config.schema import RunConfig
 from megallama.errors import UserError
 from megallama.hardware.gpus import Gpu
 from megallama.layout.check import check_batching
+from megallama.layout.compiled import why_not_compiled
 from megallama.layout.schedules import SCHEDULES
 from megallama.plan.memory.ledger import rank_bytes
 from megallama.plan.memory.state import GIB
@@ -124,6 +125,8 @@ def _changed(config: RunConfig, gpus: int, section: str, key: str, value: Any, m
     try:
         check_batching(changed, gpus)
     except UserError:
+        return None
+    if changed.train.compile is True and why_not_compiled(changed) is not None:
         return None
     typed, now = (str(each).lower() if isinstance(each, bool) else str(each) for each in (value, before))
     words = f"{section}.{key}={typed}{more}"

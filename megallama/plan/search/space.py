@@ -12,6 +12,7 @@ from megallama.errors import UserError
 from megallama.hardware.gpus import Gpu
 from megallama.layout.batching import dp_size
 from megallama.layout.check import check_config
+from megallama.layout.compiled import why_not_compiled
 from megallama.layout.legal import divisors, legal_tensors
 from megallama.layout.schedules import SCHEDULES, chunks, legal_micro_batches
 
@@ -105,7 +106,7 @@ def refusal(config: RunConfig, world_size: int) -> str | None:
         check_config(config, world_size)
     except UserError as error:
         return str(error)
-    return None
+    return why_not_compiled(config) if config.train.compile is True else None
 
 
 def choices(config: RunConfig, pp: int, dp: int) -> Iterator[dict[str, Any]]:
