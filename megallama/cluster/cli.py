@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megallama.cluster.job import check_resume
 from megallama.cluster.job_file import JOB_FILE, Allocation, job_file, log_of, log_pattern
 from megallama.cluster.queue import Job, cancel_waiting, my_jobs, of_run, submit
 from megallama.cluster.starts import read_starts
@@ -48,6 +47,7 @@ def launch(
     """
     # The schema takes a quarter of a second to import, which no other command need wait for.
     from megallama.checkpoint.state import seen_before
+    from megallama.cluster.job import check_resume
     from megallama.config.load import load_config
     from megallama.layout.check import check_training
     from megallama.layout.frozen import checkpoint_bytes
