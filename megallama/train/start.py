@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megallama.checkpoint.state import data_identity, seen_before
 from megallama.config.schema import RunConfig
@@ -64,7 +64,8 @@ def start(config: RunConfig, launch: Launch) -> Finished:
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
         # Nothing here reads memory that it has not written, and filling all of it first takes time.
-        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010  # torch does not type it
+        settings: Any = torch.utils.deterministic
+        settings.fill_uninitialized_memory = False
     elif device.type == "cuda":
         use_fastest_kernel(device)
     # torch 2.13 renames collectives that 2.11 knows by their old names only; DeepSpeed and we use the old ones.

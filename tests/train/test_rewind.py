@@ -229,8 +229,11 @@ def test_the_norms_of_a_diagnosis_do_not_depend_on_the_layout(byte_dataset: str,
 def all_stand_out() -> None:
     from megallama.train.spikes import Spikes
 
-    judge: Any = lambda self, loss, norm: torch.tensor([True, False])  # noqa: E731
-    Spikes.judge = judge
+    def judge(self: Spikes, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([True, False])
+
+    spikes: Any = Spikes
+    spikes.judge = judge
 
 
 def test_saves_amid_skipped_steps_replace_none_of_before(byte_dataset: str, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from megallama.parallel.clock import SPANS, Clock
 from megallama.train.stragglers import Stragglers, median_of_others
 from tests.launching import arguments, events, pretrain
 
-DELAY = 0.4
-"""Seconds of a step."""
+DELAY = 1.0
+"""Seconds of a step; steps of the same work differ by a tenth of a second here, where others compute as well."""
 LAYOUTS = {
     "tp2": (2, ["parallel.tensor=2"]),
     "dp2 zero1": (2, ["zero.stage=1"]),
@@ -46,7 +46,7 @@ def test_a_slowed_rank_is_named_with_its_delay(name: str, where: str, byte_datas
     assert pretrain(ranks, words, plant=plant) == [(0, "")] * ranks
     (found,) = (event for event in events(run, "straggler") if event["rank"] == slow)
     assert found["host"] == socket.gethostname()
-    assert 0.6 * DELAY < found["seconds"] < 2 * DELAY, "the machine may hold up one rank more than the other"
+    assert found["seconds"] == pytest.approx(DELAY, rel=0.2)
     late = [event for event in events(run, "train") if event["step"] > 3]
     slowest = [event["slowest"][0][0] for event in late]
     assert slowest.count(slow) > len(late) / 2, "the machine may hold up another once"
